@@ -1,0 +1,30 @@
+"""The one exception type of the data layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A file or field of a dataset is missing, damaged or outside what is documented.
+
+    Parameters
+    ----------
+    source
+        File (or object) at fault.
+    field
+        Field, variable or element inside it; empty when the whole file is at fault.
+    problem
+        What was found and what was expected.
+    """
+
+    def __init__(self, source: str | Path, field: str, problem: str) -> None:
+        self.source = str(source)
+        self.field = field
+        self.problem = problem
+        where = f"{self.source} [{field}]" if field else self.source
+        super().__init__(f"{where}: {problem}")
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str]]:
+        """Pickle by the three parts, so that the error crosses from a worker process unchanged."""
+        return DataError, (self.source, self.field, self.problem)

@@ -1,0 +1,193 @@
+"""Registration of the library's operators and the choice between their implementations.
+
+Every operator is a `torch.library` op in the namespace `astrobiogen`. PyTorch's dispatcher picks the implementation:
+
+* ``CUDA``: Triton kernels, imported on the first call that needs them, so that a machine without Triton can import us;
+* ``CPU``: C++ kernels, registered by the compiled extension `astrobiogen._C`;
+* every other case: the plain PyTorch reference, with one warning if a kernel should have served.
+
+`use_kernels("reference")` bypasses the ops and runs the plain references under ordinary autograd, for comparisons.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+
+NAMESPACE = "astrobiogen"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+Mode = Literal["auto", "reference"]
+
+
+class _Selection:
+    """What `use_kernels` has chosen. Plain attribute access, so that `torch.compile` guards on it (a ContextVar breaks the graph)."""
+
+    def __init__(self) -> None:
+        self.mode: Mode = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One operator: the plain function that defines it and where its Triton launcher lives."""
+
+    name: str
+    reference: Callable[..., Any]
+    triton: str  # "module:function"; empty for an op that has no Triton kernel yet
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelStatus:
+    """Which implementation serves one op on one device type, and why."""
+
+    op: str
+    device: str
+    implementation: str
+    reason: str
+
+
+class KernelTable(tuple[KernelStatus, ...]):
+    """The rows of `kernel_status()`; prints as an aligned table."""
+
+    def __str__(self) -> str:
+        rows = [("op", "device", "implementation", "reason")]
+        rows += [(row.op, row.device, row.implementation, row.reason) for row in self]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows)
+
+
+_SELECTION = _Selection()
+_ENTRIES: dict[str, _Entry] = {}
+_WARNED: set[tuple[str, str]] = set()
+
+
+def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: str = "") -> None:
+    """Define the op `schema` with its reference as the default kernel, its fake (shape) function and its Triton launcher.
+
+    Args:
+        schema: PyTorch op schema without the namespace, e.g. ``"rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)"``.
+        reference: plain PyTorch with the op's exact signature and results; serves every device that has no kernel.
+        fake: returns empty outputs of the right shape, dtype and device, touching no data.
+        triton: ``"module:function"`` of the CUDA launcher, imported on the first CUDA call.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    _ENTRIES[name] = _Entry(name, reference, triton)
+    LIBRARY.impl(name, _warning_reference(name, reference), "CompositeExplicitAutograd")
+    if triton and importlib.util.find_spec("triton") is not None:
+        LIBRARY.impl(name, _lazy_launcher(triton), "CUDA")
+
+
+def differentiable(name: str, *, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give op `name` its gradient formula. `backward` must call ops only, so that it dispatches and compiles like the forward."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Make differentiating through the backward op `name` an error; without this PyTorch only warns and may return wrong values."""
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> None:
+        del ctx, grads
+        raise RuntimeError(
+            f"astrobiogen::{name} has no second derivative: differentiate twice under `astrobiogen.use_kernels('reference')`, "
+            "which runs plain PyTorch, or drop `create_graph=True`."
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=LIBRARY)
+
+
+def reference_selected() -> bool:
+    """True inside `use_kernels("reference")`."""
+    return _SELECTION.mode == "reference"
+
+
+@contextlib.contextmanager
+def use_kernels(mode: Mode) -> Iterator[None]:
+    """Choose the implementation of every op inside the `with` block, for the whole process.
+
+    Args:
+        mode: ``"auto"`` (the default outside any block: the dispatcher's choice, see `kernel_status`) or ``"reference"``
+            (plain PyTorch under ordinary autograd, twice differentiable).
+
+    Raises:
+        ValueError: `mode` is neither of the two.
+    """
+    if mode not in ("auto", "reference"):
+        raise ValueError(f"mode must be 'auto' or 'reference', got {mode!r}")
+    previous = _SELECTION.mode
+    _SELECTION.mode = mode
+    try:
+        yield
+    finally:
+        _SELECTION.mode = previous
+
+
+def kernel_status() -> KernelTable:
+    """Say which implementation serves each op on each device type on this machine, and why.
+
+    Returns:
+        A tuple of `KernelStatus` rows (``op``, ``device``, ``implementation`` "c++" | "triton" | "reference", ``reason``)
+        that prints as a table.
+    """
+    rows: list[KernelStatus] = []
+    for entry in _ENTRIES.values():
+        rows.append(_cpu_status(entry))
+        rows.append(_cuda_status(entry))
+    return KernelTable(rows)
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all registered ops, in the order of definition."""
+    return tuple(_ENTRIES)
+
+
+def has_kernel(name: str, dispatch_key: str) -> bool:
+    """True if op `name` has a kernel of its own on `dispatch_key` ("CPU" or "CUDA"), not only the reference."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key)
+
+
+def _cpu_status(entry: _Entry) -> KernelStatus:
+    if has_kernel(entry.name, "CPU"):
+        return KernelStatus(entry.name, "cpu", "c++", "the extension astrobiogen._C is loaded")
+    if importlib.util.find_spec("astrobiogen._C") is None:
+        reason = "the extension astrobiogen._C was not built: a C++ compiler was missing when astrobiogen was installed"
+    else:
+        reason = "the extension has no kernel for this op"
+    return KernelStatus(entry.name, "cpu", "reference", reason)
+
+
+def _cuda_status(entry: _Entry) -> KernelStatus:
+    if not entry.triton:
+        return KernelStatus(entry.name, "cuda", "reference", "this op has no Triton kernel")
+    if importlib.util.find_spec("triton") is None:
+        return KernelStatus(entry.name, "cuda", "reference", "Triton is not installed")
+    if not torch.cuda.is_available():
+        return KernelStatus(entry.name, "cuda", "triton", "registered; no CUDA device on this machine")
+    return KernelStatus(entry.name, "cuda", "triton", f"CUDA device {torch.cuda.get_device_name()}")
+
+
+def _lazy_launcher(path: str) -> Callable[..., Any]:
+    module_name, function_name = path.split(":")
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(module_name), function_name)(*args)
+
+    return launch
+
+
+def _warning_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    def serve(*args: Any) -> Any:
+        device = next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), "cpu")
+        if device in ("cpu", "cuda") and (name, device) not in _WARNED:
+            _WARNED.add((name, device))
+            row = (_cpu_status if device == "cpu" else _cuda_status)(_ENTRIES[name])
+            warnings.warn(f"astrobiogen.{name} runs its plain PyTorch reference on {device}: {row.reason}", stacklevel=2)
+        return reference(*args)
+
+    return serve

@@ -1,0 +1,261 @@
+"""The op `attention`: schema, shapes, argument checks, gradient formula and public function."""
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+
+from astrobiogen.kernels import _registry
+from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from astrobiogen.kernels.attention import reference
+
+_TRITON = "astrobiogen.kernels.attention.triton_kernels"
+MAX_HEAD_DIM = 256
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Grouped-query attention with the rotary embedding inside, for any head dimension up to 256 (Dao 2023, arXiv:2307.08691).
+
+    s_ij = scale * <rot(q_i), rot(k_j)>;  s_ij = softcap * tanh(s_ij / softcap) with a softcap;
+    out_i = sum_j exp(s_ij - lse_i) v_j over the keys j that query i sees;  lse_i = log(sum_j exp(s_ij) [+ exp(sink)]).
+    Query head h reads key/value head h // (Hq / Hkv). A query that sees no key gives zeros and lse = -inf. Softmax and sums are
+    fp32 for half precision. Nothing of size Sq x Sk is stored. There is no attention dropout.
+
+    Positions: queries are aligned with the end of the keys, query i stands at key position i + Sk - Sq.
+
+    Args:
+        q: [B, Sq, Hq, D], float32, bfloat16, float16 or float64; 1 <= D <= 256; any strides.
+        k: [B, Sk, Hkv, D], dtype and device of `q`; Hkv divides Hq.
+        v: [B, Sk, Hkv, D].
+        cos: [L, R] or [B, L, R] with L = max(Sq, Sk), R pairs rotated, 2R <= D: cosine of each position's angles; row L - Sk + j belongs
+            to key j and row L - Sq + i to query i. The first 2R columns are rotated. None: no rotation. Not differentiated.
+        sin: as `cos`; given with it or not at all.
+        causal: query i sees no key behind its own position.
+        scale: factor of the scores; default 1 / sqrt(D).
+        window: W >= 1: query at position p sees keys p-W+1 .. p, and without `causal` p-W+1 .. p+W-1. None: no limit.
+        softcap: c > 0, bounds the scores to (-c, c) after scaling. None: no bound.
+        cu_seqlens: int32 or int64 [n + 1], 0 = c_0 <= c_1 <= ... <= c_n <= S: packed sequences; token t of sequence c_i <= t < c_(i+1) sees only
+            that sequence; tokens from c_n on see nothing. Needs B = 1 and Sq = Sk. `cos` rows are per token of the packed row.
+        sinks: [Hq], one extra logit per head that takes part in the normalisation and carries no value.
+        interleaved: rotary pairs are columns (2i, 2i + 1) instead of (i, i + R).
+        return_lse: also return lse, which is differentiable.
+
+    Under autocast, fp32 q, k and v are cast to the autocast dtype; `cos`, `sin` and `sinks` keep their precision.
+
+    Returns:
+        out [B, Sq, Hq, D] with the dtype of `q`; with `return_lse` also lse [B, Hq, Sq], float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: a tensor argument is not a tensor of a supported dtype, or q, k, v differ in dtype.
+        ValueError: shapes, devices, `window`, `softcap`, `scale` or combinations of arguments do not fit the rules above.
+    """
+    q, k, v = _autocast(check_float("q", q), check_float("k", k), check_float("v", v))
+    _check_heads(q, k, v)
+    _check_options(q, k, scale, window, softcap, cu_seqlens, sinks)
+    compute = torch.promote_types(q.dtype, torch.float32)
+    if cos is not None or sin is not None:
+        cos, sin = _check_rotary(q, k, cos, sin)
+        cos, sin = cos.detach().to(compute), sin.detach().to(compute)
+    arguments = (
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        cu_seqlens,
+        sinks,
+        bool(causal),
+        1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        0 if window is None else int(window),
+        0.0 if softcap is None else float(softcap),
+        bool(interleaved),
+    )
+    if _registry.reference_selected():
+        out, lse = reference.attention(*arguments)
+    else:
+        out, lse = torch.ops.astrobiogen.attention(*arguments)
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Autocast's usual rule for matrix products, for q, k and v only: rotary angles need fp32 (a bf16 angle is off by up to 0.4 %)."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    check_same_dtype(q=q, k=k, v=v)
+    check_same_device(q=q, k=k, v=v)
+    if q.dim() != 4 or not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"q must have shape [B, Sq, Hq, D] with 1 <= D <= {MAX_HEAD_DIM}, got {tuple(q.shape)}")
+    if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have shape [{q.shape[0]}, Sk, Hkv, {q.shape[-1]}] (B and D of q), got {tuple(k.shape)}")
+    check_shape("v", v, tuple(k.shape), "the shape of k")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
+        raise ValueError(f"k must have a number of heads that divides the {q.shape[2]} heads of q, got {k.shape[2]}")
+
+
+def _check_options(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    cu_seqlens: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    if window is not None and (isinstance(window, float) or window < 1):
+        raise ValueError(f"window must be an integer >= 1 or None, got {window!r}")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap!r}")
+    if sinks is not None:
+        check_float("sinks", sinks)
+        check_shape("sinks", sinks, (q.shape[2],), "[Hq], one per query head")
+        check_same_device(q=q, sinks=sinks)
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+            raise ValueError(f"cu_seqlens must have shape [n + 1] with n >= 0 sequences, got {tuple(cu_seqlens.shape)}")
+        if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"cu_seqlens needs one packed row, q [1, S, Hq, D] and k [1, S, Hkv, D], got q {tuple(q.shape)} and k {tuple(k.shape)}"
+            )
+        check_same_device(q=q, cu_seqlens=cu_seqlens)
+
+
+def _check_rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if cos is None or sin is None:
+        raise ValueError(f"cos and sin must be given together, got only {'sin' if cos is None else 'cos'}")
+    check_float("cos", cos)
+    check_float("sin", sin)
+    check_same_device(q=q, cos=cos, sin=sin)
+    rows = max(q.shape[1], k.shape[1])
+    shapes = ((rows,), (q.shape[0], rows))
+    if cos.dim() not in (2, 3) or tuple(cos.shape[:-1]) not in shapes or not 2 <= 2 * cos.shape[-1] <= q.shape[-1]:
+        raise ValueError(
+            f"cos must have shape [{rows}, R] or [{q.shape[0]}, {rows}, R] (max(Sq, Sk) rows) with 2 <= 2R <= D = {q.shape[-1]}, "
+            f"got {tuple(cos.shape)}"
+        )
+    check_shape("sin", sin, tuple(cos.shape), "the shape of cos")
+    return cos, sin
+
+
+def _fake_forward(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    del k, rest
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _fake_backward(
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    del grad_out, grad_lse, out, lse, cos, sin, cu_seqlens, rest
+    grad_sinks = q.new_empty(0, dtype=torch.float32) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_sinks
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, cos, sin, cu_seqlens, sinks, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cos, sin, cu_seqlens, sinks)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if grad_out is None and grad_lse is None:
+        return (None,) * 12
+    sinks = ctx.saved_tensors[-1]
+    grad_q, grad_k, grad_v, grad_sinks = torch.ops.astrobiogen.attention_backward(
+        grad_out, grad_lse, *ctx.saved_tensors, *ctx.options
+    )
+    return grad_q, grad_k, grad_v, None, None, None, None if sinks is None else grad_sinks, *((None,) * 5)
+
+
+_OPTIONS = "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, Tensor? sinks, bool causal, float scale, int window, float softcap, bool interleaved"
+_registry.define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference=reference.attention_forward,
+    fake=_fake_forward,
+    triton=f"{_TRITON}:attention",
+)
+_registry.define(
+    f"attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.attention_backward,
+    fake=_fake_backward,
+    triton=f"{_TRITON}:attention_backward",
+)
+_registry.differentiable("attention", backward=_backward, setup_context=_setup)
+_registry.refuse_second_derivative("attention_backward")

@@ -1,0 +1,148 @@
+"""Argument checks of `conv_nd` and `conv_transpose_nd`: once, at the public entry, with errors that name the argument and the axis."""
+
+from collections.abc import Sequence
+
+import torch
+
+from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape
+from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, CIRCULAR, MAX_AXES, MODES, POLE, REFLECT, Geometry
+
+
+def check_arguments(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    padding_mode: str | Sequence[str],
+    dilation: int | Sequence[int],
+    groups: int,
+    activation: str | None,
+) -> Geometry:
+    """The geometry of a valid `conv_nd` call; raises TypeError or ValueError as its docstring says."""
+    geometry = _check_common(x, weight, stride, padding, padding_mode, dilation, groups)
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"weight must have shape [O, C / groups, *kernel] with C / groups = {x.shape[1]} / {groups}, got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] % groups:
+        raise ValueError(f"weight's {weight.shape[0]} output channels must be a multiple of groups = {groups}")
+    _check_bias(x, bias, weight.shape[0])
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    _check_axes(geometry, x.shape[2:], weight.shape[2:])
+    return geometry
+
+
+def check_transposed_arguments(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
+    padding_mode: str | Sequence[str],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Geometry, list[int]]:
+    """The geometry and the result's spatial size of a valid `conv_transpose_nd` call; raises TypeError or ValueError."""
+    geometry = _check_common(x, weight, stride, padding, padding_mode, dilation, groups)
+    if x.shape[1] != weight.shape[0]:
+        raise ValueError(f"weight must have shape [C, O / groups, *kernel] with C = {x.shape[1]}, got {tuple(weight.shape)}")
+    if x.shape[1] % groups:
+        raise ValueError(f"x's {x.shape[1]} channels must be a multiple of groups = {groups}")
+    _check_bias(x, bias, weight.shape[1] * groups)
+    extra = _per_axis("output_padding", output_padding, x.dim() - 2, 0)
+    for axis, (rows, step) in enumerate(zip(extra, geometry.stride)):
+        if rows >= step:
+            raise ValueError(f"output_padding on spatial axis {axis} must be below the stride {step}, got {rows}")
+    size = geometry.transposed_size(x.shape[2:], weight.shape[2:], extra)
+    for axis, length in enumerate(size):
+        if length < 1:
+            raise ValueError(f"the output on spatial axis {axis} would have size {length}: padding {geometry.padding[axis]} is too long")
+    _check_axes(geometry, size, weight.shape[2:])
+    return geometry, size
+
+
+def _check_common(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    padding_mode: str | Sequence[str],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Geometry:
+    check_float("x", x)
+    check_float("weight", weight)
+    axes = x.dim() - 2
+    if not 1 <= axes <= MAX_AXES:
+        raise ValueError(f"x must be [B, C, *spatial] with 1 to {MAX_AXES} spatial axes, got shape {tuple(x.shape)}")
+    if weight.dim() != x.dim():
+        raise ValueError(f"weight must have one kernel size for each of the {axes} spatial axes of x, got shape {tuple(weight.shape)}")
+    check_same_dtype(x=x, weight=weight)
+    check_same_device(x=x, weight=weight)
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be an integer >= 1, got {groups!r}")
+    if x.shape[1] < 1 or weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"x and weight must have at least one channel, got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
+    for axis, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:])):
+        if size < 1 or kernel < 1:
+            raise ValueError(f"spatial axis {axis} must have size and kernel >= 1, got size {size} and kernel {kernel}")
+    return Geometry(
+        _per_axis("stride", stride, axes, 1),
+        _per_axis("padding", padding, axes, 0),
+        _modes(padding_mode, axes),
+        _per_axis("dilation", dilation, axes, 1),
+        groups,
+    )
+
+
+def _check_bias(x: torch.Tensor, bias: torch.Tensor | None, channels: int) -> None:
+    if bias is None:
+        return
+    check_float("bias", bias)
+    check_shape("bias", bias, (channels,), "[O], one per output channel")
+    check_same_dtype(x=x, bias=bias)
+    check_same_device(x=x, bias=bias)
+
+
+def _check_axes(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) -> None:
+    rows = zip(size, kernel, geometry.padding, geometry.mode, geometry.dilation)
+    for axis, (length, taps, pad, mode, dilation) in enumerate(rows):
+        reach = dilation * (taps - 1) + 1
+        if reach > length + 2 * pad:
+            raise ValueError(
+                f"the kernel on spatial axis {axis} reaches over {reach} rows (size {taps}, dilation {dilation}), "
+                f"more than the {length + 2 * pad} rows of the padded axis (size {length}, padding {pad})"
+            )
+        longest = length - 1 if mode == REFLECT else length
+        if mode in (CIRCULAR, REFLECT, POLE) and pad > longest:
+            raise ValueError(
+                f"padding on spatial axis {axis} (size {length}) must be at most {longest} in mode {MODES[mode]!r}, got {pad}"
+            )
+        if mode == POLE and (axis + 1 == len(size) or size[axis + 1] % 2):
+            found = "none" if axis + 1 == len(size) else f"one of size {size[axis + 1]}"
+            raise ValueError(f"padding mode 'pole' on spatial axis {axis} needs a following axis of even size (longitude), got {found}")
+
+
+def _per_axis(name: str, value: int | Sequence[int], axes: int, lowest: int) -> tuple[int, ...]:
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(values) != axes:
+        raise ValueError(f"{name} must be one integer or one per spatial axis ({axes}), got {value!r}")
+    for axis, number in enumerate(values):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name} on spatial axis {axis} must be an integer, got {number!r}")
+        if number < lowest:
+            raise ValueError(f"{name} on spatial axis {axis} must be >= {lowest}, got {number}")
+    return values
+
+
+def _modes(value: str | Sequence[str], axes: int) -> tuple[int, ...]:
+    words = (value,) * axes if isinstance(value, str) else tuple(value)
+    if len(words) != axes:
+        raise ValueError(f"padding_mode must be one word or one per spatial axis ({axes}), got {value!r}")
+    for axis, word in enumerate(words):
+        if word not in MODES:
+            raise ValueError(f"padding_mode on spatial axis {axis} must be one of {MODES}, got {word!r}")
+    return tuple(MODES.index(word) for word in words)

@@ -1,0 +1,259 @@
+"""The ops `conv_nd`, `conv_transpose_nd` and `conv_nd_weight_grad`: schemas, shapes, gradient formulas and public functions.
+
+The three are the partial derivatives of one trilinear form <grad, conv(x, weight)>, so each one's gradients are the other two: any number
+of derivatives works, with no backward op beside them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from astrobiogen.kernels import _registry
+from astrobiogen.kernels.conv_nd import reference
+from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_transposed_arguments
+from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry
+
+_TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
+
+Ints = int | Sequence[int]
+PaddingMode = Literal["zeros", "circular", "reflect", "replicate", "pole"]
+Activation = Literal["silu", "gelu"] | None
+
+
+def conv_nd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
+    dilation: Ints = 1,
+    groups: int = 1,
+    activation: Activation = None,
+) -> torch.Tensor:
+    """Convolution (cross-correlation, as in PyTorch) over one to five spatial axes, with bias and activation in the same pass.
+
+    y[b, o, q] = act(bias[o] + sum_{c, k} weight[o, c, k] * P(x)[b, c, q * stride + k * dilation - padding]), sums in fp32 for half precision.
+
+    Args:
+        x: [B, C, *spatial], float32, bfloat16, float16 or float64, one to five spatial axes, any strides; B may be 0.
+        weight: [O, C / groups, *kernel], dtype and device of `x`.
+        bias: [O] or None.
+        stride, padding, dilation: one integer, or one per spatial axis. Padding is added at both ends of the axis.
+        padding_mode: how P extends `x` over the padding; one word, or one per spatial axis:
+            "zeros"; "circular" (the axis closes on itself, e.g. longitude); "reflect" (mirrored, the edge row not repeated);
+            "replicate" (the edge row repeated); "pole" (a latitude axis that is followed by a longitude axis of even size: the row beyond the
+            pole is the edge row seen from the other side, so rows are mirrored with the edge repeated and rolled by half the width).
+        groups: channels are split in this many independent groups; groups = C is a depthwise convolution.
+        activation: None, "silu" (z * sigmoid(z)) or "gelu" (z * Phi(z), the exact form).
+
+    Returns:
+        y [B, O, *out] with the dtype of `x`, out = floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1. Channels are innermost
+        in memory (channels-last strides), so a following convolution reads it without a copy.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor or an integer, or dtypes differ.
+        ValueError: shapes, devices, sizes or words do not fit; the message names the argument and the axis.
+
+    Source: dense convolution as `torch.nn.functional.conv3d`, extended to N axes; "pole" as the `earth` padding of
+    CREDIT (https://github.com/NCAR/miles-credit).
+    """
+    geometry = check_arguments(x, weight, bias, stride, padding, padding_mode, dilation, groups, activation)
+    if _registry.reference_selected():
+        return reference.conv_nd(x, weight, bias, geometry, activation)
+    keep = activation is not None and _needs_gradient(x, weight, bias)
+    return torch.ops.astrobiogen.conv_nd(
+        x, weight, bias, *_lists(geometry), groups, ACTIVATIONS.index(activation), keep
+    )[0]
+
+
+def conv_transpose_nd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """The adjoint of `conv_nd` with the same weight: <conv_nd(u, weight), x> = <u, conv_transpose_nd(x, weight)> for all u; plus a bias.
+
+    Args:
+        x: [B, C, *spatial], one to five spatial axes.
+        weight: [C, O / groups, *kernel] (the weight of the convolution whose adjoint this is, as in `torch.nn.functional.conv_transpose3d`).
+        bias: [O] or None.
+        stride, padding, padding_mode, dilation, groups: of that convolution.
+        output_padding: rows of the result beyond the smallest that fits, per axis, in [0, stride).
+
+    Returns:
+        y [B, O, *out], out = (size - 1) stride - 2 padding + dilation (kernel - 1) + 1 + output_padding, channels innermost in memory.
+
+    Raises:
+        TypeError, ValueError: as `conv_nd`.
+    """
+    geometry, size = check_transposed_arguments(
+        x, weight, bias, stride, padding, output_padding, padding_mode, dilation, groups
+    )
+    if _registry.reference_selected():
+        return reference.conv_transpose_nd(x, weight, bias, geometry, size)
+    return torch.ops.astrobiogen.conv_transpose_nd(x, weight, bias, *_lists(geometry), groups, size)
+
+
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], list[int]]:
+    return list(geometry.stride), list(geometry.padding), list(geometry.mode), list(geometry.dilation)
+
+
+def _empty_channel_last(like: torch.Tensor, channels: int, spatial: Sequence[int]) -> torch.Tensor:
+    return like.new_empty(like.shape[0], *spatial, channels).movedim(-1, 1)
+
+
+def _fake_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: int,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    del bias, activation
+    out = Geometry.of(stride, padding, mode, dilation, groups).output_size(x.shape[2:], weight.shape[2:])
+    y = _empty_channel_last(x, weight.shape[0], out)
+    return y, _empty_channel_last(x, weight.shape[0], out) if keep else x.new_empty(0)
+
+
+def _fake_transpose(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
+    groups: int,
+    size: list[int],
+) -> torch.Tensor:
+    del bias, stride, padding, mode, dilation
+    return _empty_channel_last(x, weight.shape[1] * groups, size)
+
+
+def _fake_weight_grad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    del stride, padding, mode, dilation
+    return x.new_empty(grad.shape[1], x.shape[1] // groups, *kernel)
+
+
+def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
+    return grad.sum([axis for axis in range(grad.dim()) if axis != 1])
+
+
+def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, _, *geometry, groups, activation, keep = inputs
+    ctx.set_materialize_grads(False)
+    ctx.geometry, ctx.groups, ctx.activation, ctx.keep = geometry, groups, activation, keep
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _backward_conv(ctx: Any, grad: torch.Tensor | None, grad_kept: torch.Tensor | None) -> tuple[Any, ...]:
+    x, weight, kept = ctx.saved_tensors
+    if ctx.activation != 0 and not ctx.keep:
+        raise RuntimeError("astrobiogen::conv_nd was called with keep=False and an activation, so it has no gradient")
+    if grad is not None and ctx.activation == ACTIVATIONS.index("silu"):
+        grad = torch.ops.aten.silu_backward(grad, kept)
+    elif grad is not None and ctx.activation == ACTIVATIONS.index("gelu"):
+        grad = torch.ops.aten.gelu_backward(grad, kept)
+    if ctx.keep and grad_kept is not None:
+        grad = grad_kept if grad is None else grad + grad_kept
+    nothing = (None,) * 7
+    if grad is None:
+        return None, None, None, *nothing
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    ops, geometry = torch.ops.astrobiogen, (*ctx.geometry, ctx.groups)
+    grad_x = ops.conv_transpose_nd(grad, weight, None, *geometry, x.shape[2:]) if need_x else None
+    grad_weight = ops.conv_nd_weight_grad(grad, x, weight.shape[2:], *geometry) if need_weight else None
+    return grad_x, grad_weight, _bias_grad(grad) if need_bias else None, *nothing
+
+
+def _setup_transpose(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    del output
+    x, weight, _, *geometry, groups, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.geometry, ctx.groups = geometry, groups
+    ctx.save_for_backward(x, weight)
+
+
+def _backward_transpose(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * 6
+    if grad is None:
+        return None, None, None, *nothing
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    ops, geometry = torch.ops.astrobiogen, (*ctx.geometry, ctx.groups)
+    grad_x = ops.conv_nd(grad, weight, None, *geometry, 0, False)[0] if need_x else None
+    grad_weight = ops.conv_nd_weight_grad(x, grad, weight.shape[2:], *geometry) if need_weight else None
+    return grad_x, grad_weight, _bias_grad(grad) if need_bias else None, *nothing
+
+
+def _setup_weight_grad(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    del output
+    grad, x, _, *geometry = inputs
+    ctx.set_materialize_grads(False)
+    ctx.geometry = geometry
+    ctx.save_for_backward(grad, x)
+
+
+def _backward_weight_grad(ctx: Any, grad_weight: torch.Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * 6
+    if grad_weight is None:
+        return None, None, *nothing
+    grad, x = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    ops = torch.ops.astrobiogen
+    grad_grad = ops.conv_nd(x, grad_weight, None, *ctx.geometry, 0, False)[0] if need_grad else None
+    grad_x = ops.conv_transpose_nd(grad, grad_weight, None, *ctx.geometry, x.shape[2:]) if need_x else None
+    return grad_grad, grad_x, *nothing
+
+
+_GEOMETRY = "int[] stride, int[] padding, int[] mode, int[] dilation, int groups"
+
+_registry.define(
+    f"conv_nd(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int activation, bool keep) -> (Tensor, Tensor)",
+    reference=reference.conv_nd_op,
+    fake=_fake_conv,
+    triton=f"{_TRITON}:conv_nd",
+)
+_registry.define(
+    f"conv_transpose_nd(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, SymInt[] size) -> Tensor",
+    reference=reference.conv_transpose_nd_op,
+    fake=_fake_transpose,
+    triton=f"{_TRITON}:conv_transpose_nd",
+)
+_registry.define(
+    f"conv_nd_weight_grad(Tensor grad, Tensor x, SymInt[] kernel, {_GEOMETRY}) -> Tensor",
+    reference=reference.conv_nd_weight_grad_op,
+    fake=_fake_weight_grad,
+    triton=f"{_TRITON}:conv_nd_weight_grad",
+)
+_registry.differentiable("conv_nd", backward=_backward_conv, setup_context=_setup_conv)
+_registry.differentiable("conv_transpose_nd", backward=_backward_transpose, setup_context=_setup_transpose)
+_registry.differentiable("conv_nd_weight_grad", backward=_backward_weight_grad, setup_context=_setup_weight_grad)

@@ -1,0 +1,172 @@
+"""Convolution over one to five axes in plain PyTorch: the definition that the kernels are held to.
+
+y[b, o, q] = act( bias[o] + sum over c in the group of o, k in the kernel of  weight[o, c, k] * P(x)[b, c, q*stride + k*dilation - padding] )
+
+P extends x beyond its ends by the padding mode of each axis. The sum runs as a loop over the taps of all axes but the last three, each tap
+one `torch.convolution` with channels innermost on the rows that the tap can reach; taps that only touch zero padding are skipped.
+Sums over outer taps are kept in fp32 for half precision.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from astrobiogen.kernels.conv_nd.geometry import (
+    ACTIVATIONS,
+    INNER_AXES,
+    Geometry,
+    add_halo,
+    channel_last,
+    fold_halo,
+    outer_taps,
+)
+
+
+def conv_nd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, activation: str | None
+) -> torch.Tensor:
+    """y [B, O, *out] from x [B, C, *spatial] and weight [O, C / groups, *kernel]; differentiable any number of times."""
+    return _activate(_convolve(x, weight, bias, geometry), activation).to(x.dtype)
+
+
+def conv_transpose_nd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, size: list[int]
+) -> torch.Tensor:
+    """The adjoint of x -> conv_nd(x) (without bias), plus `bias`: y [B, O, *size] from x [B, C, *in], weight [C, O / groups, *kernel]."""
+    inner = geometry.after_halo()
+    padded = [n + 2 * halo for n, halo in zip(size, geometry.halo)]
+    total = fold_halo(_transpose_padded(x, weight, inner, padded), geometry)
+    if bias is not None:
+        total = total + bias.to(total.dtype).reshape(-1, *[1] * len(size))
+    return channel_last(total.to(x.dtype))
+
+
+def conv_nd_op(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: int,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `conv_nd`: y, and what went into the activation if `keep` (else an empty tensor). `keep` needs an activation."""
+    geometry = Geometry.of(stride, padding, mode, dilation, groups)
+    total = _convolve(x, weight, bias, geometry)
+    y = channel_last(_activate(total, ACTIVATIONS[activation]).to(x.dtype))
+    kept = channel_last(total.to(x.dtype)) if keep else x.new_empty(0)
+    return y, kept
+
+
+def conv_transpose_nd_op(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
+    groups: int,
+    size: list[int],
+) -> torch.Tensor:
+    """The op `conv_transpose_nd`."""
+    return conv_transpose_nd(x, weight, bias, Geometry.of(stride, padding, mode, dilation, groups), size)
+
+
+def conv_nd_weight_grad_op(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """The op `conv_nd_weight_grad`: sum over b, q of grad[b, o, q] * P(x)[b, c, q*stride + k*dilation - padding], [O, C / groups, *kernel]."""
+    geometry = Geometry.of(stride, padding, mode, dilation, groups)
+    inner = geometry.after_halo()
+    padded = add_halo(x, geometry)
+    result = x.new_zeros(grad.shape[1], x.shape[1] // groups, *kernel)
+    if len(kernel) <= INNER_AXES:
+        return _native_weight_grad(channel_last(padded), channel_last(grad), result, inner)
+    rows_x, rows_grad = padded.movedim(1, -1).contiguous(), grad.movedim(1, -1).contiguous()
+    for tap in outer_taps(inner, padded.shape[2:], grad.shape[2:], kernel):
+        part = result[(slice(None), slice(None), *tap.index)]
+        part.copy_(_native_weight_grad(_volume(rows_x, tap.input), _volume(rows_grad, tap.output), part, inner))
+    return result
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
+    """bias + convolution, in the accumulation dtype where outer taps were summed."""
+    inner = geometry.after_halo()
+    padded = add_halo(x, geometry)
+    kernel = weight.shape[2:]
+    if len(kernel) <= INNER_AXES:
+        return _native(channel_last(padded), weight, bias, inner)
+    rows = padded.movedim(1, -1).contiguous()
+    out = inner.output_size(padded.shape[2:], kernel)
+    total = rows.new_zeros(
+        x.shape[0], *out, weight.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)
+    )  # channels innermost
+    for tap in outer_taps(inner, padded.shape[2:], out, kernel):
+        volume = _native(_volume(rows, tap.input), weight[(slice(None), slice(None), *tap.index)], None, inner)
+        part = total[(slice(None), *tap.output)]
+        part.add_(volume.movedim(1, -1).reshape(part.shape))
+    if bias is not None:
+        total = total + bias.to(total.dtype)
+    return total.movedim(-1, 1)
+
+
+def _transpose_padded(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, size: list[int]) -> torch.Tensor:
+    """The adjoint of the zero-padded convolution, for an input of spatial size `size`."""
+    kernel = weight.shape[2:]
+    inner = slice(-INNER_AXES, None)
+    base = geometry.transposed_size(x.shape[2:], kernel, [0] * len(kernel))
+    extra = [n - b for n, b in zip(size, base)][inner]
+    if len(kernel) <= INNER_AXES:
+        return _native_transpose(channel_last(x), weight, geometry, extra)
+    rows = x.movedim(1, -1).contiguous()
+    channels = weight.shape[1] * geometry.groups
+    total = rows.new_zeros(x.shape[0], *size, channels, dtype=torch.promote_types(x.dtype, torch.float32))
+    for tap in outer_taps(geometry, size, x.shape[2:], kernel):
+        tap_weight = weight[(slice(None), slice(None), *tap.index)]
+        volume = _native_transpose(_volume(rows, tap.output), tap_weight, geometry, extra)
+        part = total[(slice(None), *tap.input)]
+        part.add_(volume.movedim(1, -1).reshape(part.shape))
+    return total.movedim(-1, 1)
+
+
+def _volume(rows: torch.Tensor, part: tuple[slice, ...]) -> torch.Tensor:
+    """The slice `part` over the outer axes of `rows` [B, *spatial, C], folded into the batch: [B', C, d, h, w], channels innermost."""
+    cut = rows[(slice(None), *part)]
+    return cut.reshape(-1, *cut.shape[-1 - INNER_AXES :]).movedim(-1, 1)
+
+
+def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
+    stride, padding, dilation = (part[-INNER_AXES:] for part in (geometry.stride, geometry.padding, geometry.dilation))
+    return torch.convolution(
+        x, channel_last(weight), bias, stride, padding, dilation, False, [0] * len(stride), geometry.groups
+    )
+
+
+def _native_transpose(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, extra: list[int]) -> torch.Tensor:
+    stride, padding, dilation = (part[-INNER_AXES:] for part in (geometry.stride, geometry.padding, geometry.dilation))
+    return torch.convolution(x, channel_last(weight), None, stride, padding, dilation, True, extra, geometry.groups)
+
+
+def _native_weight_grad(x: torch.Tensor, grad: torch.Tensor, like: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Weight gradient of one `torch.convolution`; `like` gives the weight's shape."""
+    stride, padding, dilation = (part[-INNER_AXES:] for part in (geometry.stride, geometry.padding, geometry.dilation))
+    mask = [False, True, False]
+    return torch.ops.aten.convolution_backward(
+        grad, x, channel_last(like), None, stride, padding, dilation, False, [0] * len(stride), geometry.groups, mask
+    )[1]
+
+
+def _activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x) if activation == "gelu" else x

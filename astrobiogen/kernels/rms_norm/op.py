@@ -1,0 +1,155 @@
+"""The ops `rms_norm` and `add_rms_norm`: schema, shapes, argument checks, gradient formula and public functions."""
+
+from typing import Any
+
+import torch
+
+from astrobiogen.kernels import _registry
+from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape
+from astrobiogen.kernels.rms_norm import reference
+
+_TRITON = "astrobiogen.kernels.rms_norm.triton_kernels"
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    y = x / sqrt(mean(x^2) + eps) * weight, with fp32 accumulation for half-precision input and one rounding at the end.
+
+    Args:
+        x: [..., H], float32, bfloat16, float16 or float64; any strides, any number of rows including none.
+        weight: [H], any of these dtypes on the device of `x` (a float32 weight with half-precision `x` is usual).
+        eps: added to the mean square, dimension of x squared; >= 0.
+
+    Returns:
+        y [..., H] with the dtype and device of `x`.
+
+    Raises:
+        TypeError: `x` or `weight` is not a floating-point tensor.
+        ValueError: `x` has no axis or H = 0, `weight` is not [H] or on another device, `eps` is negative or not finite.
+    """
+    _check(x, weight, eps)
+    if _registry.reference_selected():
+        return reference.rms_norm(x, weight, eps)
+    return torch.ops.astrobiogen.rms_norm(x, weight, eps)[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual addition followed by `rms_norm`, in one pass forward and one pass backward.
+
+    s = x + residual;  y = s / sqrt(mean(s^2) + eps) * weight.
+
+    Args:
+        x: [..., H], float32, bfloat16, float16 or float64.
+        residual: shape, dtype and device of `x`.
+        weight: [H], as in `rms_norm`.
+        eps: as in `rms_norm`.
+
+    Returns:
+        (y, s), both [..., H] with the dtype of `x`. A gradient that comes back through s is added inside the same backward kernel.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or `residual` has another dtype than `x`.
+        ValueError: shapes or devices differ, or `eps` is negative or not finite.
+    """
+    _check(x, weight, eps)
+    check_float("residual", residual)
+    check_same_dtype(x=x, residual=residual)
+    check_shape("residual", residual, tuple(x.shape), "the shape of x")
+    check_same_device(x=x, residual=residual)
+    if _registry.reference_selected():
+        return reference.add_rms_norm(x, residual, weight, eps)
+    y, total, _ = torch.ops.astrobiogen.add_rms_norm(x, residual, weight, eps)
+    return y, total
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    check_float("x", x)
+    check_float("weight", weight)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape [..., H] with H >= 1, got {tuple(x.shape)}")
+    check_shape("weight", weight, (x.shape[-1],), "[H], H the last axis of x")
+    check_same_device(x=x, weight=weight)
+    if not 0.0 <= eps < float("inf"):
+        raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
+
+
+def _rstd(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _fake_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    del weight, eps
+    return x.new_empty(x.shape), _rstd(x)
+
+
+def _fake_add_forward(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del residual, weight, eps
+    return x.new_empty(x.shape), x.new_empty(x.shape), _rstd(x)
+
+
+def _fake_backward(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, grad_sum: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    del grad_y, rstd, grad_sum
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, weight, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[-1])
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], inputs[2], output[2])
+
+
+def _backward(
+    ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    del grad_rstd
+    if grad_y is None:
+        return None, None, None
+    x, weight, rstd = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.astrobiogen.rms_norm_backward(grad_y, x, weight, rstd, None)
+    return grad_x, grad_weight, None
+
+
+def _backward_add(
+    ctx: Any, grad_y: torch.Tensor | None, grad_sum: torch.Tensor | None, grad_rstd: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
+    del grad_rstd
+    if grad_y is None:
+        return grad_sum, grad_sum, None, None
+    total, weight, rstd = ctx.saved_tensors
+    grad_total, grad_weight = torch.ops.astrobiogen.rms_norm_backward(grad_y, total, weight, rstd, grad_sum)
+    return grad_total, grad_total, grad_weight, None
+
+
+_registry.define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    reference=reference.rms_norm_forward,
+    fake=_fake_forward,
+    triton=f"{_TRITON}:rms_norm",
+)
+_registry.define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    reference=reference.add_rms_norm_forward,
+    fake=_fake_add_forward,
+    triton=f"{_TRITON}:add_rms_norm",
+)
+_registry.define(
+    "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_sum) -> (Tensor, Tensor)",
+    reference=reference.rms_norm_backward,
+    fake=_fake_backward,
+    triton=f"{_TRITON}:rms_norm_backward",
+)
+_registry.differentiable("rms_norm", backward=_backward, setup_context=_setup)
+_registry.differentiable("add_rms_norm", backward=_backward_add, setup_context=_setup_add)
+_registry.refuse_second_derivative("rms_norm_backward")

@@ -1,0 +1,17 @@
+"""The battery of checks that every operator passes, on the CPU, under Triton's interpreter, and on a GPU where there is one.
+
+A check takes the public function, its plain reference and a `Case` (see `astrobiogen.kernels._case`) and raises `AssertionError`
+with the op, case, dtype, and the measured and the allowed error. `check_battery` runs them all.
+"""
+
+from astrobiogen.testing._battery import check_battery as check_battery
+from astrobiogen.testing._compiler import check_fullgraph as check_fullgraph
+from astrobiogen.testing._compiler import check_opcheck as check_opcheck
+from astrobiogen.testing._derivatives import check_gradcheck as check_gradcheck
+from astrobiogen.testing._derivatives import check_partial_gradients as check_partial_gradients
+from astrobiogen.testing._derivatives import check_second_derivative as check_second_derivative
+from astrobiogen.testing._nonfinite import check_nonfinite as check_nonfinite
+from astrobiogen.testing._routes import Implementation as Implementation
+from astrobiogen.testing._routes import route as route
+from astrobiogen.testing._tolerance import Measurement as Measurement
+from astrobiogen.testing._values import check_op as check_op

@@ -1,0 +1,65 @@
+"""`check_battery`: every check, for all cases and dtypes of an op."""
+
+from collections.abc import Sequence
+
+import torch
+
+from astrobiogen.kernels._case import Case
+from astrobiogen.testing._compiler import check_fullgraph, check_opcheck
+from astrobiogen.testing._derivatives import check_gradcheck, check_partial_gradients, check_second_derivative
+from astrobiogen.testing._inputs import Function
+from astrobiogen.testing._nonfinite import check_nonfinite
+from astrobiogen.testing._routes import Implementation
+from astrobiogen.testing._tolerance import Measurement
+from astrobiogen.testing._values import check_op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_battery(
+    function: Function,
+    reference: Function,
+    cases: Case | Sequence[Case],
+    *,
+    ops: Sequence[str],
+    implementations: Sequence[Implementation] = ("cpu", "triton"),
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> list[Measurement]:
+    """Run every check of this package.
+
+    `check_op` for each case, dtype and implementation (Triton only where `case.interpret`, unless a GPU runs it);
+    `check_nonfinite` per implementation, `check_opcheck`, `check_fullgraph`, `check_gradcheck` (of the reference too),
+    `check_second_derivative` and `check_partial_gradients` for the cases marked `gradcheck`.
+
+    Args:
+        function: the public function.
+        reference: its plain PyTorch definition.
+        cases: one case or several; a single one serves `pytest.mark.parametrize`.
+        ops: names of the ops it calls, e.g. ``("rms_norm", "rms_norm_backward")``.
+        implementations: what to test.
+        dtypes: dtypes for `check_op`.
+
+    Returns:
+        Every `Measurement` of `check_op`.
+
+    Raises:
+        AssertionError: from the first check that fails.
+    """
+    measurements: list[Measurement] = []
+    for case in (cases,) if isinstance(cases, Case) else cases:
+        served = [i for i in implementations if i != "triton" or case.interpret or torch.cuda.is_available()]
+        for implementation in served:
+            for dtype in dtypes:
+                measurements += check_op(function, reference, case, dtype, ops=ops, implementation=implementation)
+        if not case.gradcheck:
+            continue
+        for implementation in served:
+            check_nonfinite(function, reference, case, ops=tuple(ops), implementation=implementation)
+        check_opcheck(function, case)
+        check_fullgraph(function, case)
+        if case.differentiable:
+            check_gradcheck(reference, case)
+            check_gradcheck(function, case)
+            check_second_derivative(function, case)
+            check_partial_gradients(function, case)
+    return measurements

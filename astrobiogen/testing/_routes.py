@@ -1,0 +1,76 @@
+"""Sends the library's ops to the implementation under test."""
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+
+from astrobiogen.kernels import _registry
+
+Implementation = Literal["default", "cpu", "triton"]
+
+
+def device_of(implementation: Implementation, device: str | torch.device) -> torch.device:
+    """Where the check runs: Triton kernels on the GPU if there is one, else on CPU tensors under Triton's interpreter."""
+    if implementation == "triton":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+@contextlib.contextmanager
+def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[str]]:
+    """Serve `ops` by `implementation` inside the block; the previous kernels come back after it.
+
+    Args:
+        ops: op names without the namespace.
+        implementation: ``"default"`` leaves the dispatcher alone; ``"cpu"`` demands that the C++ extension has a kernel for every
+            op; ``"triton"`` puts the Triton launchers on the CPU key, to run under the interpreter, unless a CUDA device exists.
+
+    Yields:
+        The names of the ops that reached a Triton launcher through this route, in order (stays empty for the others).
+
+    Raises:
+        AssertionError: a kernel that should be tested does not exist.
+        RuntimeError: the Triton route without a GPU needs ``TRITON_INTERPRET=1`` before Triton's first import.
+    """
+    calls: list[str] = []
+    missing = [name for name in ops if name not in _registry.ops()]
+    if missing:
+        raise AssertionError(f"no such op: {missing}; registered are {_registry.ops()}")
+    if implementation == "cpu":
+        absent = [name for name in ops if not _registry.has_kernel(name, "CPU")]
+        if absent:
+            raise AssertionError(f"no C++ kernel for {absent}: build the extension with `python setup.py build_ext --inplace`")
+    if implementation != "triton" or torch.cuda.is_available():
+        yield calls
+        return
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("without a CUDA device the Triton route needs TRITON_INTERPRET=1 in the environment before Triton's import")
+    library = torch.library.Library(_registry.NAMESPACE, "IMPL")
+    try:
+        with warnings.catch_warnings():
+            # Overriding the C++ kernel is the purpose here; PyTorch warns about it once per process.
+            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+            for name in ops:
+                library.impl(name, _counting(name, calls), "CPU", allow_override=True)
+        yield calls
+    finally:
+        library._destroy()
+
+
+def _counting(name: str, calls: list[str]) -> Callable[..., Any]:
+    path = _registry._ENTRIES[name].triton
+    if not path:
+        raise AssertionError(f"op {name} has no Triton launcher")
+    module, _, function = path.partition(":")
+    launcher = getattr(importlib.import_module(module), function)
+
+    def launch(*args: Any) -> Any:
+        calls.append(name)
+        return launcher(*args)
+
+    return launch

@@ -1,0 +1,328 @@
+"""Configuration of a training run: frozen, typed, every value checked once with the name of its key.
+
+Order of precedence: the preset's values, then `--config FILE.yaml`, then single options on the command line.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+PRESETS = ("tiny", "small", "a5000", "a5000x2", "original")
+PresetName = Literal["tiny", "small", "a5000", "a5000x2", "original"]
+
+
+def _require(condition: bool, key: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{key}: got {got!r}, expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the samples come from and how they are grouped."""
+
+    path: str = ""
+    """Folder of a data set built by `python -m astrobiogen.data build`; empty: the data bundled with the package."""
+    batch_size: int = 8
+    """Samples per micro-batch."""
+    accumulation: int = 1
+    """Micro-batches per optimizer update; gradients are weighted by samples over the whole window."""
+    limit: int = 0
+    """Use only the first N samples of every split; 0 uses all."""
+    workers: int = 0
+    """Processes that prepare batches beside the training process; 0 prepares them in it. The order does not depend on it."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        _require(self.accumulation >= 1, "data.accumulation", self.accumulation, "at least 1")
+        _require(self.limit >= 0, "data.limit", self.limit, "0 (no limit) or more")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """`adamw` is PyTorch's; the 8-bit ones need bitsandbytes >= 0.50 (extra `bnb`)."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay; biases, norm weights and every other tensor with fewer than two axes get none."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off (the norm is logged either way)."""
+    ema_decay: float = 0.0
+    """Decay of the averaged weights that validation and the final test use; 0 switches averaging off."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "0 <= beta1 < 1")
+        _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "0 <= beta2 < 1")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "more than 0")
+        _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 or more")
+        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 <= ema_decay < 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate (and, only if asked for, momentum) as a function of the number of real updates."""
+
+    name: Literal["constant", "cosine", "onecycle"] = "onecycle"
+    """`onecycle`: cosine up, cosine down (torch's OneCycleLR); `cosine`: linear warm-up, cosine down; `constant`."""
+    warmup_fraction: float = 0.1
+    """Share of all updates spent on the way up."""
+    start_division: float = 10.0
+    """The rate starts at the peak divided by this."""
+    final_division: float = 100.0
+    """The rate ends at its start value divided by this."""
+    cycle_momentum: bool = False
+    """Let `onecycle` replace beta1, as torch's OneCycleLR does unasked; off: beta1 stays what the optimizer says."""
+    base_momentum: float = 0.85
+    """beta1 at the peak rate if `cycle_momentum`."""
+    max_momentum: float = 0.95
+    """beta1 at both ends if `cycle_momentum`."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.warmup_fraction < 1, "schedule.warmup_fraction", self.warmup_fraction, "0 <= fraction < 1")
+        _require(self.start_division >= 1, "schedule.start_division", self.start_division, "at least 1")
+        _require(self.final_division >= 1, "schedule.final_division", self.final_division, "at least 1")
+        _require(0 <= self.base_momentum < 1, "schedule.base_momentum", self.base_momentum, "0 <= momentum < 1")
+        _require(0 <= self.max_momentum < 1, "schedule.max_momentum", self.max_momentum, "0 <= momentum < 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """Number format of the forward pass; weights, gradients and their sums are always fp32."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: fp32 on a CPU, bf16 on a GPU that has it, else fp16; the choice is printed and stored."""
+    initial_scale: float = 65536.0
+    """First loss scale (fp16 only)."""
+    growth_interval: int = 2000
+    """Good updates in a row before the loss scale doubles (fp16 only)."""
+    min_scale: float = 1.0
+    """Floor of the loss scale: below it gradients of 0 would be divided by 0 (fp16 only)."""
+    hysteresis: int = 2
+    """Overflows before the loss scale halves (fp16 only)."""
+    skip_budget: int = 20
+    """Updates in a row that may be skipped for NaN or Inf before the run stops with a report."""
+
+    def __post_init__(self) -> None:
+        _require(self.min_scale >= 1.0, "precision.min_scale", self.min_scale, "at least 1.0")
+        _require(
+            self.initial_scale >= self.min_scale, "precision.initial_scale", self.initial_scale, "at least min_scale"
+        )
+        _require(self.growth_interval >= 1, "precision.growth_interval", self.growth_interval, "at least 1")
+        _require(self.hysteresis >= 1, "precision.hysteresis", self.hysteresis, "at least 1")
+        _require(self.skip_budget >= 0, "precision.skip_budget", self.skip_budget, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When work is saved and how much of it is kept."""
+
+    every_epochs: int = 1
+    """Save after every N epochs; 0: only by time, at the end and on a signal."""
+    every_minutes: float = 120.0
+    """Save when this much time has passed since the last save, also inside an epoch; 0 switches it off."""
+    keep: int = 3
+    """Verified checkpoints to keep besides the best one; at least 2, so that a corrupt newest one has a fallback."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 0, "checkpoint.every_epochs", self.every_epochs, "0 or more")
+        _require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 or more")
+        _require(self.keep >= 2, "checkpoint.keep", self.keep, "at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class StopConfig:
+    """When training ends before the last epoch."""
+
+    metric: Literal["loss", "class_loss", "auroc", "accuracy"] = "loss"
+    """Validation figure that chooses the best model and counts for patience: total loss, cross-entropy, AUROC or accuracy."""
+    patience: int = 20
+    """Epochs without a better validation figure; 0 switches early stopping off."""
+    target_accuracy: float = 0.96
+    """Stop when the lower end of the validation accuracy's 95 % Wilson interval passes this; 1 switches it off."""
+    max_hours: float = 672.0
+    """Wall-clock time of training over all resumed parts, checked at every micro-batch."""
+
+    def __post_init__(self) -> None:
+        _require(self.patience >= 0, "stop.patience", self.patience, "0 or more")
+        _require(0 < self.target_accuracy <= 1, "stop.target_accuracy", self.target_accuracy, "0 < accuracy <= 1")
+        _require(self.max_hours > 0, "stop.max_hours", self.max_hours, "more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """What is shown and recorded while training."""
+
+    progress: Literal["auto", "rich", "plain"] = "auto"
+    """`rich`: a live progress bar; `plain`: log lines; `auto`: rich on a terminal, else plain."""
+    log_every: int = 10
+    """Updates between two log lines of plain progress; log.jsonl records every update."""
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level written to the console and to train.log."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to <run>/tensorboard (extra `tensorboard`: tensorboardX)."""
+
+    def __post_init__(self) -> None:
+        _require(self.log_every >= 1, "monitor.log_every", self.log_every, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is computed on the test set after training."""
+
+    batch_size: int = 16
+    """Samples per batch without gradients."""
+    bootstrap: int = 1000
+    """Replicates of the bootstrap over planets and organisms; 0 leaves intervals out."""
+    baselines: bool = True
+    """Fit the scikit-learn baselines beside the model."""
+    ablation: bool = True
+    """Evaluate once more with each modality masked."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "at least 1")
+        _require(self.bootstrap >= 0, "evaluation.bootstrap", self.bootstrap, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    """The machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: cuda if there is one."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0 leaves PyTorch's choice. Bitwise repeatability holds for one and the same number."""
+    deterministic: bool = True
+    """Refuse operations that are not deterministic; off is faster on some GPUs."""
+    malloc: Literal["keep_pages", "system"] = "keep_pages"
+    """`keep_pages`: glibc keeps freed blocks instead of unmapping them (see docs/reliability.md); `system`: untouched."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """`auto`: the library's kernels; `reference`: plain PyTorch."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "runtime.threads", self.threads, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    preset: PresetName = "tiny"
+    """Size of the model, and the defaults of everything below that fit it."""
+    seed: int = 0
+    """Seed of weights, data order, dropout and bootstrap; a run on a CPU is repeatable to the bit."""
+    epochs: int = 20
+    """Passes over the training set; the schedule is laid out over all of them."""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Changes to the preset's model configuration: `--model.classification_weight 2`, `--model.cnn_config.depth 3`."""
+    data: DataConfig = DataConfig()
+    """Samples and batches."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over time."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    stop: StopConfig = StopConfig()
+    """Early end."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Progress and logs."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Final test."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Machine."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+
+
+def preset(name: str) -> TrainConfig:
+    """The training configuration that goes with a model preset.
+
+    `tiny` is chosen for two CPU cores and five minutes; `a5000` and larger keep the original system's 1 x 32 accumulation, OneCycle shape
+    (30 % up, start at a tenth, end at a thousandth), weight decay, patience and time limits.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name == "tiny":
+        return TrainConfig(
+            preset="tiny",
+            epochs=12,
+            data=DataConfig(batch_size=8),
+            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.02),
+            checkpoint=CheckpointConfig(every_minutes=1.0),
+            stop=StopConfig(metric="class_loss", patience=6, max_hours=0.075),
+        )
+    if name == "small":
+        return TrainConfig(
+            preset="small",
+            epochs=30,
+            data=DataConfig(batch_size=8, accumulation=2),
+            optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.02),
+            checkpoint=CheckpointConfig(every_minutes=10.0),
+            stop=StopConfig(metric="class_loss", patience=10, max_hours=24.0),
+        )
+    if name in ("a5000", "a5000x2", "original"):
+        return TrainConfig(
+            preset=name,
+            epochs=200,
+            data=DataConfig(batch_size=1, accumulation=32, workers=4),
+            optimizer=OptimizerConfig(name="adamw8bit", learning_rate=1e-3 if name == "a5000" else 2e-4, weight_decay=1e-5),
+            schedule=ScheduleConfig(warmup_fraction=0.3),
+            precision=PrecisionConfig(dtype="fp16"),
+            checkpoint=CheckpointConfig(every_epochs=10, keep=5),
+        )
+    raise ValueError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
+
+
+def smoke(config: TrainConfig) -> TrainConfig:
+    """`config` cut down to a check that everything runs: two epochs on a few samples."""
+    return dataclasses.replace(
+        config,
+        epochs=min(config.epochs, 2),
+        data=dataclasses.replace(config.data, limit=min(config.data.limit or 32, 32), batch_size=min(config.data.batch_size, 8)),
+        evaluation=dataclasses.replace(config.evaluation, bootstrap=min(config.evaluation.bootstrap, 200)),
+    )
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """`config` as nested plain dictionaries, ready for JSON or YAML."""
+    return dataclasses.asdict(config)
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one level with dotted keys; empty dictionaries stay as values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# Keys that may change when a run is resumed, since no weight depends on them.
+FREE_ON_RESUME = ("checkpoint.", "monitor.", "stop.", "evaluation.")
+
+
+def changed_on_resume(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that differ between the run's configuration and the wanted one and would change its weights: key -> (saved, wanted)."""
+    before, after = flatten(saved), flatten(wanted)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(FREE_ON_RESUME)
+    }

@@ -1,0 +1,175 @@
+"""Running a model over a data set without gradients: predictions, the loss of training, modality weights, and each modality masked."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from astrobiogen.training import loading, metrics, precision, runtime
+
+MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
+LossFunction = Callable[[dict[str, Any], loading.Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a data set gave.
+
+    Attributes:
+        predictions: of the class, with groups.
+        fraction, fraction_label: predicted and true habitable area-time fraction [n].
+        loss: mean over samples of the total loss, by the same function as in training.
+        parts: the same for each term.
+        modality_weights: mean fusion weight of each modality; empty if the model gives none.
+    """
+
+    predictions: metrics.Predictions
+    fraction: metrics.Floats
+    fraction_label: metrics.Floats
+    loss: float
+    parts: dict[str, float]
+    modality_weights: dict[str, float]
+
+    def figure(self, name: str) -> float:
+        """A figure by the name that `stop.metric` uses: `loss`, `class_loss`, `auroc` or `accuracy`."""
+        if name == "loss":
+            return self.loss
+        return float(metrics.figures(self.predictions)["loss" if name == "class_loss" else name][0])
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that a log record holds."""
+        figures = {name: float(value[0]) for name, value in metrics.figures(self.predictions).items()}
+        figures["class_loss"] = figures.pop("loss")
+        error = self.fraction - self.fraction_label
+        return {
+            "loss": self.loss,
+            **figures,
+            "fraction_rmse": float(np.sqrt(np.mean(error**2))),
+            "parts": self.parts,
+            "modality_weights": self.modality_weights,
+        }
+
+
+def mask_modality(batch: loading.Batch, name: str) -> loading.Batch:
+    """`batch` as if modality `name` had not been observed: its masks false, its values zero, its language-model labels ignored."""
+    masked = dict(batch)
+    masked["modality_mask"] = batch["modality_mask"].clone()
+    masked["modality_mask"][:, MODALITIES.index(name)] = False
+    absent = {
+        "climate": ("climate_mask", "climate_datacube"),
+        "graph": ("graph_mask",),
+        "spectrum": ("spectroscopy_mask", "spectroscopy"),
+        "text": ("attention_mask",),
+        "planet_params": ("planet_params_mask", "planet_params"),
+    }[name]
+    for key in absent:
+        masked[key] = torch.zeros_like(batch[key])
+    if name == "text":
+        masked["labels"] = torch.full_like(batch["labels"], -100)
+    return masked
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards the mode and every random generator are as before, so that evaluating does not change training."""
+    training, state = model.training, runtime.rng_state()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        runtime.set_rng_state(state)
+
+
+@dataclasses.dataclass
+class _Collected:
+    probability: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    label: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    fraction: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    fraction_label: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    weights: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    metadata: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, outputs: dict[str, Any], batch: loading.Batch, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+        size = len(batch["habitability_label"])
+        self.probability.append(outputs["logits"].double().softmax(-1)[:, 1].cpu())
+        self.label.append(batch["habitability_label"].cpu())
+        self.fraction.append(outputs["regression"].double().reshape(-1).cpu())
+        self.fraction_label.append(batch["habitability_fraction"].double().cpu())
+        if outputs.get("modality_weights") is not None:
+            self.weights.append(outputs["modality_weights"].double().cpu())
+        self.metadata.extend(batch["metadata"])
+        for name, value in {"loss": loss, **parts}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value) * size
+
+    def finish(self) -> Evaluation:
+        count = max(len(self.metadata), 1)
+        means = {name: value / count for name, value in self.sums.items()}
+        weights = torch.cat(self.weights).mean(0).tolist() if self.weights else []
+        return Evaluation(
+            predictions=predictions_of(torch.cat(self.probability).numpy(), torch.cat(self.label).numpy(), self.metadata),
+            fraction=torch.cat(self.fraction).numpy(),
+            fraction_label=torch.cat(self.fraction_label).numpy(),
+            loss=means.pop("loss"),
+            parts=means,
+            modality_weights=dict(zip(MODALITIES, weights, strict=True)) if weights else {},
+        )
+
+
+def predictions_of(probability: metrics.Floats, label: metrics.Integers, metadata: list[dict[str, Any]]) -> metrics.Predictions:
+    """Predictions with the groups that the metadata name. Planets of one star system count as one group, as do models of one species."""
+
+    def numbers(key: str, fallback: str) -> metrics.Integers:
+        names = [str(item.get(key) or item.get(fallback)) for item in metadata]
+        return np.unique(np.asarray(names), return_inverse=True)[1].astype(np.int64)
+
+    cells = tuple(str(item.get("cell", "")) for item in metadata)
+    return metrics.Predictions(
+        np.asarray(probability, np.float64), np.asarray(label, np.int64), numbers("star_system", "planet"), numbers("species", "organism"), cells
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loss_function: LossFunction,
+    samples: loading.Samples,
+    collate: loading.Collate,
+    *,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    masked: str = "",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Run `model` over all of `samples` in order.
+
+    Args:
+        dtype: format of the forward pass.
+        masked: name of a modality to hide, or empty.
+        should_stop: polled before each batch; True ends the pass.
+
+    Returns:
+        the evaluation, or None if it was stopped.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not len(samples):
+        raise ValueError("samples: got an empty data set, expected at least one sample")
+    collected = _Collected()
+    with _frozen(model):
+        for _, batch in loading.load_batches(samples, collate, loading.in_order(len(samples), batch_size), device):
+            if should_stop():
+                return None
+            shown = mask_modality(batch, masked) if masked else batch
+            with precision.autocast(device, dtype):
+                outputs = model(shown)
+                loss, parts = loss_function(outputs, shown)
+            collected.add(outputs, shown, loss, parts)
+    return collected.finish()

@@ -1,0 +1,83 @@
+"""From sample numbers to batches on the device, in an order that does not depend on how they are prepared."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+Batch = dict[str, Any]
+Collate = Callable[[list[Any]], Batch]
+
+
+class Sampler(Protocol):
+    """What the loop needs of `astrobiogen.data.EpochSampler`: the order is a function of (seed, epoch) only."""
+
+    batches_per_epoch: int
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """Sample numbers of each batch of `epoch`, the first `start` batches left out."""
+        ...
+
+
+class Samples(Protocol):
+    """A data set: a length and a sample for each number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Subset(Dataset[Any]):
+    """The first `limit` samples of a data set."""
+
+    def __init__(self, samples: Samples, limit: int) -> None:
+        self.samples = samples
+        self._length = min(limit, len(samples))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self._length:
+            raise IndexError(f"index: got {index}, expected 0 <= index < {self._length}")
+        return self.samples[index]
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor (and graph batch) inside it on `device`."""
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple | str | int | float) or value is None:
+        return value
+    return value.to(device, non_blocking=True)
+
+
+def _identity_dataset_batches(samples: Samples, collate: Collate, order: Iterable[list[int]]) -> Iterator[Batch]:
+    for indices in order:
+        yield collate([samples[index] for index in indices])
+
+
+def load_batches(
+    samples: Samples, collate: Collate, order: Sequence[list[int]], device: torch.device, workers: int = 0
+) -> Iterator[tuple[list[int], Batch]]:
+    """Each batch of `order` with its sample numbers. Draws nothing from the global generators."""
+    if workers:
+        # A generator of its own: DataLoader would otherwise draw its base seed from the global one and shift every later draw.
+        source: Iterable[Batch] = DataLoader(
+            samples,  # type: ignore[arg-type]
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
+        )
+    else:
+        source = _identity_dataset_batches(samples, collate, order)
+    for indices, batch in zip(order, source, strict=True):
+        yield indices, to_device(batch, device)
+
+
+def in_order(count: int, batch_size: int) -> list[list[int]]:
+    """Batches of 0 .. count - 1 in order, the last one possibly short."""
+    return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]

@@ -1,0 +1,65 @@
+"""Optimizers, weight-decay groups and averaged weights."""
+
+import importlib
+
+import torch
+from torch import nn
+
+from astrobiogen.training.config import OptimizerConfig
+from astrobiogen.training.errors import UserError
+
+_BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Trainable parameters in two groups: matrices and kernels are decayed; biases, norm weights and other vectors are not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, object]] = [
+        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names.
+
+    Raises:
+        UserError: an 8-bit optimizer without bitsandbytes.
+    """
+    groups = decay_groups(model, config.weight_decay)
+    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, **options)  # the horizontal (foreach/fused) form is PyTorch's choice per device
+    try:
+        library = importlib.import_module("bitsandbytes.optim")
+    except ImportError as error:
+        raise UserError(
+            f"optimizer.name: got {config.name!r}, which needs bitsandbytes >= 0.50: pip install 'astrobiogen[bnb]' "
+            f"(or --optimizer.name adamw); the import said: {error}"
+        ) from error
+    optimizer: torch.optim.Optimizer = getattr(library, _BITSANDBYTES[config.name])(groups, **options)
+    return optimizer
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters and buffers: `a <- decay * a + (1 - decay) * w` after each update.
+
+    The decay is warmed up as min(decay, (1 + updates) / (10 + updates)), so that early averages are not the random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.averages = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the model's present weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.averages[name].lerp_(value, 1 - decay)
+            else:
+                self.averages[name].copy_(value)

@@ -1,0 +1,120 @@
+"""The process: seeds, determinism, threads, memory allocator, signals."""
+
+import ctypes
+import dataclasses
+import platform
+import random
+import signal
+import types
+from typing import Any
+
+import numpy
+import torch
+
+from astrobiogen.training.config import RuntimeConfig
+from astrobiogen.training.errors import UserError
+
+# glibc's malloc.h. Without these settings each block above 128 KiB (later up to 32 MiB, as the limit adapts) is mapped and unmapped with
+# the kernel, and page faults dominate memory-bound steps.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators (CPU and every GPU)."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator, as tensors, numbers, strings and tuples of these only (no pickle needed to store it)."""
+    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = tuple(torch.cuda.get_rng_state_all())
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned."""
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(list(state["cuda"]))
+
+
+def keep_freed_pages() -> bool:
+    """Tell glibc to keep freed memory in the process instead of returning it to the kernel at once; False where there is no glibc.
+
+    The price: the resident size does not shrink below its peak until the process ends.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    no_mapping = libc.mallopt(ctypes.c_int(_M_MMAP_MAX), ctypes.c_int(0))
+    no_trimming = libc.mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(-1))
+    return bool(no_mapping and no_trimming)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: got 'cuda', but PyTorch finds no CUDA device here; use --runtime.device cpu")
+    return torch.device(name)
+
+
+def prepare(config: RuntimeConfig, seed: int) -> dict[str, Any]:
+    """Apply threads, determinism, allocator policy and seeds; returns what was done, for environment.json."""
+    kept = config.malloc == "keep_pages" and keep_freed_pages()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.deterministic)
+    # Filling fresh memory with NaN is a debugging aid of the deterministic mode; it costs a pass over each new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    seed_everything(seed)
+    return {
+        "threads": torch.get_num_threads(),
+        "deterministic": config.deterministic,
+        "malloc": "keep_pages" if kept else "system",
+        "seed": seed,
+    }
+
+
+@dataclasses.dataclass
+class Interrupt:
+    """Turns SIGINT and SIGTERM into a flag that the loop polls; a second signal of either kind ends the process at once.
+
+    Use as a context manager.
+    """
+
+    received: str = ""
+    _previous: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def _handle(self, number: int, _frame: types.FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

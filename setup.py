@@ -1,0 +1,60 @@
+"""Builds the optional C++ extension `astrobiogen._C` from csrc/*.cpp. All other metadata is in pyproject.toml.
+
+The extension needs the installed PyTorch's headers, so build without isolation: `pip install --no-build-isolation .`
+Without PyTorch or a compiler the package still installs; its ops then run their plain PyTorch references on the CPU and say so once.
+"""
+
+import os
+import pathlib
+import platform
+import sys
+
+from setuptools import setup
+from setuptools.errors import BaseError
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def notice(reason: str) -> None:
+    print(
+        f"\nNOTICE: the C++ extension of astrobiogen was not built: {reason}\n"
+        "        astrobiogen works without it, but its CPU operators run their slower plain PyTorch references.\n"
+        "        To build it: install PyTorch and a C++17 compiler, then `pip install --no-build-isolation .`\n",
+        file=sys.stderr,
+    )
+
+
+def extension_arguments() -> dict:
+    """Arguments of `setup` that build the extension; empty, with a notice, where PyTorch is not there to build against."""
+    try:
+        from torch.utils import cpp_extension  # a build without PyTorch must get past this line
+    except ImportError:
+        notice("PyTorch is not installed in this build environment (an isolated build does not see it)")
+        return {}
+
+    class OptionalBuild(cpp_extension.BuildExtension):
+        """The compile step that reports a failure and lets the pure Python package install."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except (BaseError, OSError, RuntimeError, ValueError) as error:
+                if os.environ.get("ASTROBIOGEN_REQUIRE_EXTENSION") == "1":
+                    raise
+                self.extensions.clear()
+                notice(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no compiler'}")
+
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-ignored-attributes"]
+    if platform.system() == "Darwin":
+        flags.remove("-fopenmp")
+    extension = cpp_extension.CppExtension(
+        "astrobiogen._C",
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=flags,
+        extra_link_args=[flag for flag in flags if flag == "-fopenmp"],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+setup(**extension_arguments())
