@@ -1,7 +1,8 @@
 """Builds the optional C++ extension `astrobiogen._C` from csrc/*.cpp. All other metadata is in pyproject.toml.
 
 The extension needs the installed PyTorch's headers, so build without isolation: `pip install --no-build-isolation .`
-Without PyTorch or a compiler the package still installs; its ops then run their plain PyTorch references on the CPU and say so once.
+Without PyTorch or a compiler the package still installs; its ops then run their plain PyTorch references on the CPU and
+say so once.
 """
 
 import os
@@ -25,7 +26,8 @@ def notice(reason: str) -> None:
 
 
 def extension_arguments() -> dict:
-    """Arguments of `setup` that build the extension; empty, with a notice, where PyTorch is not there to build against."""
+    """Arguments of `setup` that build the extension; empty, with a notice, where PyTorch is not there to build
+    against."""
     try:
         from torch.utils import cpp_extension  # a build without PyTorch must get past this line
     except ImportError:
@@ -44,7 +46,15 @@ def extension_arguments() -> dict:
                 self.extensions.clear()
                 notice(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no compiler'}")
 
-    flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-ignored-attributes"]
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-fopenmp",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wno-psabi",
+        "-Wno-ignored-attributes",
+    ]
     if platform.system() == "Darwin":
         flags.remove("-fopenmp")
     extension = cpp_extension.CppExtension(

@@ -1,4 +1,11 @@
 """The catalogue of operators: every public function of `astrobiogen.kernels`, one line each."""
 
+from astrobiogen.kernels.attention.op import attention as attention
+from astrobiogen.kernels.conv_nd.op import conv_nd as conv_nd
+from astrobiogen.kernels.conv_nd.op import conv_transpose_nd as conv_transpose_nd
+from astrobiogen.kernels.linear_cross_entropy.op import linear_cross_entropy as linear_cross_entropy
 from astrobiogen.kernels.rms_norm.op import add_rms_norm as add_rms_norm
 from astrobiogen.kernels.rms_norm.op import rms_norm as rms_norm
+from astrobiogen.kernels.rope.op import rope as rope
+from astrobiogen.kernels.swiglu.op import swiglu as swiglu
+from astrobiogen.kernels.swiglu.op import swiglu_packed as swiglu_packed

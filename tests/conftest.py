@@ -8,7 +8,8 @@ import hypothesis
 import pytest
 import torch
 
-# Triton reads this once, when a module with `triton.jit` functions is imported; pytest imports this file before any test.
+# Triton reads this once, when a module with `triton.jit` functions is imported; pytest imports this file before any
+# test.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -24,7 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Seed PyTorch from the test's name, so that its numbers depend neither on the order of tests nor on the worker; leave no state behind."""
+    """Seed PyTorch from the test's name, so that its numbers depend neither on the order of tests nor on the worker;
+    leave no state behind.
+    """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
         threads = torch.get_num_threads()

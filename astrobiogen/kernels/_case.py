@@ -16,7 +16,8 @@ class TensorMaker:
     generator: torch.Generator
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Standard-normal tensor `shape`; drawn in fp64 and rounded, so that every dtype of a case sees the same numbers."""
+        """Standard-normal tensor `shape`; drawn in fp64 and rounded, so that every dtype of a case sees the same
+        numbers."""
         values = torch.randn(*shape, dtype=torch.float64, generator=self.generator)
         return values.to(dtype=dtype or self.dtype, device=self.device)
 
@@ -31,11 +32,13 @@ class Case:
 
     Attributes:
         name: shows up in test ids.
-        build: returns the public function's arguments by name. It may return non-contiguous, expanded or empty tensors: the battery
+        build: returns the public function's arguments by name. It may return non-contiguous, expanded or empty tensors:
+            the battery
             keeps strides as they are.
         differentiable: names of the arguments whose gradients are checked; empty for none.
         gradcheck: small enough (< ~200 elements in all) for a numerical fp64 gradient check.
-        interpret: small enough (< ~5,000 elements in all) for Triton's interpreter, which runs programs one by one in Python.
+        interpret: small enough (< ~5,000 elements in all) for Triton's interpreter, which runs programs one by one in
+            Python.
     """
 
     name: str
@@ -54,7 +57,8 @@ class CompileCase:
         kernel: the `triton.jit` function.
         signature: argument name -> Triton type (``"*fp16"``, ``"i64"``, ``"fp32"``), constexpr arguments left out.
         constexprs: argument name -> compile-time value.
-        aligned: names of the pointer and integer arguments that are divisible by 16, as the launcher guarantees at this size.
+        aligned: names of the pointer and integer arguments that are divisible by 16, as the launcher guarantees at this
+            size.
         num_warps: warps per program.
         num_stages: software pipeline depth.
         needs_mma: True for a kernel with a dot, which must use tensor cores.

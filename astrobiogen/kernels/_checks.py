@@ -1,4 +1,5 @@
-"""Argument checks shared by the ops' public functions; every message names the argument, what was got and what is expected."""
+"""Argument checks shared by the ops' public functions; every message names the argument, what was got and what is
+expected."""
 
 import torch
 
@@ -37,6 +38,7 @@ def check_same_dtype(**tensors: torch.Tensor) -> None:
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    """ValueError unless `tensor` has shape `expected`; `meaning` says where that shape comes from, e.g. "[H], H the last axis of x"."""
+    """ValueError unless `tensor` has shape `expected`; `meaning` says where that shape comes from, e.g. "[H], H the
+    last axis of x"."""
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}), got {tuple(tensor.shape)}")

@@ -26,7 +26,8 @@ Mode = Literal["auto", "reference"]
 
 
 class _Selection:
-    """What `use_kernels` has chosen. Plain attribute access, so that `torch.compile` guards on it (a ContextVar breaks the graph)."""
+    """What `use_kernels` has chosen. Plain attribute access, so that `torch.compile` guards on it (a ContextVar breaks
+    the graph)."""
 
     def __init__(self) -> None:
         self.mode: Mode = "auto"
@@ -67,10 +68,12 @@ _WARNED: set[tuple[str, str]] = set()
 
 
 def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: str = "") -> None:
-    """Define the op `schema` with its reference as the default kernel, its fake (shape) function and its Triton launcher.
+    """Define the op `schema` with its reference as the default kernel, its fake (shape) function and its Triton
+    launcher.
 
     Args:
-        schema: PyTorch op schema without the namespace, e.g. ``"rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)"``.
+        schema: PyTorch op schema without the namespace, e.g. ``"rms_norm(Tensor x, Tensor weight, float eps) ->
+            (Tensor, Tensor)"``.
         reference: plain PyTorch with the op's exact signature and results; serves every device that has no kernel.
         fake: returns empty outputs of the right shape, dtype and device, touching no data.
         triton: ``"module:function"`` of the CUDA launcher, imported on the first CUDA call.
@@ -85,18 +88,20 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
 
 
 def differentiable(name: str, *, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give op `name` its gradient formula. `backward` must call ops only, so that it dispatches and compiles like the forward."""
+    """Give op `name` its gradient formula. `backward` must call ops only, so that it dispatches and compiles like the
+    forward."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def refuse_second_derivative(name: str) -> None:
-    """Make differentiating through the backward op `name` an error; without this PyTorch only warns and may return wrong values."""
+    """Make differentiating through the backward op `name` an error; without this PyTorch only warns and may return
+    wrong values."""
 
     def refuse(ctx: Any, *grads: torch.Tensor) -> None:
         del ctx, grads
         raise RuntimeError(
-            f"astrobiogen::{name} has no second derivative: differentiate twice under `astrobiogen.use_kernels('reference')`, "
-            "which runs plain PyTorch, or drop `create_graph=True`."
+            f"astrobiogen::{name} has no second derivative: differentiate twice under "
+            "`astrobiogen.use_kernels('reference')`, which runs plain PyTorch, or drop `create_graph=True`."
         )
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=LIBRARY)
@@ -112,7 +117,8 @@ def use_kernels(mode: Mode) -> Iterator[None]:
     """Choose the implementation of every op inside the `with` block, for the whole process.
 
     Args:
-        mode: ``"auto"`` (the default outside any block: the dispatcher's choice, see `kernel_status`) or ``"reference"``
+        mode: ``"auto"`` (the default outside any block: the dispatcher's choice, see `kernel_status`) or
+            ``"reference"``
             (plain PyTorch under ordinary autograd, twice differentiable).
 
     Raises:
@@ -132,7 +138,8 @@ def kernel_status() -> KernelTable:
     """Say which implementation serves each op on each device type on this machine, and why.
 
     Returns:
-        A tuple of `KernelStatus` rows (``op``, ``device``, ``implementation`` "c++" | "triton" | "reference", ``reason``)
+        A tuple of `KernelStatus` rows (``op``, ``device``, ``implementation`` "c++" | "triton" | "reference",
+        ``reason``)
         that prints as a table.
     """
     rows: list[KernelStatus] = []
@@ -187,7 +194,9 @@ def _warning_reference(name: str, reference: Callable[..., Any]) -> Callable[...
         if device in ("cpu", "cuda") and (name, device) not in _WARNED:
             _WARNED.add((name, device))
             row = (_cpu_status if device == "cpu" else _cuda_status)(_ENTRIES[name])
-            warnings.warn(f"astrobiogen.{name} runs its plain PyTorch reference on {device}: {row.reason}", stacklevel=2)
+            warnings.warn(
+                f"astrobiogen.{name} runs its plain PyTorch reference on {device}: {row.reason}", stacklevel=2
+            )
         return reference(*args)
 
     return serve

@@ -1,7 +1,8 @@
-"""The battery of checks that every operator passes, on the CPU, under Triton's interpreter, and on a GPU where there is one.
+"""The battery of checks that every operator passes, on the CPU, under Triton's interpreter, and on a GPU where there
+is one.
 
-A check takes the public function, its plain reference and a `Case` (see `astrobiogen.kernels._case`) and raises `AssertionError`
-with the op, case, dtype, and the measured and the allowed error. `check_battery` runs them all.
+A check takes the public function, its plain reference and a `Case` (see `astrobiogen.kernels._case`) and raises
+`AssertionError` with the op, case, dtype, and the measured and the allowed error. `check_battery` runs them all.
 """
 
 from astrobiogen.testing._battery import check_battery as check_battery

@@ -28,7 +28,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[_Call] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func.namespace == _registry.NAMESPACE:
             self.calls.append(_Call(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -75,7 +77,8 @@ def check_opcheck(
 def check_fullgraph(
     function: Function, case: Case, dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu"
 ) -> None:
-    """`torch.compile(fullgraph=True, backend="aot_eager")` gives the eager call's values and gradients, with no graph break.
+    """`torch.compile(fullgraph=True, backend="aot_eager")` gives the eager call's values and gradients, with no
+    graph break.
 
     Raises:
         AssertionError: the graph breaks, or a result differs by more than the floor of the error rule.
@@ -109,7 +112,9 @@ def _record(function: Function, case: Case, arguments: _inputs.Arguments) -> lis
         if pairs:
             torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True)
     # A backward op is checked without gradients of its own: most refuse a second derivative.
-    return [_leaf_call(call, grad=True) for call in forward.calls] + [_leaf_call(call, grad=False) for call in backward.calls]
+    return [_leaf_call(call, grad=True) for call in forward.calls] + [
+        _leaf_call(call, grad=False) for call in backward.calls
+    ]
 
 
 def _leaf_call(call: _Call, *, grad: bool) -> _Call:

@@ -14,7 +14,8 @@ REFUSAL = "has no second derivative"
 
 
 def check_gradcheck(function: Function, case: Case, *, device: str | torch.device = "cpu") -> None:
-    """`torch.autograd.gradcheck` in fp64: analytic against numerical derivatives (step 1e-6, absolute 1e-5, relative 1e-3).
+    """`torch.autograd.gradcheck` in fp64: analytic against numerical derivatives (step 1e-6, absolute 1e-5, relative
+    1e-3).
 
     Raises:
         AssertionError: they differ, or two backward runs do.
@@ -42,7 +43,9 @@ def check_second_derivative(function: Function, case: Case, *, device: str | tor
         raise AssertionError(f"{subject}: gradgradcheck: {error}") from error
     except (RuntimeError, UserWarning) as error:
         if REFUSAL not in str(error):
-            raise AssertionError(f"{subject}: the second derivative neither works nor says {REFUSAL!r}: {error}") from error
+            raise AssertionError(
+                f"{subject}: the second derivative neither works nor says {REFUSAL!r}: {error}"
+            ) from error
 
 
 def check_partial_gradients(function: Function, case: Case, *, device: str | torch.device = "cpu") -> None:

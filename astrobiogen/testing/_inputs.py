@@ -19,7 +19,9 @@ UNALIGNED_MARGIN = 65
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one evaluation gave: the outputs, and one gradient per differentiable argument (None if autograd gave none)."""
+    """What one evaluation gave: the outputs, and one gradient per differentiable argument (None if autograd gave
+    none).
+    """
 
     outputs: tuple[torch.Tensor, ...]
     gradients: dict[str, torch.Tensor | None]
@@ -92,7 +94,8 @@ def evaluate(
     """
     leaves = {name: arguments[name].detach().requires_grad_(True) for name in differentiable} if upstream else {}
     outputs = as_tuple(function(**{**arguments, **leaves}))
-    pairs = [(o, g) for o, g in zip(outputs, upstream) if g is not None and o.requires_grad]
+    # A wrong shape is reported with the outputs; autograd would stop here.
+    pairs = [(o, g) for o, g in zip(outputs, upstream) if g is not None and o.requires_grad and o.shape == g.shape]
     gradients: dict[str, torch.Tensor | None] = dict.fromkeys(leaves)
     if pairs and leaves:
         roots, weights = [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]

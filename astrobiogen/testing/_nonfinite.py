@@ -24,10 +24,11 @@ def check_nonfinite(
 ) -> None:
     """Plant NaN, +Inf and -Inf, one at a time, in the middle of each floating-point tensor argument.
 
-    With the reference as the measure: an output (or gradient) element that depends on the planted element, found by replacing it with
-    another finite number in fp64, and is not finite in the reference, must not be finite in the op's result; an output that is finite in the
-    reference must stay finite. (Depending on it matters: a masked-out NaN times zero is NaN in a plain reference, while a kernel
-    that skips masked blocks rightly never sees it.) For gradients only the first half is demanded.
+    With the reference as the measure: an output (or gradient) element that depends on the planted element, found by
+    replacing it with another finite number in fp64, and is not finite in the reference, must not be finite in the
+    op's result; an output that is finite in the reference must stay finite. (Depending on it matters: a masked-out
+    NaN times zero is NaN in a plain reference, while a kernel that skips masked blocks rightly never sees it.) For
+    gradients only the first half is demanded.
 
     Raises:
         AssertionError: a NaN or infinity is lost, or appears where the reference has none.
@@ -38,7 +39,9 @@ def check_nonfinite(
     for name in floating:
         depends = _depends(reference, case, clean, name)
         for planted in (float("nan"), float("inf"), float("-inf")):
-            subject = f"{_inputs.name_of(function)} [{implementation}], case {case.name!r}, {dtype}: {planted} in {name}"
+            subject = (
+                f"{_inputs.name_of(function)} [{implementation}], case {case.name!r}, {dtype}: {planted} in {name}"
+            )
             arguments = _plant(clean, name, planted)
             with warnings.catch_warnings():
                 # NumPy, on which Triton's interpreter computes, warns about arithmetic with infinities.
@@ -47,7 +50,13 @@ def check_nonfinite(
                 with _routes.route(ops, implementation):
                     got = _all(function, case, arguments)
             for quantity, value in got.items():
-                _judge(f"{subject}: {quantity}", value, expected[quantity], depends[quantity], quantity.startswith("output"))
+                _judge(
+                    f"{subject}: {quantity}",
+                    value,
+                    expected[quantity],
+                    depends[quantity],
+                    quantity.startswith("output"),
+                )
 
 
 def _judge(label: str, got: torch.Tensor, expected: torch.Tensor, depends: torch.Tensor, exact: bool) -> None:
@@ -55,11 +64,15 @@ def _judge(label: str, got: torch.Tensor, expected: torch.Tensor, depends: torch
     lost = depends & ~torch.isfinite(expected) & ~bad
     if bool(lost.any()):
         where = tuple(int(i) for i in lost.nonzero()[0])
-        raise AssertionError(f"{label}: {int(lost.sum())} elements lost it; first at {where}: got {got[where].item():.6g}")
+        raise AssertionError(
+            f"{label}: {int(lost.sum())} elements lost it; first at {where}: got {got[where].item():.6g}"
+        )
     spread = bad & torch.isfinite(expected)
     if exact and bool(spread.any()):
         where = tuple(int(i) for i in spread.nonzero()[0])
-        raise AssertionError(f"{label}: {int(spread.sum())} elements caught it though the reference's are finite; first at {where}")
+        raise AssertionError(
+            f"{label}: {int(spread.sum())} elements caught it though the reference's are finite; first at {where}"
+        )
 
 
 def _depends(reference: Function, case: Case, clean: Arguments, name: str) -> dict[str, torch.Tensor]:

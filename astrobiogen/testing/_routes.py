@@ -15,7 +15,9 @@ Implementation = Literal["default", "cpu", "triton"]
 
 
 def device_of(implementation: Implementation, device: str | torch.device) -> torch.device:
-    """Where the check runs: Triton kernels on the GPU if there is one, else on CPU tensors under Triton's interpreter."""
+    """Where the check runs: Triton kernels on the GPU if there is one, else on CPU tensors under Triton's
+    interpreter.
+    """
     if implementation == "triton":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
@@ -27,8 +29,9 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
 
     Args:
         ops: op names without the namespace.
-        implementation: ``"default"`` leaves the dispatcher alone; ``"cpu"`` demands that the C++ extension has a kernel for every
-            op; ``"triton"`` puts the Triton launchers on the CPU key, to run under the interpreter, unless a CUDA device exists.
+        implementation: ``"default"`` leaves the dispatcher alone; ``"cpu"`` demands that the C++ extension has a
+            kernel for every op; ``"triton"`` puts the Triton launchers on the CPU key, to run under the interpreter,
+            unless a CUDA device exists.
 
     Yields:
         The names of the ops that reached a Triton launcher through this route, in order (stays empty for the others).
@@ -44,12 +47,16 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
     if implementation == "cpu":
         absent = [name for name in ops if not _registry.has_kernel(name, "CPU")]
         if absent:
-            raise AssertionError(f"no C++ kernel for {absent}: build the extension with `python setup.py build_ext --inplace`")
+            raise AssertionError(
+                f"no C++ kernel for {absent}: build the extension with `python setup.py build_ext --inplace`"
+            )
     if implementation != "triton" or torch.cuda.is_available():
         yield calls
         return
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("without a CUDA device the Triton route needs TRITON_INTERPRET=1 in the environment before Triton's import")
+        raise RuntimeError(
+            "without a CUDA device the Triton route needs TRITON_INTERPRET=1 in the environment before Triton's import"
+        )
     library = torch.library.Library(_registry.NAMESPACE, "IMPL")
     try:
         with warnings.catch_warnings():

@@ -26,10 +26,11 @@ def check_op(
 ) -> list[Measurement]:
     """Hold one op against its reference on one case.
 
-    The op's inputs and upstream gradients lie in NaN-filled buffers, and fresh memory (`empty`, in Python and in C++) is NaN. Checked:
+    The op's inputs and upstream gradients lie in NaN-filled buffers, and fresh memory (`empty`, in Python and in
+    C++) is NaN. Checked:
 
-    * values and gradients: error against the fp64 reference at most 2x (3x) that of the same-dtype eager reference plus a floor
-      (see `astrobiogen.testing._tolerance`); shapes and dtypes as the reference's;
+    * values and gradients: error against the fp64 reference at most 2x (3x) that of the same-dtype eager reference
+      plus a floor (see `astrobiogen.testing._tolerance`); shapes and dtypes as the reference's;
     * a second run gives the same bits;
     * inputs, upstream gradients and the memory around them keep their bits;
     * once more with element-aligned addresses and, for each output alone, an expanded (stride 0) upstream gradient.
@@ -41,8 +42,8 @@ def check_op(
         dtype: of the case's tensors.
         device: where to run; `implementation="triton"` decides for itself.
         ops: names of the registered ops that `function` calls, forward and backward; needed for "cpu" and "triton".
-        implementation: "default" the dispatcher's choice, "cpu" the C++ kernels, "triton" the Triton kernels, on the GPU or under
-            the interpreter.
+        implementation: "default" the dispatcher's choice, "cpu" the C++ kernels, "triton" the Triton kernels, on the
+            GPU or under the interpreter.
         seed: of the case's random numbers.
         absolute_floor: added to every allowed error; state the reason where you use it.
 
@@ -59,7 +60,9 @@ def check_op(
     plain = judge.reference_outputs()
     with _routes.route(ops, implementation) as calls:
         measurements = _check_dense(judge, function, _inputs.draw_upstream(case, plain))
-        outputs = [index for index, output in enumerate(plain) if output.is_floating_point()] if case.differentiable else []
+        outputs = (
+            [index for index, output in enumerate(plain) if output.is_floating_point()] if case.differentiable else []
+        )
         for only in outputs or [None]:
             upstream = _inputs.draw_upstream(case, plain, only=only, expanded=True, seed=100)
             got, guards = _run(function, arguments, case, upstream, _inputs.UNALIGNED_MARGIN)
@@ -73,13 +76,17 @@ def check_op(
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
     """Inside, `empty` in Python and `at::empty` in C++ return NaN (integers: the largest number), on CPU and CUDA."""
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
-            # The deterministic mode serves only to fill memory: an op that has no deterministic variant is no fault here.
+            # The deterministic mode serves only to fill memory: an op that has no deterministic variant is no fault
+            # here.
             warnings.filterwarnings("ignore", message="(?s).*does not have a deterministic implementation")
             warnings.filterwarnings("ignore", message="(?s).*Deterministic behavior was enabled")
             yield
@@ -91,7 +98,9 @@ def poisoned_empty() -> Iterator[None]:
 class _Judge:
     """Evaluates the reference in fp64 and in the case's own dtype, and holds results against both."""
 
-    def __init__(self, subject: Subject, reference: Function, arguments: Arguments, case: Case, absolute_floor: float) -> None:
+    def __init__(
+        self, subject: Subject, reference: Function, arguments: Arguments, case: Case, absolute_floor: float
+    ) -> None:
         self.subject = subject
         self.reference = reference
         self.arguments = arguments
@@ -109,7 +118,9 @@ class _Judge:
         wide = [gradient.double() if gradient is not None else None for gradient in upstream]
         exact = _inputs.evaluate(self.reference, _inputs.upcast(self.arguments), names, wide)
         if len(got.outputs) != len(eager.outputs):
-            raise AssertionError(f"{self.subject}: {len(got.outputs)} outputs, the reference gives {len(eager.outputs)}")
+            raise AssertionError(
+                f"{self.subject}: {len(got.outputs)} outputs, the reference gives {len(eager.outputs)}"
+            )
         rows = [
             _tolerance.compare(
                 self.subject, f"output {i}{remark}", *triple, factor=FORWARD_FACTOR, absolute_floor=self.absolute_floor

@@ -48,7 +48,8 @@ def add_rms_norm(
         eps: as in `rms_norm`.
 
     Returns:
-        (y, s), both [..., H] with the dtype of `x`. A gradient that comes back through s is added inside the same backward kernel.
+        (y, s), both [..., H] with the dtype of `x`. A gradient that comes back through s is added inside the same
+        backward kernel.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or `residual` has another dtype than `x`.

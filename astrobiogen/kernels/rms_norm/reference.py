@@ -44,7 +44,8 @@ def rms_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `rms_norm_backward`: dx [..., H] and dweight [H].
 
-    With n = x * rstd and g = grad_y * weight:  dx = rstd * (g - n * mean(g * n)) + grad_sum,  dweight = sum over rows of grad_y * n.
+    With n = x * rstd and g = grad_y * weight:  dx = rstd * (g - n * mean(g * n)) + grad_sum,  dweight = sum over rows
+    of grad_y * n.
     `grad_sum` is the gradient that reaches x + residual on its other way out (`add_rms_norm`), or None.
     """
     accumulate = torch.promote_types(x.dtype, torch.float32)

@@ -1,9 +1,14 @@
-"""RMSNorm on NVIDIA GPUs, forward and backward, with the residual addition fused. Formulas: `reference.py`; bytes and floors: `README.md`.
+"""RMSNorm on NVIDIA GPUs, forward and backward, with the residual addition fused. Formulas: `reference.py`; bytes and
+floors: `README.md`.
 
-A row of H columns is held in registers as at most three power-of-two tiles, e.g. 4352 = 4096 + 256, instead of one tile of 8192 with 47 % of
-its lanes masked; only the last tile may carry a mask (67 = 64 + 4 with 3 live columns). Rows wider than `MAX_ROW` are walked in column tiles.
+A row of H columns is held in registers as at most three power-of-two tiles, e.g. 4352 = 4096 + 256, instead of one tile
+of 8192 with 47 % of
+its lanes masked; only the last tile may carry a mask (67 = 64 + 4 with 3 live columns). Rows wider than `MAX_ROW` are
+walked in column tiles
+by the kernels of `triton_wide.py`.
 
-Backward: program p of a fixed grid takes rows p, p + P, p + 2P, ... and keeps its share of the weight gradient in fp32 registers; one more
+Backward: program p of a fixed grid takes rows p, p + P, p + 2P, ... and keeps its share of the weight gradient in fp32
+registers; one more
 kernel adds the P partials in order. Nothing is atomic, so a repeated run gives the same bits.
 """
 
@@ -12,18 +17,30 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels.rms_norm.triton_wide import (
+    rms_norm_bwd_wide_kernel,
+    rms_norm_fwd_wide_kernel,
+    rms_norm_weight_partial_kernel,
+)
 
-# Columns held in registers: 16384 fp32 over 16 warps are 32 registers per tensor and thread; twice that spills in the backward.
+# Columns held in registers: 16384 fp32 over 16 warps are 32 registers per tensor and thread; twice that spills in the
+# backward.
 MAX_ROW = 16384
 # Column tile for wider rows: 4096 fp32 over 8 warps are 16 registers per thread.
 WIDE_TILE = 4096
 # Narrow rows are batched until a program holds about this many elements, enough to fill 4 warps with 16-byte loads.
 ELEMENTS_PER_PROGRAM = 2048
-# Backward programs per multiprocessor: two rows of x and grad_y in flight cover the ~29 KB per SM that an H100-class memory needs, and
+# Backward programs per multiprocessor: two rows of x and grad_y in flight cover the ~29 KB per SM that an H100-class
+# memory needs, and
 # the fp32 partials stay at 2 x 132 x 4352 x 4 B = 4.6 MB beside the 53.5 MB that 2048 rows move.
 BACKWARD_PROGRAMS_PER_SM = 2
 # Rows per program in the wide weight-gradient kernel.
 WIDE_ROWS = 64
+# Strip of the final reduction: 128 fp32 columns are one 512-byte line per row, and 16 rows keep 4 warps busy with 16
+# values each.
+FINAL_ROWS, FINAL_COLS = 16, 128
+# Widths that the ahead-of-time gate compiles: the flagship 4352 and the usual 2048, 4096, 5120.
+BENCHMARK_HIDDEN = (2048, 4096, 4352, 5120)
 
 
 @triton.jit
@@ -61,7 +78,8 @@ def _load_input(
     x_ptr, residual_ptr, sum_ptr, rows, row_mask,
     START: tl.constexpr, COLS: tl.constexpr, H: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """x, or x + residual rounded to its dtype and written to sum_ptr: the norm must see the very numbers the caller gets."""
+    """x, or x + residual rounded to its dtype and written to sum_ptr: the norm must see the very numbers the caller
+    gets."""
     tile = _load_tile(x_ptr, rows, row_mask, START, COLS, H)
     if ADD:
         tile += _load_tile(residual_ptr, rows, row_mask, START, COLS, H)
@@ -97,37 +115,6 @@ def _rms_norm_fwd_kernel(
 
 
 @triton.jit
-def _rms_norm_fwd_wide_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, eps,
-    H: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """One row per program in column tiles; the second walk finds the row in L2."""
-    row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros([TILE], dtype=tl.float32)
-    for start in range(0, H, TILE):
-        cols = start + tl.arange(0, TILE)
-        mask = cols < H
-        x = tl.load(x_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        if ADD:
-            x += tl.load(residual_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-            rounded = x.to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + row * H + cols, rounded, mask=mask)
-            x = rounded.to(tl.float32)
-        squares += x * x
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / H + eps)
-    tl.store(rstd_ptr + row, rstd)
-    for start in range(0, H, TILE):
-        cols = start + tl.arange(0, TILE)
-        mask = cols < H
-        x = tl.load(x_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        if ADD:  # the sum again from its parts: what this program wrote above may not be visible to its own loads yet
-            x += tl.load(residual_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-            x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row * H + cols, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _rms_norm_bwd_kernel(
     grad_y_ptr, x_ptr, weight_ptr, rstd_ptr, grad_sum_ptr, grad_x_ptr, partial_ptr, n_rows,
     H: tl.constexpr, R: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, ADD: tl.constexpr,
@@ -143,7 +130,7 @@ def _rms_norm_bwd_kernel(
         w2 = _load_weight(weight_ptr, C0 + C1, C2, H)
         dw2 = tl.zeros([R, C2], dtype=tl.float32)
     for start in range(program * R, n_rows, tl.num_programs(0) * R):
-        rows = start.to(tl.int64) + tl.arange(0, R)
+        rows = start + tl.arange(0, R).to(tl.int64)
         row_mask = rows < n_rows
         rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
         n0 = _load_tile(x_ptr, rows, row_mask, 0, C0, H) * rstd
@@ -193,50 +180,6 @@ def _store_partial(partial_ptr, tile, program, START: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
-def _rms_norm_bwd_wide_kernel(
-    grad_y_ptr, x_ptr, weight_ptr, rstd_ptr, grad_sum_ptr, grad_x_ptr,
-    H: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """grad_x of one row wider than the registers, in two walks over its column tiles."""
-    row = tl.program_id(0).to(tl.int64)
-    rstd = tl.load(rstd_ptr + row)
-    dots = tl.zeros([TILE], dtype=tl.float32)
-    for start in range(0, H, TILE):
-        cols = start + tl.arange(0, TILE)
-        mask = cols < H
-        grad = tl.load(grad_y_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        dots += grad * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) * (x * rstd)
-    mean = tl.sum(dots, axis=0) / H
-    for start in range(0, H, TILE):
-        cols = start + tl.arange(0, TILE)
-        mask = cols < H
-        grad = tl.load(grad_y_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        value = (grad * weight - x * rstd * mean) * rstd
-        if ADD:
-            value += tl.load(grad_sum_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_x_ptr + row * H + cols, value.to(grad_x_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _rms_norm_weight_partial_kernel(
-    grad_y_ptr, x_ptr, rstd_ptr, partial_ptr, n_rows, H: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
-):
-    """Weight-gradient partial of ROWS consecutive rows for one column tile, for rows wider than the registers."""
-    block = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    mask = cols < H
-    total = tl.zeros([TILE], dtype=tl.float32)
-    for row in range(block * ROWS, tl.minimum((block + 1) * ROWS, n_rows)):
-        grad = tl.load(grad_y_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
-        total += grad * (x * tl.load(rstd_ptr + row))
-    tl.store(partial_ptr + block * H + cols, total, mask=mask)
-
-
-@triton.jit
 def _rms_norm_weight_final_kernel(
     partial_ptr, grad_weight_ptr, n_partials, H: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -249,3 +192,169 @@ def _rms_norm_weight_final_kernel(
         total += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], mask=mask, other=0.0)
     value = tl.sum(total, axis=0).to(grad_weight_ptr.dtype.element_ty)
     tl.store(grad_weight_ptr + cols, value, mask=cols < H)
+
+
+def column_tiles(hidden: int) -> tuple[int, int, int]:
+    """Power-of-two tiles (C0, C1, C2) that cover `hidden` columns; C1 and C2 may be 0.
+
+    The binary expansion of `hidden` where it has at most three terms of 16 or more (4352 = 4096 + 256, 5120 = 4096 +
+    1024), so that no
+    tile needs a column mask; otherwise the last tile is rounded up and masked (11605 = 8192 + 2048 + 2048 with 1365
+    live columns).
+    """
+    tiles: list[int] = []
+    rest = hidden
+    while rest > 0 and len(tiles) < 3:
+        power = 1 << (rest.bit_length() - 1)
+        last = len(tiles) == 2 or rest < 16
+        tile = triton.next_power_of_2(rest) if last else power
+        tiles.append(tile)
+        rest -= tile
+    first, second, third = [*tiles, 0, 0][:3]
+    return first, second, third
+
+
+def rows_per_program(hidden: int) -> int:
+    """Rows that one forward or backward program holds at once."""
+    return max(1, ELEMENTS_PER_PROGRAM // triton.next_power_of_2(hidden))
+
+
+def forward_warps(hidden: int) -> int:
+    """Warps per forward program: about 16 elements per thread and tensor, within 4 to 16 warps."""
+    return min(16, max(4, triton.next_power_of_2(hidden) // 512))
+
+
+def backward_warps(hidden: int) -> int:
+    """Warps per backward program: half as many, since x, grad_y, weight and its gradient are all in registers.
+
+    At 4352 columns the compiler gives 16 warps 64 registers each and spills 8 bytes (Triton 3.7.1, sm_90); 8 warps do
+    not spill.
+    """
+    return min(16, max(4, column_tiles(hidden)[0] // 512))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `rms_norm` on CUDA."""
+    y, _, rstd = _forward(x, None, weight, eps)
+    return y, rstd
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `add_rms_norm` on CUDA."""
+    return _forward(x, residual, weight, eps)
+
+
+def _forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = x.contiguous()
+    add = residual is not None
+    residual = residual.contiguous() if residual is not None else x
+    weight = weight.contiguous()
+    hidden = x.shape[-1]
+    y = torch.empty_like(x)
+    total = torch.empty_like(x) if add else y
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    n_rows = rstd.numel()
+    if n_rows == 0:
+        return y, total, rstd
+    with torch.cuda.device_of(x):
+        if hidden > MAX_ROW:
+            rms_norm_fwd_wide_kernel[(n_rows,)](
+                x, residual, weight, y, total, rstd, eps, H=hidden, TILE=WIDE_TILE, ADD=add, num_warps=8
+            )
+        else:
+            c0, c1, c2 = column_tiles(hidden)
+            rows = rows_per_program(hidden)
+            _rms_norm_fwd_kernel[(triton.cdiv(n_rows, rows),)](
+                x, residual, weight, y, total, rstd, n_rows, eps,
+                H=hidden, R=rows, C0=c0, C1=c1, C2=c2, ADD=add, num_warps=forward_warps(hidden),
+            )  # fmt: skip
+    return y, total, rstd
+
+
+def rms_norm_backward(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, grad_sum: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `rms_norm_backward` on CUDA."""
+    grad_y, x, weight, rstd = grad_y.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
+    add = grad_sum is not None
+    grad_sum = grad_sum.contiguous() if grad_sum is not None else grad_y
+    hidden, n_rows = x.shape[-1], rstd.numel()
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    if n_rows == 0:
+        return grad_x, grad_weight.zero_()
+    with torch.cuda.device_of(x):
+        if hidden > MAX_ROW:
+            partial = x.new_empty((triton.cdiv(n_rows, WIDE_ROWS), hidden), dtype=torch.float32)
+            rms_norm_bwd_wide_kernel[(n_rows,)](
+                grad_y, x, weight, rstd, grad_sum, grad_x, H=hidden, TILE=WIDE_TILE, ADD=add, num_warps=8
+            )
+            rms_norm_weight_partial_kernel[(triton.cdiv(hidden, WIDE_TILE), partial.shape[0])](
+                grad_y, x, rstd, partial, n_rows, H=hidden, TILE=WIDE_TILE, ROWS=WIDE_ROWS, num_warps=8
+            )
+        else:
+            c0, c1, c2 = column_tiles(hidden)
+            rows = rows_per_program(hidden)
+            programs = min(triton.cdiv(n_rows, rows), BACKWARD_PROGRAMS_PER_SM * _multiprocessors(x.device))
+            partial = x.new_empty((programs, hidden), dtype=torch.float32)
+            _rms_norm_bwd_kernel[(programs,)](
+                grad_y, x, weight, rstd, grad_sum, grad_x, partial, n_rows,
+                H=hidden, R=rows, C0=c0, C1=c1, C2=c2, ADD=add, num_warps=backward_warps(hidden),
+            )  # fmt: skip
+        _rms_norm_weight_final_kernel[(triton.cdiv(hidden, FINAL_COLS),)](
+            partial, grad_weight, partial.shape[0], H=hidden, ROWS=FINAL_ROWS, COLS=FINAL_COLS, num_warps=4
+        )
+    return grad_x, grad_weight
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 for a CPU tensor under Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def compile_cases() -> tuple[CompileCase, ...]:
+    """Every kernel at every benchmark width, for the ahead-of-time gate."""
+    return tuple(
+        case for hidden in BENCHMARK_HIDDEN for dtype in ("fp16", "bf16") for case in _compile_cases(hidden, dtype)
+    )
+
+
+def _compile_cases(hidden: int, dtype: str) -> list[CompileCase]:
+    c0, c1, c2 = column_tiles(hidden)
+    tiles = {"H": hidden, "R": rows_per_program(hidden), "C0": c0, "C1": c1, "C2": c2}
+    data, stats = f"*{dtype}", "*fp32"
+    forward = {
+        "x_ptr": data,
+        "residual_ptr": data,
+        "weight_ptr": data,
+        "y_ptr": data,
+        "sum_ptr": data,
+        "rstd_ptr": stats,
+    }
+    backward = {"grad_y_ptr": data, "x_ptr": data, "weight_ptr": data, "rstd_ptr": stats, "grad_sum_ptr": data}
+    backward |= {"grad_x_ptr": data, "partial_ptr": stats}
+    cases = []
+    for add, prefix in ((False, ""), (True, "add_")):
+        cases.append(
+            CompileCase(
+                f"{prefix}forward/{hidden}/{dtype}", _rms_norm_fwd_kernel, forward | {"n_rows": "i32", "eps": "fp32"},
+                tiles | {"ADD": add}, tuple(forward), forward_warps(hidden),
+            )
+        )  # fmt: skip
+        cases.append(
+            CompileCase(
+                f"{prefix}backward/{hidden}/{dtype}", _rms_norm_bwd_kernel, backward | {"n_rows": "i32"},
+                tiles | {"ADD": add}, tuple(backward), backward_warps(hidden),
+            )
+        )  # fmt: skip
+    final = {"partial_ptr": stats, "grad_weight_ptr": data, "n_partials": "i32"}
+    cases.append(
+        CompileCase(
+            f"weight_final/{hidden}/{dtype}", _rms_norm_weight_final_kernel, final,
+            {"H": hidden, "ROWS": FINAL_ROWS, "COLS": FINAL_COLS}, ("partial_ptr", "grad_weight_ptr"), 4,
+        )
+    )  # fmt: skip
+    return cases

@@ -1,0 +1,71 @@
+# Two commands serve a fresh clone: `make train` and `make test`. Each sets up all it needs in .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/common/*.h)
+WORKERS ?= 2
+
+.PHONY: train test bench lint types doctor clean help
+
+help:
+	@echo "make train   set up, then train the tiny preset on the bundled real data (ARGS='--smoke' for less than a minute)"
+	@echo "make test    set up, then run the tests                     (ARGS='-k rms_norm' for a part)"
+	@echo "make bench   set up, then run the benchmarks                (ARGS='--quick')"
+	@echo "make doctor  versions, devices, and which kernel serves which operator"
+	@echo "make lint types   ruff and pyright"
+
+train: $(VENV)/.installed
+	$(BIN)/python -m astrobiogen.train $(ARGS)
+
+test: $(VENV)/.tools
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+bench: $(VENV)/.tools
+	$(BIN)/python -m pytest benchmarks/ $(ARGS)
+
+doctor: $(VENV)/.installed
+	$(BIN)/python -m astrobiogen.doctor $(ARGS)
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.tools
+	$(BIN)/pyright
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "astrobiogen needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 <target>"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The CUDA build of PyTorch where an NVIDIA driver answers, the CPU build (0.2 GB instead of several) elsewhere.
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	@set -e; \
+	if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
+	  echo "installing torch $(TORCH)"; $(PIP) install -q -c constraints.txt "torch==$(TORCH)"; \
+	else \
+	  echo "no NVIDIA driver found: installing the CPU build of torch $(TORCH)"; \
+	  $(PIP) install -q -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null \
+	    || $(PIP) install -q -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"; \
+	fi
+	@touch $@
+
+# Without build isolation: an isolated build would fetch another PyTorch, several gigabytes of CUDA, only to compile against it.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	@echo "building the C++ kernels and installing astrobiogen (one to three minutes)"
+	$(PIP) install -q -c constraints.txt setuptools ninja
+	MAX_JOBS=$${MAX_JOBS:-2} $(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt "hypothesis>=6.100" "pytest>=8" "pytest-xdist>=3.5" ninja ruff pyright \
+	  "bitsandbytes>=0.50" "xarray>=2024.1" "netCDF4>=1.6" "scipy>=1.11" "python-libsbml>=5.20"
+	$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname -s)" != Linux ] || $(PIP) install -q -c constraints.txt "triton>=3.6"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info astrobiogen/_C*.so

@@ -1,0 +1,69 @@
+"""Token sequences of the text modality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from astrobiogen.data.errors import DataError
+
+PAD, BOS, EOS, SEP = "<pad>", "<bos>", "<eos>", "<sep>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, SEP)
+MAX_TEXT_TOKENS = 192
+VOCAB_SIZE = 4096
+# Words that would give the answer away; no text shown to a classifier may hold one (see docs/data.md).
+LABEL_WORDS = (
+    "habitab", "liquid water", "goldilocks", "life", "biosignature", "earth-like", "temperate", "equilibrium temperature",
+    "thermophil", "mesophil", "psychro", "cryophil", "hot spring", "hydrothermal", "optimum temperature", "optimal temperature",
+    "growth temperature", "degrees c", "°c", "celsius", "frozen", "ice",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Byte-level BPE tokenizer with fixed ids for padding, begin, end and separator."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+
+    def encode(self, planet_text: str, organism_text: str, source: str = "text") -> torch.Tensor:
+        """Ids [L], ``<bos> planet <sep> organism <eos>``, L at most ``max_tokens``; the longer half is cut first.
+
+        Raises
+        ------
+        DataError
+            Both texts are without words.
+        """
+        planet, organism = self.tokenizer.encode_batch([planet_text, organism_text], add_special_tokens=False)
+        if not planet.ids and not organism.ids:
+            raise DataError(source, "text", "holds no words")
+        room = self.max_tokens - 3
+        first = max(room // 2, room - len(organism.ids))
+        head = planet.ids[:first]
+        tail = organism.ids[: room - len(head)]
+        bos, eos, sep = (self.tokenizer.token_to_id(t) for t in (BOS, EOS, SEP))
+        return torch.tensor([bos, *head, sep, *tail, eos], dtype=torch.long)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Tokenizer from JSON; a damaged file or one without the four special tokens is a ``DataError``."""
+    if not path.is_file():
+        raise DataError(path, "", "tokenizer file is missing")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the binding raises bare Exception for every kind of damage
+        raise DataError(path, "", f"is not a tokenizer ({error})") from error
+    if missing := [t for t in SPECIAL_TOKENS if tokenizer.token_to_id(t) is None]:
+        raise DataError(path, "special tokens", f"lacks {missing}")
+    return tokenizer
+
+
+def label_words_in(text: str) -> list[str]:
+    """The label-bearing words that ``text`` holds (whole words for the short ones), empty when it is clean."""
+    padded = f" {text.lower()} "
+    for mark in ".,;:()":
+        padded = padded.replace(mark, " ")
+    return [w for w in LABEL_WORDS if (f" {w} " in padded if w in ("life", "ice") else w in padded)]

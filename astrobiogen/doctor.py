@@ -1,0 +1,259 @@
+"""`python -m astrobiogen.doctor`: versions, devices, which kernel serves which operator, and named checks.
+
+Every check prints one line with its verdict and ends the program with exit code 1 if it fails. A warning (for example:
+no compiler was there when
+astrobiogen was installed, so that the CPU runs plain PyTorch) does not. `--json` prints the same as one JSON object.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import rich.console
+import rich.table
+import torch
+from packaging.version import Version
+
+import astrobiogen
+from astrobiogen import _extension, data, ops
+from astrobiogen.kernels import _registry
+
+Verdict = Literal["ok", "warning", "failed"]
+
+# The oldest versions that the library supports; pyproject.toml says the same to pip.
+OLDEST_PYTHON = (3, 11)
+OLDEST = {"torch": "2.11", "triton": "3.6", "torch_geometric": "2.6"}
+PACKAGES = (
+    "torch",
+    "triton",
+    "torch_geometric",
+    "numpy",
+    "scikit-learn",
+    "safetensors",
+    "tokenizers",
+    "jsonargparse",
+    "rich",
+    "bitsandbytes",
+    "xarray",
+    "python-libsbml",
+)
+# A tiny run writes two checkpoints of a few MB, a report and a log.
+RUN_FOLDER_BYTES = 200 * 2**20
+# The tiny preset's resident memory stays below this; less free memory means swapping.
+TRAINING_BYTES = 3 * 2**30
+# fp32 rounding of two summation orders over at most 512 standard-normal terms, with a margin of 8.
+AGREEMENT = 8 * 512**0.5 * torch.finfo(torch.float32).eps
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One named check: what was found, and whether that will do."""
+
+    name: str
+    verdict: Verdict
+    found: str
+
+
+def environment() -> dict[str, str]:
+    """Versions, platform, processor and accelerators, as text."""
+    facts = {
+        "astrobiogen": astrobiogen.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for package in PACKAGES:
+        facts[package] = _version(package) or "not installed"
+    facts["cpu"] = (
+        f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; {torch.get_num_threads()} threads"
+    )
+    facts["extension"] = "not built"
+    if _extension.BUILD_INFO is not None:
+        facts["extension"] = f"{_extension.CPU_CAPABILITY}, " + ", ".join(
+            f"{key} {value}" for key, value in _extension.BUILD_INFO.items()
+        )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        facts[f"cuda:{index}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB, "
+            f"{properties.multi_processor_count} multiprocessors"
+        )
+    if torch.cuda.device_count() == 0:
+        facts["cuda"] = "no device"
+    return facts
+
+
+def run_checks(preflight: bool) -> Iterator[Check]:
+    """The checks in order, each as soon as it is known; `preflight` adds those that a long run wants."""
+    yield _python()
+    for package, oldest in OLDEST.items():
+        yield _oldest(package, oldest)
+    yield _extension_check()
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for name, probe in _probes().items():
+            yield _agreement(name, probe, torch.device(device))
+    if preflight:
+        yield _bundled_data()
+        yield _writable(pathlib.Path.cwd())
+        yield _disk(pathlib.Path.cwd())
+        yield _memory()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m astrobiogen.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--preflight", action="store_true", help="also check the bundled data, the disk and the memory for a run"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    status = astrobiogen.kernel_status()
+    if options.json:
+        checks = list(run_checks(options.preflight))
+        rows = [dataclasses.asdict(row) for row in status]
+        report = {
+            "environment": environment(),
+            "kernels": rows,
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        checks = _print_report(status, options.preflight)
+    return int(any(check.verdict == "failed" for check in checks))
+
+
+def _print_report(status: _registry.KernelTable, preflight: bool) -> list[Check]:
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    for key, value in environment().items():
+        console.print(f"{key:16} {value}", markup=False)
+    kernels = rich.table.Table("op", "device", "implementation", "why", title="kernels")
+    for row in status:
+        kernels.add_row(row.op, row.device, row.implementation, row.reason)
+    console.print(kernels)
+    colours = {"ok": "green", "warning": "yellow", "failed": "red"}
+    checks = []
+    for check in run_checks(preflight):
+        checks.append(check)
+        console.print(f"[{colours[check.verdict]}]{check.verdict:8}[/] {check.name}: {rich.markup.escape(check.found)}")
+    counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in colours}
+    console.print(f"{counts['ok']} checks ok, {counts['warning']} warnings, {counts['failed']} failed")
+    return checks
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Check:
+    oldest = ".".join(map(str, OLDEST_PYTHON))
+    verdict: Verdict = "ok" if sys.version_info >= OLDEST_PYTHON else "failed"
+    return Check("python", verdict, f"{platform.python_version()}, supported from {oldest}")
+
+
+def _oldest(package: str, oldest: str) -> Check:
+    found = _version(package)
+    if found is None:
+        return Check(package, "warning", f"not installed; GPU kernels need {package} >= {oldest}")
+    return Check(package, "ok" if Version(found) >= Version(oldest) else "failed", f"{found}, supported from {oldest}")
+
+
+def _extension_check() -> Check:
+    if _extension.CPU_CAPABILITY is None:
+        found = "not built, CPU ops run plain PyTorch; install a C++ compiler and `pip install --no-build-isolation .`"
+        return Check("C++ kernels", "warning", found)
+    missing = [name for name in _registry.ops() if not _registry.has_kernel(name, "CPU")]
+    if missing:
+        return Check("C++ kernels", "warning", f"no CPU kernel for {', '.join(missing)}: plain PyTorch serves")
+    return Check("C++ kernels", "ok", f"loaded, {_extension.CPU_CAPABILITY}, for all {len(_registry.ops())} ops")
+
+
+def _probes() -> dict[str, Callable[[torch.device], torch.Tensor]]:
+    """One small call per public op; run with the kernels and with the references, the results must agree."""
+
+    def randn(device: torch.device, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def angles(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return randn(device, 9, 34).cos(), randn(device, 9, 34).sin()
+
+    return {
+        "rms_norm": lambda d: ops.rms_norm(randn(d, 3, 272), randn(d, 272)),
+        "add_rms_norm": lambda d: ops.add_rms_norm(randn(d, 3, 272), randn(d, 3, 272).flip(0), randn(d, 272))[0],
+        "swiglu": lambda d: ops.swiglu(randn(d, 3, 45), randn(d, 3, 45).flip(0)),
+        "rope": lambda d: ops.rope(randn(d, 2, 9, 4, 68), *angles(d)),
+        "attention": lambda d: ops.attention(randn(d, 2, 9, 4, 68), randn(d, 2, 9, 2, 68), randn(d, 2, 9, 2, 68)),
+        "conv_nd": lambda d: ops.conv_nd(randn(d, 1, 2, 3, 3, 3, 4, 4), randn(d, 16, 2, 3, 3, 3, 3, 3), padding=1),
+        "linear_cross_entropy": lambda d: ops.linear_cross_entropy(
+            randn(d, 9, 32), randn(d, 70, 32), torch.arange(9, device=d)
+        ),
+    }
+
+
+def _agreement(name: str, probe: Callable[[torch.device], torch.Tensor], device: torch.device) -> Check:
+    label = f"{name} on {device.type}"
+    try:
+        got = probe(device)
+        with astrobiogen.use_kernels("reference"):
+            expected = probe(device)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return Check(label, "failed", f"{type(error).__name__}: {error}")
+    error = ((got - expected).abs().max() / expected.abs().max()).item()
+    return Check(
+        label,
+        "ok" if error <= AGREEMENT else "failed",
+        f"differs from the reference by {error:.1e} of the largest value",
+    )
+
+
+def _bundled_data() -> Check:
+    try:
+        bundle = data.load_bundled()
+    except data.DataError as error:
+        return Check("bundled data", "failed", str(error))
+    return Check(
+        "bundled data",
+        "ok",
+        f"{len(bundle.train)} training, {len(bundle.validation)} validation, {len(bundle.test)} test samples",
+    )
+
+
+def _writable(folder: pathlib.Path) -> Check:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return Check("run folder", "ok", f"{folder} can be written")
+    except OSError as error:
+        return Check("run folder", "failed", f"{folder} cannot be written: {error.strerror}")
+
+
+def _disk(folder: pathlib.Path) -> Check:
+    free = shutil.disk_usage(folder).free
+    return Check(
+        "disk", "ok" if free >= RUN_FOLDER_BYTES else "failed", f"{free / 2**30:.1f} GiB free, a tiny run needs 0.2"
+    )
+
+
+def _memory() -> Check:
+    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return Check("memory", "warning", "free memory is unknown on this platform")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Check(
+        "memory",
+        "ok" if free >= TRAINING_BYTES else "warning",
+        f"{free / 2**30:.1f} GiB free, the tiny preset uses up to 3",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The op `linear_cross_entropy`: schema, shapes, argument checks, gradient formula and public function."""
+
+import math
+from typing import Any, Literal
+
+import torch
+
+from astrobiogen.kernels import _registry
+from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from astrobiogen.kernels.linear_cross_entropy import reference
+
+_TRITON = "astrobiogen.kernels.linear_cross_entropy.triton_kernels"
+_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap"
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_tokens: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of the logits x W^T against `target`, without ever holding the [tokens, vocabulary] logits.
+
+    z = x W^T (z = softcap * tanh(x W^T / softcap) with a cap), lse = log sum_j exp z_j, and per token with target y
+
+    loss = lse - (1 - label_smoothing) z_y - label_smoothing mean_j z_j + z_loss lse^2,
+
+    in nats: `F.cross_entropy(F.linear(x, weight), target, ...)` plus the z-loss of PaLM (arXiv:2204.02311) and the soft cap of Gemma 2
+    (arXiv:2408.00118). Forward: one GEMM, kept as (lse, loss) per token. Backward: recomputes the logits tile by tile; three GEMMs.
+    Under autocast, `x` and `weight` are cast to the autocast dtype, as for `F.linear`.
+
+    Args:
+        x: [..., H], float32, bfloat16, float16 or float64.
+        weight: [V, H] with the dtype and device of `x`.
+        target: [...], int64, the leading shape of `x`; class indices in [0, V), or `ignore_index`.
+        ignore_index: tokens with this target give no loss and no gradient and are not counted.
+        reduction: "mean" over the counted tokens, "sum", or "none" for the loss per token. As with `F.cross_entropy`, the mean over no
+            token at all is NaN (0 / 0), with gradients of exactly 0.
+        label_smoothing: share in [0, 1] of the target mass spread evenly over the vocabulary.
+        z_loss: weight >= 0 of lse^2, which keeps the logits from drifting.
+        softcap: bound > 0 on |z|, or None.
+        num_tokens: replaces the count in the mean (an int > 0 or a 0-d tensor), e.g. the tokens of all micro-batches of one optimizer
+            step, so that gradient accumulation weights every token alike.
+
+    Returns:
+        Scalar, or [...] for "none"; float32 (float64 for float64 input), also for half-precision `x`: the loss is not rounded to it.
+
+    Raises:
+        TypeError: a dtype or type is not one of the above.
+        ValueError: shapes, devices or options do not fit.
+        RuntimeError: a target is outside [0, V) and not `ignore_index` (on CUDA a device-side assertion; nothing is read out of bounds),
+            or a second derivative is asked for.
+    """
+    _check_tensors(x, weight, target)
+    _check_options(ignore_index, reduction, label_smoothing, z_loss, softcap, num_tokens)
+    x, weight = _autocast(x, weight)
+    check_same_dtype(x=x, weight=weight)
+    rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
+    if _registry.reference_selected():
+        loss = reference.linear_cross_entropy(rows, weight, labels, *options)
+    else:
+        loss = torch.ops.astrobiogen.linear_cross_entropy(rows, weight, labels, *options)[0]
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / ((labels != ignore_index).sum() if num_tokens is None else num_tokens)
+
+
+def _autocast(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cast as autocast casts `F.linear`; `torch.library.register_autocast` would fix one dtype per device for good."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype)
+
+
+def _check_tensors(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> None:
+    check_float("x", x)
+    check_float("weight", weight)
+    if check_tensor("target", target).dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, got {target.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape [..., H] with H >= 1, got {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must have shape [V, {x.shape[-1]}] with V >= 1 ({x.shape[-1]}: the last axis of x), got {tuple(weight.shape)}"
+        )
+    check_shape("target", target, tuple(x.shape[:-1]), "the shape of x without its last axis")
+    check_same_device(x=x, weight=weight, target=target)
+
+
+def _check_options(
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    num_tokens: int | torch.Tensor | None,
+) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss!r}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
+    if num_tokens is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_tokens is the divisor of reduction='mean'; got it with reduction={reduction!r}")
+    if isinstance(num_tokens, torch.Tensor):
+        if num_tokens.dim() != 0:
+            raise ValueError(f"num_tokens must be an int or a 0-d tensor, got a tensor of shape {tuple(num_tokens.shape)}")
+    elif isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
+        raise TypeError(f"num_tokens must be an int or a 0-d tensor, got {type(num_tokens).__name__}")
+    elif num_tokens <= 0:
+        raise ValueError(f"num_tokens must be > 0, got {num_tokens}")
+
+
+def _fake_forward(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *options: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    del weight, target, options
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
+
+
+def _fake_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    del grad, target, lse, ignore_index, label_smoothing, z_loss, softcap
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, target, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, target, output[1])
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    del grad_lse  # lse is internal: the public function never returns it
+    need_x, need_weight, *_ = ctx.needs_input_grad
+    if grad is None or not (need_x or need_weight):
+        return (None,) * 7
+    x, weight, target, lse = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.astrobiogen.linear_cross_entropy_backward(
+        grad, x, weight, target, lse, *ctx.options, need_x, need_weight
+    )
+    return (grad_x if need_x else None, grad_weight if need_weight else None, None, None, None, None, None)
+
+
+_registry.define(
+    f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference=reference.linear_cross_entropy_forward,
+    fake=_fake_forward,
+    triton=f"{_TRITON}:linear_cross_entropy",
+)
+_registry.define(
+    "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor lse, "
+    f"{_OPTIONS}, bool need_x, bool need_weight) -> (Tensor, Tensor)",
+    reference=reference.linear_cross_entropy_backward,
+    fake=_fake_backward,
+    triton=f"{_TRITON}:linear_cross_entropy_backward",
+)
+_registry.differentiable("linear_cross_entropy", backward=_backward, setup_context=_setup)
+_registry.refuse_second_derivative("linear_cross_entropy_backward")

@@ -1,0 +1,98 @@
+"""Linear layer followed by cross-entropy, in plain PyTorch: the definition that the kernels are held to.
+
+z = softcap(x W^T),  lse = log sum_j exp z_j,  per token t with target y:
+
+loss = lse - (1 - s) z_y - s mean_j z_j + zeta lse^2        (s: label smoothing, zeta: z_loss; 0 where y == ignore_index)
+
+softcap(a) = c tanh(a / c), or a itself without a cap (c = 0 in the ops). The logits are rounded to the dtype of x, as `F.linear` does;
+everything after them is fp32 (fp64 for fp64 input). The whole [tokens, vocabulary] matrix is held: this is the definition, not the fast way.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Loss per token, [tokens], from x [tokens, H], weight [V, H] and target [tokens]; differentiable any number of times."""
+    return linear_cross_entropy_forward(x, weight, target, ignore_index, label_smoothing, z_loss, softcap)[0]
+
+
+def linear_cross_entropy_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `linear_cross_entropy`: loss [tokens] and lse [tokens], both fp32 (fp64 for fp64 input)."""
+    check_targets(target, weight.shape[0], ignore_index)
+    logits = _capped(_logits(x, weight), softcap)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    lse = torch.logsumexp(logits, dim=-1)
+    kept = target != ignore_index
+    loss = F.nll_loss(logprobs, target, ignore_index=ignore_index, reduction="none") * (1.0 - label_smoothing)
+    if label_smoothing > 0.0:
+        loss = loss - label_smoothing * logprobs.mean(-1)
+    if z_loss > 0.0:
+        loss = loss + z_loss * lse.square()
+    return torch.where(kept, loss, torch.zeros_like(loss)), lse
+
+
+def linear_cross_entropy_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `linear_cross_entropy_backward`: dx [tokens, H] and dweight [V, H] from the gradient of the loss per token.
+
+    With p = exp(z - lse):  dz_j = grad ((1 + 2 zeta lse) p_j - (1 - s) [j == y] - s / V), zero for an ignored token whatever its `grad`;
+    times 1 - (z_j / c)^2 under a soft cap;  dx = dz W,  dweight = dz^T x. A gradient that is not needed comes back as an empty [0] tensor.
+    """
+    logits = _capped(_logits(x, weight), softcap)
+    vocabulary = weight.shape[0]
+    kept = (target != ignore_index).unsqueeze(-1)
+    wide_lse = lse.unsqueeze(-1)
+    onehot = F.one_hot(torch.where(kept.squeeze(-1), target, 0), vocabulary).to(logits.dtype)
+    slope = (1.0 + 2.0 * z_loss * wide_lse) * torch.exp(logits - wide_lse)
+    slope = slope - (1.0 - label_smoothing) * onehot - label_smoothing / vocabulary
+    if softcap > 0.0:
+        slope = slope * (1.0 - (logits / softcap).square())
+    slope = torch.where(kept, grad.to(slope.dtype).unsqueeze(-1) * slope, torch.zeros_like(slope)).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        grad_x = (slope @ weight).contiguous() if need_x else x.new_empty(0)
+        grad_weight = (slope.mT @ x).contiguous() if need_weight else weight.new_empty(0)
+    return grad_x, grad_weight
+
+
+def check_targets(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Error unless each target is `ignore_index` or in [0, vocabulary); raises at once on the CPU, stops the device on CUDA, never synchronises."""
+    valid = (target == ignore_index) | ((target >= 0) & (target < vocabulary))
+    message = f"target must hold values in [0, {vocabulary}) or ignore_index = {ignore_index}; at least one is outside"
+    torch._assert_async(valid.all(), message)
+
+
+def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    return softcap * torch.tanh(logits / softcap) if softcap > 0.0 else logits

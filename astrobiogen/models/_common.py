@@ -1,0 +1,67 @@
+"""What the models share: configuration overrides, shape checks that name the axis, activation checkpointing, masked means."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+Config = TypeVar("Config")
+
+
+def resolve_config(cls: type[Config], config: Config | None, overrides: dict[str, Any]) -> Config:
+    """`config` (default `cls()`) with the fields in `overrides` replaced.
+
+    Raises:
+        TypeError: `config` is of another class or a name in `overrides` is not a field of `cls`.
+    """
+    if config is None:
+        return cls(**overrides)
+    if not isinstance(config, cls):
+        raise TypeError(f"config must be a {cls.__name__}, got {type(config).__name__}")
+    return dataclasses.replace(config, **overrides)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_axes(name: str, tensor: torch.Tensor, axes: Sequence[str], sizes: dict[str, int] | None = None) -> None:
+    """ValueError naming the first axis of `tensor` that does not fit.
+
+    Args:
+        name: the argument's name in the message.
+        tensor: what was given.
+        axes: name of every axis, in order.
+        sizes: the axes whose size is fixed.
+    """
+    shape = tuple(tensor.shape)
+    if len(shape) != len(axes):
+        raise ValueError(f"{name} must have {len(axes)} axes [{', '.join(axes)}], got {len(shape)} with shape {shape}")
+    for axis, size in zip(axes, shape):
+        expected = (sizes or {}).get(axis, size)
+        if size != expected:
+            raise ValueError(f"{name}: axis {axis!r} has size {size}, expected {expected} (shape {shape})")
+
+
+def maybe_checkpoint(enabled: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`; with `enabled` and gradients on, its inner activations are computed again in the backward pass."""
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int) -> torch.Tensor:
+    """Mean of `values` over `axis` where `mask` (same leading axes up to `axis`) is true; 0 where nothing is."""
+    weights = mask.to(values.dtype)
+    while weights.dim() < values.dim():
+        weights = weights[..., None]
+    return (values * weights).sum(axis) / weights.sum(axis).clamp(min=1.0)
+
+
+def trainable_parameters(module: torch.nn.Module) -> int:
+    """Number of trainable scalars, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

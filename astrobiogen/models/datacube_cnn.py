@@ -1,0 +1,203 @@
+"""Five-dimensional convolutional network for climate datacubes."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from astrobiogen.layers import ConvNd, RMSNorm
+from astrobiogen.models._common import check_axes, maybe_checkpoint, require, resolve_config
+from astrobiogen.models.datacube_config import AXES, DatacubeConfig, Ints5
+from astrobiogen.models.physics import AtmosphereBudgets, area_weights
+from astrobiogen.models.vision_transformer import GridTransformer
+
+CUBE_AXES = ("batch", "variable", *AXES)
+
+
+def cube_from_legacy(cube: torch.Tensor) -> torch.Tensor:
+    """The original system's [B, V, time, lat, lon, lev] as [B, V, climate_time, geological_time = 1, lev, lat, lon]; a view.
+
+    Raises:
+        ValueError: `cube` does not have six axes.
+    """
+    check_axes("cube", cube, ("batch", "variable", "time", "lat", "lon", "lev"))
+    return cube.permute(0, 1, 2, 5, 3, 4).unsqueeze(3)
+
+
+class RebuiltDatacubeCNN(nn.Module):
+    """Climate cube [B, V, climate_time, geological_time, lev, lat, lon] -> features [B, C], prediction on the input grid, budgets.
+
+    A strided patch stem, `depth` residual blocks of true five-dimensional convolutions with down-sampling between them, per-axis
+    padding (climate_time and longitude are circles), and, in parallel on the stem's output, a transformer over patch tokens of all
+    five axes. Features keep the vertical: per level the area-weighted mean over the globe and the months, for the last epoch and for
+    the mean of all existing epochs. The prediction is read from the deepest map only, a real bottleneck.
+
+    Args:
+        config: a `DatacubeConfig`; default `DatacubeConfig()`.
+        **overrides: any of its fields.
+
+    Raises:
+        TypeError: an override is no field of `DatacubeConfig`.
+        ValueError: sizes do not fit together.
+    """
+
+    pool_weights: torch.Tensor
+
+    def __init__(self, config: DatacubeConfig | None = None, **overrides: Any) -> None:
+        super().__init__()
+        config = resolve_config(DatacubeConfig, config, overrides)
+        self.config = config
+        self.stem = ConvNd(5, config.input_variables, config.base_channels, config.patch_size, stride=config.patch_size)
+        self.epoch_presence = nn.Parameter(torch.zeros(config.base_channels))
+        self.stages = nn.ModuleList()
+        previous = config.base_channels
+        for channels, stride in zip(config.stage_channels, config.stage_strides):
+            self.stages.append(Stage(previous, channels, stride, config))
+            previous = channels
+        width = 2 * previous * config.deepest_grid[2]
+        if config.use_vit_features:
+            self.vit = GridTransformer(
+                config.base_channels, config.stem_grid, AXES, config.vit_patch_size, config.embed_dim, config.num_heads,
+                config.num_transformer_layers, config.dropout, config.use_gradient_checkpointing,
+            )  # fmt: skip
+            width += config.embed_dim
+        self.to_features = nn.Linear(width, config.feature_dim)
+        self.feature_norm = RMSNorm(config.feature_dim)
+        self.head = PredictionHead(previous, config.output_variables, config.total_stride)
+        rows = area_weights(config.latitude_edges).view(config.deepest_grid[3], -1).sum(1)
+        self.register_buffer("pool_weights", rows.to(torch.float32), persistent=False)
+        if config.use_physics_constraints:
+            mean, std = config.standardisation()
+            self.budgets = AtmosphereBudgets(
+                config.variables, config.sigma_interfaces, config.latitude_edges, config.grid[4], mean, std
+            )
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of ``features``."""
+        return self.config.feature_dim
+
+    def forward(self, cube: torch.Tensor, epoch_mask: torch.Tensor | None = None) -> dict[str, Any]:
+        """Encode a standardised cube and predict it back from the bottleneck.
+
+        Args:
+            cube: [B, V, climate_time, geological_time, lev, lat, lon]; absent epochs are zero.
+            epoch_mask: bool [B, geological_time], epochs that exist; default all.
+
+        Returns:
+            ``features`` [B, feature_dim], ``prediction`` (the cube's shape), ``reconstruction_loss`` [B] (mean squared error over
+            existing epochs, in standard deviations), ``physics_violations`` (name -> [B]; empty when off),
+            ``physics_loss`` [B] their sum.
+        """
+        config = self.config
+        sizes = {"variable": config.input_variables, **dict(zip(AXES, config.grid))}
+        check_axes("climate_datacube", cube, CUBE_AXES, sizes)
+        batch, epochs = cube.shape[0], config.grid[1]
+        if epoch_mask is None:
+            epoch_mask = torch.ones(batch, epochs, dtype=torch.bool, device=cube.device)
+        check_axes("climate_mask", epoch_mask, ("batch", "geological_time"), {"batch": batch, "geological_time": epochs})
+        stem = self._embed(cube, epoch_mask)
+        deep = stem
+        for stage in self.stages:
+            deep = maybe_checkpoint(config.use_gradient_checkpointing, stage, deep)
+        pooled = self._pool(deep, epoch_mask)
+        if config.use_vit_features:
+            pooled = torch.cat([pooled, self.vit(stem)], dim=-1)
+        prediction = self.head(deep)
+        outputs: dict[str, Any] = {
+            "features": self.feature_norm(self.to_features(pooled)),
+            "prediction": prediction,
+        }
+        return outputs | self._score(prediction, cube, epoch_mask)
+
+    def _embed(self, cube: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:
+        """Stem, plus a learned vector where the epoch exists, so that an absent epoch differs from an average one."""
+        present = _pool_mask(epoch_mask, self.config.patch_size[1]).to(cube.dtype)
+        marks = present[:, None, None, :, None, None, None] * self.epoch_presence.view(1, -1, 1, 1, 1, 1, 1)
+        return self.stem(cube) + marks
+
+    def _pool(self, deep: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:
+        """[B, C, months, epochs, lev, lat, lon] -> [B, 2 · C · lev]: the last epoch and the mean of existing epochs."""
+        rows = torch.einsum("bctgzyx,y->bcgz", deep, self.pool_weights.to(deep.dtype))
+        per_epoch = rows / (deep.shape[2] * deep.shape[6])
+        weights = _pool_mask(epoch_mask, self.config.patch_size[1]).to(deep.dtype)
+        mean = torch.einsum("bcgz,bg->bcz", per_epoch, weights / weights.sum(1, keepdim=True).clamp(min=1.0))
+        return torch.cat([per_epoch[:, :, -1].flatten(1), mean.flatten(1)], dim=-1)
+
+    def _score(self, prediction: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor) -> dict[str, Any]:
+        """Reconstruction error and physics violations per sample."""
+        difference = prediction - cube
+        rows = difference.flatten(4)
+        square = torch.einsum("bvtgp,bvtgp->bg", rows, rows).float() / (rows[0].numel() / rows.shape[3])
+        weights = epoch_mask.to(square.dtype)
+        error = (square * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        violations: dict[str, torch.Tensor] = {}
+        if self.config.use_physics_constraints:
+            water, energy = self.budgets.anomaly(difference)
+            violations = self.budgets.from_differences(water, energy, epoch_mask)
+            violations |= self.budgets.negative_humidity(prediction, epoch_mask)
+        total = sum(violations.values(), torch.zeros_like(error))
+        return {"reconstruction_loss": error, "physics_violations": violations, "physics_loss": total}
+
+
+class Stage(nn.Module):
+    """Optional strided convolution, then one residual block of five-dimensional convolutions."""
+
+    def __init__(self, in_channels: int, channels: int, stride: Ints5, config: DatacubeConfig) -> None:
+        super().__init__()
+        self.down: ConvNd | None = None
+        if max(stride) > 1 or in_channels != channels:
+            self.down = ConvNd(5, in_channels, channels, stride, stride=stride)
+        self.norm = RMSNorm(channels)
+        modes = ("circular", "zeros", "zeros", config.latitude_padding, "circular")
+        kernels = [(1, 1, 1, 3, 3), (1, 1, 3, 1, 1), (3, 3, 1, 1, 1)]
+        if config.convolution == "dense":
+            kernels = [(3, 3, 3, 3, 3), (1, 1, 1, 1, 1)]
+        self.convolutions = nn.ModuleList(
+            ConvNd(
+                5, channels, channels, kernel, padding=tuple(size // 2 for size in kernel), padding_mode=modes,
+                activation=None if kernel is kernels[-1] else "silu",
+            )  # fmt: skip
+            for kernel in kernels
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [B, C, *grid] to [B, channels, *grid / stride]."""
+        if self.down is not None:
+            x = self.down(x)
+        branch = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        for convolution in self.convolutions:
+            branch = convolution(branch)
+        return x + self.dropout(branch)
+
+
+class PredictionHead(nn.Module):
+    """Deepest map -> field on the input grid: a linear map from each cell to the block of input cells it stands for."""
+
+    def __init__(self, channels: int, variables: int, stride: Ints5) -> None:
+        super().__init__()
+        self.variables = variables
+        self.stride = stride
+        outputs = variables
+        for step in stride:
+            outputs *= step
+        self.norm = RMSNorm(channels)
+        self.unpatch = nn.Linear(channels, outputs)
+
+    def forward(self, deep: torch.Tensor) -> torch.Tensor:
+        """[B, C, *grid] -> [B, variables, *(grid · stride)]."""
+        cells = self.unpatch(self.norm(deep.movedim(1, -1)))
+        batch, *grid, _ = cells.shape
+        blocks = cells.view(batch, *grid, self.variables, *self.stride)
+        order = [0, 6]
+        for axis in range(5):
+            order += [1 + axis, 7 + axis]
+        sizes = [size * step for size, step in zip(grid, self.stride)]
+        return blocks.permute(order).reshape(batch, self.variables, *sizes)
+
+
+def _pool_mask(epoch_mask: torch.Tensor, step: int) -> torch.Tensor:
+    """Mask [B, G] at the stem's resolution [B, G / step]: an epoch patch exists if any of its epochs does."""
+    require(epoch_mask.shape[1] % step == 0, f"climate_mask: axis 'geological_time' must be a multiple of {step}")
+    return epoch_mask.view(epoch_mask.shape[0], -1, step).any(-1)

@@ -1,0 +1,128 @@
+"""Graph transformer blocks whose cost is linear in nodes and edges: attention along edges, and one global token per graph and slot."""
+
+import torch
+from torch import nn
+
+from astrobiogen.layers import RMSNorm, SwiGLU
+from astrobiogen.models.graph_inputs import GraphTensors, segment_max, segment_sum
+
+
+class EdgeAttention(nn.Module):
+    """Multi-head attention in which a node attends to its neighbours, along and against the edges.
+
+    score(i <- j, head) = q_i·k_j / sqrt(d) + bias(edge, direction, head); softmax over the neighbours of i; a node without
+    neighbours receives 0. Graphs of a batch share no edge, so they cannot mix.
+
+    Args:
+        hidden_dim: node width.
+        heads: divides `hidden_dim`.
+    """
+
+    def __init__(self, hidden_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.kv_proj = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
+        self.o_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, receiver: torch.Tensor, sender: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend: x [N, C]; receiver, sender int64 [M] (every edge once per direction); bias [M, heads]."""
+        nodes, width = x.shape
+        per_head = (-1, self.heads, width // self.heads)
+        q = (self.q_proj(x) * per_head[2] ** -0.5).index_select(0, receiver).view(per_head)
+        k, v = self.kv_proj(x).index_select(0, sender).chunk(2, dim=-1)
+        scores = (q * k.view(per_head)).sum(-1).float() + bias.float()
+        highest = segment_max(scores, receiver, nodes)
+        weights = (scores - highest.index_select(0, receiver)).exp()
+        total = segment_sum(weights, receiver, nodes).clamp(min=torch.finfo(torch.float32).tiny)
+        messages = (weights.to(x.dtype)[..., None] * v.view(per_head)).flatten(1)
+        mixed = segment_sum(messages, receiver, nodes).view(per_head) / total.to(x.dtype)[..., None]
+        return self.o_proj(mixed.flatten(1))
+
+
+class GlobalPool(nn.Module):
+    """`slots` learned attention poolings per graph: softmax over a graph's nodes of a linear score, then the weighted mean.
+
+    Args:
+        hidden_dim: node width C.
+        slots: number of poolings.
+    """
+
+    def __init__(self, hidden_dim: int, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.score = nn.Linear(hidden_dim, slots)
+
+    def forward(self, x: torch.Tensor, graph_of_node: torch.Tensor, n_graphs: int) -> torch.Tensor:
+        """Pool x [N, C] into [B, slots · C]; 0 for a graph without nodes."""
+        scores = self.score(x).float()
+        highest = segment_max(scores, graph_of_node, n_graphs)
+        weights = (scores - highest.index_select(0, graph_of_node)).exp()
+        total = segment_sum(weights, graph_of_node, n_graphs).clamp(min=torch.finfo(torch.float32).tiny)
+        weighted = weights.to(x.dtype)[..., None] * x[:, None]
+        pooled = segment_sum(weighted, graph_of_node, n_graphs) / total.to(x.dtype)[..., None]
+        return pooled.flatten(1)
+
+
+class GraphLayer(nn.Module):
+    """Pre-norm block: attention along edges, exchange with the graph's global tokens, SwiGLU.
+
+    Args:
+        hidden_dim: node width.
+        heads: attention heads.
+        slots: global tokens per graph.
+        dropout: on every branch, in training.
+    """
+
+    def __init__(self, hidden_dim: int, heads: int, slots: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(hidden_dim)
+        self.attention = EdgeAttention(hidden_dim, heads)
+        self.pool = GlobalPool(hidden_dim, slots)
+        self.broadcast = nn.Linear(slots * hidden_dim, hidden_dim)
+        self.mlp_norm = RMSNorm(hidden_dim)
+        self.mlp = SwiGLU(hidden_dim, 2 * hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        receiver: torch.Tensor,
+        sender: torch.Tensor,
+        bias: torch.Tensor,
+        graph_of_node: torch.Tensor,
+        n_graphs: int,
+    ) -> torch.Tensor:
+        """Map node states [N, C] to [N, C]; arguments as in `EdgeAttention` and `GlobalPool`."""
+        normed = self.attention_norm(x)
+        tokens = self.broadcast(self.pool(normed, graph_of_node, n_graphs))
+        branch = self.attention(normed, receiver, sender, bias) + tokens.index_select(0, graph_of_node)
+        normed, x = self.mlp_norm(self.dropout(branch), x)
+        return x + self.dropout(self.mlp(normed))
+
+
+class StructuralEmbedding(nn.Module):
+    """Node embedding of structure alone: |Laplacian eigenvectors| (their sign is arbitrary), random-walk returns, node type.
+
+    Args:
+        hidden_dim: width of the embedding.
+        laplacian_dim: eigenvectors per node.
+        random_walk_dim: walk lengths per node.
+    """
+
+    def __init__(self, hidden_dim: int, laplacian_dim: int, random_walk_dim: int) -> None:
+        super().__init__()
+        self.encodings = nn.Linear(laplacian_dim + random_walk_dim, hidden_dim)
+        self.node_types = nn.Embedding(2, hidden_dim)
+
+    def forward(self, graph: GraphTensors) -> torch.Tensor:
+        """Embed the nodes, [N, hidden_dim]."""
+        encodings = torch.cat([graph.laplacian_pe.abs(), graph.random_walk_pe], dim=-1)
+        return self.encodings(encodings) + self.node_types(graph.node_type)
+
+
+def laplacian_products(graph: GraphTensors, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """u_k(source) · u_k(target) for every eigenvector k, [M, K]: unchanged when an eigenvector flips its sign."""
+    return graph.laplacian_pe.index_select(0, source) * graph.laplacian_pe.index_select(0, target)

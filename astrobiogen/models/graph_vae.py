@@ -1,0 +1,274 @@
+"""Variational autoencoder of metabolic networks."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from astrobiogen.layers import RMSNorm, SwiGLU
+from astrobiogen.models._common import maybe_checkpoint, require, resolve_config
+from astrobiogen.models.biochemistry import network_of, normalise_flux, violations
+from astrobiogen.models.graph_attention import GlobalPool, GraphLayer, StructuralEmbedding, laplacian_products
+from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors, segment_mean
+
+SMALLEST_COEFFICIENT = 1e-6  # stoichiometric coefficients below this count as this in log space
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphVAEConfig:
+    """Sizes and switches of `RebuiltGraphVAE`.
+
+    Attributes:
+        node_features: width of `x`.
+        hidden_dim: node width inside.
+        latent_dim: size of z.
+        num_layers: encoder blocks.
+        heads: attention heads; divides `hidden_dim`.
+        global_tokens: pooled tokens per graph in every block and in the readout.
+        laplacian_dim: Laplacian eigenvectors per node.
+        random_walk_dim: random-walk lengths per node.
+        edge_dim: width of the edge decoder's end-point vectors.
+        dropout: in training only.
+        use_biochemical_constraints: decode fluxes and add the balances of `models.biochemistry` to the loss.
+        beta: weight of the KL divergence (per latent dimension).
+        constraint_weight: weight of the summed violations.
+        use_gradient_checkpointing: recompute each block in the backward pass.
+    """
+
+    node_features: int = 64
+    hidden_dim: int = 512
+    latent_dim: int = 256
+    num_layers: int = 6
+    heads: int = 16
+    global_tokens: int = 4
+    laplacian_dim: int = 16
+    random_walk_dim: int = 8
+    edge_dim: int = 64
+    dropout: float = 0.1
+    use_biochemical_constraints: bool = True
+    beta: float = 1.0
+    constraint_weight: float = 0.1
+    use_gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.hidden_dim % self.heads == 0, f"heads = {self.heads} must divide hidden_dim = {self.hidden_dim}"
+        )
+        for name in ("node_features", "latent_dim", "num_layers", "global_tokens", "laplacian_dim", "random_walk_dim", "edge_dim"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
+
+
+class RebuiltGraphVAE(nn.Module):
+    """Graph -> (mu, logvar) -> z -> nodes, directed edges, stoichiometry and fluxes.
+
+    Encoder: `num_layers` blocks of attention along the edges (both directions told apart, biased by stoichiometry, reversibility and
+    Laplacian products) plus global tokens per graph: cost linear in nodes and edges, any graph size, graphs never mix.
+    Decoder: conditioned on z and on the structural encodings of each node slot. An edge u -> v has the score a_u·b_v + structure,
+    which is not symmetric. Negatives are type-correct: the target of another edge of the same graph and direction; in training drawn
+    at random, in evaluation a fixed rule of the edge's place within its graph. Real edges hit by accident are left out.
+
+    Args:
+        config: a `GraphVAEConfig`; default `GraphVAEConfig()`.
+        **overrides: any of its fields.
+
+    Raises:
+        TypeError: an override is no field of `GraphVAEConfig`.
+        ValueError: sizes do not fit together.
+    """
+
+    def __init__(self, config: GraphVAEConfig | None = None, **overrides: Any) -> None:
+        super().__init__()
+        config = resolve_config(GraphVAEConfig, config, overrides)
+        self.config = config
+        width = config.hidden_dim
+        self.embed_nodes = nn.Linear(config.node_features, width, bias=False)
+        self.embed_structure = StructuralEmbedding(width, config.laplacian_dim, config.random_walk_dim)
+        self.edge_bias = nn.Linear(2 + config.laplacian_dim, 2 * config.num_layers * config.heads)
+        self.layers = nn.ModuleList(
+            GraphLayer(width, config.heads, config.global_tokens, config.dropout) for _ in range(config.num_layers)
+        )
+        self.final_norm = RMSNorm(width)
+        self.readout_pool = GlobalPool(width, config.global_tokens)
+        self.readout = nn.Linear((config.global_tokens + 1) * width, width)
+        self.readout_norm = RMSNorm(width)
+        self.to_mu = nn.Linear(width, config.latent_dim)
+        self.to_logvar = nn.Linear(width, config.latent_dim)
+        self.decoder = GraphDecoder(config)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of ``features``."""
+        return self.config.hidden_dim
+
+    def forward(self, data: Any, beta: float | None = None) -> dict[str, Any]:
+        """Encode, sample (training) or take the mean (evaluation), decode, and score.
+
+        Args:
+            data: `torch_geometric` `Batch` (or `Data`), see `graph_tensors`.
+            beta: weight of the KL divergence for this call; default the configured one.
+
+        Returns:
+            ``features`` [B, hidden_dim], ``mu``, ``logvar``, ``z`` [B, latent_dim], ``node_reconstruction`` [N, F],
+            ``edge_logits`` [E] of the given edges, ``negative_edge_index`` [2, M], ``negative_edge_logits`` [M],
+            ``constraints`` (name -> [B]; empty when off), and per graph [B]: ``node_loss``, ``edge_loss``, ``stoichiometry_loss``,
+            ``kl`` (nats per latent dimension), ``loss_per_sample``; ``loss`` their mean.
+        """
+        config = self.config
+        graph = graph_tensors(data, config.node_features, config.laplacian_dim, config.random_walk_dim)
+        products = laplacian_products(graph, graph.source, graph.target)
+        features = self._encode(graph, products)
+        mu, logvar = self.to_mu(features), self.to_logvar(features)
+        z = mu + torch.randn_like(mu) * (0.5 * logvar).exp() if self.training else mu
+        outputs: dict[str, Any] = {"features": features, "mu": mu, "logvar": logvar, "z": z}
+        outputs |= self.decoder(z, graph, products)
+        mean, log_variance = mu.float(), logvar.float()
+        outputs["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean(1)
+        loss = outputs["node_loss"] + outputs["edge_loss"] + outputs["stoichiometry_loss"]
+        loss = loss + (config.beta if beta is None else beta) * outputs["kl"]
+        for violation in outputs["constraints"].values():
+            loss = loss + config.constraint_weight * violation
+        return outputs | {"loss_per_sample": loss, "loss": loss.mean()}
+
+    def _encode(self, graph: GraphTensors, products: torch.Tensor) -> torch.Tensor:
+        """Graph features [B, hidden_dim]."""
+        config = self.config
+        receiver = torch.cat([graph.target, graph.source])
+        sender = torch.cat([graph.source, graph.target])
+        biases = self.edge_bias(torch.cat([graph.edge_attr, products], dim=-1))
+        biases = biases.view(-1, 2, config.num_layers, config.heads).unbind(2)
+        x = self.embed_nodes(graph.x) + self.embed_structure(graph)
+        for layer, bias in zip(self.layers, biases):
+            both = torch.cat([bias[:, 0], bias[:, 1]])
+            x = maybe_checkpoint(
+                config.use_gradient_checkpointing, layer, x, receiver, sender, both, graph.graph_of_node, graph.n_graphs
+            )
+        x = self.final_norm(x)
+        pooled = self.readout_pool(x, graph.graph_of_node, graph.n_graphs)
+        mean = segment_mean(x, graph.graph_of_node, graph.n_graphs)
+        return self.readout_norm(self.readout(torch.cat([pooled, mean], dim=-1)))
+
+
+class GraphDecoder(nn.Module):
+    """z and structure -> node features, directed edges, stoichiometric coefficients, fluxes; and the losses against the input."""
+
+    def __init__(self, config: GraphVAEConfig) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.config = config
+        self.from_latent = nn.Linear(config.latent_dim, width)
+        self.embed_structure = StructuralEmbedding(width, config.laplacian_dim, config.random_walk_dim)
+        self.norm = RMSNorm(width)
+        self.mlp = SwiGLU(width, 2 * width)
+        self.to_nodes = nn.Linear(width, config.node_features)
+        self.to_ends = nn.Linear(width, 2 * config.edge_dim)
+        self.edge_structure = nn.Linear(config.laplacian_dim, 1)
+        self.to_magnitude = nn.Linear(config.edge_dim, 1)
+        if config.use_biochemical_constraints:
+            self.to_flux = nn.Linear(width, 1)
+
+    def forward(self, z: torch.Tensor, graph: GraphTensors, products: torch.Tensor) -> dict[str, Any]:
+        """Decode z [B, latent_dim] on the node slots of `graph`; see `RebuiltGraphVAE.forward` for the entries."""
+        slots = self.from_latent(z).index_select(0, graph.graph_of_node) + self.embed_structure(graph)
+        slots = slots + self.mlp(self.norm(slots))
+        nodes = self.to_nodes(slots)
+        starts, ends = self.to_ends(slots).chunk(2, dim=-1)
+        logits, pairs = self._edge_logits(starts, ends, graph.source, graph.target, products)
+        sources, targets = sample_negatives(graph, self.training)
+        negative_products = laplacian_products(graph, sources, targets)
+        negatives, _ = self._edge_logits(starts, ends, sources, targets, negative_products)
+        log_magnitude = self.to_magnitude(pairs)[:, 0].float()
+        return {
+            "node_reconstruction": nodes,
+            "edge_logits": logits,
+            "negative_edge_index": torch.stack([sources, targets]),
+            "negative_edge_logits": negatives,
+            "node_loss": segment_mean((nodes - graph.x).float().square().mean(1), graph.graph_of_node, graph.n_graphs),
+            "edge_loss": _edge_loss(logits, negatives, graph, sources),
+            "stoichiometry_loss": _stoichiometry_loss(log_magnitude, graph),
+            "constraints": self._constraints(slots, logits, log_magnitude, graph),
+        }
+
+    def _edge_logits(
+        self,
+        starts: torch.Tensor,
+        ends: torch.Tensor,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        products: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = starts.index_select(0, source) * ends.index_select(0, target)
+        logits = pairs.sum(-1) * self.config.edge_dim**-0.5 + self.edge_structure(products)[:, 0]
+        return logits.float(), pairs
+
+    def _constraints(
+        self, slots: torch.Tensor, logits: torch.Tensor, log_magnitude: torch.Tensor, graph: GraphTensors
+    ) -> dict[str, torch.Tensor]:
+        """Balances of the decoded network: coefficient = ± edge probability · decoded magnitude, flux from the slots."""
+        if not self.config.use_biochemical_constraints:
+            return {}
+        network = network_of(graph)
+        decoded = (logits.sigmoid() * log_magnitude.clamp(max=10.0).exp()).index_select(0, network.edges)
+        flux = normalise_flux(self.to_flux(slots)[:, 0].float(), graph)
+        return violations(network.sign * decoded, flux, network, graph)
+
+
+def beta_schedule(step: int, warmup_steps: int, beta: float) -> float:
+    """KL weight that rises linearly from 0 to `beta` over `warmup_steps` optimizer steps, then stays."""
+    if warmup_steps <= 0:
+        return beta
+    return beta * min(1.0, step / warmup_steps)
+
+
+def sample_negatives(graph: GraphTensors, random: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """One absent edge per present edge, where there is one to be had: same source, target of another edge of the same graph and
+    target type.
+
+    Within such a group of n edges the i-th takes the target of edge (i + shift) mod n, 1 <= shift < n: random in training, else a
+    fixed function of i, so the result of a graph depends on neither the call nor its neighbours in the batch.
+
+    Args:
+        graph: the batch.
+        random: draw the shifts from PyTorch's generator.
+
+    Returns:
+        (sources, targets) int64 [M], M <= E.
+    """
+    groups = graph.graph_of_node[graph.target] * 2 + graph.node_type[graph.target]
+    order = torch.argsort(groups, stable=True)
+    sizes = torch.bincount(groups, minlength=2 * graph.n_graphs)
+    starts = sizes.cumsum(0) - sizes
+    size, start = sizes[groups[order]], starts[groups[order]]
+    place = torch.arange(order.shape[0], device=order.device) - start
+    if random:
+        shift = 1 + (torch.rand(order.shape[0], device=order.device) * (size - 1)).long()
+    else:
+        shift = 1 + (place * 2_654_435_761) % (size - 1).clamp(min=1)  # Knuth's multiplicative hash constant
+    sources = graph.source[order]
+    targets = graph.target[order][start + (place + shift) % size]
+    nodes = graph.x.shape[0]
+    keys = (graph.source * nodes + graph.target).sort().values
+    candidates = sources * nodes + targets
+    found = torch.searchsorted(keys, candidates).clamp(max=max(keys.shape[0] - 1, 0))
+    keep = (keys[found] != candidates) & (size > 1)
+    return sources[keep], targets[keep]
+
+
+def _edge_loss(
+    logits: torch.Tensor, negatives: torch.Tensor, graph: GraphTensors, sources: torch.Tensor
+) -> torch.Tensor:
+    """Binary cross-entropy per graph: mean over present edges plus mean over absent ones, halved."""
+    owner = graph.graph_of_node
+    present = segment_mean(F.softplus(-logits), owner[graph.source], graph.n_graphs)
+    absent = segment_mean(F.softplus(negatives), owner[sources], graph.n_graphs)
+    return 0.5 * (present + absent)
+
+
+def _stoichiometry_loss(log_magnitude: torch.Tensor, graph: GraphTensors) -> torch.Tensor:
+    """Smooth L1 distance of log |S| per graph, over the edges whose coefficient is known."""
+    known = (graph.stoichiometry != 0).nonzero()[:, 0]
+    target = graph.stoichiometry[known].abs().clamp(min=SMALLEST_COEFFICIENT).log()
+    losses = F.smooth_l1_loss(log_magnitude[known], target, reduction="none")
+    return segment_mean(losses, graph.graph_of_node[graph.source[known]], graph.n_graphs)

@@ -1,0 +1,194 @@
+"""Fusion of any subset of modalities by cross-attention, with adaptive weights that take part in the result."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from astrobiogen.layers import RMSNorm, SwiGLU
+from astrobiogen.models._common import check_axes, require, resolve_config
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """Sizes and switches of `RebuiltMultimodalIntegration`.
+
+    Attributes:
+        fusion_dim: token width.
+        num_attention_heads: divides `fusion_dim`.
+        num_fusion_layers: cross-attention blocks.
+        num_latents: learned queries that read the modalities.
+        use_adaptive_weighting: weigh the modalities per sample; off: equal weights over those present.
+        modality_dropout: probability of hiding a modality from the fusion, in training only; one always stays.
+        dropout: on every branch, in training only.
+        modality_dims: feature size of each modality, in order.
+    """
+
+    fusion_dim: int = 256
+    num_attention_heads: int = 8
+    num_fusion_layers: int = 3
+    num_latents: int = 4
+    use_adaptive_weighting: bool = True
+    modality_dropout: float = 0.0
+    dropout: float = 0.1
+    modality_dims: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(
+            self.fusion_dim % self.num_attention_heads == 0,
+            f"num_attention_heads = {self.num_attention_heads} must divide fusion_dim = {self.fusion_dim}",
+        )
+        for name in ("num_fusion_layers", "num_latents"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "modality_dropout"):
+            require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+class RebuiltMultimodalIntegration(nn.Module):
+    """Features of up to M modalities -> fused vector, two-class logits, regression in [0, 1], modality weights.
+
+    Each modality becomes one token. Learned latents read the tokens through masked cross-attention; next to the modalities stands
+    one learned "prior" token that is never masked, so a sample without any modality gets a defined answer. The adaptive weights w
+    (softmax over the present modalities of a score of their token) form Σ w·token, which is added to what the latents found.
+    A head per modality predicts the classes from that modality alone; `compute_multimodal_loss` makes them agree with the fusion.
+
+    Args:
+        config: a `FusionConfig` with `modality_dims`.
+        **overrides: any of its fields.
+
+    Raises:
+        TypeError: an override is no field of `FusionConfig`.
+        ValueError: sizes do not fit together or `modality_dims` is empty.
+    """
+
+    def __init__(self, config: FusionConfig | None = None, **overrides: Any) -> None:
+        super().__init__()
+        config = resolve_config(FusionConfig, config, overrides)
+        require(bool(config.modality_dims), "modality_dims must name at least one modality")
+        self.config = config
+        width = config.fusion_dim
+        self.projections = nn.ModuleDict({name: nn.Linear(size, width) for name, size in config.modality_dims.items()})
+        self.types = nn.Embedding(len(config.modality_dims), width)
+        self.prior = nn.Parameter(0.02 * torch.randn(width))
+        self.latents = nn.Parameter(0.02 * torch.randn(config.num_latents, width))
+        self.token_norm = RMSNorm(width)
+        self.layers = nn.ModuleList(CrossAttentionLayer(config) for _ in range(config.num_fusion_layers))
+        if config.use_adaptive_weighting:
+            self.score = nn.Linear(width, 1)
+        self.modality_heads = nn.ModuleDict({name: nn.Linear(width, 2) for name in config.modality_dims})
+        self.norm = RMSNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classification_head = nn.Linear(width, 2)
+        self.regression_head = nn.Linear(width, 1)
+
+    def forward(
+        self, features: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Fuse.
+
+        Args:
+            features: [B, size] per modality; a modality without an entry is absent for all samples. At least one entry.
+            present: bool [B] per modality; default True for every entry.
+
+        Returns:
+            ``fused_features`` [B, fusion_dim], ``logits`` [B, 2], ``regression`` [B] in [0, 1], ``modality_weights`` [B, M] (sum 1
+            over what is present, 0 for what is not), ``modality_logits`` [B, M, 2], ``present`` bool [B, M] as used.
+        """
+        tokens, mask = self._tokens(features, present or {})
+        if self.training and self.config.modality_dropout > 0.0:
+            mask = _drop_modalities(mask, self.config.modality_dropout)
+        tokens = self.token_norm(tokens)
+        keys = torch.cat([tokens, self.prior.expand(tokens.shape[0], 1, -1)], dim=1)
+        visible = F.pad(mask, (0, 1), value=True)
+        latents = self.latents.expand(tokens.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, keys, visible)
+        weights = self._weights(tokens, mask)
+        fused = latents.mean(1) + torch.einsum("bm,bmc->bc", weights, tokens)
+        fused = self.norm(fused)
+        heads = [head(tokens[:, index]) for index, head in enumerate(self.modality_heads.values())]
+        return {
+            "fused_features": fused,
+            "logits": self.classification_head(self.dropout(fused)),
+            "regression": self.regression_head(self.dropout(fused))[:, 0].sigmoid(),
+            "modality_weights": weights,
+            "modality_logits": torch.stack(heads, dim=1),
+            "present": mask,
+        }
+
+    def _tokens(
+        self, features: dict[str, torch.Tensor], present: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, M, fusion_dim] and presence [B, M]."""
+        dims = self.config.modality_dims
+        unknown = (set(features) | set(present)) - set(dims)
+        require(not unknown, f"features: unknown modalities {sorted(unknown)}, expected some of {list(dims)}")
+        require(bool(features), "features must hold at least one modality")
+        first = next(iter(features.values()))
+        batch = first.shape[0]
+        tokens, masks = [], []
+        for index, (name, size) in enumerate(dims.items()):
+            token = self.types.weight[index].expand(batch, -1)
+            mask = torch.zeros(batch, dtype=torch.bool, device=first.device)
+            if name in features:
+                check_axes(f"features[{name!r}]", features[name], ("batch", "feature"), {"batch": batch, "feature": size})
+                mask = present.get(name, ~mask)
+                check_axes(f"present[{name!r}]", mask, ("batch",), {"batch": batch})
+                token = token + self.dropout(self.projections[name](features[name]))
+            tokens.append(token)
+            masks.append(mask)
+        return torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+
+    def _weights(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Weights [B, M]: softmax over present modalities; all 0 if there is none."""
+        if self.config.use_adaptive_weighting:
+            scores = self.score(tokens)[..., 0].float()
+        else:
+            scores = tokens.new_zeros(mask.shape, dtype=torch.float32)
+        weights = scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
+        return weights.masked_fill(~mask, 0.0).to(tokens.dtype)
+
+
+class CrossAttentionLayer(nn.Module):
+    """Pre-norm block: latents attend to the visible tokens, then SwiGLU.
+
+    The key mask differs per sample and there are at most six keys, so PyTorch's attention serves here.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        width = config.fusion_dim
+        self.heads = config.num_attention_heads
+        self.attention_norm = RMSNorm(width)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.mlp_norm = RMSNorm(width)
+        self.mlp = SwiGLU(width, 2 * width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, latents: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """latents [B, L, C], keys [B, M, C], visible bool [B, M] -> [B, L, C]."""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection, x in (
+                (self.q_proj, self.attention_norm(latents)),
+                (self.k_proj, keys),
+                (self.v_proj, keys),
+            )
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :])
+        attended = self.dropout(self.o_proj(attended.transpose(1, 2).flatten(2)))
+        normed, latents = self.mlp_norm(attended, latents)
+        return latents + self.dropout(self.mlp(normed))
+
+
+def _drop_modalities(mask: torch.Tensor, probability: float) -> torch.Tensor:
+    """Hide each present modality with `probability`; of a sample that would lose all, one drawn at random stays."""
+    draws = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
+    keep = draws >= probability
+    best = draws == draws.max(dim=1, keepdim=True).values
+    return mask & (keep | best)

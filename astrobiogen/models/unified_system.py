@@ -1,0 +1,211 @@
+"""The multi-modal model: five encoders, a language model that reads the other four, and the fusion."""
+
+import contextlib
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from astrobiogen.kernels._registry import use_kernels
+from astrobiogen.models._common import check_axes, require, resolve_config
+from astrobiogen.models.datacube_cnn import RebuiltDatacubeCNN
+from astrobiogen.models.datacube_config import DatacubeConfig
+from astrobiogen.models.graph_vae import GraphVAEConfig, RebuiltGraphVAE
+from astrobiogen.models.llm_config import LLMConfig
+from astrobiogen.models.llm_integration import RebuiltLLMIntegration
+from astrobiogen.models.multimodal_integration import FusionConfig, RebuiltMultimodalIntegration
+from astrobiogen.models.planet_encoder import PlanetParameterConfig, PlanetParameterEncoder
+from astrobiogen.models.spectrum_encoder import SpectrumConfig, SpectrumEncoder
+
+MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
+WEIGHTS = (
+    "classification_weight",
+    "regression_weight",
+    "reconstruction_weight",
+    "physics_weight",
+    "consistency_weight",
+    "llm_weight",
+    "graph_weight",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiModalTrainingConfig:
+    """Configuration of `UnifiedMultiModalSystem` and of `compute_multimodal_loss`.
+
+    Attributes:
+        llm_config, graph_config, cnn_config, fusion_config, spectrum_config, planet_config: of the parts. `modality_dims` of the
+            language model and of the fusion are filled in by the system from the parts' feature sizes and must be empty here.
+        modalities: which encoders exist, some of `MODALITIES`.
+        classification_weight, regression_weight, reconstruction_weight, physics_weight, consistency_weight, llm_weight,
+            graph_weight: weights of the terms of the loss, >= 0.
+        kernels: "auto" (the dispatcher's choice) or "reference" (plain PyTorch for every op).
+    """
+
+    llm_config: LLMConfig = dataclasses.field(default_factory=LLMConfig)
+    graph_config: GraphVAEConfig = dataclasses.field(default_factory=GraphVAEConfig)
+    cnn_config: DatacubeConfig = dataclasses.field(default_factory=DatacubeConfig)
+    fusion_config: FusionConfig = dataclasses.field(default_factory=FusionConfig)
+    spectrum_config: SpectrumConfig = dataclasses.field(default_factory=SpectrumConfig)
+    planet_config: PlanetParameterConfig = dataclasses.field(default_factory=PlanetParameterConfig)
+    modalities: tuple[str, ...] = MODALITIES
+    classification_weight: float = 1.0
+    regression_weight: float = 0.5
+    reconstruction_weight: float = 0.1
+    physics_weight: float = 0.2
+    consistency_weight: float = 0.15
+    llm_weight: float = 0.3
+    graph_weight: float = 0.2
+    kernels: Literal["auto", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(bool(self.modalities), "modalities must not be empty")
+        for name in self.modalities:
+            require(name in MODALITIES, f"modalities must be some of {MODALITIES}, got {name!r}")
+        for name in WEIGHTS:
+            require(getattr(self, name) >= 0.0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(self.kernels in ("auto", "reference"), f"kernels must be 'auto' or 'reference', got {self.kernels!r}")
+        for name in ("llm_config", "fusion_config"):
+            require(not getattr(self, name).modality_dims, f"{name}.modality_dims is set by the system; leave it empty")
+
+
+class UnifiedMultiModalSystem(nn.Module):
+    """Climate cube, metabolic graph, spectrum, text and planet parameters -> habitability.
+
+    The four non-text encoders run first; their features enter the language model as prefix tokens and the fusion as tokens; the text's
+    features enter the fusion only. Every modality may be absent, for single samples (masks) or for all (keys left out).
+
+    Args:
+        config: a `MultiModalTrainingConfig`; default `MultiModalTrainingConfig()`, the original's sizes (13 billion parameters).
+        **overrides: any of its fields.
+
+    Raises:
+        TypeError: an override is no field of the configuration.
+        ValueError: sizes do not fit together.
+    """
+
+    def __init__(self, config: MultiModalTrainingConfig | None = None, **overrides: Any) -> None:
+        super().__init__()
+        config = resolve_config(MultiModalTrainingConfig, config, overrides)
+        self.config = config
+        dims: dict[str, int] = {}
+        if "climate" in config.modalities:
+            self.climate = RebuiltDatacubeCNN(config.cnn_config)
+            dims["climate"] = self.climate.feature_dim
+        if "graph" in config.modalities:
+            self.graph = RebuiltGraphVAE(config.graph_config)
+            dims["graph"] = self.graph.feature_dim
+        if "spectrum" in config.modalities:
+            self.spectrum = SpectrumEncoder(config.spectrum_config)
+            dims["spectrum"] = self.spectrum.feature_dim
+        if "planet_params" in config.modalities:
+            self.planet_params = PlanetParameterEncoder(config.planet_config)
+            dims["planet_params"] = self.planet_params.feature_dim
+        if "text" in config.modalities:
+            self.text = RebuiltLLMIntegration(config.llm_config, modality_dims=dict(dims))
+            dims["text"] = config.llm_config.hidden_size
+        ordered = {name: dims[name] for name in MODALITIES if name in dims}
+        self.fusion = RebuiltMultimodalIntegration(config.fusion_config, modality_dims=ordered)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Run everything that the batch holds.
+
+        Args:
+            batch: see docs/models.md. With ``climate_index`` or ``graph_index`` (int64 [B]) the cube or the graph batch holds each
+                distinct item once, and sample b uses item index[b].
+
+        Returns:
+            ``logits`` [B, 2], ``regression`` [B], ``fused_features`` [B, fusion_dim], ``modality_weights`` [B, 5] in the order of
+            `MODALITIES`, ``present`` bool [B, 5], ``climate_features``, ``graph_features``, ``spectral_features``,
+            ``planet_features``, ``llm_features`` ([B, size] or None), and the parts' own results ``cnn_outputs``,
+            ``graph_vae_outputs``, ``llm_outputs``, ``fusion_outputs`` (empty when the part did not run; per-sample entries are [B]).
+        """
+        reference = self.config.kernels == "reference"
+        with use_kernels("reference") if reference else contextlib.nullcontext():
+            return self._forward(batch)
+
+    def _forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        size = batch_size(batch)
+        present = self._present(batch, size)
+        require(
+            bool(present),
+            f"batch holds none of the modalities of this model, {self.config.modalities}; its keys are {sorted(batch)}",
+        )
+        features: dict[str, torch.Tensor] = {}
+        cnn: dict[str, Any] = {}
+        graph: dict[str, Any] = {}
+        text: dict[str, Any] = {}
+        if "climate" in present:
+            cnn = _per_sample(self.climate(batch["climate_datacube"], batch.get("climate_mask")), batch, "climate_index")
+            features["climate"] = cnn["features"]
+        if "graph" in present:
+            graph = _per_sample(self.graph(batch["metabolic_graph"]), batch, "graph_index")
+            features["graph"] = graph["features"]
+        if "spectrum" in present:
+            features["spectrum"] = self.spectrum(batch["spectroscopy"], batch.get("spectroscopy_mask"))
+        if "planet_params" in present:
+            features["planet_params"] = self.planet_params(batch["planet_params"], batch.get("planet_params_mask"))
+        for name, value in features.items():
+            check_axes(f"{name} features", value, ("batch", "feature"), {"batch": size})
+        if "text" in present:
+            text = self.text(
+                batch["input_ids"],
+                batch.get("attention_mask"),
+                batch.get("labels"),
+                modality_features=dict(features),
+                modality_present={name: present[name] for name in features},
+            )
+            features["text"] = text["features"]
+        fusion = self.fusion(features, present)
+        return {
+            "logits": fusion["logits"],
+            "regression": fusion["regression"],
+            "fused_features": fusion["fused_features"],
+            "modality_weights": self._all_modalities(fusion["modality_weights"]),
+            "present": self._all_modalities(fusion["present"]),
+            "climate_features": features.get("climate"),
+            "graph_features": features.get("graph"),
+            "spectral_features": features.get("spectrum"),
+            "planet_features": features.get("planet_params"),
+            "llm_features": features.get("text"),
+            "cnn_outputs": cnn,
+            "graph_vae_outputs": graph,
+            "llm_outputs": text,
+            "fusion_outputs": fusion,
+            "available": torch.stack([present.get(name, torch.zeros_like(fusion["present"][:, 0])) for name in MODALITIES], 1),
+        }
+
+    def _present(self, batch: dict[str, Any], size: int) -> dict[str, torch.Tensor]:
+        """bool [B] per modality that this model has and the batch holds."""
+        sources = {
+            "climate": ("climate_datacube", "climate_mask"),
+            "graph": ("metabolic_graph", "graph_mask"),
+            "spectrum": ("spectroscopy", "spectroscopy_mask"),
+            "text": ("input_ids", "attention_mask"),
+            "planet_params": ("planet_params", "planet_params_mask"),
+        }
+        device = self.fusion.prior.device
+        present: dict[str, torch.Tensor] = {}
+        for index, name in enumerate(MODALITIES):
+            key, mask_key = sources[name]
+            if name not in self.config.modalities or batch.get(key) is None:
+                continue
+            mask = torch.ones(size, dtype=torch.bool, device=device)
+            own = batch.get(mask_key)
+            if own is not None:
+                own = own if own.dim() == 1 else own.any(1)
+                item = batch.get(f"{name}_index") if name in ("climate", "graph") else None
+                mask = own if item is None or own.shape[0] == size != item.max() + 1 and name == "graph" else own[item]
+            if batch.get("modality_mask") is not None:
+                check_axes("modality_mask", batch["modality_mask"], ("batch", "modality"), {"batch": size, "modality": 5})
+                mask = mask & batch["modality_mask"][:, index]
+            check_axes(f"presence of {name}", mask, ("batch",), {"batch": size})
+            present[name] = mask
+        return present
+
+    def _all_modalities(self, values: torch.Tensor) -> torch.Tensor:
+        """[B, M] of this model's modalities as [B, 5] in the order of `MODALITIES`, 0 or False for the others."""
+        built = list(self.fusion.config.modality_dims)
+        columns = [values[:, built.index(n)] if n in built else torch.zeros_like(values[:, 0]) for n in MODALITIES]
+        return torch.stack(columns, dim=1)

@@ -1,0 +1,106 @@
+"""Compiles one share of an op's cases and prints a JSON line per row; run by `astrobiogen.testing.compile_gate`."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from astrobiogen.kernels._case import CompileCase
+from astrobiogen.testing.compile_gate import Outcome, Row, occupancy
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+
+
+def compile_case(case: CompileCase, target: int, counts: dict[str, dict[str, int]]) -> Outcome:
+    """Compile one specialisation and read its machine code.
+
+    Args:
+        case: what to compile.
+        target: compute capability.
+        counts: instruction counts by code digest; new ones are added.
+    """
+    names = case.kernel.arg_names
+    unknown = (set(case.signature) | set(case.constexprs)) ^ set(names)
+    blank = Row(case.name, target, triton.__version__, case.num_warps, 0, 0, 0, 0, 0, 0, 0.0, "")
+    if unknown:
+        return Outcome(blank, False, False, f"signature and constexprs do not fit the kernel's arguments: {sorted(unknown)}")
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    source = ASTSource(case.kernel, signature, case.constexprs, attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    except Exception as error:
+        return Outcome(blank, case.needs_mma, case.needs_vector_loads, f"{type(error).__name__}: {error}")
+    cubin = compiled.asm["cubin"]
+    code = hashlib.sha256(machine_code(cubin)).hexdigest()[:16]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        registers = int(re.findall(r"REG:(\d+)", run_tool("cuobjdump", "--dump-resource-usage", file.name))[-1])
+        if code not in counts:
+            counts[code] = count_instructions(run_tool("nvdisasm", "-c", "-ndf", file.name))
+    shared = int(compiled.metadata.shared)
+    filled = occupancy(target, case.num_warps, registers, shared)
+    row = dataclasses.replace(blank, registers=registers, shared=shared, occupancy=filled, code=code, **counts[code])
+    return Outcome(row, case.needs_mma, case.needs_vector_loads)
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The contents of the ELF file's `.text` sections; the rest has line numbers and paths."""
+    (offset,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, offset + index * size) for index in range(count)]
+    names = headers[names_index][4]
+    code = b""
+    for name, _, _, _, start, length in headers:
+        if cubin[names + name :].startswith(b".text"):
+            code += cubin[start : start + length]
+    return code
+
+
+def run_tool(tool: str, *arguments: str) -> str:
+    """Output of one of the binary tools inside the Triton package."""
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def count_instructions(assembly: str) -> dict[str, int]:
+    """Spills, tensor-core instructions and global loads in a listing of `nvdisasm`."""
+    opcodes = OPCODE.findall(assembly)
+    loads = [opcode for opcode in opcodes if opcode.startswith(("LDG.", "LDGSTS.", "UTMALDG", "UBLKCP"))]
+    wide = [opcode for opcode in loads if ".128" in opcode or opcode.startswith(("UTMALDG", "UBLKCP"))]
+    return {
+        "spills": sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes),
+        "mma": sum(opcode.split(".")[0] in ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA") for opcode in opcodes),
+        "loads_16": len(wide),
+        "loads_narrow": len(loads) - len(wide),
+    }
+
+
+def main() -> None:
+    """Arguments: op, number of workers, own index; known rows as JSON on standard input."""
+    op, workers, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    known: list[dict[str, Any]] = json.load(sys.stdin)
+    fields = ("spills", "mma", "loads_16", "loads_narrow")
+    counts = {row["code"]: {name: row[name] for name in fields} for row in known}
+    module = importlib.import_module(f"astrobiogen.kernels.{op}.triton_kernels")
+    jobs = [(case, target) for case in module.compile_cases() for target in case.targets]
+    for case, target in jobs[index::workers]:
+        outcome = compile_case(case, target, counts)
+        sys.stdout.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

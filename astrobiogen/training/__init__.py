@@ -1,0 +1,1 @@
+"""The trainer: configuration, loop, checkpoints, precision, metrics and reports."""

@@ -1,0 +1,142 @@
+"""Command line of `python -m astrobiogen.train`, and the way commands end: one line, never a traceback."""
+
+import dataclasses
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+
+from astrobiogen.training import run_folder
+from astrobiogen.training.config import PRESETS, TrainConfig, changed_on_resume, flatten, preset, smoke, to_dict
+from astrobiogen.training.errors import UserError
+
+_DESCRIPTION = """Train the multi-modal model. Without any option: the tiny preset on the bundled data, on the CPU, in a few minutes.
+Values come from the preset, then --config FILE.yaml, then single options."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        config: of the run.
+        output: run folder to make; empty for `runs/<date>-<preset>`.
+        resume: run folder to go on with; empty for a new run.
+        plan: print the memory plan instead of training.
+    """
+
+    config: TrainConfig
+    output: str
+    resume: str
+    plan: bool
+
+
+def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog="python -m astrobiogen.train", description=_DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; unknown keys are refused.")
+    parser.add_argument("--resume", type=str, default="", help="Folder of a run to go on with; its own configuration is used.")
+    parser.add_argument("--output", type=str, default="", help="Folder of the new run (default: runs/<date>-<preset>).")
+    parser.add_argument("--smoke", action="store_true", help="Two epochs on a few samples: checks that everything runs, in under a minute.")
+    parser.add_argument("--plan", action="store_true", help="Print the memory plan and exit; trains nothing.")
+    parser.add_class_arguments(TrainConfig)
+    parser.set_defaults({key: value for key, value in flatten(defaults).items() if not key.startswith("model.")})
+    parser.set_defaults({"model": defaults["model"]})
+    return parser
+
+
+def _parsed(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> jsonargparse.Namespace:
+    try:
+        return parser.parse_args(list(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _as_config(parser: jsonargparse.ArgumentParser, values: jsonargparse.Namespace) -> TrainConfig:
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    try:
+        made = parser.instantiate(values)
+        return TrainConfig(**{name: getattr(made, name) for name in names})
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the command line.
+
+    Raises:
+        UserError: unknown or bad option, bad YAML, or a change that a resumed run does not allow.
+        SystemExit: after --help or --print_config.
+    """
+    asked = any(name == "--help" or name == "-h" or name.startswith("--print_config") for name in arguments)
+    base = to_dict(preset(_early_preset(arguments)))
+    parser = _parser(base)
+    values = _parsed(parser, arguments)
+    if values.resume and not asked:
+        folder = run_folder.find(values.resume)
+        if values.output:
+            raise UserError(f"--output {values.output}: not with --resume, which goes on in the run's own folder")
+        return _resumed(folder, arguments)
+    if values.preset != base["preset"]:  # named in the YAML file only
+        parser = _parser(to_dict(preset(values.preset)))
+        values = _parsed(parser, arguments)
+    config = _as_config(parser, values)
+    return Options(smoke(config) if values.smoke else config, values.output, "", values.plan)
+
+
+def _early_preset(arguments: Sequence[str]) -> str:
+    """The preset named on the command line itself, so that --help and --print_config show its values."""
+    for number, item in enumerate(arguments):
+        name = item.removeprefix("--preset=") if item.startswith("--preset=") else ""
+        if item == "--preset" and number + 1 < len(arguments):
+            name = arguments[number + 1]
+        if name in PRESETS:
+            return name
+    return "tiny"
+
+
+def _resumed(folder: Path, arguments: Sequence[str]) -> Options:
+    saved = run_folder.read_yaml(folder / run_folder.CONFIG)
+    try:
+        parser = _parser({"model": {}} | saved)
+        config = _as_config(parser, _parsed(parser, arguments))
+    except (UserError, jsonargparse.ArgumentError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / run_folder.CONFIG} with this command line: {' '.join(str(error).split())}") from error
+    changed = changed_on_resume(saved, to_dict(config))
+    if changed:
+        text = "; ".join(f"{key}: the run has {before!r}, asked for {after!r}" for key, (before, after) in changed.items())
+        raise UserError(f"--resume: these would change the course of the run, so start a new one for them: {text}")
+    return Options(config, "", str(folder), False)
+
+
+def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
+    """Run `command` and turn every failure into one line on stderr and an exit code; the traceback of a bug goes to `crash_log()`."""
+    try:
+        return command()
+    except UserError as error:
+        message, code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        message, code = "interrupted before there was anything to save", 130
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        message, code = _memory_advice(error), 1
+    except Exception as error:  # the outermost frame: whatever it is, the user gets one line and a file
+        if "can't allocate memory" in str(error):
+            message, code = _memory_advice(error), 1
+        else:
+            path = crash_log()
+            with path.open("a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+            message, code = f"internal: {type(error).__name__}: {' '.join(str(error).split())[:300]} (details: {path})", 1
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _memory_advice(error: BaseException) -> str:
+    return (
+        f"out of memory: {' '.join(str(error).split())[:200]}; halve --data.batch_size and double --data.accumulation (the same update), "
+        "or take a smaller --preset; --plan shows where the bytes go"
+    )

@@ -1,0 +1,103 @@
+"""The closing examination of a trained model: test cells, intervals, baselines, ablation."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from astrobiogen.training import baselines, evaluation, loading, metrics
+from astrobiogen.training.config import EvaluationConfig
+
+_LOG = logging.getLogger("astrobiogen")
+INTERVAL_METHOD = (
+    "95 % intervals: two-way cluster bootstrap over star systems and species (pigeonhole bootstrap); "
+    "differences are paired on the same replicates"
+)
+ALL_CELLS = "all"
+
+
+def _table(predictions: metrics.Predictions, replicates: int, seed: int) -> dict[str, Any]:
+    intervals = metrics.with_intervals(predictions, replicates, seed)
+    return {
+        "samples": len(predictions.label),
+        "positive_share": float(predictions.label.mean()),
+        "planets": len(np.unique(predictions.planet)),
+        "organisms": len(np.unique(predictions.organism)),
+        **{name: interval.as_dict() for name, interval in intervals.items()},
+    }
+
+
+def by_cell(predictions: metrics.Predictions, replicates: int, seed: int) -> dict[str, Any]:
+    """Figures with intervals over all samples and for each test cell."""
+    result = {ALL_CELLS: _table(predictions, replicates, seed)}
+    cells = np.asarray(predictions.cell)
+    for cell in sorted(set(predictions.cell)):
+        result[cell] = _table(predictions.select(cells == cell), replicates, seed)
+    return result
+
+
+def _hardened(predictions: metrics.Predictions, probability: metrics.Floats) -> metrics.Predictions:
+    return metrics.Predictions(
+        np.asarray(probability, np.float64), predictions.label, predictions.planet, predictions.organism, predictions.cell
+    )
+
+
+def compare(
+    model: metrics.Predictions, probabilities: Mapping[str, metrics.Floats], replicates: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Each baseline's figures by cell, and the model's paired difference from it."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, probability in probabilities.items():
+        other = _hardened(model, probability)
+        result[name] = {
+            "cells": by_cell(other, replicates, seed),
+            "model_minus_baseline": {
+                key: value.as_dict() for key, value in metrics.differences(model, other, replicates, seed).items()
+            },
+        }
+    return result
+
+
+def ablate(
+    model: nn.Module,
+    loss_function: evaluation.LossFunction,
+    test: loading.Samples,
+    collate: loading.Collate,
+    whole: metrics.Predictions,
+    config: EvaluationConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> dict[str, Any]:
+    """Figures with each modality masked at evaluation, and the paired difference (masked - whole); the model is not retrained."""
+    result: dict[str, Any] = {}
+    for name in evaluation.MODALITIES:
+        masked = evaluation.evaluate(
+            model, loss_function, test, collate, batch_size=config.batch_size, device=device, dtype=dtype, masked=name
+        )
+        if masked is None:
+            continue
+        change = metrics.differences(masked.predictions, whole, config.bootstrap, seed)
+        result[name] = {
+            "figures": {key: float(value[0]) for key, value in metrics.figures(masked.predictions).items()},
+            "masked_minus_whole": {key: value.as_dict() for key, value in change.items()},
+            "modality_weights": masked.modality_weights,
+        }
+    return result
+
+
+def features_of(raw: tuple[Any, Any, Any, Any], metadata: list[dict[str, Any]], limit: int) -> baselines.Features:
+    """`astrobiogen.data.baseline_features`' arrays with the names of planet and organism, cut to `limit` samples (0: all)."""
+    params, flat, label, _fraction = raw
+    groups = np.asarray([[str(item["planet"]), str(item["organism"])] for item in metadata])
+    stop = min(limit, len(label)) if limit else len(label)
+    return baselines.Features(params[:stop], flat[:stop], np.asarray(label[:stop]).astype(np.int64), groups[:stop])
+
+
+def beats_majority(comparison: Mapping[str, Any]) -> bool:
+    """Whether the model's accuracy is above the majority class's by more than the paired interval allows for chance."""
+    low = comparison["majority class"]["model_minus_baseline"]["accuracy"]["low"]
+    return low is not None and low > 0

@@ -1,0 +1,142 @@
+"""What a run tells: log.jsonl (a record of each step and event), train.log, the console, and optional TensorBoard events."""
+
+import contextlib
+import importlib
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import rich.console
+import rich.logging
+import rich.progress
+
+from astrobiogen.training.config import MonitorConfig
+from astrobiogen.training.errors import UserError
+
+LOG_NAME = "astrobiogen"
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as strings, which strict JSON readers accept."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of a log.jsonl in order, as if the run had never been interrupted.
+
+    A line torn by a kill is left out, and so are records that a resumed run made anew: those after the step it went on from, and
+    the earlier one of two "step" or "epoch" records of the same step.
+    """
+    records: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        event, step = record.get("event"), record.get("step", 0)
+        if event == "resumed":
+            records = {key: old for key, old in records.items() if old.get("step", 0) <= step}
+        records[(event, step) if event in ("step", "epoch") else (event, step, number)] = record
+    return list(records.values())
+
+
+class Monitor:
+    """Writes records and progress of one run; a context manager.
+
+    Args:
+        folder: the run folder; log.jsonl and train.log there are appended to.
+        config: what to show.
+    """
+
+    def __init__(self, folder: Path, config: MonitorConfig) -> None:
+        self._config = config
+        self._folder = folder
+        self.logger = logging.getLogger(LOG_NAME)
+        self.rich = config.progress == "rich" or (config.progress == "auto" and sys.stderr.isatty())
+        self._console = rich.console.Console(stderr=True)
+        self._stack = contextlib.ExitStack()
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+        self._board: Any = None
+
+    def __enter__(self) -> Self:
+        path = self._folder / "log.jsonl"
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._records = self._stack.enter_context(path.open("a", encoding="utf-8"))
+        if torn:
+            self._records.write("\n")
+        file = logging.FileHandler(self._folder / "train.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter(_FORMAT))
+        console: logging.Handler
+        if self.rich:
+            console = rich.logging.RichHandler(console=self._console, show_path=False)
+        else:
+            console = logging.StreamHandler(sys.stderr)
+            console.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        for handler in (file, console):
+            self.logger.addHandler(handler)
+            self._stack.callback(handler.close)
+            self._stack.callback(self.logger.removeHandler, handler)
+        self.logger.setLevel(self._config.level)
+        if self._config.tensorboard:
+            self._board = self._open_board()
+        return self
+
+    def _open_board(self) -> Any:
+        try:
+            writer = importlib.import_module("tensorboardX").SummaryWriter(str(self._folder / "tensorboard"))
+        except ImportError as error:
+            raise UserError("monitor.tensorboard: needs tensorboardX: pip install 'astrobiogen[tensorboard]'") from error
+        self._stack.callback(writer.close)
+        return writer
+
+    def __exit__(self, *_: object) -> None:
+        self.end_progress()
+        self._stack.close()
+
+    def record(self, event: str, **values: Any) -> None:
+        """Append one record to log.jsonl and flush it to the operating system."""
+        record = _finite({"event": event, "time": round(time.time(), 3), **values})
+        self._records.write(json.dumps(record) + "\n")
+        self._records.flush()
+        if self._board is not None and "step" in values:
+            for key, value in values.items():
+                if isinstance(value, int | float) and key != "step":
+                    self._board.add_scalar(f"{event}/{key}", value, values["step"])
+
+    def begin_progress(self, total: int, done: int) -> None:
+        """Start the progress bar over all micro-batches of the run."""
+        if not self.rich:
+            return
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("training", total=total, completed=done)
+
+    def advance(self, done: int, text: str) -> None:
+        """Move the progress bar to `done` micro-batches."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, description=text)
+
+    def end_progress(self) -> None:
+        """Take the progress bar off the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

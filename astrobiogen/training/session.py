@@ -1,0 +1,165 @@
+"""A whole run: prepare, train, examine the best model, report."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+import torch
+import yaml
+
+import astrobiogen
+from astrobiogen import data
+from astrobiogen.training import assemble, baselines, evaluation, final, metrics, precision, report, run_folder, runtime
+from astrobiogen.training.config import TrainConfig, to_dict
+from astrobiogen.training.errors import UserError
+from astrobiogen.training.monitor import Monitor, read_log
+from astrobiogen.training.trainer import Trainer, describe_run
+
+_LOG = logging.getLogger("astrobiogen")
+_PLAIN_WIDTH = 150
+
+
+def train(config: TrainConfig, folder: Path, resume: bool) -> int:
+    """Train in `folder` (made before) and write metrics.json and report.html there; the process's exit code.
+
+    Raises:
+        UserError: anything the user can put right.
+    """
+    device = runtime.choose_device(config.runtime.device)
+    dtype, reason = precision.choose_dtype(config.precision, device)
+    done = runtime.prepare(config.runtime, config.seed)
+    if not resume:
+        run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+    facts = run_folder.environment(done | {"device": str(device), "dtype": str(dtype)})
+    run_folder.write_json(folder / _environment_name(folder), facts)
+    with Monitor(folder, config.monitor) as monitor, runtime.Interrupt() as interrupt, astrobiogen.use_kernels(config.runtime.kernels):
+        _LOG.info("run folder %s; %s; %s (%s); seed %d; %d threads", folder, device, dtype, reason, config.seed, done["threads"])
+        assembly = assemble.assemble(config, assemble.load_bundle(config))
+        _LOG.info("data: %s", assembly.task.fingerprint)
+        trainer = Trainer(assembly.task, config, folder, monitor, interrupt, device=device, dtype=dtype)
+        if resume:
+            trainer.resume()
+        monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
+        if not trainer.fit():
+            _LOG.warning("stopped by %s at step %d; go on with: --resume %s", interrupt.received, trainer.progress.step, folder)
+            return 0
+        best = trainer.load_best()
+        _LOG.info("examining the best model, %s", best)
+        result, predictions = examine(assembly, trainer.model, config, device, dtype)
+        result |= {"run": describe_run(trainer), "environment": run_folder.ENVIRONMENT}
+        publish(folder, result, predictions)
+        monitor.record("final", step=trainer.progress.step, test=result["model"][final.ALL_CELLS])
+    show(result, folder)
+    return 0
+
+
+def _environment_name(folder: Path) -> str:
+    """environment.json, and environment-2.json, ... for the parts that a resumed run adds."""
+    number = 1
+    name = run_folder.ENVIRONMENT
+    while (folder / name).exists():
+        number += 1
+        name = f"environment-{number}.json"
+    return name
+
+
+def _features(samples: Any, limit: int) -> baselines.Features:
+    return final.features_of(data.baseline_features(samples), samples.metadata, limit)
+
+
+def _baseline_probabilities(bundle: Any, config: TrainConfig) -> dict[str, metrics.Floats]:
+    """P(class 1) of every baseline on the concatenated test cells, in the order of `bundle.test`."""
+    limit = config.data.limit
+    tests = [_features(cell, 0) for cell in bundle.test_cells.values() if len(cell)]
+    joined = baselines.Features(*(np.concatenate(arrays) for arrays in zip(*tests, strict=True)))
+    stop = min(limit, len(joined.label)) if limit else len(joined.label)
+    test = baselines.Features(*(array[:stop] for array in joined))
+    return baselines.predict(_features(bundle.train, limit), _features(bundle.validation, limit), test, config.seed)
+
+
+def examine(
+    assembly: assemble.Assembly, model: torch.nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
+    """Test figures of `model` with intervals, baselines and ablation as JSON data, and the predictions behind them.
+
+    Raises:
+        UserError: the data set has no test samples.
+    """
+    test = assemble.limited(assembly.test, config.data.limit)
+    if not len(test):
+        raise UserError("data: got 0 test samples, expected at least one", exit_code=1)
+    task, settings, seed = assembly.task, config.evaluation, config.seed
+    whole = evaluation.evaluate(
+        model, task.loss_function, test, task.collate, batch_size=settings.batch_size, device=device, dtype=dtype
+    )
+    if whole is None:
+        raise UserError("the examination was stopped", exit_code=1)
+    predictions = {"model": whole.predictions}
+    result: dict[str, Any] = {
+        "preset": config.preset,
+        "seed": seed,
+        "data": task.fingerprint,
+        "interval_method": final.INTERVAL_METHOD,
+        "bootstrap_replicates": settings.bootstrap,
+        "model": final.by_cell(whole.predictions, settings.bootstrap, seed),
+        "total_loss": whole.loss,
+        "loss_parts": whole.parts,
+        "fraction_rmse": whole.summary()["fraction_rmse"],
+        "modality_weights": whole.modality_weights,
+    }
+    if settings.baselines:
+        _LOG.info("fitting the baselines")
+        probabilities = _baseline_probabilities(assembly.bundle, config)
+        result["baselines"] = final.compare(whole.predictions, probabilities, settings.bootstrap, seed)
+        result["beats_majority_class"] = final.beats_majority(result["baselines"])
+        for name, probability in probabilities.items():
+            predictions[name] = dataclasses.replace(whole.predictions, probability=probability)
+    if settings.ablation:
+        _LOG.info("masking one modality after the other")
+        result["ablation"] = final.ablate(
+            model, task.loss_function, test, task.collate, whole.predictions, settings, device, dtype, seed
+        )
+    return result, predictions
+
+
+def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metrics.Predictions]) -> None:
+    """Write metrics.json and report.html."""
+    run_folder.write_json(folder / run_folder.METRICS, result)
+    log = folder / "log.jsonl"
+    records = read_log(log) if log.exists() else []
+    run_folder.write_text(folder / run_folder.REPORT, report.render(result, records, dict(predictions)))
+
+
+def show(result: dict[str, Any], folder: Path) -> None:
+    """Print the closing table on stdout."""
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=_PLAIN_WIDTH)
+    table = rich.table.Table(*report.TABLE_HEAD, title=f"Test set ({result['preset']}, seed {result['seed']})", box=rich.box.ASCII)
+    for row in report.figures_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(final.INTERVAL_METHOD, style="dim")
+    if "ablation" in result:
+        readings = ", ".join(f"{name}: {report.verdict(item)}" for name, item in result["ablation"].items())
+        console.print(f"Masking a modality at evaluation, by cross-entropy: {readings}")
+    if "beats_majority_class" in result:
+        answer = "yes" if result["beats_majority_class"] else "no"
+        console.print(f"Accuracy above the majority class outside the paired interval: {answer}")
+    console.print(f"Full figures: {folder / run_folder.METRICS}; plots: {folder / run_folder.REPORT}")
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json of a finished run, or an empty dictionary."""
+    path = folder / run_folder.METRICS
+    if not path.exists():
+        return {}
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,168 @@
+"""One optimizer update from a window of micro-batches."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from astrobiogen.training import loading, precision, schedule
+from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.errors import NumericalError
+from astrobiogen.training.evaluation import LossFunction
+from astrobiogen.training.optimizer import WeightAverage
+
+# Skipped windows that the report of a numerical stop lists.
+_REPORTED = 5
+
+
+@dataclasses.dataclass
+class Window:
+    """The open accumulation window.
+
+    Attributes:
+        batches: micro-batches in it so far.
+        samples: samples in it so far.
+        sums: loss and its terms, each summed over samples.
+        ids: sample numbers of each micro-batch, for the report if it turns out not to be finite.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    ids: list[list[int]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateResult:
+    """What one update did: means over the window's samples, the gradient norm before clipping, the rate, and whether it was skipped."""
+
+    means: dict[str, float]
+    samples: int
+    norm: float
+    rate: float
+    skipped: bool
+
+
+class Updater:
+    """Turns micro-batches into updates.
+
+    The gradient of a window with micro-batches b of n_b samples and mean losses L_b is that of `sum_b n_b L_b / sum_b n_b`, which is the
+    mean over all samples of the window, whatever the sizes; also for a short last window. Micro-batch gradients are summed in fp32 with the
+    weight n_b / nominal (nominal = batch_size x accumulation) and rescaled once by nominal / sum_b n_b, which is exactly 1 for a full window.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: LossFunction,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        total_updates: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = precision.LossScaler(config.precision, dtype)
+        self.average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
+        self.window = Window()
+        self.updates = 0
+        self.skipped = 0
+        self.skipped_in_row = 0
+        self.bad_windows: list[dict[str, Any]] = []
+        self.total_updates = total_updates
+        self._loss_function = loss_function
+        self._config = config
+        self._device = device
+        self._dtype = dtype
+        self._nominal = config.data.batch_size * config.data.accumulation
+
+    def add(self, indices: list[int], batch: loading.Batch) -> None:
+        """Forward and backward of one micro-batch; its weighted gradient is added to the window's."""
+        with precision.autocast(self._device, self._dtype):
+            outputs = self.model(batch)
+            loss, parts = self._loss_function(outputs, batch)
+        size = len(indices)
+        (loss.float() * (size / self._nominal * self.scaler.scale)).backward()
+        window = self.window
+        window.batches += 1
+        window.samples += size
+        window.ids.append(indices)
+        names = ["loss", *parts]
+        values = torch.stack([value.detach().double().reshape(()) for value in (loss, *parts.values())]).tolist()  # one wait for the GPU
+        for name, value in zip(names, values, strict=True):
+            window.sums[name] = window.sums.get(name, 0.0) + value * size
+
+    def finish(self) -> UpdateResult:
+        """Close the window: rescale, check, clip, step, average.
+
+        Raises:
+            NumericalError: more than `precision.skip_budget` updates in a row were not finite.
+        """
+        window, config = self.window, self._config
+        rate = schedule.apply(config.schedule, self.optimizer, config.optimizer.learning_rate, self.updates, self.total_updates)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        factor = self._nominal / window.samples / self.scaler.scale
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total)
+        means = {name: value / window.samples for name, value in window.sums.items()}
+        skipped = not math.isfinite(norm)
+        if skipped:
+            self._skip(means, norm)
+        else:
+            if config.optimizer.clip_norm:
+                parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, total)
+            self.optimizer.step()
+            self.updates += 1
+            self.skipped_in_row = 0
+            if self.average is not None:
+                self.average.update(self.model)
+        self.scaler.update(overflow=skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.window = Window()
+        if self.skipped_in_row > config.precision.skip_budget:
+            raise NumericalError(self._report())
+        return UpdateResult(means, window.samples, norm, rate, skipped)
+
+    def _skip(self, means: dict[str, float], norm: float) -> None:
+        self.skipped += 1
+        self.skipped_in_row += 1
+        bad = {"batches": self.window.ids, "gradient_norm": str(norm), "means": {name: str(value) for name, value in means.items()}}
+        self.bad_windows = [*self.bad_windows, bad][-_REPORTED:]
+
+    def _report(self) -> str:
+        last = self.bad_windows[-1]
+        wrong = [name for name, value in last["means"].items() if not math.isfinite(float(value))]
+        return (
+            f"{self.skipped_in_row} updates in a row had NaN or Inf gradients (precision.skip_budget {self._config.precision.skip_budget}); "
+            f"terms not finite in the last: {', '.join(wrong) or 'none, only their gradients'}; samples of the last: {last['batches']}; "
+            "the last checkpoint holds the weights from before"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but weights and gradients, packable."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average_updates": self.average.updates if self.average else 0,
+            "window": dataclasses.asdict(self.window),
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+            "bad_windows": self.bad_windows,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.updates = state["average_updates"]
+        self.window = Window(**state["window"])
+        self.updates, self.skipped = state["updates"], state["skipped"]
+        self.skipped_in_row, self.bad_windows = state["skipped_in_row"], state["bad_windows"]

@@ -1,0 +1,138 @@
+// Attention on the CPU: registration, checks and the forward driver. Formulas: astrobiogen/kernels/attention/README.md.
+//
+// One task = 64 query rows (tokens x the heads that share one key/value head) of one (batch, kv head): K and V stream through the cache once per task and
+// serve the whole group. K is rotated while it is packed to [B, Hkv, Sk, D] fp32, Q while it is packed into panels; nothing of size Sq x Sk exists.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "attention_common.h"
+#include "attention_kernels.h"
+#include "attention_panel.h"
+
+namespace astrobiogen::attention {
+
+void visible_ranges(int64_t queries, int64_t keys, const Options& options, const Optional& cu_seqlens, std::vector<int32_t>& low,
+                    std::vector<int32_t>& high) {
+  low.assign(queries, 0);
+  high.assign(queries, static_cast<int32_t>(keys));
+  if (cu_seqlens) {
+    const Tensor bounds = cu_seqlens->to(at::kLong).contiguous();
+    const int64_t* bound = bounds.const_data_ptr<int64_t>();
+    const int64_t last = bounds.numel() - 1;
+    TORCH_CHECK_VALUE(bound[0] == 0 && bound[last] <= queries, "cu_seqlens must start at 0 and end at most at S = ", queries, ", got ", bound[0],
+                      " .. ", bound[last]);
+    for (int64_t segment = 0; segment < last; ++segment) {
+      TORCH_CHECK_VALUE(bound[segment] <= bound[segment + 1], "cu_seqlens must not decrease, got ", bound[segment], " before ", bound[segment + 1]);
+      std::fill(low.begin() + bound[segment], low.begin() + bound[segment + 1], static_cast<int32_t>(bound[segment]));
+      std::fill(high.begin() + bound[segment], high.begin() + bound[segment + 1], static_cast<int32_t>(bound[segment + 1]));
+    }
+    for (int64_t i = bound[last]; i < queries; ++i) low[i] = high[i] = static_cast<int32_t>(bound[last]);
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t position = i + keys - queries;
+    int64_t begin = low[i], end = high[i];
+    if (options.window > 0) begin = std::max(begin, position - options.window + 1);
+    if (options.window > 0) end = std::min(end, position + options.window);
+    if (options.causal) end = std::min(end, position + 1);
+    end = std::max<int64_t>(end, 0);
+    low[i] = static_cast<int32_t>(std::min(begin, end));
+    high[i] = static_cast<int32_t>(end);
+  }
+}
+
+// Divides by the sum, writes the output rows and the log-sum-exp.
+template <typename T>
+void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, const float* panels, const float* maximum, const float* total,
+                const Rows<T>& out, float* lse) {
+  for (int64_t i = 0; i < t.count; ++i) {
+    const int64_t token = (t.first + i) / g.group, head = t.kv_head * g.group + (t.first + i) % g.group;
+    const float* from = panels + i / width * g.dim * width + i % width;
+    T* to = out.at(t.batch, token, head);
+    const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
+    for (int64_t d = 0; d < g.dim; ++d) to[d] = static_cast<T>(from[d * width] * inverse);
+    lse[(t.batch * g.heads + head) * g.queries + token] =
+        total[i] == 0.0f ? -std::numeric_limits<float>::infinity() : (maximum[i] + std::log2(total[i])) * kLn2;
+  }
+}
+
+// K (rotated) and V as fp32 rows: packed copies [B, Hkv, Sk, D], or the tensor itself where it already is fp32 and too few queries would share a copy.
+struct KeyRows {
+  Tensor storage;
+  Rows<const float> rows;
+};
+
+template <typename T>
+KeyRows key_rows(const Geometry<float>& g, const Tensor& t, bool turn, bool copy) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!copy && !(turn && g.rotary > 0)) return {t, rows_of<float>(t)};
+  }
+  Tensor storage = at::empty({g.batch, g.kv_heads, g.keys, g.dim}, t.options().dtype(at::kFloat));
+  pack<float, T>(g, rows_of<T>(t), g.keys, g.kv_heads, turn, storage.mutable_data_ptr<float>());
+  return {storage, {storage.const_data_ptr<float>(), storage.stride(0), storage.stride(2), storage.stride(1)}};
+}
+
+template <typename T>
+void forward_typed(const Inputs& in, Tensor& out, Tensor& lse) {
+  const Geometry<float> g = make_geometry<float>(in.q, in.k, in.cos, in.sin, in.cu_seqlens, in.sinks, in.options);
+  const Kernels& kernel = kernels();
+  const int64_t width = kernel.width, blocks = (g.rows() + kTaskRows - 1) / kTaskRows, pairs = g.batch * g.kv_heads;
+  const KeyRows k = key_rows<T>(g, in.k, true, blocks > 1), v = key_rows<T>(g, in.v, false, blocks > 1);
+  const Rows<const T> q = rows_of<T>(in.q);
+  const Rows<T> result = mutable_rows_of<T>(out);
+  float* lse_data = lse.mutable_data_ptr<float>();
+  const float factor = g.softcap > 0.0f ? g.scale / g.softcap : g.scale * kLog2E;
+  const int64_t panel_floats = kTaskRows * g.dim;
+  run_tasks(pairs * blocks, 2 * panel_floats + 4 * kTaskRows + kScratch, [&](int64_t task, float* scratch) {
+    // The last query blocks see the most keys under a causal mask: longest first.
+    const TaskRows t = task_rows(g, task % pairs, blocks - 1 - task / pairs, width);
+    float *queries = scratch + kScratch, *accumulator = queries + panel_floats, *maximum = accumulator + panel_floats;
+    float* total = maximum + kTaskRows;
+    int32_t low[kTaskRows], high[kTaskRows];
+    visible_keys(g, t, width, low, high);
+    pack_panels<T>(g, t, q, true, factor, width, queries, nullptr, 0);
+    std::fill_n(accumulator, t.panels * width * g.dim, 0.0f);
+    for (int64_t i = 0; i < t.panels * width; ++i) {
+      const float sink = g.sinks != nullptr && i < t.count ? g.sinks[t.kv_head * g.group + (t.first + i) % g.group] * kLog2E
+                                                           : -std::numeric_limits<float>::infinity();
+      maximum[i] = sink;
+      total[i] = sink == -std::numeric_limits<float>::infinity() ? 0.0f : 1.0f;
+    }
+    kernel.forward({k.rows.at(t.batch, 0, t.kv_head), v.rows.at(t.batch, 0, t.kv_head), k.rows.token, v.rows.token, g.dim, t.panels, queries,
+                    accumulator, maximum, total, low, high, g.softcap * kLog2E, scratch});
+    write_rows<T>(g, t, width, accumulator, maximum, total, result, lse_data);
+  });
+}
+
+ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
+                        const Optional& sinks, bool causal, double scale, int64_t window, double softcap, bool interleaved) {
+  const Inputs in{unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved}};
+  const bool wide = q.scalar_type() == at::kDouble;
+  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide ? at::kDouble : at::kFloat));
+  if (out.numel() == 0) return {out, lse};
+  if (wide) forward_double(in, out, lse);
+  else if (q.scalar_type() == at::kFloat) forward_typed<float>(in, out, lse);
+  else if (q.scalar_type() == at::kBFloat16) forward_typed<c10::BFloat16>(in, out, lse);
+  else forward_typed<c10::Half>(in, out, lse);
+  return {out, lse};
+}
+
+BackwardResult attention_backward(const Optional& grad_out, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out, const Tensor& lse, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
+                                  const Optional& sinks, bool causal, double scale, int64_t window, double softcap, bool interleaved) {
+  const Inputs in{unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved}};
+  const Tensor grad = grad_out ? unit_stride(*grad_out) : at::zeros(out.sizes(), out.options());
+  const Optional grad_of_lse = grad_lse ? std::optional(grad_lse->contiguous()) : std::nullopt;
+  return backward(in, grad, grad_of_lse, unit_stride(out), lse.contiguous());
+}
+
+}  // namespace astrobiogen::attention
+
+TORCH_LIBRARY_IMPL(astrobiogen, CPU, m) {
+  m.impl("attention", &astrobiogen::attention::attention);
+  m.impl("attention_backward", &astrobiogen::attention::attention_backward);
+}

@@ -1,0 +1,175 @@
+// What forward and backward share: the problem's geometry, visible key ranges, rotation while packing, scratch memory, scheduling.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <optional>
+#include <vector>
+
+namespace astrobiogen::attention {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t kTaskRows = 64;         // query rows (token, head of the group) of one task
+constexpr int64_t kMaxHeadDim = 256;
+constexpr float kLog2E = 1.44269504088896f, kLn2 = 0.693147180559945f;
+
+struct Options {
+  bool causal;
+  double scale;
+  int64_t window;
+  double softcap;
+  bool interleaved;
+};
+
+// Sizes, visible ranges and rotary angles (converted to Scalar, contiguous, alive as long as this object).
+template <typename Scalar>
+struct Geometry {
+  int64_t batch, queries, keys, heads, kv_heads, group, dim;
+  int64_t rotary = 0;  // pairs
+  int64_t angle_rows = 0, angle_batch = 0;
+  bool interleaved;
+  Scalar scale, softcap;
+  std::vector<int32_t> low, high;  // [queries] keys seen: low <= key < high; both never decrease
+  const Scalar *cos = nullptr, *sin = nullptr, *sinks = nullptr;
+  Tensor cos_storage, sin_storage, sinks_storage;
+
+  int64_t rows() const { return queries * group; }  // of one (batch, kv head)
+  const Scalar* angles(const Scalar* table, int64_t b, int64_t row_from_end) const {
+    return table + b * angle_batch + (angle_rows - row_from_end) * rotary;
+  }
+};
+
+void visible_ranges(int64_t queries, int64_t keys, const Options& options, const Optional& cu_seqlens, std::vector<int32_t>& low,
+                    std::vector<int32_t>& high);
+
+template <typename Scalar>
+Geometry<Scalar> make_geometry(const Tensor& q, const Tensor& k, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
+                               const Optional& sinks, const Options& options) {
+  constexpr auto kType = c10::CppTypeToScalarType<Scalar>::value;
+  Geometry<Scalar> g{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(2) / k.size(2), q.size(3)};
+  g.interleaved = options.interleaved;
+  g.scale = static_cast<Scalar>(options.scale);
+  g.softcap = static_cast<Scalar>(options.softcap);
+  visible_ranges(g.queries, g.keys, options, cu_seqlens, g.low, g.high);
+  if (cos && sin) {
+    g.cos_storage = cos->to(kType).contiguous();
+    g.sin_storage = sin->to(kType).contiguous();
+    g.rotary = cos->size(-1);
+    g.angle_rows = cos->size(-2);
+    g.angle_batch = cos->dim() == 3 ? g.angle_rows * g.rotary : 0;
+    g.cos = g.cos_storage.template const_data_ptr<Scalar>();
+    g.sin = g.sin_storage.template const_data_ptr<Scalar>();
+  }
+  if (sinks) {
+    g.sinks_storage = sinks->to(kType).contiguous();
+    g.sinks = g.sinks_storage.template const_data_ptr<Scalar>();
+  }
+  return g;
+}
+
+// [B, S, heads, D] with unit stride along D.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t batch, token, head;
+  T* at(int64_t b, int64_t s, int64_t h) const { return data + b * batch + s * token + h * head; }
+};
+
+inline Tensor unit_stride(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
+
+template <typename T>
+Rows<const T> rows_of(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+template <typename T>
+Rows<T> mutable_rows_of(Tensor& t) {
+  return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// out[0..dim) = rotation of in by the angles at `cos`, `sin` (sign -1: the inverse), times `factor`.
+template <typename Scalar, typename In, typename Out>
+inline void rotate_row(const Geometry<Scalar>& g, const In* in, const Scalar* cos, const Scalar* sin, Scalar sign, Scalar factor, Out* out) {
+  if (g.rotary > 0 && g.interleaved) {
+    for (int64_t i = 0; i < g.rotary; ++i) {
+      const Scalar a = static_cast<Scalar>(in[2 * i]), b = static_cast<Scalar>(in[2 * i + 1]), s = sin[i] * sign;
+      out[2 * i] = static_cast<Out>((a * cos[i] - b * s) * factor);
+      out[2 * i + 1] = static_cast<Out>((a * s + b * cos[i]) * factor);
+    }
+  } else {
+    for (int64_t i = 0; i < g.rotary; ++i) {
+      const Scalar a = static_cast<Scalar>(in[i]), b = static_cast<Scalar>(in[i + g.rotary]), s = sin[i] * sign;
+      out[i] = static_cast<Out>((a * cos[i] - b * s) * factor);
+      out[i + g.rotary] = static_cast<Out>((a * s + b * cos[i]) * factor);
+    }
+  }
+  for (int64_t i = 2 * g.rotary; i < g.dim; ++i) out[i] = static_cast<Out>(static_cast<Scalar>(in[i]) * factor);
+}
+
+// Rotated (if `turn`) copy [B, heads, S, D] of in [B, S, heads, D] in the compute type.
+template <typename Scalar, typename T>
+void pack(const Geometry<Scalar>& g, const Rows<const T>& in, int64_t tokens, int64_t heads, bool turn, Scalar* out) {
+  at::parallel_for(0, g.batch * tokens, std::max<int64_t>(1, 32768 / (heads * g.dim)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / tokens, s = i % tokens;
+      for (int64_t h = 0; h < heads; ++h) {
+        Scalar* to = out + ((b * heads + h) * tokens + s) * g.dim;
+        const T* from = in.at(b, s, h);
+        if (turn && g.rotary > 0)
+          rotate_row(g, from, g.angles(g.cos, b, tokens - s), g.angles(g.sin, b, tokens - s), Scalar{1}, Scalar{1}, to);
+        else
+          for (int64_t d = 0; d < g.dim; ++d) to[d] = static_cast<Scalar>(from[d]);
+      }
+    }
+  });
+}
+
+// Cache-line aligned floats, zeroed.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : data_(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64}))) {
+    std::fill_n(data_.get(), floats, 0.0f);
+  }
+  float* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float[], Free> data_;
+};
+
+// Runs work(task, scratch) for tasks 0 .. count - 1; every thread takes the next free task, so unequal tasks balance. A task's result must not depend on
+// who runs it.
+template <class Work>
+void run_tasks(int64_t count, int64_t scratch_floats, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    Scratch scratch(scratch_floats);
+    for (int64_t task = next.fetch_add(1); task < count; task = next.fetch_add(1)) work(task, scratch.get());
+  });
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+struct Inputs {
+  Tensor q, k, v;
+  Optional cos, sin, cu_seqlens, sinks;
+  Options options;
+};
+
+BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse);
+void forward_double(const Inputs& in, Tensor& out, Tensor& lse);
+void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse, Tensor& grad_q,
+                     Tensor& grad_k, Tensor& grad_v, Tensor& grad_sinks);
+
+}  // namespace astrobiogen::attention

@@ -1,0 +1,191 @@
+// Register-blocked fp32 products and the vector exponential of the attention kernels, templated on the instruction set's blocking.
+//
+// Lanes run over query rows. A panel is W = 2 L query rows stored column by column ([depth][W]), so scores, probabilities and their gradients are
+// [keys][W] tiles: row maximum, sum and rescaling are lane-wise (no shuffle), K and V are read in place as broadcasts (no packing, no padding of the
+// head dimension), and the causal waste is a panel, not a tile.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/simd.h"
+
+namespace astrobiogen::attention {
+
+template <int Bytes>
+struct Vector {
+  typedef float F __attribute__((vector_size(Bytes)));
+  typedef int32_t I __attribute__((vector_size(Bytes)));
+};
+
+// L: fp32 lanes of one register. R: rows of the register block; R x 2 accumulators + 2 loads + 1 broadcast fit the registers:
+// AVX-512 11 x 2 + 3 = 25 of 32, AVX2 6 x 2 + 3 = 15 of 16, SSE2/NEON 6 x 2 + 3 = 15 of 16.
+// Keys: keys of one tile, a multiple of R; the K and V tiles of D = 68 stay in the 32 KB first-level cache together with the panel.
+template <int L_, int R_, int Keys_>
+struct Blocking {
+  static constexpr int L = L_, R = R_, W = 2 * L_, Keys = Keys_;
+  using F = typename Vector<4 * L_>::F;
+  using I = typename Vector<4 * L_>::I;
+};
+using Avx512 = Blocking<16, 11, 66>;
+using Avx2 = Blocking<8, 6, 60>;
+using Baseline = Blocking<4, 6, 60>;
+
+// Query rows per task: the K and V tiles are reused from the cache by this many rows.
+constexpr int64_t kRows = 64;
+
+template <class F>
+ASTRO_INLINE F load_as(const float* p) {
+  F v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class F>
+ASTRO_INLINE void store_as(float* p, F v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// 2^x for x <= 1: 2^n 2^f with |f| <= 1/2, degree-6 minimax polynomial (relative error 1.9e-9). Below -126 the result is 0. NaN stays NaN: it fails both
+// comparisons and the polynomial carries it.
+template <class B>
+ASTRO_INLINE typename B::F exp2_unit(typename B::F x) {
+  using F = typename B::F;
+  using I = typename B::I;
+  const float kRound = 0x1.8p23f;
+  const F floor = F{} - 126.0f;
+  const F y = x < floor ? floor : x;
+  const F shifted = y + kRound;
+  const F f = y - (shifted - kRound);
+  I n;
+  std::memcpy(&n, &shifted, sizeof(n));
+  n = (n << 23) + (127 << 23);  // the low bits of `shifted` hold n; its exponent bits fall off the left
+  F power;
+  std::memcpy(&power, &n, sizeof(n));
+  F p = f * 0x1.41a6fep-13f + 0x1.5f44f0p-10f;
+  p = p * f + 0x1.3b2dfep-7f;
+  p = p * f + 0x1.c6aed6p-5f;
+  p = p * f + 0x1.ebfbdap-3f;
+  p = p * f + 0x1.62e430p-1f;
+  p = p * f + 1.0f;
+  return x < floor ? F{} : p * power;
+}
+
+// As simd::tanh, on one register: odd polynomial below 0.55 (relative error 1e-9), (1 - e) / (1 + e) with e = e^(-2|x|) above.
+template <class B>
+ASTRO_INLINE typename B::F tanh_lanes(typename B::F x) {
+  using F = typename B::F;
+  const F a = x < 0.0f ? -x : x;
+  const F z = a * a;
+  F p = z * -6.27423869e-3f + 2.10716780e-2f;
+  p = p * z + -5.38523085e-2f;
+  p = p * z + 1.33325860e-1f;
+  p = p * z + -3.33333164e-1f;
+  const F e = exp2_unit<B>(a * -0x1.715476p1f);
+  const F magnitude = a < 0.55f ? a + a * (z * p) : (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -magnitude : magnitude;
+}
+
+// score = softcap tanh(score) on one panel's columns of a tile.
+template <class B>
+ASTRO_INLINE void cap_tile(float* tile, int64_t stride, int64_t count, float softcap) {
+  using F = typename B::F;
+  for (int64_t j = 0; j < count; ++j)
+    for (int n = 0; n < 2; ++n) {
+      float* p = tile + j * stride + n * B::L;
+      store_as<F>(p, tanh_lanes<B>(load_as<F>(p)) * softcap);
+    }
+}
+
+enum class Start { kZero, kAdd, kScale };
+
+// c[r][0 .. N L) = start + sum_p a(r, p) b[p][0 .. N L) for R rows; a(r, p) = a[r lda + p], or a[r + p lda] if Adjacent. kScale multiplies the old c by
+// the N vectors at `scale` first.
+template <class B, int R, int N, bool Adjacent, Start kStart>
+ASTRO_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, const float* scale) {
+  using F = typename B::F;
+  F acc[R][N];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      if constexpr (kStart == Start::kZero) acc[r][n] = F{};
+      if constexpr (kStart == Start::kAdd) acc[r][n] = load_as<F>(c + r * ldc + n * B::L);
+      if constexpr (kStart == Start::kScale) acc[r][n] = load_as<F>(c + r * ldc + n * B::L) * load_as<F>(scale + n * B::L);
+    }
+  for (int64_t p = 0; p < depth; ++p) {
+    F right[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) right[n] = load_as<F>(b + p * ldb + n * B::L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const float left = Adjacent ? a[p * lda + r] : a[r * lda + p];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) acc[r][n] += left * right[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) store_as(c + r * ldc + n * B::L, acc[r][n]);
+}
+
+// The rows left over: one instantiation per count, chosen at run time.
+template <class B, int R, int N, bool Adjacent, Start kStart>
+ASTRO_INLINE void rest(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, const float* scale) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      block<B, R, N, Adjacent, kStart>(a, lda, b, ldb, depth, c, ldc, scale);
+    else
+      rest<B, R - 1, N, Adjacent, kStart>(rows, a, lda, b, ldb, depth, c, ldc, scale);
+  }
+}
+
+// As `block`, for any number of rows.
+template <class B, int N, bool Adjacent, Start kStart>
+ASTRO_INLINE void product(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+                          const float* scale = nullptr) {
+  const int64_t step = Adjacent ? 1 : lda;
+  int64_t r = 0;
+  for (; r + B::R <= rows; r += B::R) block<B, B::R, N, Adjacent, kStart>(a + r * step, lda, b, ldb, depth, c + r * ldc, ldc, scale);
+  rest<B, B::R - 1, N, Adjacent, kStart>(rows - r, a + r * step, lda, b, ldb, depth, c + r * ldc, ldc, scale);
+}
+
+// tile[key][W] = -Inf where the lane's query does not see the key: lane w sees keys low[w] <= key < high[w]; the tile starts at key `first`.
+template <class B>
+ASTRO_INLINE void mask_tile(float* tile, int64_t stride, int64_t first, int64_t count, const int32_t* low, const int32_t* high) {
+  using F = typename B::F;
+  using I = typename B::I;
+  const F hidden = F{} - __builtin_inff();
+  for (int n = 0; n < 2; ++n) {
+    I begin, end;
+    std::memcpy(&begin, low + n * B::L, sizeof(begin));
+    std::memcpy(&end, high + n * B::L, sizeof(end));
+    for (int64_t j = 0; j < count; ++j) {
+      const I key = I{} + static_cast<int32_t>(first + j);
+      float* p = tile + j * stride + n * B::L;
+      store_as<F>(p, ((key >= begin) & (key < end)) ? load_as<F>(p) : hidden);
+    }
+  }
+}
+
+// The union and the intersection of the visible key ranges of `count` rows. Rows that see nothing do not widen the union but empty the intersection.
+struct Range {
+  int64_t first, last;            // keys that some row sees
+  int64_t full_first, full_last;  // keys that every row sees
+};
+
+ASTRO_INLINE Range range_of(const int32_t* low, const int32_t* high, int64_t count) {
+  Range range{INT32_MAX, 0, 0, INT32_MAX};
+  for (int64_t i = 0; i < count; ++i) {
+    if (low[i] < high[i]) {
+      range.first = low[i] < range.first ? low[i] : range.first;
+      range.last = high[i] > range.last ? high[i] : range.last;
+    }
+    range.full_first = low[i] > range.full_first ? low[i] : range.full_first;
+    range.full_last = high[i] < range.full_last ? high[i] : range.full_last;
+  }
+  return range;
+}
+
+}  // namespace astrobiogen::attention

@@ -1,0 +1,182 @@
+// Rotary position embedding on the CPU, for any rotary width; its gradient is the same kernel with sin negated. Formulas:
+// astrobiogen/kernels/rope/reference.py.
+//
+// Memory-bound: x is read once and the result written once; a token's cos and sin are read from L1 by all of its heads. x may have any strides over
+// batch, tokens and heads (a slice of a fused projection, a transposed cache); only a head whose columns are not contiguous is copied first.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "common/simd.h"
+
+namespace astrobiogen::rope {
+
+using at::Tensor;
+
+// A thread's share below this many elements costs more to schedule (~5 us) than to compute.
+constexpr int64_t kGrainElements = 16384;
+
+template <typename T>
+struct Rotation {
+  using Table = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const T* x;
+  const Table *cos, *sin;  // dense rows of `half`
+  T* out;                  // dense [B, S, heads, width]
+  int64_t length, heads, width, half;
+  int64_t batch_stride, token_stride, head_stride;
+  int64_t table_batch_stride;  // 0: one table for all of the batch
+  bool interleaved;
+  Table sign;
+};
+
+// Columns j and j + half of one head, sixteen pairs at a time. The last vector overlaps the one before instead of leaving a tail: half = 34 is three
+// vectors, at 0, 16 and 18.
+template <typename T>
+ASTRO_INLINE void rotate_halves(const T* x, const float* cos, const float* sin, float sign, T* out, int64_t half) {
+  using namespace simd;
+  if (half < kLanes) {
+    if (half == 0) return;
+    const f32x16 a = load_partial(x, half), b = load_partial(x + half, half);
+    const f32x16 c = load_partial(cos, half), s = load_partial(sin, half) * sign;
+    store_partial(out, a * c - b * s, half);
+    store_partial(out + half, b * c + a * s, half);
+    return;
+  }
+  for (int64_t j = 0; j < half; j += kLanes) {
+    const int64_t at = std::min(j, half - kLanes);
+    const f32x16 a = load(x + at), b = load(x + half + at);
+    const f32x16 c = load(cos + at), s = load(sin + at) * sign;
+    store(out + at, a * c - b * s);
+    store(out + half + at, b * c + a * s);
+  }
+}
+
+// Swaps lanes 2i and 2i + 1.
+ASTRO_INLINE simd::f32x16 swap_pairs(simd::f32x16 v) {
+  typedef uint64_t u64x8 __attribute__((vector_size(64)));
+  u64x8 pairs;
+  std::memcpy(&pairs, &v, sizeof(v));
+  pairs = (pairs >> 32) | (pairs << 32);
+  std::memcpy(&v, &pairs, sizeof(v));
+  return v;
+}
+
+// Columns 2i and 2i + 1 of one head; cos comes doubled (c0 c0 c1 c1 ...) and sin doubled with alternating sign (-s0 s0 -s1 s1 ...).
+template <typename T>
+ASTRO_INLINE void rotate_pairs(const T* x, const float* cos, const float* sin, T* out, int64_t rotary) {
+  using namespace simd;
+  if (rotary < kLanes) {
+    if (rotary == 0) return;
+    const f32x16 v = load_partial(x, rotary);
+    store_partial(out, v * load_partial(cos, rotary) + swap_pairs(v) * load_partial(sin, rotary), rotary);
+    return;
+  }
+  for (int64_t j = 0; j < rotary; j += kLanes) {
+    const int64_t at = std::min(j, rotary - kLanes);  // rotary is even, so the overlapping vector starts on a pair
+    const f32x16 v = load(x + at);
+    store(out + at, v * load(cos + at) + swap_pairs(v) * load(sin + at));
+  }
+}
+
+// fp64 serves gradient checks: plain loops.
+ASTRO_INLINE void rotate_double(const double* x, const double* cos, const double* sin, double sign, double* out, int64_t half, bool interleaved) {
+  for (int64_t j = 0; j < half; ++j) {
+    const int64_t first = interleaved ? 2 * j : j, second = interleaved ? 2 * j + 1 : j + half;
+    const double a = x[first], b = x[second];
+    out[first] = a * cos[j] - b * sin[j] * sign;
+    out[second] = b * cos[j] + a * sin[j] * sign;
+  }
+}
+
+template <typename T>
+ASTRO_INLINE void rotate_tokens(const Rotation<T>& a, int64_t begin, int64_t end) {
+  using Table = typename Rotation<T>::Table;
+  const int64_t rotary = 2 * a.half;
+  const bool pairs = a.interleaved && !std::is_same_v<T, double>;
+  std::vector<Table> doubled(pairs ? 2 * rotary : 0);
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t batch = token / a.length, position = token % a.length;
+    const Table* cos = a.cos + batch * a.table_batch_stride + position * a.half;
+    const Table* sin = a.sin + batch * a.table_batch_stride + position * a.half;
+    if (pairs) {
+      for (int64_t j = 0; j < a.half; ++j) {
+        doubled[2 * j] = doubled[2 * j + 1] = cos[j];
+        doubled[rotary + 2 * j] = -sin[j] * a.sign;
+        doubled[rotary + 2 * j + 1] = sin[j] * a.sign;
+      }
+      cos = doubled.data();
+      sin = doubled.data() + rotary;
+    }
+    const T* x = a.x + batch * a.batch_stride + position * a.token_stride;
+    T* out = a.out + token * a.heads * a.width;
+    for (int64_t head = 0; head < a.heads; ++head, x += a.head_stride, out += a.width) {
+      if constexpr (std::is_same_v<T, double>) rotate_double(x, cos, sin, a.sign, out, a.half, a.interleaved);
+      else if (pairs) rotate_pairs(x, cos, sin, out, rotary);
+      else rotate_halves(x, cos, sin, a.sign, out, a.half);
+      for (int64_t j = rotary; j < a.width; ++j) out[j] = x[j];
+    }
+  }
+}
+
+// One overload per dtype: function multiversioning does not take templates.
+#define ASTRO_ROPE_ENTRY(T) \
+  ASTRO_MULTIVERSION void run(const Rotation<T>& a, int64_t begin, int64_t end) { rotate_tokens(a, begin, end); }
+ASTRO_ROPE_ENTRY(float)
+ASTRO_ROPE_ENTRY(c10::BFloat16)
+ASTRO_ROPE_ENTRY(c10::Half)
+ASTRO_ROPE_ENTRY(double)
+#undef ASTRO_ROPE_ENTRY
+
+template <typename T>
+void rope_typed(const Tensor& x, const Tensor& cos_any, const Tensor& sin_any, bool interleaved, bool transposed, Tensor& out) {
+  using Table = typename Rotation<T>::Table;
+  const at::ScalarType table_type = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+  const Tensor cos = cos_any.to(table_type).contiguous(), sin = sin_any.to(table_type).contiguous();
+  const int64_t length = x.size(1), half = cos.size(-1);
+  const Rotation<T> args{x.const_data_ptr<T>(),
+                         cos.const_data_ptr<Table>(),
+                         sin.const_data_ptr<Table>(),
+                         out.mutable_data_ptr<T>(),
+                         length,
+                         x.size(2),
+                         x.size(3),
+                         half,
+                         x.stride(0),
+                         x.stride(1),
+                         x.stride(2),
+                         cos.dim() == 3 && cos.size(0) > 1 ? length * half : 0,
+                         interleaved,
+                         static_cast<Table>(transposed ? -1 : 1)};
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (args.heads * args.width));
+  at::parallel_for(0, x.size(0) * length, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+}
+
+Tensor rope(const Tensor& x_any, const Tensor& cos, const Tensor& sin, bool interleaved, bool transposed) {
+  const Tensor x = x_any.stride(-1) == 1 || x_any.size(-1) == 1 ? x_any : x_any.contiguous();
+  Tensor out = at::empty(x.sizes(), x.options());
+  if (x.numel() == 0) return out;
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      rope_typed<float>(x, cos, sin, interleaved, transposed, out);
+      break;
+    case at::kBFloat16:
+      rope_typed<c10::BFloat16>(x, cos, sin, interleaved, transposed, out);
+      break;
+    case at::kHalf:
+      rope_typed<c10::Half>(x, cos, sin, interleaved, transposed, out);
+      break;
+    default:
+      rope_typed<double>(x, cos, sin, interleaved, transposed, out);
+  }
+  return out;
+}
+
+}  // namespace astrobiogen::rope
+
+TORCH_LIBRARY_IMPL(astrobiogen, CPU, m) { m.impl("rope", &astrobiogen::rope::rope); }

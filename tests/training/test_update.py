@@ -1,0 +1,174 @@
+"""Accumulation, clipping, skipping, loss scale, schedules, weight decay groups."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from astrobiogen.training import schedule
+from astrobiogen.training.config import DataConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig
+from astrobiogen.training.errors import NumericalError, UserError
+from astrobiogen.training.optimizer import build_optimizer, decay_groups
+from astrobiogen.training.precision import LossScaler, choose_dtype
+from astrobiogen.training.update import Updater
+from tests.training.conftest import ToyModel, ToySamples, collate, toy_config, toy_loss
+
+SAMPLES = ToySamples(64, seed=5)
+
+
+def updater(batch_size: int, accumulation: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Updater:
+    config = toy_config(data=DataConfig(batch_size=batch_size, accumulation=accumulation), **changes)
+    torch.manual_seed(0)
+    model = ToyModel(dropout=0.0)
+    return Updater(model, toy_loss, build_optimizer(model, config.optimizer), config, 10, torch.device("cpu"), dtype)
+
+
+def run_window(made: Updater, sizes: list[int]) -> tuple[dict[str, torch.Tensor], float]:
+    """The gradients that the optimizer sees (weights would not do: Adam turns rounding of a zero gradient into a whole step)."""
+    start = 0
+    seen: dict[str, torch.Tensor] = {}
+    step = made.optimizer.step
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.update({name: value.grad.clone() for name, value in made.model.named_parameters() if value.grad is not None})
+        return step(*args, **options)
+
+    made.optimizer.step = spy  # type: ignore[method-assign]
+    for size in sizes:
+        indices = list(range(start, start + size))
+        made.add(indices, collate([SAMPLES[index] for index in indices]))
+        start += size
+    return seen, made.finish().norm
+
+
+@pytest.mark.parametrize("sizes", [[1] * 32, [4, 4, 4, 1], [7, 5, 20]])
+def test_accumulation_equals_the_full_batch(sizes: list[int]) -> None:
+    full, full_norm = run_window(updater(sum(sizes), 1), [sum(sizes)])
+    parts, norm = run_window(updater(max(sizes), len(sizes)), sizes)
+    assert norm == pytest.approx(full_norm, rel=1e-6)
+    for name in full:
+        torch.testing.assert_close(parts[name], full[name], rtol=1e-6, atol=1e-6)
+
+
+def test_short_last_window_is_not_divided_by_the_full_one() -> None:
+    full, full_norm = run_window(updater(20, 1), [20])
+    parts, norm = run_window(updater(1, 32), [1] * 20)
+    assert norm == pytest.approx(full_norm, rel=1e-6)  # divided by 32 it would be 0.62 of it
+    for name in full:
+        torch.testing.assert_close(parts[name], full[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_summed_in_fp32(dtype: torch.dtype) -> None:
+    made = updater(4, 2, dtype)
+    made.add([0, 1, 2, 3], collate([SAMPLES[index] for index in range(4)]))
+    assert {value.grad.dtype for value in made.model.parameters() if value.grad is not None} == {torch.float32}
+    assert {value.dtype for value in made.model.parameters()} == {torch.float32}
+
+
+def test_loss_scale_does_not_change_the_gradient() -> None:
+    plain, norm = run_window(updater(8, 1), [8])
+    scaled = updater(8, 1)
+    scaled.scaler.scale = 2.0**15
+    parts, scaled_norm = run_window(scaled, [8])
+    assert scaled_norm == pytest.approx(norm, rel=1e-6)
+    for name in plain:
+        torch.testing.assert_close(parts[name], plain[name], rtol=1e-6, atol=1e-6)
+
+
+def poison(made: Updater, good: bool = False) -> None:
+    batch = collate([SAMPLES[index] for index in range(4)])
+    if not good:
+        batch["planet_params"][2, 1] = math.nan
+    made.add([0, 1, 2, 3], batch)
+
+
+def test_nan_updates_are_skipped_then_the_run_stops_with_the_batches() -> None:
+    made = updater(4, 1, precision=PrecisionConfig(skip_budget=3))
+    before = {name: value.detach().clone() for name, value in made.model.named_parameters()}
+    for _ in range(3):
+        poison(made)
+        assert made.finish().skipped
+    assert made.updates == 0 and made.skipped == 3
+    assert all(torch.equal(before[name], value) for name, value in made.model.named_parameters())
+    poison(made, good=True)
+    assert not made.finish().skipped and made.updates == 1 and made.skipped_in_row == 0
+    for _ in range(3):
+        poison(made)
+        made.finish()
+    poison(made)
+    with pytest.raises(NumericalError, match=r"4 updates in a row.*classification.*\[\[0, 1, 2, 3\]\]"):
+        made.finish()
+
+
+def test_scale_has_a_floor_and_hysteresis() -> None:
+    scaler = LossScaler(PrecisionConfig(initial_scale=8.0, hysteresis=2, growth_interval=3), torch.float16)
+    scales = []
+    for _ in range(200):
+        scaler.update(overflow=True)
+        scales.append(scaler.scale)
+    assert scales[:4] == [8.0, 4.0, 4.0, 2.0] and min(scales) == 1.0
+    for _ in range(3):
+        scaler.update(overflow=False)
+    assert scaler.scale == 2.0
+    fixed = LossScaler(PrecisionConfig(), torch.bfloat16)
+    fixed.update(overflow=True)
+    assert fixed.scale == 1.0
+
+
+def test_clipping() -> None:
+    gradients, norm = run_window(updater(8, 1, optimizer=OptimizerConfig(clip_norm=1e-3)), [8])
+    assert norm > 1e-2 and float(torch.nn.utils.get_total_norm(list(gradients.values()))) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("cycle", [False, True])
+def test_onecycle_equals_torch(cycle: bool) -> None:
+    config = ScheduleConfig(name="onecycle", warmup_fraction=0.3, cycle_momentum=cycle)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.AdamW([parameter], betas=(0.9, 0.999))
+    ours = torch.optim.AdamW([parameter], betas=(0.9, 0.999))
+    parameter.grad = torch.zeros(1)
+    total = 50
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        theirs, max_lr=3e-3, total_steps=total, pct_start=0.3, div_factor=10.0, final_div_factor=100.0, cycle_momentum=cycle
+    )
+    for update in range(total):
+        rate = schedule.apply(config, ours, 3e-3, update, total)
+        assert rate == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9)
+        assert ours.param_groups[0]["betas"][0] == pytest.approx(theirs.param_groups[0]["betas"][0], rel=1e-9)
+        theirs.step()
+        if update < total - 1:
+            reference.step()
+
+
+def test_other_schedules() -> None:
+    assert schedule.learning_rate(ScheduleConfig(name="constant"), 0.1, 7, 10) == 0.1
+    config = ScheduleConfig(name="cosine", warmup_fraction=0.2)
+    rates = [schedule.learning_rate(config, 1.0, update, 100) for update in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[-1] == pytest.approx(1e-3)
+    assert rates[10] - rates[9] == pytest.approx(rates[5] - rates[4])
+    assert schedule.learning_rate(ScheduleConfig(), 1.0, 5, 1) > 0  # longer than planned, after skipped updates
+
+
+def test_decay_groups() -> None:
+    model = ToyModel()
+    decayed, plain = decay_groups(model, 0.1)
+    assert {value.ndim for value in decayed["params"]} == {2} and decayed["weight_decay"] == 0.1  # type: ignore[attr-defined]
+    assert {value.ndim for value in plain["params"]} == {1} and plain["weight_decay"] == 0.0  # type: ignore[attr-defined]
+
+
+def test_missing_bitsandbytes_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("importlib.import_module", absent)
+    with pytest.raises(UserError, match="bitsandbytes >= 0.50"):
+        build_optimizer(ToyModel(), OptimizerConfig(name="adamw8bit"))
+
+
+def test_dtype_is_never_replaced() -> None:
+    cpu = torch.device("cpu")
+    assert choose_dtype(PrecisionConfig(), cpu)[0] == torch.float32
+    assert choose_dtype(PrecisionConfig(dtype="fp16"), cpu)[0] == torch.float16
+    assert choose_dtype(PrecisionConfig(dtype="bf16"), cpu)[0] == torch.bfloat16
