@@ -6,6 +6,13 @@ from astrobiogen.kernels.conv_nd.op import conv_transpose_nd as conv_transpose_n
 from astrobiogen.kernels.linear_cross_entropy.op import linear_cross_entropy as linear_cross_entropy
 from astrobiogen.kernels.rms_norm.op import add_rms_norm as add_rms_norm
 from astrobiogen.kernels.rms_norm.op import rms_norm as rms_norm
+from astrobiogen.kernels.rope.frequencies import rope_frequencies as rope_frequencies
+from astrobiogen.kernels.rope.frequencies import rope_frequencies_dynamic_ntk as rope_frequencies_dynamic_ntk
+from astrobiogen.kernels.rope.frequencies import rope_frequencies_linear as rope_frequencies_linear
+from astrobiogen.kernels.rope.frequencies import rope_frequencies_llama3 as rope_frequencies_llama3
+from astrobiogen.kernels.rope.frequencies import rope_frequencies_yarn as rope_frequencies_yarn
+from astrobiogen.kernels.rope.frequencies import rope_gather as rope_gather
+from astrobiogen.kernels.rope.frequencies import rope_positions as rope_positions
 from astrobiogen.kernels.rope.op import rope as rope
 from astrobiogen.kernels.swiglu.op import swiglu as swiglu
 from astrobiogen.kernels.swiglu.op import swiglu_packed as swiglu_packed

@@ -36,6 +36,7 @@ struct Forward {
   float* rstd;
   int64_t hidden;
   float eps;
+  bool streamed;  // y bypasses the cache
 };
 
 template <typename T>
@@ -47,6 +48,7 @@ struct Backward {
   const float* rstd;
   T* grad_x;
   int64_t hidden;
+  bool streamed;  // grad_x bypasses the cache
 };
 
 template <typename T>
@@ -80,7 +82,10 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row) {
   const float rstd = 1.0f / std::sqrt(mean + a.eps);
   a.rstd[row] = rstd;
   T* y = a.y + row * hidden;
-  for (j = 0; j < whole; j += kLanes) store(y + j, load(x + j) * rstd * load(a.weight + j));
+  if (a.streamed)
+    for (j = 0; j < whole; j += kLanes) stream(y + j, load(x + j) * rstd * load(a.weight + j));
+  else
+    for (j = 0; j < whole; j += kLanes) store(y + j, load(x + j) * rstd * load(a.weight + j));
   if (whole < hidden) {
     const int64_t rest = hidden - whole;
     store_partial(y + whole, load_partial(x + whole, rest) * rstd * load_partial(a.weight + whole, rest), rest);
@@ -114,7 +119,8 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
   for (j = 0; j < whole; j += kLanes) {
     f32x16 value = (load(grad_y + j) * load(a.weight + j) - load(x + j) * correction) * rstd;
     if (grad_sum != nullptr) value += load(grad_sum + j);
-    store(grad_x + j, value);
+    if (a.streamed) stream(grad_x + j, value);
+    else store(grad_x + j, value);
   }
   if (rest > 0) {
     f32x16 value = (load_partial(grad_y + whole, rest) * load_partial(a.weight + whole, rest) - load_partial(x + whole, rest) * correction) * rstd;
@@ -126,11 +132,13 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
 template <typename T>
 ASTRO_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) forward_row(a, row);
+  simd::stream_fence();
 }
 
 template <typename T>
 ASTRO_INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64_t end, float* grad_weight) {
   for (int64_t row = begin; row < end; ++row) backward_row(a, row, grad_weight);
+  simd::stream_fence();
 }
 
 // One overload per dtype: function multiversioning does not take templates.
@@ -194,7 +202,8 @@ void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const T
                         y.mutable_data_ptr<T>(),
                         rstd.mutable_data_ptr<float>(),
                         x.size(-1),
-                        static_cast<float>(eps)};
+                        static_cast<float>(eps),
+                        simd::can_stream(y.const_data_ptr<T>(), y.size(-1), y.numel())};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / args.hidden);
   at::parallel_for(0, rstd.numel(), grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
@@ -210,7 +219,8 @@ Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
                          weight_float.const_data_ptr<float>(),
                          rstd.const_data_ptr<float>(),
                          grad_x.mutable_data_ptr<T>(),
-                         hidden};
+                         hidden,
+                         simd::can_stream(grad_x.const_data_ptr<T>(), hidden, grad_x.numel())};
   const int64_t blocks = std::clamp<int64_t>(rows * hidden / kGrainElements, 1, kMaxBlocks);
   Tensor partials = at::zeros({blocks, hidden}, weight_float.options());
   float* partial = partials.mutable_data_ptr<float>();

@@ -14,7 +14,6 @@
 #include <type_traits>
 
 #include "common/math.h"
-#include "common/simd.h"
 
 namespace astrobiogen::swiglu {
 
@@ -66,16 +65,14 @@ struct Backward {
 
 // sigmoid(g) and sigmoid(-g) from one exponential and one division; both keep their relative accuracy on either side of zero.
 struct Gate {
-  simd::f32x16 open, shut;
+  simd::f32x8 open, shut;
 };
 
-ASTRO_INLINE Gate gate_of(simd::f32x16 g) {
-  using namespace simd;
-  const f32x8 g0 = low(g), g1 = high(g);
-  const f32x8 e0 = exp(-abs(g0)), e1 = exp(-abs(g1));
-  const f32x8 large0 = 1.0f / (1.0f + e0), large1 = 1.0f / (1.0f + e1);
-  const f32x8 small0 = e0 * large0, small1 = e1 * large1;
-  return {join(g0 < 0.0f ? small0 : large0, g1 < 0.0f ? small1 : large1), join(g0 < 0.0f ? large0 : small0, g1 < 0.0f ? large1 : small1)};
+ASTRO_INLINE Gate gate_of(simd::f32x8 g) {
+  const simd::f32x8 e = simd::exp_nonpositive(-simd::abs(g));
+  const simd::f32x8 large = 1.0f / (1.0f + e);
+  const simd::f32x8 small = e * large;
+  return {g < 0.0f ? small : large, g < 0.0f ? large : small};
 }
 
 ASTRO_INLINE double sigmoid(double g) {
@@ -90,24 +87,24 @@ ASTRO_INLINE void forward_row(const T* gate, const T* up, T* product, int64_t co
     for (int64_t j = 0; j < count; ++j) product[j] = gate[j] * swiglu::sigmoid(gate[j]) * up[j];
   } else {
     int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) {
-      const f32x16 g = load(gate + j);
-      store(product + j, g * gate_of(g).open * load(up + j));
+    for (; j + kHalfLanes <= count; j += kHalfLanes) {
+      const f32x8 g = load8(gate + j);
+      store8(product + j, g * gate_of(g).open * load8(up + j));
     }
     if (j < count) {
-      const f32x16 g = load_partial(gate + j, count - j);
-      store_partial(product + j, g * gate_of(g).open * load_partial(up + j, count - j), count - j);
+      const f32x8 g = load8_partial(gate + j, count - j);
+      store8_partial(product + j, g * gate_of(g).open * load8_partial(up + j, count - j), count - j);
     }
   }
 }
 
 struct Gradients {
-  simd::f32x16 gate, up, product;
+  simd::f32x8 gate, up, product;
 };
 
-ASTRO_INLINE Gradients gradients_of(simd::f32x16 g, simd::f32x16 u, simd::f32x16 grad) {
+ASTRO_INLINE Gradients gradients_of(simd::f32x8 g, simd::f32x8 u, simd::f32x8 grad) {
   const Gate s = gate_of(g);
-  const simd::f32x16 silu = g * s.open;
+  const simd::f32x8 silu = g * s.open;
   return {grad * u * (s.open * (1.0f + g * s.shut)), grad * silu, silu * u};
 }
 
@@ -123,18 +120,18 @@ ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* gra
     }
   } else {
     int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) {
-      const Gradients d = gradients_of(load(gate + j), load(up + j), load(grad + j));
-      store(grad_gate + j, d.gate);
-      store(grad_up + j, d.up);
-      if (product != nullptr) store(product + j, d.product);
+    for (; j + kHalfLanes <= count; j += kHalfLanes) {
+      const Gradients d = gradients_of(load8(gate + j), load8(up + j), load8(grad + j));
+      store8(grad_gate + j, d.gate);
+      store8(grad_up + j, d.up);
+      if (product != nullptr) store8(product + j, d.product);
     }
     if (j < count) {
       const int64_t rest = count - j;
-      const Gradients d = gradients_of(load_partial(gate + j, rest), load_partial(up + j, rest), load_partial(grad + j, rest));
-      store_partial(grad_gate + j, d.gate, rest);
-      store_partial(grad_up + j, d.up, rest);
-      if (product != nullptr) store_partial(product + j, d.product, rest);
+      const Gradients d = gradients_of(load8_partial(gate + j, rest), load8_partial(up + j, rest), load8_partial(grad + j, rest));
+      store8_partial(grad_gate + j, d.gate, rest);
+      store8_partial(grad_up + j, d.up, rest);
+      if (product != nullptr) store8_partial(product + j, d.product, rest);
     }
   }
 }
@@ -175,16 +172,17 @@ Tensor unit_columns(const Tensor& x) { return x.dim() == 0 || x.stride(-1) == 1 
 template <size_t N>
 Layout merge(const std::array<Tensor, N>& tensors, std::array<std::array<int64_t, kMaxAxes>, N>& strides, int64_t out_stride) {
   const Tensor& first = tensors[0];
+  const int64_t columns = first.dim() == 0 ? 1 : first.size(-1);
   Layout layout;
-  layout.columns = first.dim() == 0 ? 1 : first.size(-1);
-  bool flat = out_stride == layout.columns;  // still growing the row itself
+  layout.columns = columns;
+  bool flat = out_stride == columns;  // still growing the row itself
   for (int64_t axis = first.dim() - 2; axis >= 0; --axis) {
     const int64_t size = first.size(axis);
     if (size == 1) continue;
     const int64_t last = layout.axes - 1;
     bool dense = flat || last >= 0;
-    for (size_t t = 0; t < N; ++t)
-      dense = dense && tensors[t].stride(axis) == (flat ? layout.columns : strides[t][std::max<int64_t>(last, 0)] * layout.sizes[std::max<int64_t>(last, 0)]);
+    for (size_t t = 0; t < N && dense; ++t)
+      dense = tensors[t].stride(axis) == (flat ? layout.columns : strides[t][last] * layout.sizes[last]);
     if (dense && flat) {
       layout.columns *= size;
       continue;
@@ -199,7 +197,7 @@ Layout merge(const std::array<Tensor, N>& tensors, std::array<std::array<int64_t
     layout.sizes[layout.axes++] = size;
     layout.rows *= size;
   }
-  layout.out_stride = out_stride;
+  layout.out_stride = out_stride == columns ? layout.columns : out_stride;  // dense outputs grow with the row
   layout.chunks = (layout.columns + kChunk - 1) / kChunk;
   return layout;
 }

@@ -1,0 +1,35 @@
+"""Real data for "habitat x viability": climate cubes, metabolic networks, spectra, text and planet parameters, paired and labelled.
+
+>>> from astrobiogen import data
+>>> bundle = data.load_bundled()
+>>> batch = data.collate([bundle.train[i] for i in range(4)])
+
+Loading needs numpy, torch, torch_geometric and tokenizers. Building from raw files (``python -m astrobiogen.data build``) needs the optional
+packages of ``astrobiogen[data]``; they are not imported here.
+"""
+
+from astrobiogen.data import synthetic
+from astrobiogen.data.baseline_features import baseline_features
+from astrobiogen.data.collate import MODALITIES, collate
+from astrobiogen.data.corpus import load_corpus
+from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, Sample
+from astrobiogen.data.errors import DataError
+from astrobiogen.data.load import load, load_bundled
+from astrobiogen.data.sampler import EpochSampler
+from astrobiogen.data.spec import DataSpec
+
+__all__ = [
+    "MODALITIES",
+    "DataError",
+    "DataSpec",
+    "DatasetBundle",
+    "EpochSampler",
+    "HabitatDataset",
+    "Sample",
+    "baseline_features",
+    "collate",
+    "load",
+    "load_bundled",
+    "load_corpus",
+    "synthetic",
+]

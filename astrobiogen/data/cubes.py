@@ -15,7 +15,7 @@ VARIABLES = ("ta", "hus")
 UNITS = ("K", "kg kg-1")
 TA_STEP = 0.1  # K: error at most 0.05 K; the raw files themselves are rounded to 1/16 K
 HUS_STEP = 0.01  # natural-log units: relative error at most 0.5 %
-HUS_FLOOR = 1e-7  # kg/kg; anything drier is stored as 0 (stratosphere and polar night: below 0.01 % of the mean)
+HUS_FLOOR = 1e-7  # kg/kg; anything drier is stored as 0 (stratosphere and polar night: the colder planets' upper levels)
 TS_STEP = 1.0 / 16.0  # K: exact, the raw files hold multiples of 1/16 K
 SIC_STEP = 1.0 / 200.0  # rounded down, so that "less than 0.5" keeps its answer
 INPUT_SEGMENT, LABEL_SEGMENT = 1, 2
@@ -41,6 +41,13 @@ def value_table(variable: str, size: int) -> NDArray[np.float64]:
     return np.where(codes == 0, 0.0, HUS_FLOOR * np.exp((codes - 1) * HUS_STEP))
 
 
+def _refuse_empty_levels(path: Path, variable: str, codes: NDArray[np.int16]) -> None:
+    """A level of zeros is a fault in temperature, and in humidity at the surface; a frozen-over planet's stratosphere is really below 1e-7."""
+    empty = np.flatnonzero(~codes.any(axis=(0, 2, 3))).tolist()
+    if empty and (variable == "ta" or codes.shape[1] - 1 in empty):
+        raise DataError(path, variable, f"levels {empty} are zero everywhere")
+
+
 def read_codes(contents: Contents, shape: tuple[int, int, int, int]) -> dict[str, NDArray[np.int16]]:
     """Integer cubes ``ta`` and ``hus`` [T, lev, lat, lon] of one climate, checked for segment, shape, units, range and empty levels."""
     segment = contents.attributes.get("segment")
@@ -56,8 +63,7 @@ def read_codes(contents: Contents, shape: tuple[int, int, int, int]) -> dict[str
         low, high = value_table(variable, int(codes.max()) + 1)[[codes.min(), codes.max()]]
         if low < limits[0] or high > limits[1]:
             raise DataError(contents.path, variable, f"values {low:.4g} to {high:.4g} {unit} lie outside {limits}")
-        if empty := np.flatnonzero(~codes.any(axis=(0, 2, 3))).tolist():
-            raise DataError(contents.path, variable, f"levels {empty} are zero everywhere")
+        _refuse_empty_levels(contents.path, variable, codes)
         found[variable] = codes
     return found
 

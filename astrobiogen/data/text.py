@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,23 +30,33 @@ class TextEncoder:
     tokenizer: Tokenizer
     max_tokens: int
 
-    def encode(self, planet_text: str, organism_text: str, source: str = "text") -> torch.Tensor:
-        """Ids [L], ``<bos> planet <sep> organism <eos>``, L at most ``max_tokens``; the longer half is cut first.
+    def join(self, planet: list[int], organism: list[int], source: str) -> torch.Tensor:
+        """Ids [L], ``<bos> planet <sep> organism <eos>``, L at most ``max_tokens``; each text may use the room the other leaves.
 
         Raises
         ------
         DataError
             Both texts are without words.
         """
-        planet, organism = self.tokenizer.encode_batch([planet_text, organism_text], add_special_tokens=False)
-        if not planet.ids and not organism.ids:
+        if not planet and not organism:
             raise DataError(source, "text", "holds no words")
         room = self.max_tokens - 3
-        first = max(room // 2, room - len(organism.ids))
-        head = planet.ids[:first]
-        tail = organism.ids[: room - len(head)]
+        head = planet[: max(room // 2, room - len(organism))]
+        tail = organism[: room - len(head)]
         bos, eos, sep = (self.tokenizer.token_to_id(t) for t in (BOS, EOS, SEP))
         return torch.tensor([bos, *head, sep, *tail, eos], dtype=torch.long)
+
+    def encode(self, planet_text: str, organism_text: str, source: str = "text") -> torch.Tensor:
+        """``join`` of the ids of two texts."""
+        planet, organism = self.tokenizer.encode_batch([planet_text, organism_text], add_special_tokens=False)
+        return self.join(planet.ids, organism.ids, source)
+
+    def encode_pairs(
+        self, planets: Mapping[str, str], organisms: Mapping[str, str], source: str
+    ) -> dict[tuple[str, str], torch.Tensor]:
+        """Ids of every (planet, organism), each text encoded once."""
+        ids = {name: self.tokenizer.encode(text, add_special_tokens=False).ids for name, text in {**planets, **organisms}.items()}
+        return {(p, o): self.join(ids[p], ids[o], f"{source}: text of {p}, {o}") for p in planets for o in organisms}
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

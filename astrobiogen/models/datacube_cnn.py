@@ -1,5 +1,6 @@
 """Five-dimensional convolutional network for climate datacubes."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 from astrobiogen.layers import ConvNd, RMSNorm
 from astrobiogen.models._common import check_axes, maybe_checkpoint, require, resolve_config
 from astrobiogen.models.datacube_config import AXES, DatacubeConfig, Ints5
-from astrobiogen.models.physics import AtmosphereBudgets, area_weights
+from astrobiogen.models.datacube_head import PatchBudgets, PatchDecoder, patchify
+from astrobiogen.models.physics import AtmosphereBudgets, area_weights, over_epochs
 from astrobiogen.models.vision_transformer import GridTransformer
 
 CUBE_AXES = ("batch", "variable", *AXES)
@@ -47,7 +49,7 @@ class RebuiltDatacubeCNN(nn.Module):
         super().__init__()
         config = resolve_config(DatacubeConfig, config, overrides)
         self.config = config
-        self.stem = ConvNd(5, config.input_variables, config.base_channels, config.patch_size, stride=config.patch_size)
+        self.stem = nn.Linear(config.input_variables * math.prod(config.patch_size), config.base_channels)
         self.epoch_presence = nn.Parameter(torch.zeros(config.base_channels))
         self.stages = nn.ModuleList()
         previous = config.base_channels
@@ -62,8 +64,9 @@ class RebuiltDatacubeCNN(nn.Module):
             )  # fmt: skip
             width += config.embed_dim
         self.to_features = nn.Linear(width, config.feature_dim)
+        self.dropout = nn.Dropout(config.dropout)
         self.feature_norm = RMSNorm(config.feature_dim)
-        self.head = PredictionHead(previous, config.output_variables, config.total_stride)
+        self.decoder = PatchDecoder(previous, config)
         rows = area_weights(config.latitude_edges).view(config.deepest_grid[3], -1).sum(1)
         self.register_buffer("pool_weights", rows.to(torch.float32), persistent=False)
         if config.use_physics_constraints:
@@ -71,23 +74,27 @@ class RebuiltDatacubeCNN(nn.Module):
             self.budgets = AtmosphereBudgets(
                 config.variables, config.sigma_interfaces, config.latitude_edges, config.grid[4], mean, std
             )
+            self.patch_budgets = PatchBudgets(self.budgets, config)
 
     @property
     def feature_dim(self) -> int:
         """Width of ``features``."""
         return self.config.feature_dim
 
-    def forward(self, cube: torch.Tensor, epoch_mask: torch.Tensor | None = None) -> dict[str, Any]:
-        """Encode a standardised cube and predict it back from the bottleneck.
+    def forward(
+        self, cube: torch.Tensor, epoch_mask: torch.Tensor | None = None, return_prediction: bool = False
+    ) -> dict[str, Any]:
+        """Encode a standardised cube and decode it again from the bottleneck.
 
         Args:
             cube: [B, V, climate_time, geological_time, lev, lat, lon]; absent epochs are zero.
             epoch_mask: bool [B, geological_time], epochs that exist; default all.
+            return_prediction: also return the decoded cube; no loss needs it in memory.
 
         Returns:
-            ``features`` [B, feature_dim], ``prediction`` (the cube's shape), ``reconstruction_loss`` [B] (mean squared error over
-            existing epochs, in standard deviations), ``physics_violations`` (name -> [B]; empty when off),
-            ``physics_loss`` [B] their sum.
+            ``features`` [B, feature_dim], ``reconstruction_loss`` [B] (mean squared error over existing epochs, in standard
+            deviations), ``physics_violations`` (name -> [B]; empty when off), ``physics_loss`` [B] their sum, on request
+            ``prediction`` (the cube's shape, standardised).
         """
         config = self.config
         sizes = {"variable": config.input_variables, **dict(zip(AXES, config.grid))}
@@ -96,25 +103,25 @@ class RebuiltDatacubeCNN(nn.Module):
         if epoch_mask is None:
             epoch_mask = torch.ones(batch, epochs, dtype=torch.bool, device=cube.device)
         check_axes("climate_mask", epoch_mask, ("batch", "geological_time"), {"batch": batch, "geological_time": epochs})
-        stem = self._embed(cube, epoch_mask)
+        patches = patchify(cube, config.patch_size)
+        stem = self._embed(patches, epoch_mask)
         deep = stem
         for stage in self.stages:
             deep = maybe_checkpoint(config.use_gradient_checkpointing, stage, deep)
         pooled = self._pool(deep, epoch_mask)
         if config.use_vit_features:
             pooled = torch.cat([pooled, self.vit(stem)], dim=-1)
-        prediction = self.head(deep)
-        outputs: dict[str, Any] = {
-            "features": self.feature_norm(self.to_features(pooled)),
-            "prediction": prediction,
-        }
-        return outputs | self._score(prediction, cube, epoch_mask)
+        outputs: dict[str, Any] = {"features": self.feature_norm(self.to_features(self.dropout(pooled)))}
+        outputs |= self._score(self.decoder.hidden(deep), patches, epoch_mask)
+        if return_prediction:
+            outputs["prediction"] = self.decoder(deep)
+        return outputs
 
-    def _embed(self, cube: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:
-        """Stem, plus a learned vector where the epoch exists, so that an absent epoch differs from an average one."""
-        present = _pool_mask(epoch_mask, self.config.patch_size[1]).to(cube.dtype)
-        marks = present[:, None, None, :, None, None, None] * self.epoch_presence.view(1, -1, 1, 1, 1, 1, 1)
-        return self.stem(cube) + marks
+    def _embed(self, patches: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:
+        """Strided convolution of the stem, plus a learned vector where the epoch exists: absent differs from average."""
+        present = _pool_mask(epoch_mask, self.config.patch_size[1]).to(patches.dtype)
+        marks = present[:, None, :, None, None, None, None] * self.epoch_presence
+        return (self.stem(patches) + marks).movedim(-1, 1)
 
     def _pool(self, deep: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:
         """[B, C, months, epochs, lev, lat, lon] -> [B, 2 · C · lev]: the last epoch and the mean of existing epochs."""
@@ -124,20 +131,21 @@ class RebuiltDatacubeCNN(nn.Module):
         mean = torch.einsum("bcgz,bg->bcz", per_epoch, weights / weights.sum(1, keepdim=True).clamp(min=1.0))
         return torch.cat([per_epoch[:, :, -1].flatten(1), mean.flatten(1)], dim=-1)
 
-    def _score(self, prediction: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor) -> dict[str, Any]:
+    def _score(self, hidden: torch.Tensor, patches: torch.Tensor, epoch_mask: torch.Tensor) -> dict[str, Any]:
         """Reconstruction error and physics violations per sample."""
-        difference = prediction - cube
-        rows = difference.flatten(4)
-        square = torch.einsum("bvtgp,bvtgp->bg", rows, rows).float() / (rows[0].numel() / rows.shape[3])
-        weights = epoch_mask.to(square.dtype)
-        error = (square * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        error = self.decoder.squared_error(hidden, patches).mean((3, 4, 5))
+        blocks = _pool_mask(epoch_mask, self.config.patch_size[1])
         violations: dict[str, torch.Tensor] = {}
         if self.config.use_physics_constraints:
-            water, energy = self.budgets.anomaly(difference)
-            violations = self.budgets.from_differences(water, energy, epoch_mask)
-            violations |= self.budgets.negative_humidity(prediction, epoch_mask)
-        total = sum(violations.values(), torch.zeros_like(error))
-        return {"reconstruction_loss": error, "physics_violations": violations, "physics_loss": total}
+            water, energy, missing = self.patch_budgets(self.decoder, hidden, patches)
+            violations = {
+                "water": over_epochs(water.square(), epoch_mask),
+                "energy": over_epochs(energy.square(), epoch_mask),
+                "negative_humidity": over_epochs(missing.square(), epoch_mask),
+            }
+        reconstruction = over_epochs(error, blocks)
+        total = sum(violations.values(), torch.zeros_like(reconstruction))
+        return {"reconstruction_loss": reconstruction, "physics_violations": violations, "physics_loss": total}
 
 
 class Stage(nn.Module):
@@ -160,7 +168,6 @@ class Stage(nn.Module):
             )  # fmt: skip
             for kernel in kernels
         )
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, C, *grid] to [B, channels, *grid / stride]."""
@@ -169,32 +176,7 @@ class Stage(nn.Module):
         branch = self.norm(x.movedim(1, -1)).movedim(-1, 1)
         for convolution in self.convolutions:
             branch = convolution(branch)
-        return x + self.dropout(branch)
-
-
-class PredictionHead(nn.Module):
-    """Deepest map -> field on the input grid: a linear map from each cell to the block of input cells it stands for."""
-
-    def __init__(self, channels: int, variables: int, stride: Ints5) -> None:
-        super().__init__()
-        self.variables = variables
-        self.stride = stride
-        outputs = variables
-        for step in stride:
-            outputs *= step
-        self.norm = RMSNorm(channels)
-        self.unpatch = nn.Linear(channels, outputs)
-
-    def forward(self, deep: torch.Tensor) -> torch.Tensor:
-        """[B, C, *grid] -> [B, variables, *(grid · stride)]."""
-        cells = self.unpatch(self.norm(deep.movedim(1, -1)))
-        batch, *grid, _ = cells.shape
-        blocks = cells.view(batch, *grid, self.variables, *self.stride)
-        order = [0, 6]
-        for axis in range(5):
-            order += [1 + axis, 7 + axis]
-        sizes = [size * step for size, step in zip(grid, self.stride)]
-        return blocks.permute(order).reshape(batch, self.variables, *sizes)
+        return x + branch
 
 
 def _pool_mask(epoch_mask: torch.Tensor, step: int) -> torch.Tensor:

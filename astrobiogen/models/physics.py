@@ -102,28 +102,21 @@ class AtmosphereBudgets(nn.Module):
             epoch_mask: epochs that exist; default all.
 
         Returns:
-            ``water``, ``energy`` and ``negative_humidity`` (mass of negative vapour, squared, in the same units as ``water``).
+            ``water``, ``energy`` and ``negative_humidity`` (mass of negative vapour, which no atmosphere holds, relative to
+            the same scale as ``water``).
         """
         if reference is None:
             water, energy = (budget - budget.mean(1, keepdim=True) for budget in self.anomaly(field))
         else:
             water, energy = self.anomaly(field - reference)
-        return self.from_differences(water, energy, epoch_mask) | self.negative_humidity(field, epoch_mask)
-
-    def from_differences(
-        self, water: torch.Tensor, energy: torch.Tensor, epoch_mask: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """Violations from budget differences [B, months, epochs]."""
-        return {
-            "water": _over_epochs((water / self.water_scale).square(), epoch_mask),
-            "energy": _over_epochs((energy / self.energy_scale).square(), epoch_mask),
-        }
-
-    def negative_humidity(self, field: torch.Tensor, epoch_mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Global-mean mass of negative vapour, which no atmosphere holds; squared relative to the water scale, [B]."""
         humidity = field[:, self.humidity].to(torch.float32) + self.dry_limit[:, None, None]
         missing = humidity.clamp(max=0.0).flatten(3) @ self.water_weight
-        return {"negative_humidity": _over_epochs((missing / self.water_scale).square(), epoch_mask)}
+        return {
+            "water": over_epochs((water / self.water_scale).square(), epoch_mask),
+            "energy": over_epochs((energy / self.energy_scale).square(), epoch_mask),
+            "negative_humidity": over_epochs((missing / self.water_scale).square(), epoch_mask),
+        }
+
 
 
 def area_weights(latitude_bounds: Sequence[float]) -> torch.Tensor:
@@ -133,7 +126,7 @@ def area_weights(latitude_bounds: Sequence[float]) -> torch.Tensor:
     return area / area.sum()
 
 
-def _over_epochs(values: torch.Tensor, epoch_mask: torch.Tensor | None) -> torch.Tensor:
+def over_epochs(values: torch.Tensor, epoch_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over months and existing epochs of [B, months, epochs]; 0 for a sample without epochs."""
     per_epoch = values.mean(1)
     if epoch_mask is None:

@@ -19,6 +19,10 @@ from astrobiogen.models.planet_encoder import PlanetParameterConfig, PlanetParam
 from astrobiogen.models.spectrum_encoder import SpectrumConfig, SpectrumEncoder
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
+PER_ITEM = (
+    "features", "reconstruction_loss", "physics_violations", "physics_loss", "mu", "logvar", "z", "node_loss", "edge_loss",
+    "stoichiometry_loss", "kl", "constraints", "loss_per_sample",
+)  # fmt: skip
 WEIGHTS = (
     "classification_weight",
     "regression_weight",
@@ -117,7 +121,7 @@ class UnifiedMultiModalSystem(nn.Module):
 
         Returns:
             ``logits`` [B, 2], ``regression`` [B], ``fused_features`` [B, fusion_dim], ``modality_weights`` [B, 5] in the order of
-            `MODALITIES`, ``present`` bool [B, 5], ``climate_features``, ``graph_features``, ``spectral_features``,
+            `MODALITIES`, ``present`` bool [B, 5] (what the batch holds), ``fused`` bool [B, 5] (less what modality dropout hid), ``climate_features``, ``graph_features``, ``spectral_features``,
             ``planet_features``, ``llm_features`` ([B, size] or None), and the parts' own results ``cnn_outputs``,
             ``graph_vae_outputs``, ``llm_outputs``, ``fusion_outputs`` (empty when the part did not run; per-sample entries are [B]).
         """
@@ -158,12 +162,14 @@ class UnifiedMultiModalSystem(nn.Module):
             )
             features["text"] = text["features"]
         fusion = self.fusion(features, present)
+        absent = torch.zeros(size, dtype=torch.bool, device=fusion["logits"].device)
         return {
             "logits": fusion["logits"],
             "regression": fusion["regression"],
             "fused_features": fusion["fused_features"],
             "modality_weights": self._all_modalities(fusion["modality_weights"]),
-            "present": self._all_modalities(fusion["present"]),
+            "present": torch.stack([present.get(name, torch.zeros_like(absent)) for name in MODALITIES], dim=1),
+            "fused": self._all_modalities(fusion["present"]),
             "climate_features": features.get("climate"),
             "graph_features": features.get("graph"),
             "spectral_features": features.get("spectrum"),
@@ -173,7 +179,6 @@ class UnifiedMultiModalSystem(nn.Module):
             "graph_vae_outputs": graph,
             "llm_outputs": text,
             "fusion_outputs": fusion,
-            "available": torch.stack([present.get(name, torch.zeros_like(fusion["present"][:, 0])) for name in MODALITIES], 1),
         }
 
     def _present(self, batch: dict[str, Any], size: int) -> dict[str, torch.Tensor]:
@@ -192,11 +197,10 @@ class UnifiedMultiModalSystem(nn.Module):
             if name not in self.config.modalities or batch.get(key) is None:
                 continue
             mask = torch.ones(size, dtype=torch.bool, device=device)
-            own = batch.get(mask_key)
-            if own is not None:
-                own = own if own.dim() == 1 else own.any(1)
-                item = batch.get(f"{name}_index") if name in ("climate", "graph") else None
-                mask = own if item is None or own.shape[0] == size != item.max() + 1 and name == "graph" else own[item]
+            if batch.get(mask_key) is not None:
+                mask = batch[mask_key] if name == "graph" else batch[mask_key].any(1)
+                if name == "climate" and batch.get("climate_index") is not None:
+                    mask = mask[batch["climate_index"]]
             if batch.get("modality_mask") is not None:
                 check_axes("modality_mask", batch["modality_mask"], ("batch", "modality"), {"batch": size, "modality": 5})
                 mask = mask & batch["modality_mask"][:, index]
@@ -209,3 +213,33 @@ class UnifiedMultiModalSystem(nn.Module):
         built = list(self.fusion.config.modality_dims)
         columns = [values[:, built.index(n)] if n in built else torch.zeros_like(values[:, 0]) for n in MODALITIES]
         return torch.stack(columns, dim=1)
+
+
+def batch_size(batch: dict[str, Any]) -> int:
+    """Number of samples B in a batch.
+
+    Raises:
+        ValueError: the batch has no key that tells.
+    """
+    for key in ("run_ids", "habitability_label", "modality_mask", "climate_index", "graph_index", "planet_params",
+                "spectroscopy", "input_ids", "climate_datacube"):  # fmt: skip
+        if batch.get(key) is not None:
+            return int(batch[key].shape[0])
+    if batch.get("metabolic_graph") is not None:
+        return int(batch["metabolic_graph"].num_graphs)
+    raise ValueError(f"batch holds no modality and no run_ids; its keys are {sorted(batch)}")
+
+
+def _per_sample(outputs: dict[str, Any], batch: dict[str, Any], index_key: str) -> dict[str, Any]:
+    """Give the entries of `PER_ITEM` one row per sample where the batch holds each distinct item once."""
+    index = batch.get(index_key)
+    if index is None:
+        return outputs
+    expanded = dict(outputs)
+    for name in PER_ITEM:
+        value = outputs.get(name)
+        if isinstance(value, dict):
+            expanded[name] = {key: entry[index] for key, entry in value.items()}
+        elif value is not None:
+            expanded[name] = value[index]
+    return expanded

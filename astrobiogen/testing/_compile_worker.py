@@ -35,7 +35,9 @@ def compile_case(case: CompileCase, target: int, counts: dict[str, dict[str, int
     unknown = (set(case.signature) | set(case.constexprs)) ^ set(names)
     blank = Row(case.name, target, triton.__version__, case.num_warps, 0, 0, 0, 0, 0, 0, 0.0, "")
     if unknown:
-        return Outcome(blank, False, False, f"signature and constexprs do not fit the kernel's arguments: {sorted(unknown)}")
+        return Outcome(
+            blank, False, False, f"signature and constexprs do not fit the kernel's arguments: {sorted(unknown)}"
+        )
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(case.kernel, signature, case.constexprs, attributes)

@@ -1,9 +1,10 @@
 """The ahead-of-time compile gate: what the Triton kernels become on GPUs that this machine does not have.
 
-Every `CompileCase` of an op is compiled for its targets (sm_86 is the RTX A5000, sm_90 the H100 and H200) and its machine code is read with
-the `cuobjdump` and `nvdisasm` that ship inside the Triton package. A row fails for register spills, for more shared memory than a block may
-have, for a dot without tensor-core instructions, and for missing 16-byte global loads. The rows are checked in as one CSV file
-per op; with the same Triton version every figure must be equal.
+Every `CompileCase` of an op is compiled for its targets (sm_86 is the RTX A5000, sm_90 the H100 and H200) and its
+machine code is read with the `cuobjdump` and `nvdisasm` that ship inside the Triton package. A row fails for
+register spills, for more shared memory than a block may have, for a dot without tensor-core instructions, and for
+missing 16-byte global loads. The rows are checked in as one CSV file per op; with the same Triton version every
+figure must be equal.
 
     python -m astrobiogen.testing.compile_gate            # compile and compare
     python -m astrobiogen.testing.compile_gate --update   # write the tables anew
@@ -28,7 +29,9 @@ TABLES = Path("tests/compile_gate")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one multiprocessor of a compute capability has (CUDA C++ Programming Guide, table of technical specifications)."""
+    """What one multiprocessor of a compute capability has (CUDA C++ Programming Guide, table of technical
+    specifications).
+    """
 
     warps: int
     blocks: int
@@ -103,8 +106,8 @@ def measure(op: str, *, workers: int = 2, known: Sequence[Row] = ()) -> list[Out
     Args:
         op: package name under `astrobiogen/kernels`.
         workers: processes.
-        known: rows whose instruction counts may be reused where the machine code is the same; disassembling takes longer than
-            compiling.
+        known: rows whose instruction counts may be reused where the machine code is the same; disassembling takes
+            longer than compiling.
 
     Raises:
         RuntimeError: a worker failed.
@@ -173,8 +176,8 @@ def faults(outcome: Outcome) -> list[str]:
 def differences(measured: Sequence[Row], stored: Sequence[Row]) -> list[str]:
     """Where the compiled rows and the checked-in table disagree.
 
-    Rows compiled by another Triton version than the table's are not compared: a compiler may choose other registers. The machine
-    code's digest is left out too: it changes with every edit, while what matters is in the other columns.
+    Rows compiled by another Triton version than the table's are not compared: a compiler may choose other registers.
+    The machine code's digest is left out too: it changes with every edit, while what matters is in the other columns.
     """
     table = {(row.case, row.target): row for row in stored}
     found: list[str] = []

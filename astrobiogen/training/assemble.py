@@ -6,9 +6,12 @@ import functools
 import hashlib
 from typing import Any
 
+import numpy as np
+import torch
+
 from astrobiogen import data, models
 from astrobiogen.models import presets
-from astrobiogen.training import loading
+from astrobiogen.training import baselines, loading
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.trainer import Task
@@ -18,10 +21,9 @@ from astrobiogen.training.trainer import Task
 class Assembly:
     """Everything a run is made of."""
 
-    bundle: Any
+    bundle: data.DatasetBundle
     task: Task
-    model_config: Any
-    test: loading.Samples
+    model_config: models.MultiModalTrainingConfig
 
 
 def override(config: Any, changes: dict[str, Any], prefix: str = "model") -> Any:
@@ -67,8 +69,8 @@ def _typed(old: Any, value: Any, key: str) -> Any:
     return converted
 
 
-def load_bundle(config: TrainConfig) -> Any:
-    """The data that `config` names.
+def load_bundle(config: TrainConfig) -> data.DatasetBundle:
+    """The data that `config` names, cut to `data.limit` samples per split.
 
     Raises:
         UserError: missing, damaged or empty.
@@ -77,45 +79,68 @@ def load_bundle(config: TrainConfig) -> Any:
         bundle = data.load(config.data.path) if config.data.path else data.load_bundled()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"data: {' '.join(str(error).split())}", exit_code=1) from error
+    limit = config.data.limit
+    if limit:
+        cells = {name: limited(cell, -(-limit // len(bundle.test_cells))) for name, cell in bundle.test_cells.items()}
+        bundle = dataclasses.replace(
+            bundle, train=limited(bundle.train, limit), validation=limited(bundle.validation, limit), test_cells=cells
+        )
     if not len(bundle.train) or not len(bundle.validation):
         raise UserError(f"data: {len(bundle.train)} training and {len(bundle.validation)} validation samples, expected at least one of each")
     return bundle
 
 
-def limited(samples: Any, limit: int) -> Any:
-    """`samples`, or its first `limit` ones."""
-    return loading.Subset(samples, limit) if limit and limit < len(samples) else samples
+def limited(samples: data.HabitatDataset, limit: int) -> data.HabitatDataset:
+    """At most `limit` of `samples`, spread evenly over the set (neighbours share a planet)."""
+    count = len(samples)
+    if limit >= count:
+        return samples
+    return data.HabitatDataset(samples.store, [samples.pairs[number * count // limit] for number in range(limit)], samples.name)
 
 
-def fingerprint(bundle: Any, limit: int) -> str:
-    """Names the data by its sizes and the hash of its specification."""
+def fingerprint(bundle: data.DatasetBundle) -> str:
+    """Names the data by its sizes and the hash of its specification and pairs."""
     cells = {name: len(cell) for name, cell in bundle.test_cells.items()}
-    digest = hashlib.sha256(bundle.spec.to_json().encode()).hexdigest()[:12]
-    return f"train {len(bundle.train)}, validation {len(bundle.validation)}, test {cells}, limit {limit}, spec {digest}"
+    digest = hashlib.sha256(bundle.spec.to_json().encode())
+    for pair in (*bundle.train.pairs, *bundle.validation.pairs):
+        digest.update(repr(pair).encode())
+    return f"train {len(bundle.train)}, validation {len(bundle.validation)}, test {cells}, digest {digest.hexdigest()[:12]}"
 
 
-def build_model(config: TrainConfig, spec: Any) -> tuple[Any, Any]:
+def baseline_inputs(samples: data.HabitatDataset) -> baselines.Features:
+    """What the baselines learn from, in the order of `samples`."""
+    params, flat, label, _ = data.baseline_features(samples)
+    store = samples.store
+    groups = [
+        (str(store.planets[pair.climate].metadata["planet"]), str(store.organisms[pair.organism].metadata["organism"]))
+        for pair in samples.pairs
+    ]
+    return baselines.Features(params, flat, label, np.asarray(groups))
+
+
+def build_model(
+    config: TrainConfig, spec: data.DataSpec
+) -> tuple[models.UnifiedMultiModalSystem, models.MultiModalTrainingConfig]:
     """The model of the preset with `config.model` put in, and its configuration."""
     model_config = override(getattr(presets, config.preset)(spec), config.model)
     return models.UnifiedMultiModalSystem(model_config), model_config
 
 
-def assemble(config: TrainConfig, bundle: Any) -> Assembly:
+def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
     """Data, model and loss as one task. Draws the weights from the global generator: seed it before."""
-    limit = config.data.limit
     model, model_config = build_model(config, bundle.spec)
-    train = limited(bundle.train, limit)
     task = Task(
         model=model,
         loss_function=functools.partial(_loss, model_config),
-        train=train,
-        validation=limited(bundle.validation, limit),
-        sampler=data.EpochSampler(len(train), config.data.batch_size, config.seed),
-        collate=data.collate,
-        fingerprint=fingerprint(bundle, limit),
+        train=bundle.train,
+        validation=bundle.validation,
+        sampler=data.EpochSampler(len(bundle.train), config.data.batch_size, config.seed),
+        collate=functools.partial(data.collate, pad_id=bundle.spec.pad_id),
+        fingerprint=fingerprint(bundle),
     )
-    return Assembly(bundle, task, model_config, bundle.test)
+    return Assembly(bundle, task, model_config)
 
 
-def _loss(model_config: Any, outputs: dict[str, Any], batch: loading.Batch) -> Any:
-    return models.compute_multimodal_loss(outputs, batch, model_config)
+def _loss(model_config: Any, outputs: dict[str, Any], batch: loading.Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss, parts = models.compute_multimodal_loss(outputs, batch, model_config)
+    return loss, {name: value for name, value in parts.items() if name != "total"}

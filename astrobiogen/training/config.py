@@ -303,6 +303,28 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: unknown key, or a value out of range, named in full.
+    """
+    default = TrainConfig()
+    new: dict[str, Any] = {}
+    for key, value in values.items():
+        if not hasattr(default, key):
+            raise ValueError(f"{key}: unknown key, expected one of {', '.join(to_dict(default))}")
+        group = type(getattr(default, key))
+        if not dataclasses.is_dataclass(group):
+            new[key] = value
+            continue
+        names = {field.name for field in dataclasses.fields(group)}
+        if unknown := sorted(value.keys() - names):
+            raise ValueError(f"{key}.{unknown[0]}: unknown key, expected one of {', '.join(sorted(names))}")
+        new[key] = group(**value)
+    return TrainConfig(**new)
+
+
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one level with dotted keys; empty dictionaries stay as values."""
     flat: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from astrobiogen.training import baselines, evaluation, loading, metrics
+from astrobiogen.training import evaluation, loading, metrics
 from astrobiogen.training.config import EvaluationConfig
 
 _LOG = logging.getLogger("astrobiogen")
@@ -87,14 +87,6 @@ def ablate(
             "modality_weights": masked.modality_weights,
         }
     return result
-
-
-def features_of(raw: tuple[Any, Any, Any, Any], metadata: list[dict[str, Any]], limit: int) -> baselines.Features:
-    """`astrobiogen.data.baseline_features`' arrays with the names of planet and organism, cut to `limit` samples (0: all)."""
-    params, flat, label, _fraction = raw
-    groups = np.asarray([[str(item["planet"]), str(item["organism"])] for item in metadata])
-    stop = min(limit, len(label)) if limit else len(label)
-    return baselines.Features(params[:stop], flat[:stop], np.asarray(label[:stop]).astype(np.int64), groups[:stop])
 
 
 def beats_majority(comparison: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 Batch = dict[str, Any]
 Collate = Callable[[list[Any]], Batch]
@@ -28,22 +28,6 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class Subset(Dataset[Any]):
-    """The first `limit` samples of a data set."""
-
-    def __init__(self, samples: Samples, limit: int) -> None:
-        self.samples = samples
-        self._length = min(limit, len(samples))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < self._length:
-            raise IndexError(f"index: got {index}, expected 0 <= index < {self._length}")
-        return self.samples[index]
-
-
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor (and graph batch) inside it on `device`."""
     if isinstance(value, dict):
@@ -53,7 +37,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True)
 
 
-def _identity_dataset_batches(samples: Samples, collate: Collate, order: Iterable[list[int]]) -> Iterator[Batch]:
+def _collated(samples: Samples, collate: Collate, order: Iterable[list[int]]) -> Iterator[Batch]:
     for indices in order:
         yield collate([samples[index] for index in indices])
 
@@ -73,7 +57,7 @@ def load_batches(
             generator=torch.Generator(),
         )
     else:
-        source = _identity_dataset_batches(samples, collate, order)
+        source = _collated(samples, collate, order)
     for indices, batch in zip(order, source, strict=True):
         yield indices, to_device(batch, device)
 

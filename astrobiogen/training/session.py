@@ -1,13 +1,11 @@
 """A whole run: prepare, train, examine the best model, report."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rich.box
 import rich.console
 import rich.table
@@ -70,18 +68,10 @@ def _environment_name(folder: Path) -> str:
     return name
 
 
-def _features(samples: Any, limit: int) -> baselines.Features:
-    return final.features_of(data.baseline_features(samples), samples.metadata, limit)
-
-
-def _baseline_probabilities(bundle: Any, config: TrainConfig) -> dict[str, metrics.Floats]:
-    """P(class 1) of every baseline on the concatenated test cells, in the order of `bundle.test`."""
-    limit = config.data.limit
-    tests = [_features(cell, 0) for cell in bundle.test_cells.values() if len(cell)]
-    joined = baselines.Features(*(np.concatenate(arrays) for arrays in zip(*tests, strict=True)))
-    stop = min(limit, len(joined.label)) if limit else len(joined.label)
-    test = baselines.Features(*(array[:stop] for array in joined))
-    return baselines.predict(_features(bundle.train, limit), _features(bundle.validation, limit), test, config.seed)
+def _baseline_probabilities(bundle: data.DatasetBundle, seed: int) -> dict[str, metrics.Floats]:
+    """P(class 1) of every baseline on `bundle.test`, in its order."""
+    train, validation, test = (assemble.baseline_inputs(samples) for samples in (bundle.train, bundle.validation, bundle.test))
+    return baselines.predict(train, validation, test, seed)
 
 
 def examine(
@@ -92,7 +82,7 @@ def examine(
     Raises:
         UserError: the data set has no test samples.
     """
-    test = assemble.limited(assembly.test, config.data.limit)
+    test = assembly.bundle.test
     if not len(test):
         raise UserError("data: got 0 test samples, expected at least one", exit_code=1)
     task, settings, seed = assembly.task, config.evaluation, config.seed
@@ -116,7 +106,7 @@ def examine(
     }
     if settings.baselines:
         _LOG.info("fitting the baselines")
-        probabilities = _baseline_probabilities(assembly.bundle, config)
+        probabilities = _baseline_probabilities(assembly.bundle, seed)
         result["baselines"] = final.compare(whole.predictions, probabilities, settings.bootstrap, seed)
         result["beats_majority_class"] = final.beats_majority(result["baselines"])
         for name, probability in probabilities.items():
@@ -137,8 +127,8 @@ def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metr
     run_folder.write_text(folder / run_folder.REPORT, report.render(result, records, dict(predictions)))
 
 
-def show(result: dict[str, Any], folder: Path) -> None:
-    """Print the closing table on stdout."""
+def show(result: dict[str, Any], folder: Path | None) -> None:
+    """Print the closing table on stdout, and where the rest is (`folder`), if it was written."""
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=_PLAIN_WIDTH)
@@ -153,13 +143,5 @@ def show(result: dict[str, Any], folder: Path) -> None:
     if "beats_majority_class" in result:
         answer = "yes" if result["beats_majority_class"] else "no"
         console.print(f"Accuracy above the majority class outside the paired interval: {answer}")
-    console.print(f"Full figures: {folder / run_folder.METRICS}; plots: {folder / run_folder.REPORT}")
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of a finished run, or an empty dictionary."""
-    path = folder / run_folder.METRICS
-    if not path.exists():
-        return {}
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+    if folder is not None:
+        console.print(f"Full figures: {folder / run_folder.METRICS}; plots: {folder / run_folder.REPORT}")

@@ -11,8 +11,12 @@
 
 namespace astrobiogen::simd {
 
+constexpr int64_t kHalfLanes = 8;
+
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
 
 #if defined(__clang__) || __GNUC__ >= 12
 ASTRO_INLINE f32x8 low(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
@@ -36,6 +40,68 @@ ASTRO_INLINE f32x16 join(f32x8 low, f32x8 high) {
   return v;
 }
 #endif
+
+// Loads and stores of eight lanes; the same values as the sixteen-lane ones of simd.h.
+ASTRO_INLINE f32x8 load8(const float* p) {
+  f32x8 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+ASTRO_INLINE u32x8 load8_bits(const void* p) {
+  u16x8 narrow;
+  std::memcpy(&narrow, p, sizeof(narrow));
+  return __builtin_convertvector(narrow, u32x8);
+}
+
+ASTRO_INLINE f32x8 load8(const c10::BFloat16* p) { return (f32x8)(load8_bits(p) << 16); }
+
+ASTRO_INLINE f32x8 load8(const c10::Half* p) {
+  const u32x8 wide = load8_bits(p);
+  const u32x8 magnitude = (wide & 0x7fffu) << 13;
+  const u32x8 special = (u32x8)((wide & 0x7c00u) == 0x7c00u);  // Inf, NaN
+  const u32x8 bits = (u32x8)((f32x8)magnitude * 0x1p112f);
+  return (f32x8)((special & (magnitude | 0x7f800000u)) | (~special & bits) | (wide & 0x8000u) << 16);
+}
+
+ASTRO_INLINE void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof(v)); }
+
+ASTRO_INLINE void store8_bits(void* p, u32x8 bits) {
+  const u16x8 narrow = __builtin_convertvector(bits, u16x8);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+// Round to nearest even; NaN stays NaN.
+ASTRO_INLINE void store8(c10::BFloat16* p, f32x8 v) {
+  const u32x8 bits = (u32x8)v, nan = (u32x8)(v != v);
+  const u32x8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  store8_bits(p, (nan & 0x7fc0u) | (~nan & rounded));
+}
+
+// Round to nearest even. Below 2^-14 adding 0.5 leaves the fp16 subnormal in the low bits; above, the exponent is rebased by 112 before rounding.
+ASTRO_INLINE void store8(c10::Half* p, f32x8 v) {
+  const u32x8 bits = (u32x8)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const u32x8 subnormal = (u32x8)((f32x8)magnitude + 0.5f) - 0x3f000000u;
+  const u32x8 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const u32x8 tiny = (u32x8)((f32x8)magnitude < 0x1p-14f), huge = (u32x8)((f32x8)magnitude >= 65536.0f), nan = (u32x8)(v != v);
+  u32x8 half = (tiny & subnormal) | (~tiny & normal);
+  half = (huge & 0x7c00u) | (~huge & half);
+  half = (nan & 0x7e00u) | (~nan & half);
+  store8_bits(p, half | sign);
+}
+
+// The first `count` lanes (0 < count < 8); the others are 0. Never touches memory past p + count.
+template <typename T>
+ASTRO_INLINE f32x8 load8_partial(const T* p, int64_t count) {
+  f32x8 v = {};
+  for (int64_t lane = 0; lane < count; ++lane) v[lane] = static_cast<float>(p[lane]);
+  return v;
+}
+
+template <typename T>
+ASTRO_INLINE void store8_partial(T* p, f32x8 v, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane) p[lane] = static_cast<T>(static_cast<float>(v[lane]));
+}
 
 ASTRO_INLINE f32x8 splat8(float value) { return f32x8{} + value; }
 ASTRO_INLINE f32x8 abs(f32x8 v) { return (f32x8)((i32x8)v & 0x7fffffff); }
@@ -61,13 +127,30 @@ ASTRO_INLINE f32x8 exp(f32x8 x) {
   return p * (f32x8)((half + 127) << 23) * (f32x8)((n - half + 127) << 23);
 }
 
+// e^x for x <= 0 (anything above 0 is undefined), in two thirds of the instructions: n + 191 comes straight out of the rounding constant's low bits
+// (its high bits leave by the shift), and 2^(n + 64) 2^-64 reaches the subnormals.
+ASTRO_INLINE f32x8 exp_nonpositive(f32x8 x) {
+  x = x < -104.0f ? splat8(-104.0f) : x;
+  const float kRound = 0x1.8p23f + 191.0f;
+  const f32x8 shifted = x * 0x1.715476p0f + kRound;
+  const f32x8 whole = shifted - kRound;
+  f32x8 r = x - whole * 0x1.63p-1f;
+  r = r + whole * 0x1.bd0106p-13f;
+  f32x8 p = r * 1.38138805e-3f + 8.36906396e-3f;
+  p = p * r + 4.16684225e-2f;
+  p = p * r + 1.66665182e-1f;
+  p = p * r + 4.99999940e-1f;
+  p = (p * r) * r + r + 1.0f;
+  return p * (f32x8)((i32x8)shifted << 23) * 0x1p-64f;
+}
+
 // 1 / (1 + e^-x), relative accuracy kept on the far negative side too (there it is e^x, not 1 / Inf).
 ASTRO_INLINE f32x8 sigmoid(f32x8 x) {
-  const f32x8 e = exp(-abs(x));
+  const f32x8 e = exp_nonpositive(-abs(x));
   return (x < 0.0f ? e : splat8(1.0f)) / (1.0f + e);
 }
 
-// Odd polynomial below 0.55 (relative error 1e-9), 1 - 2 / (e^2|x| + 1) above. Keeps the sign of zero.
+// Odd polynomial below 0.55 (relative error 1e-9), (1 - e) / (1 + e) with e = e^-2|x| above. Keeps the sign of zero.
 ASTRO_INLINE f32x8 tanh(f32x8 x) {
   const f32x8 a = abs(x);
   const f32x8 z = a * a;
@@ -76,7 +159,8 @@ ASTRO_INLINE f32x8 tanh(f32x8 x) {
   p = p * z + 1.33325860e-1f;
   p = p * z + -3.33333164e-1f;
   const f32x8 small = a + a * (z * p);
-  const f32x8 large = 1.0f - 2.0f / (exp(a + a) + 1.0f);
+  const f32x8 e = exp_nonpositive(-(a + a));
+  const f32x8 large = (1.0f - e) / (1.0f + e);
   const i32x8 magnitude = (i32x8)(a < 0.55f ? small : large);
   return (f32x8)(magnitude | ((i32x8)x & static_cast<int32_t>(0x80000000)));
 }

@@ -11,6 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define ASTRO_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -70,19 +74,62 @@ ASTRO_INLINE f32x16 load(const c10::Half* p) {
 ASTRO_INLINE void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof(v)); }
 
 // Round to nearest even; NaN stays NaN.
-ASTRO_INLINE void store(c10::BFloat16* p, f32x16 v) {
+ASTRO_INLINE u16x16 round_bfloat16(f32x16 v) {
   u32x16 bits;
   std::memcpy(&bits, &v, sizeof(bits));
   u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   u32x16 nan = (u32x16)(v != v);
   rounded = (nan & 0x7fc0u) | (~nan & rounded);
-  u16x16 half = __builtin_convertvector(rounded, u16x16);
+  return __builtin_convertvector(rounded, u16x16);
+}
+
+ASTRO_INLINE void store(c10::BFloat16* p, f32x16 v) {
+  const u16x16 half = round_bfloat16(v);
   std::memcpy(p, &half, sizeof(half));
 }
 
 // fp16 on the CPU exists for correctness, not speed (no native path on the measured machines): the scalar conversion of c10 is exact and enough.
 ASTRO_INLINE void store(c10::Half* p, f32x16 v) {
   for (int64_t lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<c10::Half>(static_cast<float>(v[lane]));
+}
+
+// Stores that bypass the cache: a cached store first reads the line it overwrites, a third of the traffic of a kernel that reads once and writes
+// once. Worth it for outputs past kStreamBytes, which no later reader would find in L2 anyway. `p` must be 16-byte aligned (`can_stream`), and
+// the writing thread ends with `stream_fence`. Elsewhere than on x86, and for fp16, an ordinary store.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+template <typename T>
+ASTRO_INLINE bool can_stream(const T* p, int64_t row, int64_t total) {
+  return total * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && reinterpret_cast<uintptr_t>(p) % 16 == 0 && row * sizeof(T) % 16 == 0;
+}
+
+ASTRO_INLINE void stream(float* p, f32x16 v) {
+#if defined(__SSE2__)
+  __m128 quarter[4];
+  std::memcpy(quarter, &v, sizeof(v));
+  for (int k = 0; k < 4; ++k) _mm_stream_ps(p + 4 * k, quarter[k]);
+#else
+  store(p, v);
+#endif
+}
+
+ASTRO_INLINE void stream(c10::BFloat16* p, f32x16 v) {
+#if defined(__SSE2__)
+  const u16x16 rounded = round_bfloat16(v);
+  __m128i half[2];
+  std::memcpy(half, &rounded, sizeof(rounded));
+  for (int k = 0; k < 2; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + k, half[k]);
+#else
+  store(p, v);
+#endif
+}
+
+ASTRO_INLINE void stream(c10::Half* p, f32x16 v) { store(p, v); }
+
+ASTRO_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // The first `count` lanes (0 < count < 16); the others are `fill`. Never reads past p + count.

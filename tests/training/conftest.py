@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from astrobiogen.training import runtime
-from astrobiogen.training.config import CheckpointConfig, DataConfig, EvaluationConfig, MonitorConfig, OptimizerConfig, TrainConfig
+from astrobiogen.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.trainer import Task, Trainer
 
@@ -50,7 +57,10 @@ def collate(samples: list[tuple[torch.Tensor, torch.Tensor, int]]) -> dict[str, 
         "modality_mask": torch.ones(size, 5, dtype=torch.bool),
         "habitability_label": label,
         "habitability_fraction": label.float(),
-        "metadata": [{"planet": f"p{sample[2] % 4}", "organism": f"o{sample[2] % 5}", "cell": f"c{sample[2] % 2}"} for sample in samples],
+        "metadata": [
+            {"planet": f"p{sample[2] % 4}", "organism": f"o{sample[2] % 5}", "cell": f"c{sample[2] % 2}"}
+            for sample in samples
+        ],
     }
 
 
@@ -134,7 +144,13 @@ def make_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """`make_run(config, name="run", dtype=..., task=..., observer=...)`: a trainer in `tmp_path / name`."""
     monitors: list[Monitor] = []
 
-    def build(config: TrainConfig, name: str = "run", dtype: torch.dtype = torch.float32, task: Task | None = None, observer: Any = None) -> Run:
+    def build(
+        config: TrainConfig,
+        name: str = "run",
+        dtype: torch.dtype = torch.float32,
+        task: Task | None = None,
+        observer: Any = None,
+    ) -> Run:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         monitor = Monitor(folder, config.monitor)
@@ -142,7 +158,14 @@ def make_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         monitors.append(monitor)
         interrupt = runtime.Interrupt()
         trainer = Trainer(
-            task or toy_task(config), config, folder, monitor, interrupt, device=torch.device("cpu"), dtype=dtype, observer=observer
+            task or toy_task(config),
+            config,
+            folder,
+            monitor,
+            interrupt,
+            device=torch.device("cpu"),
+            dtype=dtype,
+            observer=observer,
         )
         return Run(trainer, interrupt, monitor)
 

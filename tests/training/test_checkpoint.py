@@ -17,7 +17,10 @@ from astrobiogen.training.errors import CheckpointError
 def content(number: int) -> Content:
     generator = torch.Generator().manual_seed(number)
     weight = torch.randn(40, 3, generator=generator)
-    tensors = {"model": {"a.weight": weight, "tied": weight, "half": weight.bfloat16(), "strided": weight.t()}, "training": {}}
+    tensors = {
+        "model": {"a.weight": weight, "tied": weight, "half": weight.bfloat16(), "strided": weight.t()},
+        "training": {},
+    }
     document = packing.pack({"step": number, "rng": runtime.rng_state()}, tensors["training"])
     return Content(tensors, {"training": document})
 

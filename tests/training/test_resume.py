@@ -23,7 +23,9 @@ def final_state(run: Run) -> dict[str, torch.Tensor]:
     if trainer.updater.average:
         state |= {f"average.{name}": value for name, value in trainer.updater.average.averages.items()}
     for number, moments in trainer.updater.optimizer.state_dict()["state"].items():
-        state |= {f"moment.{number}.{name}": value for name, value in moments.items() if isinstance(value, torch.Tensor)}
+        state |= {
+            f"moment.{number}.{name}": value for name, value in moments.items() if isinstance(value, torch.Tensor)
+        }
     return state
 
 
@@ -61,7 +63,9 @@ def test_resume_is_bitwise_in_half_precision(make_run: Callable[..., Run], tmp_p
     check_resume(make_run, tmp_path, config, dtype, [3, 5])
 
 
-def check_resume(make_run: Callable[..., Run], tmp_path: Path, config: TrainConfig, dtype: torch.dtype, stops: list[int]) -> None:
+def check_resume(
+    make_run: Callable[..., Run], tmp_path: Path, config: TrainConfig, dtype: torch.dtype, stops: list[int]
+) -> None:
     whole = make_run(config, "whole", dtype)
     assert whole.trainer.fit()
     for stop in stops:
@@ -71,7 +75,9 @@ def check_resume(make_run: Callable[..., Run], tmp_path: Path, config: TrainConf
         assert not part.trainer.fit(), "the run ended before the interrupt"
         part.monitor.__exit__()
     other_seed = dataclasses.replace(config, seed=config.seed + 1)  # what is not restored would differ
-    resumed = make_run(config, "part", dtype, task=dataclasses.replace(toy_task(other_seed), sampler=whole.trainer.task.sampler))
+    resumed = make_run(
+        config, "part", dtype, task=dataclasses.replace(toy_task(other_seed), sampler=whole.trainer.task.sampler)
+    )
     assert resumed.trainer.resume()
     assert resumed.trainer.fit()
     expected, got = final_state(whole), final_state(resumed)

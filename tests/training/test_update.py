@@ -31,7 +31,9 @@ def run_window(made: Updater, sizes: list[int]) -> tuple[dict[str, torch.Tensor]
     step = made.optimizer.step
 
     def spy(*args: Any, **options: Any) -> Any:
-        seen.update({name: value.grad.clone() for name, value in made.model.named_parameters() if value.grad is not None})
+        seen.update(
+            {name: value.grad.clone() for name, value in made.model.named_parameters() if value.grad is not None}
+        )
         return step(*args, **options)
 
     made.optimizer.step = spy  # type: ignore[method-assign]
@@ -119,7 +121,9 @@ def test_scale_has_a_floor_and_hysteresis() -> None:
 
 def test_clipping() -> None:
     gradients, norm = run_window(updater(8, 1, optimizer=OptimizerConfig(clip_norm=1e-3)), [8])
-    assert norm > 1e-2 and float(torch.nn.utils.get_total_norm(list(gradients.values()))) == pytest.approx(1e-3, rel=1e-3)
+    assert norm > 1e-2 and float(torch.nn.utils.get_total_norm(list(gradients.values()))) == pytest.approx(
+        1e-3, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("cycle", [False, True])
@@ -131,7 +135,13 @@ def test_onecycle_equals_torch(cycle: bool) -> None:
     parameter.grad = torch.zeros(1)
     total = 50
     reference = torch.optim.lr_scheduler.OneCycleLR(
-        theirs, max_lr=3e-3, total_steps=total, pct_start=0.3, div_factor=10.0, final_div_factor=100.0, cycle_momentum=cycle
+        theirs,
+        max_lr=3e-3,
+        total_steps=total,
+        pct_start=0.3,
+        div_factor=10.0,
+        final_div_factor=100.0,
+        cycle_momentum=cycle,
     )
     for update in range(total):
         rate = schedule.apply(config, ours, 3e-3, update, total)

@@ -68,7 +68,7 @@ def _sliced(make: TensorMaker) -> dict[str, Any]:
 def _expanded(make: TensorMaker) -> dict[str, Any]:
     return {
         "x": make.randn(1, 16).expand(5, 16),
-        "weight": make.randn(19, 1).expand(19, 16),
+        "weight": make.randn(19, 16),
         "target": make.randint(0, 19, 1).expand(5),
     }
 

@@ -32,6 +32,7 @@ BENCHMARK_VOCABULARIES = (32000, 50257, 128256)
 def _tanh(x):
     """tanh to fp32 accuracy, also near 0, where 1 - 2 / (e^2x + 1) cancels: an odd polynomial below 0.55 (relative error 1e-9)."""
     a = tl.abs(x)
+    a = tl.where(a > 20.0, 20.0, a)  # tanh is 1 from 9.1 on; written so that NaN passes
     z = a * a
     p = z * -6.27423869e-3 + 2.10716780e-2
     p = p * z - 5.38523085e-2
@@ -52,6 +53,7 @@ def _statistics_kernel(
     row_stride,
     first,  # vocabulary index of column 0
     columns,
+    padded,  # columns rounded up to COLUMN_MULTIPLE: a memory mask that 16-byte loads can keep
     vocabulary,
     ignore_index,
     label_smoothing,
@@ -76,17 +78,19 @@ def _statistics_kernel(
         total = tl.load(running_ptr + 2 * tokens + row)
         target_logit = tl.load(running_ptr + 3 * tokens + row)
     offsets = tl.arange(0, BLOCK)
-    for start in range(0, columns, BLOCK):
+    for start in range(0, padded, BLOCK):
         cols = start + offsets
         live = cols < columns
-        z = tl.load(logits_ptr + row * row_stride + cols, mask=live, other=0.0).to(tl.float32)
+        # Between `columns` and `padded` the buffer holds leftovers, possibly NaN: read, and replaced.
+        z = tl.load(logits_ptr + row * row_stride + cols, mask=cols < padded, other=0.0).to(tl.float32)
         if HAS_CAP:
             z = softcap * _tanh(z / softcap)
-        raised = tl.maximum(maximum, tl.max(tl.where(live, z, float("-inf")), 0))
+        z = tl.where(live, z, float("-inf"))
+        raised = tl.maximum(maximum, tl.max(z, 0))
         # While all logits are -Inf the shift is 0, so that exp(-Inf) = 0 is added and not NaN.
         shift = tl.where(raised == float("-inf"), 0.0, raised)
-        sum_exp = sum_exp * tl.exp(maximum - shift) + tl.sum(tl.where(live, tl.exp(z - shift), 0.0), 0)
-        total += tl.sum(z, 0)  # capped(0) = 0 where masked
+        sum_exp = sum_exp * tl.exp(maximum - shift) + tl.sum(tl.exp(z - shift), 0)
+        total += tl.sum(tl.where(live, z, 0.0), 0)
         # The target is compared with each column, never used as an address: out of range, it reads nothing.
         target_logit += tl.sum(tl.where(live & (cols + first == target), z, 0.0), 0)
         maximum = raised
@@ -113,6 +117,7 @@ def _slope_kernel(
     grad_stride,
     first,
     columns,
+    padded,
     vocabulary,
     ignore_index,
     label_smoothing,
@@ -127,25 +132,30 @@ def _slope_kernel(
     lse = tl.load(lse_ptr + row)
     grad = tl.load(grad_ptr + row * grad_stride)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = cols < columns
+    stored = cols < padded
     pointers = logits_ptr + row * row_stride + cols
-    z = tl.load(pointers, mask=live, other=0.0).to(tl.float32)
+    # What is read between `columns` and `padded` is replaced; what is written there, nothing reads.
+    z = tl.where(cols < columns, tl.load(pointers, mask=stored, other=0.0).to(tl.float32), 0.0)
     derivative = 1.0
     if HAS_CAP:
         ratio = _tanh(z / softcap)
         z = softcap * ratio
         derivative = 1.0 - ratio * ratio
-    slope = (1.0 + 2.0 * z_loss * lse) * tl.exp(z - lse) - label_smoothing / vocabulary
+    slope = (1.0 + 2.0 * z_loss * lse) * tl.exp(tl.where(cols < columns, z - lse, 0.0)) - label_smoothing / vocabulary
     slope -= tl.where(cols + first == target, 1.0 - label_smoothing, 0.0)
     # Exactly 0 for an ignored token, also where grad is Inf or NaN (the mean over no token).
     slope = tl.where(target == ignore_index, 0.0, grad * slope * derivative)
-    tl.store(pointers, slope.to(logits_ptr.dtype.element_ty), mask=live)
+    tl.store(pointers, slope.to(logits_ptr.dtype.element_ty), mask=stored)
 
 
 def slab_columns(tokens: int, vocabulary: int) -> int:
     """Columns per slab; forward and backward use the same, so that recomputed logits have the same bits."""
     wanted = max(MIN_COLUMNS, SLAB_ELEMENTS // max(tokens, 1) // COLUMN_MULTIPLE * COLUMN_MULTIPLE)
-    return min(wanted, triton.cdiv(vocabulary, COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
+    return min(wanted, _padded(vocabulary))
+
+
+def _padded(columns: int) -> int:
+    return triton.cdiv(columns, COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 def linear_cross_entropy(
@@ -174,7 +184,7 @@ def linear_cross_entropy(
         torch.mm(x, weight[first : first + count].t(), out=buffer[:, :count])
         with torch.cuda.device_of(x):
             _statistics_kernel[(tokens,)](
-                buffer, target, running, loss, lse, tokens, columns, first, count, vocabulary,
+                buffer, target, running, loss, lse, tokens, columns, first, count, _padded(count), vocabulary,
                 ignore_index, label_smoothing, z_loss, softcap,
                 HAS_CAP=softcap > 0.0, FIRST=first == 0, LAST=first + count == vocabulary, BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip
@@ -213,7 +223,7 @@ def linear_cross_entropy_backward(
         torch.mm(x, rows.t(), out=slab)
         with torch.cuda.device_of(x):
             _slope_kernel[(tokens, triton.cdiv(count, BLOCK))](
-                buffer, target, lse, grad, columns, grad.stride(0), first, count, vocabulary,
+                buffer, target, lse, grad, columns, grad.stride(0), first, count, _padded(count), vocabulary,
                 ignore_index, label_smoothing, z_loss, softcap,
                 HAS_CAP=softcap > 0.0, BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip
@@ -240,6 +250,7 @@ def compile_cases() -> tuple[CompileCase, ...]:
         "row_stride": "i32",
         "first": "i32",
         "columns": "i32",
+        "padded": "i32",
         "vocabulary": "i32",
         "ignore_index": "i32",
         "label_smoothing": "fp32",
@@ -257,14 +268,13 @@ def compile_cases() -> tuple[CompileCase, ...]:
                 stats_constants = {"HAS_CAP": cap, "FIRST": False, "LAST": True, "BLOCK": BLOCK}
                 cases.append(
                     CompileCase(
-                        f"statistics/{suffix}", _statistics_kernel, stats | {"tokens": "i32"} | scalars, stats_constants,
-                        (*stats, "tokens", "row_stride", "first"), NUM_WARPS,
+                        f"statistics/{suffix}", _statistics_kernel, stats | {"tokens": "i32"} | scalars, stats_constants, (*stats, "tokens", "row_stride", "first", "padded"), NUM_WARPS,
                     )
                 )  # fmt: skip
                 cases.append(
                     CompileCase(
                         f"slope/{suffix}", _slope_kernel, slope | {"grad_stride": "i32"} | scalars,
-                        {"HAS_CAP": cap, "BLOCK": BLOCK}, (*slope, "row_stride", "first"), NUM_WARPS,
+                        {"HAS_CAP": cap, "BLOCK": BLOCK}, (*slope, "row_stride", "first", "padded"), NUM_WARPS,
                     )
                 )  # fmt: skip
     return tuple(cases)

@@ -1,0 +1,39 @@
+"""The language corpus: OpenStax *Astronomy 2e* (CC BY 4.0), for language-model training."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+
+from astrobiogen.data.errors import DataError
+from astrobiogen.data.load import SAMPLE_FOLDER
+from astrobiogen.data.pack import read_manifest, verified_bytes
+
+CORPUS = "corpus.jsonl.xz"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One section of the book; ``part`` is "train" or "validation" (about a tenth, never seen by the tokenizer)."""
+
+    chapter: str
+    module: str
+    title: str
+    text: str
+    part: str
+
+
+def load_corpus(path: str | Path = SAMPLE_FOLDER) -> tuple[Module, ...]:
+    """Sections of the corpus of a pack folder; a damaged file or a section without words is a ``DataError``."""
+    root = Path(path)
+    try:
+        lines = lzma.decompress(verified_bytes(root, CORPUS, read_manifest(root))).decode("utf-8").splitlines()
+        modules = tuple(Module(**json.loads(line)) for line in lines)
+    except (lzma.LZMAError, ValueError, TypeError) as error:
+        raise DataError(root / CORPUS, "", f"cannot be read ({error})") from error
+    for k, module in enumerate(modules):
+        if not module.text.split():
+            raise DataError(root / CORPUS, f"line {k + 1}", "text without words")
+    return modules

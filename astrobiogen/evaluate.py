@@ -1,0 +1,103 @@
+"""`python -m astrobiogen.evaluate RUN_OR_CHECKPOINT`: the closing examination again, for any run or checkpoint."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import astrobiogen
+from astrobiogen.training import assemble, checkpoint, cli, precision, run_folder, runtime, session
+from astrobiogen.training.config import TrainConfig, from_dict
+from astrobiogen.training.errors import CheckpointError, UserError
+
+
+def _arguments(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m astrobiogen.evaluate", description="Test figures of a trained model, with intervals.")
+    parser.add_argument("source", help="folder of a run (its best model is taken) or of one checkpoint")
+    parser.add_argument("--data", default="", help="folder of another data set; default: the one of the run")
+    parser.add_argument("--output", default="", help="new folder for metrics.json and report.html; default: print only")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--bootstrap", type=int, default=None, help="replicates of the intervals; default: as in the run")
+    parser.add_argument("--no-baselines", action="store_true", help="leave the baselines out")
+    parser.add_argument("--no-ablation", action="store_true", help="leave the masked modalities out")
+    return parser.parse_args(list(given))
+
+
+def _find(source: Path) -> tuple[Path, checkpoint.Content]:
+    """The checkpoint meant by `source`, verified and loaded."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; expected the folder of a run or of a checkpoint")
+    if (source / checkpoint.MANIFEST).exists():
+        return source, checkpoint.read(source)
+    run_folder.find(str(source))
+    for name in ("best", "checkpoints"):
+        if (source / name).is_dir() and (found := checkpoint.CheckpointStore(source / name, keep=2).load_newest()):
+            return found
+    raise CheckpointError(f"{source}: the run has no checkpoint yet")
+
+
+def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespace) -> TrainConfig:
+    documents = content.documents
+    stored: Any = documents["best"]["config"] if "best" in documents else documents.get("training", {}).get("config")
+    if stored is None:
+        raise CheckpointError(f"{path}: holds no configuration")
+    try:
+        config = from_dict(stored)
+        evaluation = dataclasses.replace(
+            config.evaluation,
+            bootstrap=config.evaluation.bootstrap if arguments.bootstrap is None else arguments.bootstrap,
+            baselines=config.evaluation.baselines and not arguments.no_baselines,
+            ablation=config.evaluation.ablation and not arguments.no_ablation,
+        )
+        return dataclasses.replace(
+            config,
+            evaluation=evaluation,
+            data=dataclasses.replace(config.data, path=arguments.data or config.data.path),
+            runtime=dataclasses.replace(config.runtime, device=arguments.device),
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: its configuration does not fit this version: {error}") from error
+
+
+def _run(given: Sequence[str]) -> int:
+    arguments = _arguments(given)
+    output = run_folder.create(arguments.output, "") if arguments.output else None
+    path, content = _find(Path(arguments.source))
+    config = _config(path, content, arguments)
+    device = runtime.choose_device(config.runtime.device)
+    dtype, _ = precision.choose_dtype(config.precision, device)
+    runtime.prepare(config.runtime, config.seed)
+    with astrobiogen.use_kernels(config.runtime.kernels):
+        assembly = assemble.assemble(config, assemble.load_bundle(config))
+        weights = content.tensors.get("average", content.tensors["model"])
+        try:
+            assembly.task.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} belongs to another model: {' '.join(str(error).split())[:300]}") from error
+        result, predictions = session.examine(assembly, assembly.task.model.to(device), config, device, dtype)
+    result |= {"checkpoint": str(path), "run": _run_facts(assembly.task.model, content)}
+    if output:
+        session.publish(output, result, predictions)
+    session.show(result, output)
+    return 0
+
+
+def _run_facts(model: Any, content: checkpoint.Content) -> dict[str, Any]:
+    epoch = content.documents.get("best", {}).get("epoch", -1) + 1
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return {"stopped": "not trained here", "epochs": epoch, "best_epoch": epoch, "updates": 0, "training_seconds": 0.0, "parameters": count}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    given = sys.argv[1:] if arguments is None else arguments
+    return cli.guarded(lambda: _run(given), lambda: Path(tempfile.gettempdir()) / "astrobiogen-crash.log")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Inputs that attention must handle, and the sizes worth timing."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from astrobiogen.kernels._case import Case, TensorMaker
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A problem worth timing: batch 1 unless said, causal, rotary over the whole head."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+    queries: int | None = None  # None: as many as tokens; 1: decode
+    batch: int = 1
+
+
+# 68 columns per head are those of the flagship model (4352 / 64). The first is the `--quick` one.
+BENCHMARK_SIZES = (Size(512, 16, 4, 68), Size(2048, 16, 4, 68), Size(2048, 16, 4, 64), Size(2048, 16, 4, 68, queries=1))
+GPU_BENCHMARK_SIZES = (Size(2048, 64, 8, 68), Size(4096, 64, 8, 68), Size(16384, 64, 8, 68), Size(4096, 32, 8, 64), Size(4096, 32, 8, 128))
+GATE_DIMS = (64, 68, 80, 96, 128)
+# Every head dimension that the tests run end to end on the CPU.
+HEAD_DIMS = (8, 16, 40, 64, 67, 68, 72, 80, 96, 100, 128, 160, 256)
+
+
+def tensors(make: TensorMaker, batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+    """q, k, v of one problem."""
+    return {
+        "q": make.randn(batch, queries, heads, dim),
+        "k": make.randn(batch, keys, kv_heads, dim),
+        "v": make.randn(batch, keys, kv_heads, dim),
+    }
+
+
+def angles(make: TensorMaker, *shape: int) -> dict[str, torch.Tensor]:
+    """Rotary tables of random angles; fp32 or wider, as the layers keep them."""
+    dtype = torch.float64 if make.dtype == torch.float64 else torch.float32
+    angle = make.randn(*shape, dtype=torch.float64) * 3
+    return {"cos": angle.cos().to(dtype), "sin": angle.sin().to(dtype)}
+
+
+def _plain(batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int, rotary: int = 0, **options: Any):
+    def build(make: TensorMaker) -> dict[str, Any]:
+        arguments = tensors(make, batch, queries, keys, heads, kv_heads, dim)
+        if rotary:
+            arguments |= angles(make, max(queries, keys), rotary)
+        return arguments | options
+
+    return build
+
+
+def _rotary_per_batch(make: TensorMaker) -> dict[str, Any]:
+    return tensors(make, 2, 9, 9, 2, 1, 10) | angles(make, 2, 9, 3) | {"interleaved": True}
+
+
+def _everything(make: TensorMaker) -> dict[str, Any]:
+    arguments = tensors(make, 1, 3, 4, 2, 1, 5) | angles(make, 4, 2)
+    return arguments | {"sinks": make.randn(2), "window": 3, "softcap": 2.0, "return_lse": True}
+
+
+def _packed(make: TensorMaker) -> dict[str, Any]:
+    bounds = torch.tensor([0, 3, 3, 20, 37], device=make.device)
+    return tensors(make, 1, 40, 40, 4, 2, 12) | angles(make, 40, 6) | {"cu_seqlens": bounds, "return_lse": True}
+
+
+def _packed_window(make: TensorMaker) -> dict[str, Any]:
+    bounds = torch.tensor([0, 35, 40], dtype=torch.int32, device=make.device)
+    return tensors(make, 1, 40, 40, 1, 1, 8) | {"cu_seqlens": bounds, "window": 4, "causal": False}
+
+
+def _sinks(make: TensorMaker) -> dict[str, Any]:
+    return tensors(make, 2, 5, 19, 4, 2, 16) | {"sinks": make.randn(4), "return_lse": True}
+
+
+def _decode_sinks(make: TensorMaker) -> dict[str, Any]:
+    return tensors(make, 2, 1, 70, 3, 1, 20) | angles(make, 70, 5) | {"sinks": make.randn(3), "window": 50, "return_lse": True}
+
+
+def _heads_first(make: TensorMaker) -> dict[str, Any]:
+    # what `x.view(B, H, S, D).transpose(1, 2)` gives
+    return {
+        "q": make.randn(2, 4, 18, 24).transpose(1, 2),
+        "k": make.randn(2, 2, 18, 24).transpose(1, 2),
+        "v": make.randn(2, 2, 24, 18).permute(0, 3, 1, 2),
+    }
+
+
+def _fused_projection(make: TensorMaker) -> dict[str, Any]:
+    # q, k, v as slices of one projection: rows of 68 columns at 2-byte-odd starts
+    fused = make.randn(1, 20, 6, 69)[..., 1:]
+    return {"q": fused[:, :, :4], "k": fused[:, :, 4:5], "v": fused[:, :, 5:]} | angles(make, 20, 34)
+
+
+def _expanded(make: TensorMaker) -> dict[str, Any]:
+    # one row of queries for the whole batch, one key head stretched over two
+    return {
+        "q": make.randn(1, 6, 4, 16).expand(2, 6, 4, 16),
+        "k": make.randn(2, 6, 1, 16).expand(2, 6, 2, 16),
+        "v": make.randn(2, 6, 1, 16).expand(2, 6, 2, 16),
+    }
+
+
+_GRADS = ("q", "k", "v")
+
+CASES = (
+    Case("gradcheck", _plain(1, 3, 3, 2, 1, 6, rotary=2), _GRADS, gradcheck=True),
+    Case("everything", _everything, (*_GRADS, "sinks"), gradcheck=True),
+    Case("one_token", _plain(1, 1, 1, 1, 1, 1), _GRADS, gradcheck=True),
+    Case("no_batch", _plain(0, 4, 4, 2, 1, 8), _GRADS),
+    Case("no_query", _plain(2, 0, 4, 2, 1, 8), _GRADS),
+    Case("no_key", _plain(1, 4, 0, 2, 1, 8, return_lse=True), _GRADS),
+    Case("flagship", _plain(1, 37, 37, 4, 1, 68, rotary=34), _GRADS),
+    Case("odd_dim", _plain(1, 17, 33, 3, 1, 67, rotary=33, return_lse=True), _GRADS),
+    Case("interleaved", _plain(1, 18, 18, 2, 2, 40, rotary=20, interleaved=True), _GRADS),
+    Case("partial_tail", _plain(1, 18, 18, 2, 1, 24, rotary=9), _GRADS),
+    Case("full", _plain(1, 20, 35, 2, 1, 16, causal=False), _GRADS),
+    Case("rows_without_keys", _plain(1, 21, 4, 2, 1, 8, return_lse=True), _GRADS),
+    Case("window", _plain(1, 50, 50, 1, 1, 8, window=7), _GRADS),
+    Case("window_one", _plain(1, 18, 20, 1, 1, 8, window=1, causal=False), _GRADS),
+    Case("softcap", _plain(1, 18, 18, 2, 1, 16, softcap=1.5, scale=1.0, return_lse=True), _GRADS),
+    Case("rotary_per_batch", _rotary_per_batch, _GRADS),
+    Case("packed", _packed, _GRADS),
+    Case("packed_window", _packed_window, _GRADS),
+    Case("sinks", _sinks, (*_GRADS, "sinks")),
+    Case("decode", _plain(1, 1, 83, 8, 2, 68, rotary=34), _GRADS),
+    Case("decode_sinks", _decode_sinks, (*_GRADS, "sinks")),
+    Case("heads_first", _heads_first, _GRADS),
+    Case("fused_projection", _fused_projection, _GRADS),
+    Case("expanded", _expanded, _GRADS),
+    Case("group_64", _plain(1, 5, 6, 64, 1, 8), _GRADS),
+    Case("several_tiles", _plain(1, 130, 130, 4, 1, 68, rotary=34), _GRADS, interpret=False),
+)

@@ -1,0 +1,186 @@
+"""From a convolution's sizes to one kernel launch: which kernel, tile sizes, grid. Pure arithmetic, so that the compile gate asks the same code.
+
+The tile sizes come from shared memory and register counts, not from timings: no GPU was at hand when they were chosen.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from astrobiogen.kernels.conv_nd.geometry import MAX_AXES, Geometry
+from astrobiogen.kernels.conv_nd.triton_forward import conv_packed, conv_taps
+from astrobiogen.kernels.conv_nd.triton_weight import weight_packed, weight_taps
+
+# Below this many input channels per group a K step per tap would be mostly padding (tensor cores take K = 16 of half precision).
+PACKED_CHANNELS = 16
+# Partials of the weight gradient: enough programs for a few waves on the largest device (132 multiprocessors), at most this much memory.
+WEIGHT_PROGRAMS = 1024
+PARTIAL_BYTES = 32 * 2**20
+INT32_ELEMENTS = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Tile of one family of kernels: block sizes, warps and pipeline depth."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# Half precision: 128 x 128 of sums over 8 warps are 64 registers per thread. (128 + 128) * 32 * 2 B * 3 stages = 48 KiB: two blocks fit the
+# 100 KiB of sm_86 and sm_89.
+SMALL_SHARED = {"taps": Tile(128, 128, 32, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 32, 8, 3)}
+# sm_80 (164 KiB) and sm_90 (228 KiB): K = 64 halves the barriers; 96 KiB.
+LARGE_SHARED = {"taps": Tile(128, 128, 64, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 64, 8, 3)}
+# fp32 operands (tf32 or ieee): twice the bytes and, for ieee, no tensor cores: smaller tiles.
+SINGLE = {"taps": Tile(64, 64, 32, 4, 3), "packed": Tile(64, 64, 32, 4, 2), "weight": Tile(64, 64, 32, 4, 3)}
+LARGE_SHARED_TARGETS = (80, 90)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A convolution (or its adjoint) in five axes: what is read, what is written, and each axis' (kernel, stride, padding, dilation, mode)."""
+
+    batch: int
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    axes: tuple[tuple[int, int, int, int, int], ...]
+    source_channels: int
+    target_channels: int
+    groups: int
+    transposed: bool
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        source: Sequence[int],
+        target: Sequence[int],
+        kernel: Sequence[int],
+        geometry: Geometry,
+        channels: tuple[int, int],
+        transposed: bool = False,
+    ) -> "Problem":
+        """`channels`: read and written channels per group."""
+        missing = MAX_AXES - len(kernel)
+        rows = zip(kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.mode)
+        return cls(
+            batch,
+            (1,) * missing + tuple(source),
+            (1,) * missing + tuple(target),
+            ((1, 1, 0, 1, 0),) * missing + tuple(tuple(row) for row in rows),
+            *channels,
+            geometry.groups,
+            transposed,
+        )
+
+    @property
+    def planes(self) -> int:
+        """Outer positions of the target: batch times its first three axes."""
+        return self.batch * self.target[0] * self.target[1] * self.target[2]
+
+    @property
+    def plane(self) -> int:
+        """Positions of one target plane."""
+        return self.target[3] * self.target[4]
+
+    @property
+    def taps(self) -> int:
+        """Size of the kernel."""
+        total = 1
+        for axis in self.axes:
+            total *= axis[0]
+        return total
+
+    @property
+    def packed(self) -> bool:
+        """True where taps and channels share the K axis."""
+        return self.source_channels < PACKED_CHANNELS
+
+    def integers(self) -> dict[str, int]:
+        """The sizes that a kernel takes at run time."""
+        names = ("D1", "D2", "D3", "H", "W", "N1", "N2", "N3", "NH", "NW")
+        return dict(zip(names, (*self.source, *self.target)))
+
+    def constants(self) -> dict[str, Any]:
+        """The compile-time arguments that forward and weight kernels share."""
+        widest = max(
+            self.source[3] * self.source[4] * self.source_channels * self.groups * (self.source[2] if self.packed else 1),
+            self.plane * self.target_channels * self.groups,
+        )
+        named = {f"AXIS{number + 1}": axis for number, axis in enumerate(self.axes)}
+        sizes = {"KG": self.source_channels, "NG": self.target_channels, "GROUPS": self.groups}
+        return {**sizes, **named, "WIDE": widest >= INT32_ELEMENTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch without its tensors."""
+
+    kernel: Any
+    grid: int
+    integers: dict[str, int]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+    def __call__(self, **tensors: Any) -> None:
+        """Run on `tensors`."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        self.kernel[(self.grid,)](**tensors, **self.integers, **self.constants, **options)
+
+
+def tile_for(family: str, itemsize: int, target: int) -> Tile:
+    """The tile of a kernel family ("taps", "packed", "weight") for an element size and a compute capability such as 86."""
+    if itemsize == 4:
+        return SINGLE[family]
+    return (LARGE_SHARED if target in LARGE_SHARED_TARGETS else SMALL_SHARED)[family]
+
+
+def forward_launch(
+    problem: Problem, itemsize: int, target: int, *, has_bias: bool, activation: int, keep: bool, precision: str
+) -> Launch:
+    """The launch of a convolution or its adjoint."""
+    tile = tile_for("packed" if problem.packed else "taps", itemsize, target)
+    depth = problem.source_channels
+    if problem.packed:
+        depth *= problem.axes[2][0] * problem.axes[3][0] * problem.axes[4][0]
+    m, n, k = _fit(tile.m, problem.plane), _fit(tile.n, problem.target_channels), _fit(tile.k, depth)
+    grid = problem.planes * _ceil(problem.plane, m) * _ceil(problem.target_channels, n) * problem.groups
+    constants = {
+        **problem.constants(),
+        **{"TRANSPOSED": problem.transposed, "HAS_BIAS": has_bias, "ACTIVATION": activation, "KEEP": keep},
+        **{"PRECISION": precision, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k},
+    }
+    kernel = conv_packed if problem.packed else conv_taps
+    return Launch(kernel, grid, problem.integers(), constants, tile.warps, tile.stages)
+
+
+def weight_launch(problem: Problem, itemsize: int, target: int, *, precision: str) -> Launch:
+    """The launch of a weight gradient; `constants["SPLITS"]` partials of [groups, taps, KG, NG] fp32."""
+    tile = tile_for("weight", itemsize, target)
+    rows, tiles = problem.source_channels, problem.taps
+    if problem.packed:
+        rows *= problem.axes[2][0] * problem.axes[3][0] * problem.axes[4][0]
+        tiles = problem.axes[0][0] * problem.axes[1][0]
+    m_limit = tile.m if not problem.packed else tile.m // 2  # packed: two index tensors of [k, m] beside the sums
+    m, n, k = _fit(m_limit, rows), _fit(tile.n, problem.target_channels), _fit(tile.k, problem.plane)
+    programs = tiles * _ceil(rows, m) * _ceil(problem.target_channels, n) * problem.groups
+    one = 4 * problem.groups * problem.taps * problem.source_channels * problem.target_channels
+    splits = max(1, min(WEIGHT_PROGRAMS // programs, PARTIAL_BYTES // one, problem.planes))
+    constants = {**problem.constants(), "SPLITS": splits, "PRECISION": precision, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+    kernel = weight_packed if problem.packed else weight_taps
+    integers = {"PLANES": problem.planes, **problem.integers()}
+    return Launch(kernel, programs * splits, integers, constants, tile.warps, tile.stages)
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _fit(limit: int, size: int) -> int:
+    """The smallest power of two in [16, limit] that covers `size`, else `limit`: tensor cores take no less than 16."""
+    return min(limit, max(16, 1 << (size - 1).bit_length()))

@@ -1,0 +1,70 @@
+"""The one loss of the multi-modal model, in training and evaluation alike."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from astrobiogen.models.unified_system import MODALITIES, MultiModalTrainingConfig
+
+
+def compute_multimodal_loss(
+    outputs: dict[str, Any], batch: dict[str, Any], config: MultiModalTrainingConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted sum of seven terms, each a mean over the samples that have what it needs (0 if none has).
+
+    * classification: cross-entropy of ``logits`` against ``habitability_label``
+    * regression: squared error of ``regression`` against ``habitability_fraction``
+    * reconstruction: squared error of the decoded cube, in standard deviations
+    * physics: violations of the decoded cube's water and energy budgets
+    * consistency: KL(fused prediction || single-modality prediction), mean over a sample's modalities; the fused side is held fixed
+    * llm: negative log-likelihood of the next token, mean over all tokens
+    * graph: reconstruction, KL divergence and balances of the graph autoencoder
+
+    Args:
+        outputs: of `UnifiedMultiModalSystem`.
+        batch: what it was given, with ``habitability_label`` int64 [B] and, for the regression, ``habitability_fraction`` [B].
+        config: holds the weights.
+
+    Returns:
+        (loss, parts): a scalar to differentiate, and the seven unweighted terms plus ``total``, detached.
+    """
+    present = dict(zip(MODALITIES, outputs["present"].unbind(1)))
+    logits = outputs["logits"].float()
+    zero = logits.sum() * 0.0
+    parts = {"classification": F.cross_entropy(logits, batch["habitability_label"])}
+    fraction = batch.get("habitability_fraction")
+    parts["regression"] = zero if fraction is None else F.mse_loss(outputs["regression"].float(), fraction.float())
+    cnn, graph, text = outputs["cnn_outputs"], outputs["graph_vae_outputs"], outputs["llm_outputs"]
+    parts["reconstruction"] = _mean(cnn["reconstruction_loss"], present["climate"]) if cnn else zero
+    parts["physics"] = _mean(cnn["physics_loss"], present["climate"]) if cnn else zero
+    parts["consistency"] = _consistency(logits, outputs["fusion_outputs"])
+    parts["llm"] = _language(text, present["text"]) if "loss" in text else zero
+    parts["graph"] = _mean(graph["loss_per_sample"], present["graph"]) if graph else zero
+    total = zero
+    for name, value in parts.items():
+        total = total + getattr(config, f"{name}_weight") * value
+    return total, {name: value.detach() for name, value in (parts | {"total": total}).items()}
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` [B] over `mask`; 0 where nothing is. Hidden entries may hold NaN."""
+    kept = torch.where(mask, values.float(), 0.0)
+    return kept.sum() / mask.sum().clamp(min=1)
+
+
+def _language(text: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood over the tokens of samples whose text is present."""
+    counts = torch.where(mask, text["token_count"], 0)
+    totals = torch.where(mask, text["loss_per_sample"] * text["token_count"], 0.0)
+    return totals.sum() / counts.sum().clamp(min=1)
+
+
+def _consistency(logits: torch.Tensor, fusion: dict[str, torch.Tensor]) -> torch.Tensor:
+    """KL(fused || modality) in nats, mean over the modalities of a sample, then over samples that have one."""
+    target = logits.detach().log_softmax(-1)
+    single = fusion["modality_logits"].float().log_softmax(-1)
+    divergence = (target.exp()[:, None] * (target[:, None] - single)).sum(-1)
+    mask = fusion["present"]
+    per_sample = torch.where(mask, divergence, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+    return _mean(per_sample, mask.any(1))

@@ -1,0 +1,139 @@
+"""The loop: it learns, stops when it should, keeps the best, survives a full disk, evaluates without side effects."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from astrobiogen.training import evaluation, runtime
+from astrobiogen.training.config import CheckpointConfig, OptimizerConfig, StopConfig
+from astrobiogen.training.errors import CheckpointError
+from astrobiogen.training.monitor import read_log
+from tests.training.conftest import FEATURES, Run, ToyModel, ToySamples, collate, toy_config, toy_loss, toy_task
+
+MakeRun = Callable[..., Run]
+CPU = torch.device("cpu")
+
+
+def evaluated(model: torch.nn.Module, count: int = 40, batch_size: int = 7, masked: str = "") -> evaluation.Evaluation:
+    result = evaluation.evaluate(model, toy_loss, ToySamples(count, 9), collate, batch_size=batch_size, device=CPU, masked=masked)
+    assert result is not None
+    return result
+
+
+def test_it_learns_and_the_best_is_kept(make_run: MakeRun, tmp_path: Path) -> None:
+    config = toy_config(epochs=25, optimizer=OptimizerConfig(learning_rate=0.05))
+    run = make_run(config, task=toy_task(config, train_samples=64))
+    assert run.trainer.fit()
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    losses = [record["validation"]["loss"] for record in records if record["event"] == "epoch"]
+    assert run.trainer.progress.best == min(losses) < 0.6 * losses[0]
+    path = run.trainer.load_best()
+    assert path.parent.name == "best"
+    again = evaluation.evaluate(
+        run.trainer.model, toy_loss, run.trainer.task.validation, collate, batch_size=16, device=CPU
+    )
+    assert again is not None and again.loss == min(losses)
+    assert evaluated(run.trainer.model).figure("accuracy") > 0.75
+
+
+def test_validation_is_the_training_loss_and_batch_size_does_not_matter() -> None:
+    torch.manual_seed(0)
+    model = ToyModel(dropout=0.5)
+    batch = collate([ToySamples(40, 9)[index] for index in range(40)])
+    state = runtime.rng_state()
+    results = [evaluated(model, batch_size=size) for size in (40, 7, 1)]
+    assert torch.equal(state["torch"], torch.get_rng_state()) and model.training
+    model.eval()
+    loss, parts = toy_loss(model(batch), batch)
+    for result in results:
+        assert result.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+        assert result.parts["classification"] == pytest.approx(float(parts["classification"]), rel=1e-6)
+
+
+def test_masking_hides_a_modality() -> None:
+    torch.manual_seed(0)
+    model = ToyModel(dropout=0.0)
+    whole, hidden, other = evaluated(model), evaluated(model, masked="planet_params"), evaluated(model, masked="climate")
+    assert len(set(hidden.predictions.probability.tolist())) == 1  # nothing left to tell samples apart
+    assert (whole.predictions.probability == other.predictions.probability).all()
+    batch = collate([ToySamples(4, 9)[index] for index in range(4)])
+    masked = evaluation.mask_modality(batch, "text")
+    assert not masked["attention_mask"].any() and (masked["labels"] == -100).all() and batch["attention_mask"].all()
+    assert masked["modality_mask"].tolist() == [[True, True, True, False, True]] * 4
+    assert FEATURES == batch["planet_params"].shape[1]
+
+
+def test_early_stopping_and_target(make_run: MakeRun) -> None:
+    frozen = OptimizerConfig(learning_rate=1e-12)
+    run = make_run(toy_config(epochs=50, optimizer=frozen, stop=StopConfig(patience=3, metric="accuracy")), "early")
+    assert run.trainer.fit()
+    assert run.trainer.progress.stopped == "early: no better accuracy for 3 epochs" and run.trainer.progress.epoch == 4
+    config = toy_config(epochs=80, optimizer=OptimizerConfig(learning_rate=0.05), stop=StopConfig(patience=0, target_accuracy=0.55))
+    task = toy_task(config, train_samples=64)
+    run = make_run(config, "target", task=dataclasses.replace(task, validation=ToySamples(60, 2)))
+    assert run.trainer.fit()
+    assert run.trainer.progress.stopped.startswith("target") and run.trainer.progress.epoch < 80
+
+
+def test_time_limit_ends_inside_an_epoch_and_can_be_raised(make_run: MakeRun) -> None:
+    config = toy_config(stop=StopConfig(max_hours=1e-9))
+    run = make_run(config)
+    assert run.trainer.fit()
+    assert run.trainer.progress.stopped.startswith("time limit") and run.trainer.progress.step == 1
+    run.monitor.__exit__()
+    longer = make_run(toy_config())
+    assert longer.trainer.resume() and longer.trainer.fit()
+    whole = make_run(toy_config(), "whole")
+    whole.trainer.fit()
+    expected = whole.trainer.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in longer.trainer.model.state_dict().items())
+
+
+def test_full_disk_is_reported_and_training_goes_on(make_run: MakeRun, tmp_path: Path) -> None:
+    saves: list[str] = []
+
+    def observer(stage: str) -> None:
+        saves.append(stage)
+        if stage == "before commit" and saves.count(stage) > 3:
+            raise OSError(28, "No space left on device")
+
+    run = make_run(toy_config(epochs=4), observer=observer)
+    assert run.trainer.fit()
+    failures = [record for record in read_log(tmp_path / "run" / "log.jsonl") if record["event"] == "save_failed"]
+    assert failures and "No space left" in failures[0]["error"]
+    run.monitor.__exit__()
+    assert make_run(toy_config(epochs=4)).trainer.resume()
+
+
+def test_checkpoints_by_epoch_and_pruned(make_run: MakeRun) -> None:
+    run = make_run(toy_config(epochs=5, checkpoint=CheckpointConfig(every_epochs=2, every_minutes=0.0, keep=2)))
+    run.trainer.fit()
+    assert [path.name for path in run.trainer.store.candidates()] == ["step-00000030", "step-00000024"]
+    assert len(run.trainer.best_store.candidates()) == 1
+
+
+def test_other_model_or_data_is_refused(make_run: MakeRun) -> None:
+    config = toy_config(epochs=1)
+    make_run(config).trainer.fit()
+    other = dataclasses.replace(toy_task(config), fingerprint="other")
+    with pytest.raises(CheckpointError, match="made with other data"):
+        make_run(config, task=other).trainer.resume()
+    wider = dataclasses.replace(toy_task(config), model=torch.nn.Sequential(ToyModel()))
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        make_run(config, task=wider).trainer.resume()
+
+
+def test_averaged_weights_are_validated_but_raw_ones_train(make_run: MakeRun) -> None:
+    run = make_run(toy_config(epochs=2, optimizer=OptimizerConfig(learning_rate=0.05, ema_decay=0.5)))
+    run.trainer.fit()
+    average = run.trainer.updater.average
+    assert average is not None and average.updates == run.trainer.updater.updates
+    raw = run.trainer.model.state_dict()["first.weight"].clone()
+    assert not torch.equal(raw, average.averages["first.weight"])
+    run.trainer.load_best()
+    assert not torch.equal(raw, run.trainer.model.state_dict()["first.weight"])
+    assert math.isfinite(evaluated(run.trainer.model).loss)
