@@ -36,7 +36,7 @@ struct Forward {
   float* rstd;
   int64_t hidden;
   float eps;
-  bool streamed;  // y bypasses the cache
+  bool streamed;  // y and sum bypass the cache
 };
 
 template <typename T>
@@ -52,16 +52,21 @@ struct Backward {
 };
 
 template <typename T>
-ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row) {
+ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   using namespace simd;
   const int64_t hidden = a.hidden, whole = hidden - hidden % kLanes;
   const T* x = a.x + row * hidden;
   if (a.residual != nullptr) {
     const T* residual = a.residual + row * hidden;
     T* sum = a.sum + row * hidden;
-    for (int64_t j = 0; j < whole; j += kLanes) store(sum + j, load(x + j) + load(residual + j));
-    for (int64_t j = whole; j < hidden; ++j) sum[j] = static_cast<T>(static_cast<float>(x[j]) + static_cast<float>(residual[j]));
-    x = sum;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const f32x16 value = load(x + j) + load(residual + j);
+      if (a.streamed) stream(sum + j, value);
+      else store(sum + j, value);
+      store(scratch + j, value);
+    }
+    for (int64_t j = whole; j < hidden; ++j) sum[j] = scratch[j] = static_cast<T>(static_cast<float>(x[j]) + static_cast<float>(residual[j]));
+    x = scratch;
   }
   f32x16 squares[4] = {};  // four chains hide the 4-cycle add latency
   int64_t j = 0;
@@ -131,7 +136,9 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
 
 template <typename T>
 ASTRO_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) forward_row(a, row);
+  // The rounded sum of one row stays here, in L1, for the second walk: what went past the cache cannot be read back cheaply.
+  std::vector<T> scratch(a.residual == nullptr ? 0 : a.hidden);
+  for (int64_t row = begin; row < end; ++row) forward_row(a, row, scratch.data());
   simd::stream_fence();
 }
 
@@ -203,7 +210,8 @@ void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const T
                         rstd.mutable_data_ptr<float>(),
                         x.size(-1),
                         static_cast<float>(eps),
-                        simd::can_stream(y.const_data_ptr<T>(), y.size(-1), y.numel())};
+                        simd::can_stream(y.const_data_ptr<T>(), y.size(-1), y.numel()) &&
+                            (sum == nullptr || simd::can_stream(sum->const_data_ptr<T>(), y.size(-1), y.numel()))};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / args.hidden);
   at::parallel_for(0, rstd.numel(), grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }

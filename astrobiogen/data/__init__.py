@@ -1,11 +1,12 @@
-"""Real data for "habitat x viability": climate cubes, metabolic networks, spectra, text and planet parameters, paired and labelled.
+"""Real data for "habitat x viability": climate cubes, metabolic networks, spectra, text and planet parameters, paired
+and labelled.
 
 >>> from astrobiogen import data
 >>> bundle = data.load_bundled()
 >>> batch = data.collate([bundle.train[i] for i in range(4)])
 
-Loading needs numpy, torch, torch_geometric and tokenizers. Building from raw files (``python -m astrobiogen.data build``) needs the optional
-packages of ``astrobiogen[data]``; they are not imported here.
+Loading needs numpy, torch, torch_geometric and tokenizers. Building from raw files (``python -m astrobiogen.data
+build``) needs the optional packages of ``astrobiogen[data]``; they are not imported here.
 """
 
 from astrobiogen.data import synthetic

@@ -16,11 +16,15 @@ _SPECTRUM_BINS, _TOKEN_BUCKETS = 16, 64
 
 
 def _cube_features(epoch: Tensor | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Means of one epoch over 2 half segments, 4 latitude bands and 4 longitude sectors per variable and level, and one flag of presence."""
+    """Means of one epoch over 2 half segments, 4 latitude bands and 4 longitude sectors per variable and level, and
+    one flag of presence.
+    """
     v, t, lev, lat, lon = shape
     if epoch is None:
         return np.zeros(v * _SEASONS * lev * _BANDS * _SECTORS + 1, np.float32)
-    parts = epoch.reshape(v, _SEASONS, t // _SEASONS, lev, _BANDS, lat // _BANDS, _SECTORS, lon // _SECTORS).mean(dim=(2, 5, 7))
+    parts = epoch.reshape(v, _SEASONS, t // _SEASONS, lev, _BANDS, lat // _BANDS, _SECTORS, lon // _SECTORS).mean(
+        dim=(2, 5, 7)
+    )
     return np.append(parts.numpy().ravel(), np.float32(1.0))
 
 
@@ -32,11 +36,15 @@ def _spectrum_features(planet: PlanetEntry) -> NDArray[np.float32]:
 
 def _planet_features(planet: PlanetEntry, shape: tuple[int, ...]) -> NDArray[np.float32]:
     params = np.concatenate([planet.params.numpy(), planet.params_mask.numpy().astype(np.float32)])
-    return np.concatenate([params, *(_cube_features(epoch, shape) for epoch in planet.epochs), _spectrum_features(planet)])
+    return np.concatenate(
+        [params, *(_cube_features(epoch, shape) for epoch in planet.epochs), _spectrum_features(planet)]
+    )
 
 
 def _graph_features(organism: OrganismEntry) -> NDArray[np.float32]:
-    """Mean node features of metabolites and of reactions, open-uptake gases, log sizes; zeros when there is no network."""
+    """Mean node features of metabolites and of reactions, open-uptake gases, log sizes; zeros when there is no
+    network.
+    """
     graph = organism.graph
     if graph is None:
         return np.zeros(131, np.float32)
@@ -55,8 +63,9 @@ def baseline_features(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
     """Inputs of every modality as flat vectors, in the order of the dataset.
 
-    Only what a sample shows the model enters: standardised planet parameters, coarse means of the input segment's cube (each epoch), the spectrum in 16
-    bins, means of the network's node features, and hashed token counts. No label-segment field, growth range or identity.
+    Only what a sample shows the model enters: standardised planet parameters, coarse means of the input segment's cube
+    (each epoch), the spectrum in 16 bins, means of the network's node features, and hashed token counts. No label-
+    segment field, growth range or identity.
 
     Returns
     -------
@@ -75,7 +84,10 @@ def baseline_features(
 
 
 def _row(
-    dataset: HabitatDataset, planet: dict[str, NDArray[np.float32]], organism: dict[str, NDArray[np.float32]], index: int
+    dataset: HabitatDataset,
+    planet: dict[str, NDArray[np.float32]],
+    organism: dict[str, NDArray[np.float32]],
+    index: int,
 ) -> NDArray[np.float32]:
     pair = dataset.pairs[index]
     tokens = _token_features(dataset.store.tokens[pair.climate, pair.organism])

@@ -14,7 +14,8 @@ from astrobiogen.data.errors import DataError
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
 IGNORE_INDEX = -100
-# An absent modality still needs tensors of the right rank: a cube of zeros, one lone node without edges, a spectrum of zeros, one pad token.
+# An absent modality still needs tensors of the right rank: a cube of zeros, one lone node without edges, a spectrum of
+# zeros, one pad token.
 GRAPH_WIDTHS = {"x": 64, "laplacian_pe": 16, "random_walk_pe": 8, "elements": 8}
 Sizes = tuple[int, ...]
 
@@ -23,11 +24,17 @@ def empty_graph() -> Data:
     """A graph of one zero node, standing for an absent network."""
     wide = {name: torch.zeros(1, width) for name, width in GRAPH_WIDTHS.items()}
     return Data(
-        edge_index=torch.zeros(2, 0, dtype=torch.long), edge_attr=torch.zeros(0, 2), stoichiometry=torch.zeros(0),
-        node_type=torch.zeros(1, dtype=torch.long), is_internal=torch.zeros(1, dtype=torch.bool),
-        formula_known=torch.zeros(1, dtype=torch.bool), charge=torch.zeros(1), charge_known=torch.zeros(1, dtype=torch.bool), num_nodes=1,
+        edge_index=torch.zeros(2, 0, dtype=torch.long),
+        edge_attr=torch.zeros(0, 2),
+        stoichiometry=torch.zeros(0),
+        node_type=torch.zeros(1, dtype=torch.long),
+        is_internal=torch.zeros(1, dtype=torch.bool),
+        formula_known=torch.zeros(1, dtype=torch.bool),
+        charge=torch.zeros(1),
+        charge_known=torch.zeros(1, dtype=torch.bool),
+        num_nodes=1,
         **wide,
-    )  # fmt: skip
+    )
 
 
 def _cubes(samples: Sequence[Sample], shape: Sizes) -> tuple[Tensor, Tensor]:
@@ -41,7 +48,9 @@ def _cubes(samples: Sequence[Sample], shape: Sizes) -> tuple[Tensor, Tensor]:
             if epoch is None:
                 cube[b, :, :, k].zero_()
             elif tuple(epoch.shape) != shape:
-                raise DataError(str(sample.metadata), "climate_datacube", f"shape {tuple(epoch.shape)}, expected {shape}")
+                raise DataError(
+                    str(sample.metadata), "climate_datacube", f"shape {tuple(epoch.shape)}, expected {shape}"
+                )
             else:
                 cube[b, :, :, k].copy_(epoch)
                 mask[b, k] = True
@@ -74,10 +83,11 @@ def collate(samples: Sequence[Sample], pad_id: int = 0, cube_shape: Sizes = (2, 
     Returns
     -------
     dict
-        run_ids long [B]; planet_params [B, P] with planet_params_mask; climate_datacube [B, V, T, G, lev, lat, lon] with climate_mask [B, G];
-        metabolic_graph (``Batch``) with graph_mask [B]; spectroscopy [B, W, 2] with spectroscopy_mask [B, W]; input_ids, attention_mask,
-        labels [B, L]; text_description; habitability_label long [B]; habitability_fraction [B]; modality_mask bool [B, 5] in the order
-        climate, graph, spectrum, text, planet_params; metadata.
+        run_ids long [B]; planet_params [B, P] with planet_params_mask; climate_datacube [B, V, T, G, lev, lat, lon]
+        with climate_mask [B, G]; metabolic_graph (``Batch``) with graph_mask [B]; spectroscopy [B, W, 2] with
+        spectroscopy_mask [B, W]; input_ids, attention_mask, labels [B, L]; text_description; habitability_label long
+        [B]; habitability_fraction [B]; modality_mask bool [B, 5] in the order climate, graph, spectrum, text,
+        planet_params; metadata.
 
     Raises
     ------
@@ -98,12 +108,20 @@ def collate(samples: Sequence[Sample], pad_id: int = 0, cube_shape: Sizes = (2, 
     )
     return {
         "run_ids": torch.tensor([s.run_id for s in samples], dtype=torch.long),
-        "planet_params": torch.stack([s.planet_params for s in samples]), "planet_params_mask": params_mask,
-        "climate_datacube": cube, "climate_mask": climate_mask,
-        "metabolic_graph": Batch.from_data_list(graphs), "graph_mask": graph_mask,
-        "spectroscopy": torch.stack([s.spectrum for s in samples]), "spectroscopy_mask": spectrum_mask,
-        "input_ids": ids, "attention_mask": attention_mask, "labels": labels, "text_description": [s.text for s in samples],
+        "planet_params": torch.stack([s.planet_params for s in samples]),
+        "planet_params_mask": params_mask,
+        "climate_datacube": cube,
+        "climate_mask": climate_mask,
+        "metabolic_graph": Batch.from_data_list(graphs),
+        "graph_mask": graph_mask,
+        "spectroscopy": torch.stack([s.spectrum for s in samples]),
+        "spectroscopy_mask": spectrum_mask,
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "text_description": [s.text for s in samples],
         "habitability_label": torch.tensor([s.label for s in samples], dtype=torch.long),
         "habitability_fraction": torch.tensor([s.fraction for s in samples], dtype=torch.float32),
-        "modality_mask": modality, "metadata": [s.metadata for s in samples],
-    }  # fmt: skip
+        "modality_mask": modality,
+        "metadata": [s.metadata for s in samples],
+    }

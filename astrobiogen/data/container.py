@@ -1,11 +1,12 @@
 """The plain container of every packed array file: a JSON header and LZMA blobs, nothing executable.
 
-Layout: 8 bytes ``ASTRODAT``, uint32 little-endian header length, UTF-8 JSON header, then one ``.xz`` stream per array. The header lists, per
-array, name, dtype, shape, coding, offset and length, units and free notes. Equal input gives equal bytes.
+Layout: 8 bytes ``ASTRODAT``, uint32 little-endian header length, UTF-8 JSON header, then one ``.xz`` stream per array.
+The header lists, per array, name, dtype, shape, coding, offset and length, units and free notes. Equal input gives
+equal bytes.
 
-Codings: ``raw`` keeps the bytes (split into byte planes); ``delta2`` is for int16 fields whose last two axes are a map: differences along
-longitude then latitude (modulo 2^16), zigzag to uint16, byte planes. On the bundled temperature cubes ``delta2`` needs 5 MB where plain
-LZMA of the same integers needs 11 MB.
+Codings: ``raw`` keeps the bytes (split into byte planes); ``delta2`` is for int16 fields whose last two axes are a
+map: differences along longitude then latitude (modulo 2^16), zigzag to uint16, byte planes. On the bundled temperature
+cubes ``delta2`` needs 5 MB where plain LZMA of the same integers needs 11 MB.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Contents:
         array = self.arrays[name]
         if array.dtype != np.dtype(dtype):
             raise DataError(self.path, name, f"dtype {array.dtype}, expected {dtype}")
-        if array.ndim != len(shape) or any(want is not None and have != want for have, want in zip(array.shape, shape, strict=True)):
+        if array.ndim != len(shape) or any(
+            want is not None and have != want for have, want in zip(array.shape, shape, strict=True)
+        ):
             raise DataError(self.path, name, f"shape {array.shape}, expected {shape}")
         return array
 
@@ -61,7 +64,13 @@ def _unplanes(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> AnyA
         return planes.reshape(shape).view(dtype).copy()
     if dtype.itemsize == 2:  # two planes: 4x faster than the general transpose
         return (planes[0].astype(np.uint16) | planes[1].astype(np.uint16) << 8).view(dtype).reshape(shape)
-    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+    return (
+        np.ascontiguousarray(planes.T)
+        .reshape(-1)
+        .view(dtype.newbyteorder("<"))
+        .astype(dtype, copy=False)
+        .reshape(shape)
+    )
 
 
 def _encode(array: AnyArray, coding: str) -> bytes:
@@ -88,9 +97,12 @@ def _decode(data: bytes, coding: str, dtype: np.dtype[Any], shape: tuple[int, ..
 
 
 def write_arrays(
-    path: Path, arrays: dict[str, AnyArray], attributes: dict[str, Any], notes: dict[str, dict[str, Any]] | None = None,
+    path: Path,
+    arrays: dict[str, AnyArray],
+    attributes: dict[str, Any],
+    notes: dict[str, dict[str, Any]] | None = None,
     delta2: tuple[str, ...] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Write one container file.
 
     Parameters
@@ -115,9 +127,16 @@ def write_arrays(
         coding = "delta2" if name in delta2 else "raw"
         blob = _encode(array, coding)
         entries.append(
-            {"name": name, "dtype": array.dtype.name, "shape": list(array.shape), "coding": coding, "offset": offset, "bytes": len(blob),
-             "notes": (notes or {}).get(name, {})}
-        )  # fmt: skip
+            {
+                "name": name,
+                "dtype": array.dtype.name,
+                "shape": list(array.shape),
+                "coding": coding,
+                "offset": offset,
+                "bytes": len(blob),
+                "notes": (notes or {}).get(name, {}),
+            }
+        )
         blobs.append(blob)
         offset += len(blob)
     header = json.dumps({"arrays": entries, "attributes": attributes}, sort_keys=True, separators=(",", ":")).encode()

@@ -15,7 +15,8 @@ VARIABLES = ("ta", "hus")
 UNITS = ("K", "kg kg-1")
 TA_STEP = 0.1  # K: error at most 0.05 K; the raw files themselves are rounded to 1/16 K
 HUS_STEP = 0.01  # natural-log units: relative error at most 0.5 %
-HUS_FLOOR = 1e-7  # kg/kg; anything drier is stored as 0 (stratosphere and polar night: the colder planets' upper levels)
+# kg/kg; anything drier is stored as 0 (stratosphere and polar night: the colder planets' upper levels)
+HUS_FLOOR = 1e-7
 TS_STEP = 1.0 / 16.0  # K: exact, the raw files hold multiples of 1/16 K
 SIC_STEP = 1.0 / 200.0  # rounded down, so that "less than 0.5" keeps its answer
 INPUT_SEGMENT, LABEL_SEGMENT = 1, 2
@@ -42,17 +43,25 @@ def value_table(variable: str, size: int) -> NDArray[np.float64]:
 
 
 def _refuse_empty_levels(path: Path, variable: str, codes: NDArray[np.int16]) -> None:
-    """A level of zeros is a fault in temperature, and in humidity at the surface; a frozen-over planet's stratosphere is really below 1e-7."""
+    """A level of zeros is a fault in temperature, and in humidity at the surface; a frozen-over planet's stratosphere
+    is really below 1e-7.
+    """
     empty = np.flatnonzero(~codes.any(axis=(0, 2, 3))).tolist()
     if empty and (variable == "ta" or codes.shape[1] - 1 in empty):
         raise DataError(path, variable, f"levels {empty} are zero everywhere")
 
 
 def read_codes(contents: Contents, shape: tuple[int, int, int, int]) -> dict[str, NDArray[np.int16]]:
-    """Integer cubes ``ta`` and ``hus`` [T, lev, lat, lon] of one climate, checked for segment, shape, units, range and empty levels."""
+    """Integer cubes ``ta`` and ``hus`` [T, lev, lat, lon] of one climate, checked for segment, shape, units, range and
+    empty levels.
+    """
     segment = contents.attributes.get("segment")
     if segment != INPUT_SEGMENT:
-        raise DataError(contents.path, "segment", f"is {segment}; inputs come from segment {INPUT_SEGMENT} only (labels are segment 2)")
+        raise DataError(
+            contents.path,
+            "segment",
+            f"is {segment}; inputs come from segment {INPUT_SEGMENT} only (labels are segment 2)",
+        )
     found: dict[str, NDArray[np.int16]] = {}
     for variable, unit, limits in zip(VARIABLES, UNITS, (TA_RANGE, HUS_RANGE), strict=True):
         codes = contents.get(variable, shape, "int16")
@@ -69,7 +78,9 @@ def read_codes(contents: Contents, shape: tuple[int, int, int, int]) -> dict[str
 
 
 def level_statistics(codes: list[NDArray[np.int16]], variable: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation [lev] over climates, months and cells of decoded values, from exact integer histograms."""
+    """Mean and standard deviation [lev] over climates, months and cells of decoded values, from exact integer
+    histograms.
+    """
     size = max(int(c.max()) for c in codes) + 1
     values = value_table(variable, size)
     levels = codes[0].shape[1]
@@ -98,7 +109,8 @@ def standardised(
     for v, variable in enumerate(VARIABLES):
         cube = codes[variable]
         values = value_table(variable, int(cube.max()) + 1)
-        for level in range(cube.shape[1]):  # one table look-up per level: 3x faster than exp and divide on the full cube
+        # one table look-up per level: 3x faster than exp and divide on the full cube
+        for level in range(cube.shape[1]):
             table = ((values - mean[v, level]) / std[v, level]).astype(np.float32)
             np.take(table, cube[:, level], out=out[v, :, level], mode="clip")
     return torch.from_numpy(out)

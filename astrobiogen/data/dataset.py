@@ -25,7 +25,8 @@ class Sample:
     planet_params, planet_params_mask
         float32 [P] standardised (0 where missing), bool [P].
     epochs
-        G entries, each float32 [V, T, lev, lat, lon] standardised, or None where the planet has no such epoch; the last is the target.
+        G entries, each float32 [V, T, lev, lat, lon] standardised, or None where the planet has no such epoch; the
+        last is the target.
     graph
         PyG ``Data`` of the metabolic network, or None.
     spectrum, spectrum_mask
@@ -134,10 +135,19 @@ class HabitatDataset(Dataset[Sample]):
         pair = self.pairs[index]
         planet, organism = self.store.planets[pair.climate], self.store.organisms[pair.organism]
         return Sample(
-            planet.run_id, planet.params, planet.params_mask, planet.epochs, organism.graph, planet.spectrum, planet.spectrum_mask,
-            self.store.tokens[pair.climate, pair.organism], f"{planet.text} {organism.text}".strip(), pair.label, pair.fraction,
+            planet.run_id,
+            planet.params,
+            planet.params_mask,
+            planet.epochs,
+            organism.graph,
+            planet.spectrum,
+            planet.spectrum_mask,
+            self.store.tokens[pair.climate, pair.organism],
+            f"{planet.text} {organism.text}".strip(),
+            pair.label,
+            pair.fraction,
             {**planet.metadata, **organism.metadata, "cell": pair.cell},
-        )  # fmt: skip
+        )
 
     def labels(self) -> Tensor:
         """long [n] of classes."""
@@ -150,7 +160,9 @@ class HabitatDataset(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class DatasetBundle:
-    """Train, validation and the test cells ("seen", "new_planet", "new_organism", "new_both") with their spec and provenance."""
+    """Train, validation and the test cells ("seen", "new_planet", "new_organism", "new_both") with their spec and
+    provenance.
+    """
 
     train: HabitatDataset
     validation: HabitatDataset

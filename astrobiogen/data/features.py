@@ -1,8 +1,8 @@
 """The 64 documented node features of a metabolic network, and their computation from compact columns.
 
-A network is stored as a few integer columns per node (``NodeColumns``) and expanded here, so that a bundled graph and one that was
-just read from SBML pass through the same code. None of the features is, or is computed from, a growth rate, a growth
-temperature or a name of a species.
+A network is stored as a few integer columns per node (``NodeColumns``) and expanded here, so that a bundled graph and
+one that was just read from SBML pass through the same code. None of the features is, or is computed from, a growth
+rate, a growth temperature or a name of a species.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ if len(FEATURE_NAMES) != NODE_FEATURES:
     raise AssertionError(f"the feature table has {len(FEATURE_NAMES)} names, the graphs have {NODE_FEATURES} columns")
 
 # Bits of NodeColumns.flags.
-REACTION, BOUNDARY, EXCHANGE, TRANSPORT, REVERSIBLE, FORMULA, CHARGE, GENE, UPTAKE, BLOCKED = (1 << k for k in range(10))
+REACTION, BOUNDARY, EXCHANGE, TRANSPORT, REVERSIBLE, FORMULA, CHARGE, GENE, UPTAKE, BLOCKED = (
+    1 << k for k in range(10)
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def node_features(
 ) -> NDArray[np.float32]:
     """Feature matrix [N, 64] in the order ``FEATURE_NAMES``.
 
-    Counts enter as log(1 + n), degrees also divided by 4 so that hubs (protons, water: degree about 1,000) stay near 2. The stoichiometric
-    features belong to reactions; the mass (log10 of 1 + g/mol, over 3) to metabolites with a known formula.
+    Counts enter as log(1 + n), degrees also divided by 4 so that hubs (protons, water: degree about 1,000) stay near
+    2. The stoichiometric features belong to reactions; the mass (log10 of 1 + g/mol, over 3) to metabolites with a
+    known formula.
 
     Parameters
     ----------

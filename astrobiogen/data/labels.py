@@ -1,18 +1,20 @@
-"""The target S = habitat x viability, from label-segment surface fields, a measured growth range and a flux-balance gate.
+"""The target S = habitat x viability, from label-segment surface fields, a measured growth range and a flux-balance
+gate.
 
 For planet p, epoch k and organism o, with surface temperature ts [K] and sea-ice cover sic [1] of the *later* segment,
 
     S = gate(o, p, k) * sum_t sum_ij w_i [ts_tij >= 273.15] [sic_tij < 0.5] [tmin_o <= ts_tij - 273.15 <= tmax_o] / T,
 
-w_i = (sin(north bound) - sin(south bound)) / (2 n_lon). Liquid water thus means: above the melting point of fresh water and less than half
-covered by sea ice; it does not look at soil moisture, pressure or salinity.
+w_i = (sin(north bound) - sin(south bound)) / (2 n_lon). Liquid water thus means: above the melting point of fresh
+water and less than half covered by sea ice; it does not look at soil moisture, pressure or salinity.
 
 The growth range is the observed one of Corkrey et al. 2016 where at least three growth rates span a range; otherwise
-[OGT - 22, OGT + 8] degrees C around the optimum growth temperature of Engqvist 2018. The half widths are a rule of thumb
-(growth is lost faster above the optimum than below); organisms with neither are dropped, not guessed.
+[OGT - 22, OGT + 8] degrees C around the optimum growth temperature of Engqvist 2018. The half widths are a rule of
+thumb (growth is lost faster above the optimum than below); organisms with neither are dropped, not guessed.
 
-The gate is 1 when the network grows (objective > 1e-6) with the uptake of O2 closed where the atmosphere holds none; N2 and CO2 are
-in every atmosphere of the set, and trace gases (H2, CH4, H2S, CO), of which the climate model knows nothing, stay as in the published medium.
+The gate is 1 when the network grows (objective > 1e-6) with the uptake of O2 closed where the atmosphere holds none;
+N2 and CO2 are in every atmosphere of the set, and trace gases (H2, CH4, H2S, CO), of which the climate model knows
+nothing, stay as in the published medium.
 """
 
 from __future__ import annotations

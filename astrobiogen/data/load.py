@@ -36,10 +36,14 @@ def _cube(pack: Pack, row: ClimateRow) -> Tensor:
 
 def _params(row: ClimateRow, spec: DataSpec, source: Path) -> tuple[Tensor, Tensor]:
     if len(row.params) != spec.n_planet_params:
-        raise DataError(source, f"{row.planet} g{row.epoch} params", f"{len(row.params)} values, expected {spec.n_planet_params}")
+        raise DataError(
+            source, f"{row.planet} g{row.epoch} params", f"{len(row.params)} values, expected {spec.n_planet_params}"
+        )
     raw = torch.tensor(row.params, dtype=torch.float64)
     mask = torch.isfinite(raw)
-    scaled = (raw - torch.tensor(spec.param_mean, dtype=torch.float64)) / torch.tensor(spec.param_std, dtype=torch.float64)
+    scaled = (raw - torch.tensor(spec.param_mean, dtype=torch.float64)) / torch.tensor(
+        spec.param_std, dtype=torch.float64
+    )
     return torch.where(mask, scaled, 0.0).float(), mask
 
 
@@ -87,8 +91,8 @@ def _organism(pack: Pack, row: OrganismRow) -> OrganismEntry:
 def load(path: str | Path) -> DatasetBundle:
     """Load and verify a packed dataset.
 
-    Every file is compared with its SHA-256, every array with its expected shape, dtype, unit and range. All data are decoded once into memory (the
-    bundled pack: about 130 MB).
+    Every file is compared with its SHA-256, every array with its expected shape, dtype, unit and range. All data are
+    decoded once into memory (the bundled pack: about 130 MB).
 
     Raises
     ------
@@ -97,12 +101,23 @@ def load(path: str | Path) -> DatasetBundle:
     """
     pack = open_pack(Path(path))
     with ThreadPoolExecutor(_THREADS) as pool:
-        cubes = dict(zip((_key(c.planet, c.epoch) for c in pack.climates), pool.map(lambda row: _cube(pack, row), pack.climates), strict=True))
-        organisms = {o.organism: e for o, e in zip(pack.organisms, pool.map(lambda row: _organism(pack, row), pack.organisms), strict=True)}
+        cubes = dict(
+            zip(
+                (_key(c.planet, c.epoch) for c in pack.climates),
+                pool.map(lambda row: _cube(pack, row), pack.climates),
+                strict=True,
+            )
+        )
+        organisms = {
+            o.organism: e
+            for o, e in zip(pack.organisms, pool.map(lambda row: _organism(pack, row), pack.organisms), strict=True)
+        }
     planets = _planets(pack, cubes)
     verified_bytes(pack.root, "tokenizer.json", pack.manifest)
     encoder = TextEncoder(load_tokenizer(pack.root / "tokenizer.json"), pack.spec.max_text_tokens)
-    tokens = encoder.encode_pairs({k: p.text for k, p in planets.items()}, {k: o.text for k, o in organisms.items()}, str(pack.root))
+    tokens = encoder.encode_pairs(
+        {k: p.text for k, p in planets.items()}, {k: o.text for k, o in organisms.items()}, str(pack.root)
+    )
     store = Store(pack.spec, planets, organisms, tokens)
     cells: dict[str, list[PairEntry]] = {cell: [] for cell in splits.CELLS}
     for row in pack.pairs:
@@ -111,9 +126,13 @@ def load(path: str | Path) -> DatasetBundle:
         cells[row.cell].append(PairEntry(_key(row.planet, row.epoch), row.organism, row.fraction, row.label, row.cell))
     sets = {cell: HabitatDataset(store, pairs, cell) for cell, pairs in cells.items()}
     test = {cell: sets[cell] for cell in splits.TEST_CELLS}
-    return DatasetBundle(sets[splits.TRAIN], sets[splits.VALIDATION], test, pack.spec, {"root": str(pack.root), **pack.manifest})
+    return DatasetBundle(
+        sets[splits.TRAIN], sets[splits.VALIDATION], test, pack.spec, {"root": str(pack.root), **pack.manifest}
+    )
 
 
 def load_bundled() -> DatasetBundle:
-    """The real dataset inside the package: 45 climates, the metabolic networks that have a growth range and grow, texts and spectra."""
+    """The real dataset inside the package: 45 climates, the metabolic networks that have a growth range and grow,
+    texts and spectra.
+    """
     return load(SAMPLE_FOLDER)

@@ -34,9 +34,11 @@ def latitude_bounds(latitudes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def level_bounds(levels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sigma interfaces [lev + 1] from mid points (top first): 0, then each mid point lies in the middle of its layer where that is possible.
+    """Sigma interfaces [lev + 1] from mid points (top first): 0, then each mid point lies in the middle of its layer
+    where that is possible.
 
-    ExoPlaSim's mid points are means of its interfaces, so b[k+1] = 2 m[k] - b[k]; rounding is kept in check by ending at exactly 1.
+    ExoPlaSim's mid points are means of its interfaces, so b[k+1] = 2 m[k] - b[k]; rounding is kept in check by ending
+    at exactly 1.
     """
     bounds = [0.0]
     for mid in levels:
@@ -50,7 +52,9 @@ def level_bounds(levels: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def held_out(climates: Sequence[ClimateRow], organisms: Sequence[OrganismRow]) -> tuple[frozenset[str], frozenset[str]]:
-    """(test star systems, test genera): every third system by mean stellar flux, every fourth genus by the mean middle of its growth ranges."""
+    """(test star systems, test genera): every third system by mean stellar flux, every fourth genus by the mean middle
+    of its growth ranges.
+    """
     flux: dict[str, list[float]] = {}
     middle: dict[str, list[float]] = {}
     for row in climates:
@@ -77,7 +81,9 @@ def cube_statistics(codes: Sequence[Mapping[str, NDArray[np.int16]]]) -> tuple[t
 
 
 def param_statistics(rows: Sequence[ClimateRow]) -> tuple[Row, Row]:
-    """Mean and standard deviation [P] over climates, ignoring missing values; 1 for the deviation of a constant or absent column."""
+    """Mean and standard deviation [P] over climates, ignoring missing values; 1 for the deviation of a constant or
+    absent column.
+    """
     table = np.array([row.params for row in rows])
     known = np.isfinite(table)
     count = np.maximum(known.sum(axis=0), 1)
@@ -118,7 +124,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(path, "", f"cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("files"), dict)
+    ):
         raise DataError(path, "format", f"is not a manifest of {FORMAT}")
     return manifest
 
@@ -133,7 +143,9 @@ def verified_bytes(root: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
     except OSError as error:
         raise DataError(root / name, "", f"cannot be read ({error.strerror})") from error
     if len(data) != entry["bytes"]:
-        raise DataError(root / name, "size", f"{len(data)} bytes, the manifest says {entry['bytes']}: truncated or changed")
+        raise DataError(
+            root / name, "size", f"{len(data)} bytes, the manifest says {entry['bytes']}: truncated or changed"
+        )
     if (digest := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
         raise DataError(root / name, "sha256", f"{digest[:16]}..., the manifest says {entry['sha256'][:16]}...")
     return data
@@ -159,7 +171,11 @@ def open_pack(root: Path) -> Pack:
     known = {(c.planet, c.epoch) for c in climates}, {o.organism for o in organisms}
     for row in pairs:
         if (row.planet, row.epoch) not in known[0] or row.organism not in known[1]:
-            raise DataError(root / "pairs.csv", f"{row.planet} g{row.epoch} {row.organism}", "names an unknown climate or organism")
+            raise DataError(
+                root / "pairs.csv", f"{row.planet} g{row.epoch} {row.organism}", "names an unknown climate or organism"
+            )
         if not 0.0 <= row.fraction <= 1.0 or row.label not in (0, 1):
-            raise DataError(root / "pairs.csv", f"{row.planet} g{row.epoch} {row.organism}", f"S {row.fraction}, label {row.label}")
+            raise DataError(
+                root / "pairs.csv", f"{row.planet} g{row.epoch} {row.organism}", f"S {row.fraction}, label {row.label}"
+            )
     return Pack(root, spec, climates, organisms, pairs, manifest)

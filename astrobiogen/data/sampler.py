@@ -10,10 +10,11 @@ import torch
 class EpochSampler:
     """Batches of indices for one rank.
 
-    The permutation depends on (seed, epoch) only; ranks take consecutive slices of each global batch of ``batch_size * world_size``, so
-    the union over ranks of batch k is the same whatever the number of ranks at equal global batch size. The last global batch wraps round
-    to the start of the same permutation when shuffling, so that every rank runs equally many full batches; without shuffling (validation, test) each
-    index comes exactly once, the last batches may be short and, with several ranks, missing on some.
+    The permutation depends on (seed, epoch) only; ranks take consecutive slices of each global batch of ``batch_size *
+    world_size``, so the union over ranks of batch k is the same whatever the number of ranks at equal global batch
+    size. The last global batch wraps round to the start of the same permutation when shuffling, so that every rank
+    runs equally many full batches; without shuffling (validation, test) each index comes exactly once, the last
+    batches may be short and, with several ranks, missing on some.
 
     Parameters
     ----------
@@ -29,7 +30,9 @@ class EpochSampler:
         False gives the order 0 .. n - 1.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True) -> None:
+    def __init__(
+        self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
+    ) -> None:
         for name, value in (("n", n), ("batch_size", batch_size), ("world_size", world_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")

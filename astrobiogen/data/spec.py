@@ -1,4 +1,6 @@
-"""``DataSpec``: everything a model must know about a dataset, and the statistics that were fitted on its training part."""
+"""``DataSpec``: everything a model must know about a dataset, and the statistics that were fitted on its training
+part.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,14 @@ class DataSpec:
     @property
     def cube_shape(self) -> tuple[int, int, int, int, int, int]:
         """(V, T, G, lev, lat, lon) of one sample's cube."""
-        return len(self.variables), self.months, self.n_epochs, len(self.levels), len(self.latitudes), len(self.longitudes)
+        return (
+            len(self.variables),
+            self.months,
+            self.n_epochs,
+            len(self.levels),
+            len(self.latitudes),
+            len(self.longitudes),
+        )
 
     def to_json(self) -> str:
         """JSON text, keys sorted."""

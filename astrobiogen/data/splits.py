@@ -16,7 +16,9 @@ GENUS_STEP, GENUS_OFFSET = 4, 1
 
 @dataclass(frozen=True)
 class PairKey:
-    """What decides the cell of a pair: the star system and genus (held out or not), and system + species (kept together)."""
+    """What decides the cell of a pair: the star system and genus (held out or not), and system + species (kept
+    together).
+    """
 
     star_system: str
     genus: str
@@ -24,7 +26,8 @@ class PairKey:
 
 
 def held_out(names_with_order: Iterable[tuple[float, str]], step: int, offset: int) -> frozenset[str]:
-    """Every ``step``-th name, from index ``offset``, after sorting by (number, name): a test set spread evenly over the range.
+    """Every ``step``-th name, from index ``offset``, after sorting by (number, name): a test set spread evenly over
+    the range.
 
     The number is stellar flux for star systems and the middle of the growth range for genera; no label is looked at.
     """
@@ -38,7 +41,9 @@ def unit_hash(text: str) -> float:
 
 
 def cell(key: PairKey, test_systems: frozenset[str], test_genera: frozenset[str]) -> str:
-    """Cell of a pair. Pairs of training systems and genera go to validation (15 %), seen (15 %) or train, by system and species."""
+    """Cell of a pair. Pairs of training systems and genera go to validation (15 %), seen (15 %) or train, by system
+    and species.
+    """
     new_planet, new_organism = key.star_system in test_systems, key.genus in test_genera
     if new_planet and new_organism:
         return "new_both"
@@ -79,5 +84,9 @@ def leakage(rows: Sequence[tuple[PairKey, str]]) -> list[str]:
         for other in (TRAIN, VALIDATION, "seen", "new_planet"):
             if shared := sorted(genera[name] & genera[other]):
                 problems.append(f"genera in both {name} and {other}: {shared}")
-    problems += [f"pair of system {s} and species {o} is in several cells: {sorted(c)}" for (s, o), c in groups.items() if len(c) > 1]
+    problems += [
+        f"pair of system {s} and species {o} is in several cells: {sorted(c)}"
+        for (s, o), c in groups.items()
+        if len(c) > 1
+    ]
     return problems

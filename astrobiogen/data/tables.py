@@ -17,7 +17,9 @@ from astrobiogen.data.errors import DataError
 
 @dataclass(frozen=True)
 class ClimateRow:
-    """One climate (planet, epoch): file names relative to the pack, acceptance figures, parameters in the units of the spec (NaN: not measured)."""
+    """One climate (planet, epoch): file names relative to the pack, acceptance figures, parameters in the units of the
+    spec (NaN: not measured).
+    """
 
     run_id: int
     planet: str
@@ -82,7 +84,9 @@ def _text(value: Any) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
-    """Write a table with the dataclass fields as header; floats by ``repr`` (exact), NaN empty inside a row, ``nan`` inside a tuple."""
+    """Write a table with the dataclass fields as header; floats by ``repr`` (exact), NaN empty inside a row, ``nan``
+    inside a tuple.
+    """
     names = [f.name for f in dataclasses.fields(kind)]
     with path.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
@@ -104,7 +108,9 @@ def _value(path: Path, where: str, hint: Any, text: str) -> Any:
 
 
 def read_rows(path: Path, kind: type[Row]) -> tuple[Row, ...]:
-    """Read a table; a missing file or column, a broken number or an empty table is a ``DataError`` that names line and column."""
+    """Read a table; a missing file or column, a broken number or an empty table is a ``DataError`` that names line and
+    column.
+    """
     hints = typing.get_type_hints(kind)
     try:
         with path.open(encoding="utf-8", newline="") as handle:
@@ -112,7 +118,12 @@ def read_rows(path: Path, kind: type[Row]) -> tuple[Row, ...]:
             if missing := [name for name in hints if name not in (reader.fieldnames or ())]:
                 raise DataError(path, missing[0], f"column absent; the header is {reader.fieldnames}")
             rows = tuple(
-                kind(**{name: _value(path, f"line {k + 2}, {name}", hint, line[name] or "") for name, hint in hints.items()})
+                kind(
+                    **{
+                        name: _value(path, f"line {k + 2}, {name}", hint, line[name] or "")
+                        for name, hint in hints.items()
+                    }
+                )
                 for k, line in enumerate(reader)
             )
     except OSError as error:

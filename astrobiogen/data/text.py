@@ -17,10 +17,29 @@ MAX_TEXT_TOKENS = 192
 VOCAB_SIZE = 4096
 # Words that would give the answer away; no text shown to a classifier may hold one (see docs/data.md).
 LABEL_WORDS = (
-    "habitab", "liquid water", "goldilocks", "life", "biosignature", "earth-like", "temperate", "equilibrium temperature",
-    "thermophil", "mesophil", "psychro", "cryophil", "hot spring", "hydrothermal", "optimum temperature", "optimal temperature",
-    "growth temperature", "degrees c", "°c", "celsius", "frozen", "ice",
-)  # fmt: skip
+    "habitab",
+    "liquid water",
+    "goldilocks",
+    "life",
+    "biosignature",
+    "earth-like",
+    "temperate",
+    "equilibrium temperature",
+    "thermophil",
+    "mesophil",
+    "psychro",
+    "cryophil",
+    "hot spring",
+    "hydrothermal",
+    "optimum temperature",
+    "optimal temperature",
+    "growth temperature",
+    "degrees c",
+    "°c",
+    "celsius",
+    "frozen",
+    "ice",
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +50,8 @@ class TextEncoder:
     max_tokens: int
 
     def join(self, planet: list[int], organism: list[int], source: str) -> torch.Tensor:
-        """Ids [L], ``<bos> planet <sep> organism <eos>``, L at most ``max_tokens``; each text may use the room the other leaves.
+        """Ids [L], ``<bos> planet <sep> organism <eos>``, L at most ``max_tokens``; each text may use the room the
+        other leaves.
 
         Raises
         ------
@@ -55,7 +75,10 @@ class TextEncoder:
         self, planets: Mapping[str, str], organisms: Mapping[str, str], source: str
     ) -> dict[tuple[str, str], torch.Tensor]:
         """Ids of every (planet, organism), each text encoded once."""
-        ids = {name: self.tokenizer.encode(text, add_special_tokens=False).ids for name, text in {**planets, **organisms}.items()}
+        ids = {
+            name: self.tokenizer.encode(text, add_special_tokens=False).ids
+            for name, text in {**planets, **organisms}.items()
+        }
         return {(p, o): self.join(ids[p], ids[o], f"{source}: text of {p}, {o}") for p in planets for o in organisms}
 
 

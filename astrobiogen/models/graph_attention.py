@@ -114,13 +114,14 @@ class StructuralEmbedding(nn.Module):
 
     def __init__(self, hidden_dim: int, laplacian_dim: int, random_walk_dim: int) -> None:
         super().__init__()
-        self.encodings = nn.Linear(laplacian_dim + random_walk_dim, hidden_dim)
+        self.laplacian = nn.Linear(laplacian_dim, hidden_dim, bias=False)
+        self.random_walk = nn.Linear(random_walk_dim, hidden_dim, bias=False)
         self.node_types = nn.Embedding(2, hidden_dim)
 
     def forward(self, graph: GraphTensors) -> torch.Tensor:
         """Embed the nodes, [N, hidden_dim]."""
-        encodings = torch.cat([graph.laplacian_pe.abs(), graph.random_walk_pe], dim=-1)
-        return self.encodings(encodings) + self.node_types(graph.node_type)
+        encodings = self.laplacian(graph.laplacian_pe.abs()) + self.random_walk(graph.random_walk_pe)
+        return encodings + self.node_types(graph.node_type)
 
 
 def laplacian_products(graph: GraphTensors, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

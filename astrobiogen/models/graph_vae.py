@@ -86,7 +86,8 @@ class RebuiltGraphVAE(nn.Module):
         width = config.hidden_dim
         self.embed_nodes = nn.Linear(config.node_features, width, bias=False)
         self.embed_structure = StructuralEmbedding(width, config.laplacian_dim, config.random_walk_dim)
-        self.edge_bias = nn.Linear(2 + config.laplacian_dim, 2 * config.num_layers * config.heads)
+        self.attribute_bias = nn.Linear(2, 2 * config.num_layers * config.heads)
+        self.laplacian_bias = nn.Linear(config.laplacian_dim, 2 * config.num_layers * config.heads, bias=False)
         self.layers = nn.ModuleList(
             GraphLayer(width, config.heads, config.global_tokens, config.dropout) for _ in range(config.num_layers)
         )
@@ -137,7 +138,7 @@ class RebuiltGraphVAE(nn.Module):
         config = self.config
         receiver = torch.cat([graph.target, graph.source])
         sender = torch.cat([graph.source, graph.target])
-        biases = self.edge_bias(torch.cat([graph.edge_attr, products], dim=-1))
+        biases = self.attribute_bias(graph.edge_attr) + self.laplacian_bias(products)
         biases = biases.view(-1, 2, config.num_layers, config.heads).unbind(2)
         x = self.embed_nodes(graph.x) + self.embed_structure(graph)
         for layer, bias in zip(self.layers, biases):

@@ -57,7 +57,7 @@ def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
             tie_word_embeddings=True, dropout=0.1, **_text(spec),
         ),
         graph_config=GraphVAEConfig(
-            hidden_dim=32, latent_dim=16, num_layers=2, heads=4, global_tokens=2, edge_dim=16, dropout=0.0, beta=0.01,
+            hidden_dim=32, latent_dim=16, num_layers=2, heads=4, global_tokens=1, edge_dim=16, dropout=0.0, beta=0.01,
             **_nodes(spec),
         ),
         cnn_config=DatacubeConfig(

@@ -11,10 +11,13 @@ import torch
 
 from astrobiogen import data, models
 from astrobiogen.models import presets
-from astrobiogen.training import baselines, loading
+from astrobiogen.training import baselines, blocks, loading
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.trainer import Task
+
+# Climates and organisms per block of an evaluation: 96 samples then hold about 10 of each, and no item costs more than the text.
+_EVALUATION_BLOCK = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +95,14 @@ def load_bundle(config: TrainConfig) -> data.DatasetBundle:
 
 def limited(samples: data.HabitatDataset, limit: int) -> data.HabitatDataset:
     """At most `limit` of `samples`, spread evenly over the set (neighbours share a planet)."""
-    count = len(samples)
-    if limit >= count:
+    if limit >= len(samples):
         return samples
-    return data.HabitatDataset(samples.store, [samples.pairs[number * count // limit] for number in range(limit)], samples.name)
+    return data.HabitatDataset(samples.store, [samples.pairs[number] for number in spread(len(samples), limit)], samples.name)
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers 0 .. count - 1, evenly spread."""
+    return list(range(count)) if limit >= count else [number * count // limit for number in range(limit)]
 
 
 def fingerprint(bundle: data.DatasetBundle) -> str:
@@ -129,16 +136,28 @@ def build_model(
 def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
     """Data, model and loss as one task. Draws the weights from the global generator: seed it before."""
     model, model_config = build_model(config, bundle.spec)
+    settings, pad_id = config.data, bundle.spec.pad_id
+    sampler: loading.Sampler
+    if settings.block:
+        sampler = blocks.BlockSampler(blocks.keys_of(bundle.train), settings.batch_size, config.seed, settings.block)
+    else:
+        sampler = data.EpochSampler(len(bundle.train), settings.batch_size, config.seed)
     task = Task(
         model=model,
         loss_function=functools.partial(_loss, model_config),
         train=bundle.train,
         validation=bundle.validation,
-        sampler=data.EpochSampler(len(bundle.train), config.data.batch_size, config.seed),
-        collate=functools.partial(data.collate, pad_id=bundle.spec.pad_id),
+        sampler=sampler,
+        collate=functools.partial(blocks.collate_shared if settings.block else data.collate, pad_id=pad_id),
         fingerprint=fingerprint(bundle),
+        validation_order=evaluation_order(bundle.validation, config),
     )
     return Assembly(bundle, task, model_config)
+
+
+def evaluation_order(samples: data.HabitatDataset, config: TrainConfig) -> list[list[int]] | None:
+    """Batches in which climates and graphs repeat, if the task shares them; None: consecutive ones."""
+    return blocks.in_blocks(samples, config.evaluation.batch_size, _EVALUATION_BLOCK) if config.data.block else None
 
 
 def _loss(model_config: Any, outputs: dict[str, Any], batch: loading.Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

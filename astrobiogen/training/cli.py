@@ -37,7 +37,7 @@ class Options:
 
 def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog="python -m astrobiogen.train", description=_DESCRIPTION, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog="python -m astrobiogen.train", description=_DESCRIPTION, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; unknown keys are refused.")
     parser.add_argument("--resume", type=str, default="", help="Folder of a run to go on with; its own configuration is used.")
     parser.add_argument("--output", type=str, default="", help="Folder of the new run (default: runs/<date>-<preset>).")

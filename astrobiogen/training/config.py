@@ -25,6 +25,9 @@ class DataConfig:
     """Samples per micro-batch."""
     accumulation: int = 1
     """Micro-batches per optimizer update; gradients are weighted by samples over the whole window."""
+    block: int = 5
+    """Batches are cut from blocks of this many climates times as many organisms, and each distinct climate and graph of a batch is
+    encoded once, which saves most of the work on a CPU; 0: random batches in the order of `data.EpochSampler`, nothing shared."""
     limit: int = 0
     """Use only the first N samples of every split; 0 uses all."""
     workers: int = 0
@@ -33,6 +36,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
         _require(self.accumulation >= 1, "data.accumulation", self.accumulation, "at least 1")
+        _require(self.block >= 0, "data.block", self.block, "0 (random batches) or more")
         _require(self.limit >= 0, "data.limit", self.limit, "0 (no limit) or more")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
@@ -179,7 +183,7 @@ class MonitorConfig:
 class EvaluationConfig:
     """What is computed on the test set after training."""
 
-    batch_size: int = 16
+    batch_size: int = 96
     """Samples per batch without gradients."""
     bootstrap: int = 1000
     """Replicates of the bootstrap over planets and organisms; 0 leaves intervals out."""
@@ -187,10 +191,13 @@ class EvaluationConfig:
     """Fit the scikit-learn baselines beside the model."""
     ablation: bool = True
     """Evaluate once more with each modality masked."""
+    ablation_limit: int = 0
+    """Use only this many test samples, spread evenly, for the ablation; 0: all."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "at least 1")
         _require(self.bootstrap >= 0, "evaluation.bootstrap", self.bootstrap, "0 or more")
+        _require(self.ablation_limit >= 0, "evaluation.ablation_limit", self.ablation_limit, "0 (all) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,10 +267,11 @@ def preset(name: str) -> TrainConfig:
     if name == "tiny":
         return TrainConfig(
             preset="tiny",
-            epochs=12,
-            data=DataConfig(batch_size=8),
+            epochs=3,
+            data=DataConfig(batch_size=16),
             optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.02),
-            checkpoint=CheckpointConfig(every_minutes=1.0),
+            checkpoint=CheckpointConfig(every_minutes=0.5),
+            evaluation=EvaluationConfig(ablation_limit=400),
             stop=StopConfig(metric="class_loss", patience=6, max_hours=0.075),
         )
     if name == "small":
@@ -279,7 +287,7 @@ def preset(name: str) -> TrainConfig:
         return TrainConfig(
             preset=name,
             epochs=200,
-            data=DataConfig(batch_size=1, accumulation=32, workers=4),
+            data=DataConfig(batch_size=1, accumulation=32, block=0, workers=4),
             optimizer=OptimizerConfig(name="adamw8bit", learning_rate=1e-3 if name == "a5000" else 2e-4, weight_decay=1e-5),
             schedule=ScheduleConfig(warmup_fraction=0.3),
             precision=PrecisionConfig(dtype="fp16"),

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclasses.dataclass
 class _Collected:
+    indices: list[int] = dataclasses.field(default_factory=list)
     probability: list[torch.Tensor] = dataclasses.field(default_factory=list)
     label: list[torch.Tensor] = dataclasses.field(default_factory=list)
     fraction: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -95,8 +96,11 @@ class _Collected:
     metadata: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def add(self, outputs: dict[str, Any], batch: loading.Batch, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
-        size = len(batch["habitability_label"])
+    def add(
+        self, indices: list[int], outputs: dict[str, Any], batch: loading.Batch, loss: torch.Tensor, parts: dict[str, torch.Tensor]
+    ) -> None:
+        size = len(indices)
+        self.indices.extend(indices)
         self.probability.append(outputs["logits"].double().softmax(-1)[:, 1].cpu())
         self.label.append(batch["habitability_label"].cpu())
         self.fraction.append(outputs["regression"].double().reshape(-1).cpu())
@@ -111,10 +115,12 @@ class _Collected:
         count = max(len(self.metadata), 1)
         means = {name: value / count for name, value in self.sums.items()}
         weights = torch.cat(self.weights).mean(0).tolist() if self.weights else []
+        place = np.argsort(self.indices, kind="stable")
+        metadata = [self.metadata[number] for number in place]
         return Evaluation(
-            predictions=predictions_of(torch.cat(self.probability).numpy(), torch.cat(self.label).numpy(), self.metadata),
-            fraction=torch.cat(self.fraction).numpy(),
-            fraction_label=torch.cat(self.fraction_label).numpy(),
+            predictions=predictions_of(torch.cat(self.probability).numpy()[place], torch.cat(self.label).numpy()[place], metadata),
+            fraction=torch.cat(self.fraction).numpy()[place],
+            fraction_label=torch.cat(self.fraction_label).numpy()[place],
             loss=means.pop("loss"),
             parts=means,
             modality_weights=dict(zip(MODALITIES, weights, strict=True)) if weights else {},
@@ -145,11 +151,13 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     masked: str = "",
+    order: Sequence[list[int]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Run `model` over all of `samples` in order.
+    """Run `model` over all of `samples`; the result is in their order.
 
     Args:
+        order: the batches, each sample once; default: consecutive ones of `batch_size`.
         dtype: format of the forward pass.
         masked: name of a modality to hide, or empty.
         should_stop: polled before each batch; True ends the pass.
@@ -163,13 +171,14 @@ def evaluate(
     if not len(samples):
         raise ValueError("samples: got an empty data set, expected at least one sample")
     collected = _Collected()
+    batches = loading.in_order(len(samples), batch_size) if order is None else order
     with _frozen(model):
-        for _, batch in loading.load_batches(samples, collate, loading.in_order(len(samples), batch_size), device):
+        for indices, batch in loading.load_batches(samples, collate, batches, device):
             if should_stop():
                 return None
             shown = mask_modality(batch, masked) if masked else batch
             with precision.autocast(device, dtype):
                 outputs = model(shown)
                 loss, parts = loss_function(outputs, shown)
-            collected.add(outputs, shown, loss, parts)
+            collected.add(indices, outputs, shown, loss, parts)
     return collected.finish()

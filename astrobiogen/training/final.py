@@ -1,7 +1,7 @@
 """The closing examination of a trained model: test cells, intervals, baselines, ablation."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,22 +66,26 @@ def ablate(
     loss_function: evaluation.LossFunction,
     test: loading.Samples,
     collate: loading.Collate,
+    order: Sequence[list[int]] | None,
     whole: metrics.Predictions,
     config: EvaluationConfig,
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
 ) -> dict[str, Any]:
-    """Figures with each modality masked at evaluation, and the paired difference (masked - whole); the model is not retrained."""
+    """Figures on `test` with each modality masked at evaluation, and the paired difference from `whole`, the predictions on the same
+    samples with nothing masked; the model is not retrained.
+    """
     result: dict[str, Any] = {}
     for name in evaluation.MODALITIES:
         masked = evaluation.evaluate(
-            model, loss_function, test, collate, batch_size=config.batch_size, device=device, dtype=dtype, masked=name
+            model, loss_function, test, collate, batch_size=config.batch_size, device=device, dtype=dtype, masked=name, order=order
         )
         if masked is None:
             continue
         change = metrics.differences(masked.predictions, whole, config.bootstrap, seed)
         result[name] = {
+            "samples": len(whole.label),
             "figures": {key: float(value[0]) for key, value in metrics.figures(masked.predictions).items()},
             "masked_minus_whole": {key: value.as_dict() for key, value in change.items()},
             "modality_weights": masked.modality_weights,

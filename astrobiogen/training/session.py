@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rich.box
 import rich.console
 import rich.table
@@ -86,8 +87,9 @@ def examine(
     if not len(test):
         raise UserError("data: got 0 test samples, expected at least one", exit_code=1)
     task, settings, seed = assembly.task, config.evaluation, config.seed
+    order = assemble.evaluation_order(test, config)
     whole = evaluation.evaluate(
-        model, task.loss_function, test, task.collate, batch_size=settings.batch_size, device=device, dtype=dtype
+        model, task.loss_function, test, task.collate, batch_size=settings.batch_size, device=device, dtype=dtype, order=order
     )
     if whole is None:
         raise UserError("the examination was stopped", exit_code=1)
@@ -112,11 +114,29 @@ def examine(
         for name, probability in probabilities.items():
             predictions[name] = dataclasses.replace(whole.predictions, probability=probability)
     if settings.ablation:
-        _LOG.info("masking one modality after the other")
-        result["ablation"] = final.ablate(
-            model, task.loss_function, test, task.collate, whole.predictions, settings, device, dtype, seed
-        )
+        result["ablation"] = _ablation(assembly, model, whole, config, device, dtype)
     return result, predictions
+
+
+def _ablation(
+    assembly: assemble.Assembly,
+    model: torch.nn.Module,
+    whole: evaluation.Evaluation,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Each modality masked on `evaluation.ablation_limit` test samples."""
+    test, limit = assembly.bundle.test, config.evaluation.ablation_limit
+    chosen = assemble.spread(len(test), limit or len(test))
+    keep = np.isin(np.arange(len(test)), chosen)
+    part = assemble.limited(test, limit or len(test))
+    _LOG.info("masking one modality after the other on %d test samples", len(part))
+    order = assemble.evaluation_order(part, config)
+    task = assembly.task
+    return final.ablate(
+        model, task.loss_function, part, task.collate, order, whole.predictions.select(keep), config.evaluation, device, dtype, config.seed
+    )
 
 
 def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metrics.Predictions]) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Task:
         model: `model(batch) -> outputs` with "logits" [B, 2] and "regression" [B].
         loss_function: `(outputs, batch) -> (mean over the batch's samples, its terms)`.
         fingerprint: names the data; a run is only resumed on the same.
+        validation_order: batches of the validation set; default: consecutive ones.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Task:
     sampler: loading.Sampler
     collate: loading.Collate
     fingerprint: str
+    validation_order: Sequence[list[int]] | None = None
 
 
 @dataclasses.dataclass
@@ -301,6 +303,7 @@ class Trainer:
                 batch_size=self.config.evaluation.batch_size,
                 device=self._device,
                 dtype=self._dtype,
+                order=self.task.validation_order,
                 should_stop=lambda: bool(self._interrupt.received),
             )
             better = result is not None and self._judge(result)

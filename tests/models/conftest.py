@@ -1,17 +1,20 @@
-"""Synthetic inputs for the model tests: random values on the real axes, or on smaller ones where that is enough."""
+"""Fixtures: synthetic inputs for the model tests: random values on the real axes, or on smaller ones where that is enough."""
 
+import dataclasses
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
-CUBE = (12, 3, 10, 32, 64)
+from astrobiogen.models import MultiModalTrainingConfig
+
 SMALL_CUBE = (4, 3, 4, 8, 8)
 
 
-def make_spec(grid: tuple[int, int, int, int, int] = SMALL_CUBE, vocabulary: int = 64, tokens: int = 12) -> Any:
+def build_spec(grid: tuple[int, int, int, int, int] = SMALL_CUBE, vocabulary: int = 64, tokens: int = 12) -> Any:
     """A stand-in for the dataset's specification."""
     months, epochs, levels, rows, columns = grid
     return types.SimpleNamespace(
@@ -33,7 +36,7 @@ def make_spec(grid: tuple[int, int, int, int, int] = SMALL_CUBE, vocabulary: int
     )
 
 
-def make_graph(metabolites: int, reactions: int, generator: torch.Generator, per_reaction: int = 4) -> Data:
+def build_graph(metabolites: int, reactions: int, generator: torch.Generator, per_reaction: int = 4) -> Data:
     """A random metabolite-reaction graph with every attribute of the batch; half of a reaction's edges are substrates."""
     nodes = metabolites + reactions
     edge_index, stoichiometry = torch.zeros(2, 0, dtype=torch.long), torch.zeros(0)
@@ -63,7 +66,7 @@ def make_graph(metabolites: int, reactions: int, generator: torch.Generator, per
     )
 
 
-def make_batch(
+def build_batch(
     size: int,
     spec: Any,
     seed: int = 0,
@@ -81,7 +84,7 @@ def make_batch(
     climate_mask[::2, 0] = False
     cube = normal(size, 2, spec.months, spec.n_epochs, levels, rows, columns)
     cube = cube * climate_mask[:, None, None, :, None, None, None]
-    graphs = [make_graph(*graph_sizes[index % len(graph_sizes)], generator) for index in range(size)]
+    graphs = [build_graph(*graph_sizes[index % len(graph_sizes)], generator) for index in range(size)]
     tokens = torch.randint(3, spec.vocab_size, (size, spec.max_text_tokens), generator=generator)
     lengths = torch.randint(3, spec.max_text_tokens + 1, (size, 1), generator=generator)
     attention = torch.arange(spec.max_text_tokens) < lengths
@@ -106,12 +109,64 @@ def make_batch(
 
 
 @pytest.fixture
+def make_batch() -> Callable[..., dict[str, Any]]:
+    """`build_batch`."""
+    return build_batch
+
+
+@pytest.fixture
+def make_graph() -> Callable[..., Data]:
+    """`build_graph`."""
+    return build_graph
+
+
+@pytest.fixture
+def make_spec() -> Callable[..., Any]:
+    """`build_spec`."""
+    return build_spec
+
+
+@pytest.fixture
+def quiet() -> Callable[[MultiModalTrainingConfig], MultiModalTrainingConfig]:
+    """A configuration without any dropout."""
+
+    def silence(config: MultiModalTrainingConfig) -> MultiModalTrainingConfig:
+        return dataclasses.replace(
+            config,
+            llm_config=dataclasses.replace(config.llm_config, dropout=0.0),
+            graph_config=dataclasses.replace(config.graph_config, dropout=0.0),
+            cnn_config=dataclasses.replace(config.cnn_config, dropout=0.0),
+            fusion_config=dataclasses.replace(config.fusion_config, dropout=0.0, modality_dropout=0.0),
+            spectrum_config=dataclasses.replace(config.spectrum_config, dropout=0.0),
+            planet_config=dataclasses.replace(config.planet_config, dropout=0.0),
+        )
+
+    return silence
+
+
+@pytest.fixture
+def saved_bytes() -> Callable[[Callable[[], torch.Tensor]], int]:
+    """Bytes of the distinct storages that autograd keeps for the backward pass of a function, parameters left out."""
+
+    def measure(function: Callable[[], torch.Tensor]) -> int:
+        held: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter) and not tensor.is_leaf:
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = function()  # keeps the graph, and so the storages and their addresses, alive
+        del result
+        return sum(held.values())
+
+    return measure
+
+
+@pytest.fixture
 def spec() -> Any:
     """Small axes."""
-    return make_spec()
+    return build_spec()
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test starts from the same random state."""
-    torch.manual_seed(0)

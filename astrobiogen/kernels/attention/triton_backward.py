@@ -11,6 +11,7 @@ from astrobiogen.kernels.attention.triton_device import (
     key_range,
     load_columns,
     log2_scores,
+    product,
     query_range,
     store_columns,
     tile_bounds,
@@ -77,19 +78,19 @@ def query_tiles(
         v_rows = v_base + n.to(tl.int64)[:, None] * v_token
         k = load_part(k_rows, exists, 0, MAIN, K_WIDTH)
         v = load_part(v_rows, exists, 0, MAIN, V_WIDTH)
-        raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        grad_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        raw = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32), PRECISION)
+        grad_p = product(g, tl.trans(v), tl.zeros([q.shape[0], BLOCK_N], tl.float32), PRECISION)
         if TAIL > 0:
             k_tail = load_part(k_rows, exists, MAIN, TAIL, K_WIDTH)
             v_tail = load_part(v_rows, exists, MAIN, TAIL, V_WIDTH)
-            raw = tl.dot(q_tail, tl.trans(k_tail), raw, input_precision=PRECISION)
-            grad_p = tl.dot(g_tail, tl.trans(v_tail), grad_p, input_precision=PRECISION)
+            raw = product(q_tail, tl.trans(k_tail), raw, PRECISION)
+            grad_p = product(g_tail, tl.trans(v_tail), grad_p, PRECISION)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
         p, ds = score_gradient(raw, grad_p, log_sum[:, None], delta[:, None], scale, softcap, visible, SOFTCAP, MASKED)
         ds = ds.to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        dq = product(ds, k, dq, PRECISION)
         if TAIL > 0:
-            dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
+            dq_tail = product(ds, k_tail, dq_tail, PRECISION)
     return dq, dq_tail
 
 
@@ -177,22 +178,22 @@ def key_tiles(
         q = load_part(q_rows, row_mask, 0, MAIN, Q_WIDTH)
         g = load_part(g_rows, row_mask, 0, MAIN, G_WIDTH)
         log_sum, mean = load_rows_constants(lse, delta, m, row_mask)
-        raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        grad_p = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        raw = product(k, tl.trans(q), tl.zeros([k.shape[0], BLOCK_M], tl.float32), PRECISION)
+        grad_p = product(v, tl.trans(g), tl.zeros([k.shape[0], BLOCK_M], tl.float32), PRECISION)
         if TAIL > 0:
             q_tail = load_part(q_rows, row_mask, MAIN, TAIL, Q_WIDTH)
             g_tail = load_part(g_rows, row_mask, MAIN, TAIL, G_WIDTH)
-            raw = tl.dot(k_tail, tl.trans(q_tail), raw, input_precision=PRECISION)
-            grad_p = tl.dot(v_tail, tl.trans(g_tail), grad_p, input_precision=PRECISION)
+            raw = product(k_tail, tl.trans(q_tail), raw, PRECISION)
+            grad_p = product(v_tail, tl.trans(g_tail), grad_p, PRECISION)
         low, high = key_range(tl.minimum(m, queries - 1), keys - queries, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
         visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
         p, ds = score_gradient(raw, grad_p, log_sum[None, :], mean[None, :], scale, softcap, visible, SOFTCAP, MASKED)
         p, ds = p.to(g.dtype), ds.to(q.dtype)
-        dv = tl.dot(p, g, dv, input_precision=PRECISION)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        dv = product(p, g, dv, PRECISION)
+        dk = product(ds, q, dk, PRECISION)
         if TAIL > 0:
-            dv_tail = tl.dot(p, g_tail, dv_tail, input_precision=PRECISION)
-            dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
+            dv_tail = product(p, g_tail, dv_tail, PRECISION)
+            dk_tail = product(ds, q_tail, dk_tail, PRECISION)
     return dk, dk_tail, dv, dv_tail
 
 

@@ -112,7 +112,7 @@ def tile_bounds(low, full_low, full_high, high, limit, BLOCK: tl.constexpr):
 @triton.jit
 def tanh(x):
     """tanh by exp2, without overflow."""
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
 
@@ -124,3 +124,12 @@ def log2_scores(raw, scale, softcap, SOFTCAP: tl.constexpr):
         return softcap * tanh(raw * scale)
     else:
         return raw * scale
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32. "widened" serves the interpreter, whose dot takes bf16 numbers for integers; the operands are rounded already."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -9,6 +9,7 @@ from astrobiogen.kernels.attention.triton_device import (
     key_range,
     load_columns,
     log2_scores,
+    product,
     store_columns,
     tile_bounds,
     turn,
@@ -71,10 +72,10 @@ def attend_tiles(
             k = tl.load(k_rows + columns[:, None], mask=k_mask, other=0.0)
         else:
             k = tl.load(k_rows + columns[:, None])
-        raw = tl.dot(q, k, input_precision=PRECISION)
+        raw = product(q, k, tl.zeros([q.shape[0], BLOCK_N], tl.float32), PRECISION)
         if TAIL > 0:
             k_tail = tl.load(k_rows + tails[:, None], mask=exists[None, :] & ((tails < K_WIDTH)[:, None]), other=0.0)
-            raw = tl.dot(q_tail, k_tail, raw, input_precision=PRECISION)
+            raw = product(q_tail, k_tail, raw, PRECISION)
         s = log2_scores(raw, scale, softcap, SOFTCAP)
         if MASKED:
             s = tl.where((n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]), s, float("-inf"))
@@ -89,10 +90,10 @@ def attend_tiles(
         else:
             v = tl.load(v_rows + columns[None, :])
         p = p.to(v.dtype)
-        acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+        acc = product(p, v, acc * shrink[:, None], PRECISION)
         if TAIL > 0:
             v_tail = tl.load(v_rows + tails[None, :], mask=exists[:, None] & ((tails < V_WIDTH)[None, :]), other=0.0)
-            acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION)
+            acc_tail = product(p, v_tail, acc_tail * shrink[:, None], PRECISION)
     return acc, acc_tail, top, total
 
 

@@ -181,6 +181,8 @@ def _tiles(p: _Problem) -> triton_config.Tiles:
 
 
 def _precision(x: torch.Tensor) -> str:
+    if x.device.type != "cuda":
+        return "widened"
     return "ieee" if x.dtype == torch.float32 else "tf32"  # has no effect on half precision
 
 

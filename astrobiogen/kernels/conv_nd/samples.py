@@ -151,8 +151,8 @@ TRANSPOSED_CASES = (
 )
 
 
-def random_case(seed: int) -> dict[str, Any]:
-    """One random small valid call of `conv_nd` in fp64, drawn from `seed`: axes, sizes, kernel, stride, dilation, padding and modes, groups."""
+def random_case(seed: int, longest: int = 6) -> dict[str, Any]:
+    """One random valid call of `conv_nd` in fp64, drawn from `seed`: axes of 1 to `longest` rows, kernel, stride, dilation, padding and modes, groups."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(low: int, high: int) -> int:
@@ -160,15 +160,15 @@ def random_case(seed: int) -> dict[str, Any]:
 
     axes, groups = pick(1, 5), pick(1, 3)
     inputs, outputs = pick(1, 3), pick(1, 9)
-    size = [pick(1, 6) for _ in range(axes)]
+    size = [pick(1, longest) for _ in range(axes)]
     stride, dilation = tuple(pick(1, 3) for _ in range(axes)), tuple(pick(1, 2) for _ in range(axes))
     modes, padding, kernel = [], [], []
     for axis in range(axes):
         mode = MODES[pick(0, 4)]
         if mode == "pole" and (axis + 1 == axes or size[axis + 1] % 2):
             mode = "zeros"
-        longest = size[axis] - 1 if mode == "reflect" else size[axis]
-        pad = pick(0, min(2, longest) if mode != "replicate" else 2)
+        room = size[axis] - 1 if mode == "reflect" else size[axis]
+        pad = pick(0, min(2, room) if mode != "replicate" else 2)
         reach = size[axis] + 2 * pad
         modes.append(mode)
         padding.append(pad)

@@ -13,6 +13,7 @@ from astrobiogen.kernels.conv_nd.triton_launch import (
     LARGE_SHARED_TARGETS,
     Launch,
     Problem,
+    adjoint_problem,
     forward_launch,
     weight_launch,
 )
@@ -82,8 +83,9 @@ def conv_transpose_nd(
     inputs, outputs = weight.shape[0] // groups, weight.shape[1]
     y = x.new_empty(x.shape[0], *padded, groups * outputs, dtype=torch.float32 if folds else x.dtype)
     if y.numel() > 0:
-        problem = Problem.of(x.shape[0], x.shape[2:], padded, weight.shape[2:], inner, (inputs, outputs), transposed=True)
-        packed = weight.reshape(groups, inputs, outputs, -1).permute(0, 3, 1, 2).contiguous()
+        problem = adjoint_problem(x.shape[0], x.shape[2:], padded, weight.shape[2:], inner, (inputs, outputs))
+        packed = weight.reshape(groups, inputs, outputs, -1).permute(0, 3, 1, 2)
+        packed = packed.contiguous() if problem.transposed else packed.flip(1)
         fused = bias is not None and not folds
         launch = forward_launch(
             problem,
@@ -183,7 +185,7 @@ def _size_cases(size: Size, itemsize: int, targets: tuple[int, ...]) -> list[Com
     label = f"{size.name}/{kind}/" + "-".join(str(target) for target in targets)
     channels = (size.channels, size.outputs)
     forward = Problem.of(1, size.spatial, out, size.kernel, geometry, channels)
-    adjoint = Problem.of(1, out, size.spatial, size.kernel, geometry, channels[::-1], transposed=True)
+    adjoint = adjoint_problem(1, out, size.spatial, size.kernel, geometry, channels[::-1])
     half, single = f"*{kind}", "*fp32"
     tensors = {name: half for name in ("x", "weight", "bias", "y", "kept")}
     options = {"keep": False, "precision": precision}

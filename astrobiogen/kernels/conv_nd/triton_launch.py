@@ -116,6 +116,22 @@ class Problem:
         return {**sizes, **named, "WIDE": widest >= INT32_ELEMENTS}
 
 
+def adjoint_problem(
+    batch: int,
+    source: Sequence[int],
+    target: Sequence[int],
+    kernel: Sequence[int],
+    geometry: Geometry,
+    channels: tuple[int, int],
+) -> Problem:
+    """The adjoint of a convolution. With stride 1 it is a convolution with the taps in reverse order and padding d(K - 1) - p; else `transposed`."""
+    if any(step != 1 for step in geometry.stride):
+        return Problem.of(batch, source, target, kernel, geometry, channels, transposed=True)
+    rows = zip(geometry.dilation, kernel, geometry.padding)
+    mirrored = dataclasses.replace(geometry, padding=tuple(d * (k - 1) - p for d, k, p in rows))
+    return Problem.of(batch, source, target, kernel, mirrored, channels)
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """One kernel launch without its tensors."""

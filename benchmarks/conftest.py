@@ -1,0 +1,195 @@
+"""Options, the `bench` fixture, and the table at the end of `pytest benchmarks/`."""
+
+import csv
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+
+from astrobiogen.testing import _inputs
+from benchmarks import environment, runner
+from benchmarks.harness import Row, keep_freed_pages
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--quick, --save and --device."""
+    group = parser.getgroup("astrobiogen benchmarks")
+    group.addoption("--quick", action="store_true", help="first size of every benchmark, few repeats, no torch.compile")
+    group.addoption("--save", action="store_true", help="write benchmarks/results/<device>/<op>.csv and .json")
+    group.addoption(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (default: a GPU if present)"
+    )
+    group.addoption("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Threads, allocator, and where the rows are gathered."""
+    config.stash[ROWS] = []
+    torch.set_num_threads(config.getoption("--threads"))
+    keep_freed_pages()
+    # A backward is timed many times over one graph, which compiled code that reuses saved buffers refuses.
+    torch._functorch.config.donated_buffer = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --quick keep the first parameter set of every benchmark function: sizes are listed smallest first."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            # Inductor and the peers warn about deprecations of their own; in the tests of our code a warning is an
+            # error.
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+    if not config.getoption("--quick"):
+        return
+    seen: set[str] = set()
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        name = item.nodeid.split("[", 1)[0]
+        (dropped if name in seen else kept).append(item)
+        seen.add(name)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """The device under test."""
+    chosen = pytestconfig.getoption("--device")
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(chosen)
+
+
+@pytest.fixture
+def quick(pytestconfig: pytest.Config) -> bool:
+    """True under --quick."""
+    return bool(pytestconfig.getoption("--quick"))
+
+
+@pytest.fixture
+def make(device: torch.device) -> Iterator[Any]:
+    """`make(dtype)` gives a `TensorMaker` on the device, seeded alike for every benchmark."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield lambda dtype: _inputs.maker(dtype, device, 0)
+
+
+@pytest.fixture
+def bench(pytestconfig: pytest.Config, device: torch.device, quick: bool) -> runner.Bench:
+    """Measures all candidates of one op at one size; see `runner.Bench.__call__`."""
+    return runner.Bench(device, quick, pytestconfig.stash[ROWS])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One table per op and mode, and the files that were written."""
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    for (op, mode), group in _grouped(rows).items():
+        terminalreporter.section(f"{op}, {mode}")
+        for line in table(group):
+            terminalreporter.write_line(line)
+    facts = environment.facts(_device_of(config))
+    terminalreporter.write_line(
+        f"contention: a busy loop got {facts['core_share']:.0%} of a core at the end of the run"
+    )
+    if config.getoption("--save"):
+        for path in save(rows, facts):
+            terminalreporter.write_line(f"wrote {path}")
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Aligned lines of one op and mode."""
+    head = (
+        "size",
+        "dtype",
+        "candidate",
+        "median us",
+        "20%..80%",
+        "device us",
+        "x eager",
+        "(device)",
+        "copy",
+        "mm",
+        "MiB",
+        "error",
+    )
+    cells = [head]
+    for row in rows:
+        if row.status != "ok":
+            cells.append((row.size, row.dtype, row.candidate, row.status, *[""] * 8))
+            continue
+        cells.append((
+            row.size, row.dtype, row.candidate, _number(row.median_us), f"{row.low_us:.1f}..{row.high_us:.1f}",
+            _number(row.device_us), _number(row.against_eager, 2), _number(row.device_against_eager, 2), _percent(row.share_of_copy),
+            _percent(row.share_of_mm), _number(row.added_mib, 2), "" if math.isnan(row.error) else f"{row.error:.1e}",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in cells if i != 3 or line[4]) for i in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+
+
+def save(rows: Sequence[Row], facts: dict[str, Any]) -> list[Path]:
+    """Write CSV (this run's rows over older ones of the same key) and JSON (this run with its environment) per op."""
+    folder = RESULTS / facts["device_slug"]
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = {
+        name: str(facts[name]) for name in ("commit", "date", "device", "torch", "triton", "threads", "core_share")
+    }
+    fields = [field.name for field in dataclasses.fields(Row)] + list(stamp)
+    written: list[Path] = []
+    for op in dict.fromkeys(row.op for row in rows):
+        new = [{k: _plain(v) for k, v in dataclasses.asdict(row).items()} | stamp for row in rows if row.op == op]
+        path = folder / f"{op}.csv"
+        keys = {_key(line) for line in new}
+        old: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                old = [line for line in csv.DictReader(file) if _key(line) not in keys]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fields, lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows([*old, *new])
+        record = folder / f"{op}.json"
+        record.write_text(json.dumps({"environment": facts, "rows": new}, indent=1) + "\n")
+        written += [path, record]
+    return written
+
+
+def _key(line: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(line[name]) for name in ("op", "size", "dtype", "mode", "candidate"))
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.op, row.mode].append(row)
+    return groups
+
+
+def _device_of(config: pytest.Config) -> torch.device:
+    chosen = config.getoption("--device")
+    return torch.device("cuda" if chosen != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else float(f"{value:.5g}")
+    return value
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return "" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.0%}"

@@ -1,0 +1,315 @@
+"""How an operator is timed: candidates in turns, medians, and the machine's own limits measured in the same run.
+
+* Every candidate's values and gradients are held against the fp64 reference before it is timed; a wrong peer is
+  reported, not timed.
+* Rounds go through all candidates one after the other, so that a slow spell of the machine hits all of them alike.
+* CPU: wall time by `perf_counter`; with one thread also the processor time ("device"), which a busy machine disturbs far
+  less. Memory that the kernel returns is warm: outputs are dropped at once and glibc
+  keeps freed pages (see `keep_freed_pages`); otherwise page faults would dominate every large output.
+* GPU: time between CUDA events of one call ("median"), and of one replay of a CUDA graph of that call ("device"),
+  which leaves the host out. The L2 cache is overwritten before each call.
+* Limits: a `copy_` that moves the same number of bytes and a matrix product, timed in the same rounds.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from astrobiogen.testing import _inputs, _tolerance
+
+Mode = Literal["forward", "backward"]
+Call = Callable[[], object]
+
+# Larger than any L2 cache in the field (H200: 50 MB, B200: 126 MB).
+L2_FLUSH_BYTES = 256 * 2**20
+# glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One implementation: a function that takes the op's arguments by name, or the reason why it is absent."""
+
+    name: str
+    function: Callable[..., Any] | None
+    absent: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one call must move and compute at least: bytes and floating-point operations, per mode."""
+
+    forward_bytes: float
+    backward_bytes: float
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+
+    def of(self, mode: Mode) -> tuple[float, float]:
+        """(bytes, flops) of a mode."""
+        if mode == "forward":
+            return self.forward_bytes, self.forward_flops
+        return self.backward_bytes, self.backward_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Repeats: at least `rounds`, then on until `seconds` per candidate are spent or `max_rounds` are done."""
+
+    rounds: int = 15
+    max_rounds: int = 200
+    seconds: float = 1.0
+    warmup: int = 3
+
+
+QUICK = Settings(rounds=3, max_rounds=5, seconds=0.05, warmup=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a result table. Times in microseconds; shares are of the same run's ceilings; NaN where not
+    measured.
+    """
+
+    op: str
+    size: str
+    dtype: str
+    mode: str
+    candidate: str
+    status: str
+    median_us: float = float("nan")
+    low_us: float = float("nan")
+    high_us: float = float("nan")
+    device_us: float = float("nan")
+    against_eager: float = float("nan")
+    device_against_eager: float = float("nan")
+    share_of_copy: float = float("nan")
+    share_of_mm: float = float("nan")
+    added_mib: float = float("nan")
+    error: float = float("nan")
+    eager_error: float = float("nan")
+    rounds: int = 0
+    cpu_share: float = float("nan")
+
+
+def keep_freed_pages() -> bool:
+    """Tell glibc to keep freed memory instead of unmapping it; False where there is no glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def contention(seconds: float = 0.1) -> float:
+    """Share of a core that a busy loop gets right now: 1.0 on an idle machine, 0.5 if it is shared by two."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < seconds:
+        pass
+    return (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+
+def prepare(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    differentiable: Sequence[str],
+    upstream: Sequence[Any],
+    mode: Mode,
+) -> Call:
+    """A call without arguments that runs one mode; for "backward" the graph is built once and kept.
+
+    Args:
+        function: takes `arguments` by name.
+        arguments: tensors and plain values.
+        differentiable: names whose gradients are taken.
+        upstream: one gradient per output.
+        mode: forward runs without recording a graph, as in inference.
+    """
+    if mode == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(**arguments)
+
+        return forward
+    leaves = {name: arguments[name].detach().requires_grad_(True) for name in differentiable}
+    outputs = [o for o in _inputs.as_tuple(function(**{**arguments, **leaves})) if o.requires_grad]
+    inputs = list(leaves.values())
+
+    def backward() -> object:
+        return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True, allow_unused=True)
+
+    return backward
+
+
+def verify(
+    candidate: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: dict[str, Any],
+    differentiable: Sequence[str],
+    upstream: Sequence[Any],
+    subject: _tolerance.Subject,
+    modes: Sequence[Mode],
+) -> tuple[dict[Mode, float], dict[Mode, float]]:
+    """Largest error per mode of `candidate` and of the same-dtype reference, against fp64.
+
+    Raises:
+        AssertionError: beyond twice (gradients: three times) the reference's error plus the floor.
+    """
+    weights = upstream if "backward" in modes else []
+    wide = [gradient.double() for gradient in weights]
+    exact = _inputs.evaluate(reference, _inputs.upcast(arguments), differentiable, wide)
+    eager = _inputs.evaluate(reference, arguments, differentiable, weights)
+    got = _inputs.evaluate(candidate, arguments, differentiable, weights)
+    errors: dict[Mode, float] = {"forward": 0.0, "backward": 0.0}
+    eager_errors: dict[Mode, float] = {"forward": 0.0, "backward": 0.0}
+    checks: list[tuple[Mode, str, Any, Any, Any, float]] = [
+        ("forward", f"output {i}", *triple, _tolerance.FORWARD_FACTOR)
+        for i, triple in enumerate(zip(got.outputs, eager.outputs, exact.outputs))
+    ]
+    checks += [
+        (
+            "backward",
+            f"gradient of {n}",
+            got.gradients[n],
+            eager.gradients[n],
+            exact.gradients[n],
+            _tolerance.GRADIENT_FACTOR,
+        )
+        for n in got.gradients
+    ]
+    for mode, quantity, value, plain, truth, factor in checks:
+        measured = _tolerance.compare(subject, quantity, value, plain, truth, factor=factor)
+        errors[mode] = max(errors[mode], measured.error)
+        eager_errors[mode] = max(eager_errors[mode], measured.eager_error)
+    return errors, eager_errors
+
+
+@dataclasses.dataclass
+class Samples:
+    """Seconds per round of one call: wall and processor time."""
+
+    wall: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)
+
+    def median(self) -> float:
+        """Median wall time in seconds."""
+        return statistics.median(self.wall)
+
+    def processor(self) -> float:
+        """Median processor time in seconds, all threads together."""
+        return statistics.median(self.cpu)
+
+    def quantile(self, share: float) -> float:
+        """Quantile of the wall time in seconds."""
+        ordered = sorted(self.wall)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def time_in_turns(calls: dict[str, Call], settings: Settings, device: torch.device) -> dict[str, Samples]:
+    """Run all calls round after round; see the module's text for what is timed."""
+    measure = _time_cuda if device.type == "cuda" else _time_cpu
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    for call in calls.values():
+        for _ in range(settings.warmup):
+            call()
+    found = {name: Samples() for name in calls}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for done in range(settings.max_rounds):
+            if done >= settings.rounds and time.perf_counter() - started > settings.seconds * len(calls):
+                break
+            for name, call in calls.items():
+                wall, cpu = measure(call, flush)
+                found[name].wall.append(wall)
+                found[name].cpu.append(cpu)
+    finally:
+        if collecting:
+            gc.enable()
+    return found
+
+
+def graphed(call: Call) -> Call | None:
+    """A replay of `call` as a CUDA graph, or None if it cannot be captured (it synchronises or allocates outside the
+    pool).
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def added_memory(call: Call, device: torch.device) -> float:
+    """Most bytes that one call held at once, over what was there before; its results are part of it.
+
+    CPU: PyTorch's allocations (profiler events); scratch that a C++ kernel takes from malloc is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - before)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        held = call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del held
+    level = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return float(peak)
+
+
+def copy_call(n_bytes: float, device: torch.device) -> Call:
+    """A `copy_` that reads and writes `n_bytes` together, with a warm destination."""
+    source = torch.ones(max(int(n_bytes / 2), 4) // 4, dtype=torch.float32, device=device)
+    destination = torch.empty_like(source)
+    return lambda: destination.copy_(source)
+
+
+def mm_call(dtype: torch.dtype, device: torch.device, quick: bool) -> tuple[Call, float]:
+    """A square matrix product and its floating-point operations; fp32 on the CPU, where halves have no fast path."""
+    size = 4096 if device.type == "cuda" else (256 if quick else 512)
+    kind = dtype if device.type == "cuda" else torch.float32
+    left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=kind)
+    return lambda: torch.mm(left, right, out=out), 2.0 * size**3
+
+
+def _time_cpu(call: Call, flush: torch.Tensor | None) -> tuple[float, float]:
+    del flush
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall, cpu
+
+
+def _time_cuda(call: Call, flush: torch.Tensor | None) -> tuple[float, float]:
+    assert flush is not None
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3, float("nan")

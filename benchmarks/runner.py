@@ -1,0 +1,167 @@
+"""The `bench` fixture's object: verifies, times and records all candidates of one op at one size."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from astrobiogen.testing import _inputs, _tolerance
+from benchmarks import harness
+from benchmarks.harness import Call, Candidate, Mode, Row, Samples, Work
+
+COPY, MM = "(copy of the same bytes)", "(torch.mm)"
+
+
+class Bench:
+    """Measures an op on one device and appends its rows to the session's table."""
+
+    def __init__(self, device: torch.device, quick: bool, rows: list[Row]) -> None:
+        self.device = device
+        self.settings = harness.QUICK if quick else harness.Settings()
+        self.quick = quick
+        self.rows = rows
+
+    def __call__(
+        self,
+        *,
+        op: str,
+        size: str,
+        dtype: torch.dtype,
+        arguments: dict[str, Any],
+        differentiable: Sequence[str],
+        ours: Callable[..., Any],
+        reference: Callable[..., Any],
+        work: Work,
+        peers: Sequence[Candidate] = (),
+        modes: Sequence[Mode] = ("forward", "backward"),
+        truth: Callable[..., Any] | None = None,
+    ) -> list[Row]:
+        """Verify every candidate against fp64, then time all of them in turns.
+
+        Args:
+            op: name of the op, and of the result file.
+            size: e.g. "2048x4352".
+            dtype: of the arguments, for the record.
+            arguments: of every candidate, by name, on the bench's device.
+            differentiable: names whose gradients the backward takes.
+            ours: the public function.
+            reference: the plain PyTorch definition; timed as "eager" and, without --quick, under `torch.compile` as
+                "compile".
+            work: least bytes and flops of one call.
+            peers: further candidates, see `benchmarks.peers`.
+            modes: what to time.
+            truth: fp64 definition, where the timed `reference` cannot serve as one; default: `reference`.
+
+        Returns:
+            The rows that were added.
+
+        Raises:
+            AssertionError: ours is wrong. A wrong peer becomes a row "wrong: ...".
+        """
+        candidates = [Candidate("ours", ours), Candidate("eager", reference), self._compiled(reference), *peers]
+        subject = _tolerance.Subject(op, size, dtype)
+        outputs = _inputs.as_tuple(reference(**arguments))
+        upstream = [torch.randn_like(output) for output in outputs]
+        checked: dict[str, tuple[dict[Mode, float], dict[Mode, float]]] = {}
+        status: dict[str, str] = {}
+        for candidate in candidates:
+            if candidate.function is None:
+                status[candidate.name] = f"absent: {candidate.absent}"
+                continue
+            try:
+                checked[candidate.name] = harness.verify(
+                    candidate.function, truth or reference, arguments, differentiable, upstream, subject, modes
+                )
+            except AssertionError as error:
+                if candidate.name == "ours":
+                    raise
+                status[candidate.name] = f"wrong: {error}"
+            except Exception as error:
+                if candidate.name in ("ours", "eager"):
+                    raise
+                status[candidate.name] = _failure(error)
+        added: list[Row] = []
+        for mode in modes:
+            calls: dict[str, Call] = {}
+            failed = dict(status)
+            for candidate in candidates:
+                if candidate.function is None or candidate.name not in checked:
+                    continue
+                try:
+                    call = harness.prepare(candidate.function, arguments, differentiable, upstream, mode)
+                    call()
+                except Exception as error:
+                    if candidate.name in ("ours", "eager"):
+                        raise
+                    failed[candidate.name] = _failure(error)
+                else:
+                    calls[candidate.name] = call
+            added += self._measure(op, size, dtype, mode, calls, work, checked, failed)
+        self.rows += added
+        return added
+
+    def _compiled(self, reference: Callable[..., Any]) -> Candidate:
+        if self.quick:
+            return Candidate("compile", None, "left out by --quick")
+        torch.compiler.reset()
+        return Candidate("compile", torch.compile(reference, fullgraph=True))
+
+    def _measure(
+        self,
+        op: str,
+        size: str,
+        dtype: torch.dtype,
+        mode: Mode,
+        calls: dict[str, Call],
+        work: Work,
+        checked: dict[str, tuple[dict[Mode, float], dict[Mode, float]]],
+        status: dict[str, str],
+    ) -> list[Row]:
+        n_bytes, flops = work.of(mode)
+        memory = {name: harness.added_memory(call, self.device) / 2**20 for name, call in calls.items()}
+        mm, mm_flops = harness.mm_call(dtype, self.device, self.quick)
+        limits = {COPY: harness.copy_call(n_bytes, self.device), MM: mm}
+        times = harness.time_in_turns({**calls, **limits}, self.settings, self.device)
+        device_times = self._device_times({**calls, **limits}, times)
+        on_device = {name: device_times.get(name, sample.median()) for name, sample in times.items()}
+        copy_rate, mm_rate = n_bytes / on_device[COPY], mm_flops / on_device[MM]
+        eager, eager_device = times["eager"].median(), on_device["eager"]
+        rows: list[Row] = []
+        for name, sample in times.items():
+            seconds = on_device[name]
+            own = name not in limits
+            errors, eager_errors = checked[name] if own else ({}, {})
+            rows.append(
+                Row(
+                    op, size, str(dtype).removeprefix("torch."), mode, name, "ok",
+                    median_us=sample.median() * 1e6,
+                    low_us=sample.quantile(0.2) * 1e6,
+                    high_us=sample.quantile(0.8) * 1e6,
+                    device_us=device_times.get(name, math.nan) * 1e6,
+                    against_eager=eager / sample.median() if own else math.nan,
+                    device_against_eager=eager_device / seconds if own and name in device_times else math.nan,
+                    share_of_copy=n_bytes / seconds / copy_rate if own else math.nan,
+                    share_of_mm=flops / seconds / mm_rate if own and flops else math.nan,
+                    added_mib=memory.get(name, math.nan),
+                    error=errors.get(mode, math.nan),
+                    eager_error=eager_errors.get(mode, math.nan),
+                    rounds=len(sample.wall),
+                    cpu_share=sum(sample.cpu) / sum(sample.wall) / torch.get_num_threads(),
+                )
+            )  # fmt: skip
+        short = str(dtype).removeprefix("torch.")
+        return rows + [Row(op, size, short, mode, name, text) for name, text in status.items()]
+
+    def _device_times(self, calls: dict[str, Call], times: dict[str, Samples]) -> dict[str, float]:
+        if self.device.type != "cuda":
+            return {name: sample.processor() for name, sample in times.items()} if torch.get_num_threads() == 1 else {}
+        replays = {name: harness.graphed(call) for name, call in calls.items()}
+        replayed = harness.time_in_turns(
+            {n: r for n, r in replays.items() if r is not None}, self.settings, self.device
+        )
+        return {name: sample.median() for name, sample in replayed.items()}
+
+
+def _failure(error: Exception) -> str:
+    return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -1,0 +1,164 @@
+"""Configuration: strict, typed, every key read, presets and resuming."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import astrobiogen.training as package
+from astrobiogen.training import cli, config
+from astrobiogen.training.assemble import override
+from astrobiogen.training.errors import UserError
+
+
+def keys(value: Any, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        names += keys(item, f"{prefix}{field.name}.") if dataclasses.is_dataclass(item) else [prefix + field.name]
+    return names
+
+
+def test_every_key_is_read_and_documented() -> None:
+    folder = Path(package.__path__[0])
+    source = "\n".join(path.read_text() for path in folder.glob("*.py") if path.name != "config.py")
+    settings = (folder / "config.py").read_text()
+    for key in keys(config.TrainConfig()):
+        name = key.split(".")[-1]
+        assert re.search(rf"\.{name}\b", source), f"{key} is read nowhere"
+        assert re.search(rf'    {name}: [^\n]+\n    """', settings), f"{key} has no docstring"
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_presets_survive_a_round_trip(name: str) -> None:
+    made = config.preset(name)
+    assert made.preset == name
+    assert config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict(made)))) == made
+    assert cli.parse(["--preset", name]).config == made
+
+
+def test_large_presets_keep_the_originals_recipe() -> None:
+    made = config.preset("original")
+    assert made.data.batch_size * made.data.accumulation == 32 and made.data.accumulation == 32
+    assert (made.stop.patience, made.stop.target_accuracy, made.stop.max_hours) == (20, 0.96, 672.0)
+    assert made.optimizer.clip_norm == 1.0 and made.optimizer.weight_decay == 1e-5 and made.checkpoint.keep == 5
+
+
+def test_order_of_precedence(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: small\nepochs: 7\noptimizer:\n  learning_rate: 1e-4\n  weight_decay: 0.5\n")
+    made = cli.parse(["--config", str(file), "--optimizer.weight_decay", "0.25"]).config
+    assert made.preset == "small" and made.epochs == 7
+    assert made.optimizer.learning_rate == 1e-4 and made.optimizer.weight_decay == 0.25
+    assert made.data == config.preset("small").data and made.stop == config.preset("small").stop
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--optimizer.learning", "3"], "optimizer.learning"),
+        (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate"),
+        (["--optimizer.learning_rate", "-1"], "optimizer.learning_rate: got -1.0, expected more than 0"),
+        (["--preset", "huge"], "preset"),
+        (["--checkpoint.keep", "1"], "checkpoint.keep: got 1, expected at least 2"),
+        (["--precision.min_scale", "0"], "precision.min_scale"),
+        (["--data.batch_size", "0"], "data.batch_size"),
+        (["--epochs", "0"], "epochs"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_values_name_their_key(arguments: list[str], text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        cli.parse(arguments)
+    assert text in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_unknown_yaml_key_and_broken_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optimizer:\n  lr: 0.1\n")
+    with pytest.raises(UserError, match=r"'optimizer' does not accept option 'lr'"):
+        cli.parse(["--config", str(file)])
+    file.write_text("optimizer: [\n")
+    with pytest.raises(UserError):
+        cli.parse(["--config", str(file)])
+    with pytest.raises(ValueError, match="optimizer.lr: unknown key"):
+        config.from_dict({"optimizer": {"lr": 1}})
+
+
+def test_every_group_rejects_what_it_says() -> None:
+    bad: list[tuple[type, dict[str, Any]]] = [
+        (config.DataConfig, {"accumulation": 0}),
+        (config.DataConfig, {"limit": -1}),
+        (config.OptimizerConfig, {"beta2": 1.0}),
+        (config.OptimizerConfig, {"ema_decay": 1.0}),
+        (config.ScheduleConfig, {"warmup_fraction": 1.0}),
+        (config.PrecisionConfig, {"initial_scale": 0.5}),
+        (config.CheckpointConfig, {"every_minutes": -1.0}),
+        (config.StopConfig, {"target_accuracy": 0.0}),
+        (config.EvaluationConfig, {"bootstrap": -1}),
+        (config.RuntimeConfig, {"threads": -1}),
+    ]
+    for group, values in bad:
+        with pytest.raises(ValueError, match=f"{next(iter(values))}: got"):
+            group(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    depth: int = 2
+    rate: float = 0.5
+    flag: bool = False
+    name: str = "a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    weight: float = 1.0
+
+
+def test_model_overrides() -> None:
+    made = override(Outer(), {"inner.depth": "3", "inner": {"flag": "true"}, "weight": 2})
+    assert made == Outer(Inner(depth=3, flag=True), 2.0)
+    for changes, text in (
+        ({"inner.deep": 1}, "model.inner.deep: unknown key, expected one of depth, rate, flag, name"),
+        ({"inner.depth": "x"}, "model.inner.depth: got 'x', expected int"),
+        ({"inner.flag": "maybe"}, "model.inner.flag"),
+        ({"other": 1}, "model.other: unknown key"),
+    ):
+        with pytest.raises(UserError, match=re.escape(text)):
+            override(Outer(), changes)
+
+
+def test_resume_takes_the_runs_configuration_and_refuses_other_courses(tmp_path: Path) -> None:
+    saved = dataclasses.replace(config.preset("tiny"), seed=5, model={"graph_weight": 0.1})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict(saved)))
+    same = cli.parse(["--resume", str(tmp_path), "--stop.max_hours", "9", "--monitor.log_every", "1"])
+    assert same.resume == str(tmp_path)
+    assert same.config == dataclasses.replace(
+        saved, stop=dataclasses.replace(saved.stop, max_hours=9.0), monitor=dataclasses.replace(saved.monitor, log_every=1)
+    )
+    with pytest.raises(UserError, match=r"seed: the run has 5, asked for 6"):
+        cli.parse(["--resume", str(tmp_path), "--seed", "6"])
+    with pytest.raises(UserError, match="not with --resume"):
+        cli.parse(["--resume", str(tmp_path), "--output", "x"])
+    (tmp_path / "config.yaml").write_text("seeed: 5\n")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        cli.parse(["--resume", str(tmp_path)])
+
+
+def test_help_and_printed_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Decoupled weight decay" in text and "--checkpoint.every_minutes" in text
+    with pytest.raises(SystemExit):
+        cli.parse(["--preset", "small", "--seed", "3", "--print_config"])
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert cli.parse(["--config", str(file)]).config == dataclasses.replace(config.preset("small"), seed=3)
