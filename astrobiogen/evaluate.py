@@ -16,12 +16,16 @@ from astrobiogen.training.errors import CheckpointError, UserError
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m astrobiogen.evaluate", description="Test figures of a trained model, with intervals.")
+    parser = argparse.ArgumentParser(
+        prog="python -m astrobiogen.evaluate", description="Test figures of a trained model, with intervals."
+    )
     parser.add_argument("source", help="folder of a run (its best model is taken) or of one checkpoint")
     parser.add_argument("--data", default="", help="folder of another data set; default: the one of the run")
     parser.add_argument("--output", default="", help="new folder for metrics.json and report.html; default: print only")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--bootstrap", type=int, default=None, help="replicates of the intervals; default: as in the run")
+    parser.add_argument(
+        "--bootstrap", type=int, default=None, help="replicates of the intervals; default: as in the run"
+    )
     parser.add_argument("--no-baselines", action="store_true", help="leave the baselines out")
     parser.add_argument("--no-ablation", action="store_true", help="leave the masked modalities out")
     return parser.parse_args(list(given))
@@ -89,7 +93,14 @@ def _run(given: Sequence[str]) -> int:
 def _run_facts(model: Any, content: checkpoint.Content) -> dict[str, Any]:
     epoch = content.documents.get("best", {}).get("epoch", -1) + 1
     count = sum(parameter.numel() for parameter in model.parameters())
-    return {"stopped": "not trained here", "epochs": epoch, "best_epoch": epoch, "updates": 0, "training_seconds": 0.0, "parameters": count}
+    return {
+        "stopped": "not trained here",
+        "epochs": epoch,
+        "best_epoch": epoch,
+        "updates": 0,
+        "training_seconds": 0.0,
+        "parameters": count,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

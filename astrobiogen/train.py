@@ -31,7 +31,7 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done (or stopped by a signal with a checkpoint), 1 failed, 2 wrong input."""
+    """Run the command; returns the exit code: 0 done (or stopped by a signal, with a checkpoint), 1 failed, 2 wrong."""
     given = sys.argv[1:] if arguments is None else arguments
     place = _Place()
     return cli.guarded(lambda: _run(given, place), lambda: place.folder / "crash.log")

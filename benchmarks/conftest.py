@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 import json
 import math
 from collections import defaultdict
@@ -39,6 +40,20 @@ def pytest_configure(config: pytest.Config) -> None:
     keep_freed_pages()
     # A backward is timed many times over one graph, which compiled code that reuses saved buffers refuses.
     torch._functorch.config.donated_buffer = False
+    for setting in config.getoption("--set"):
+        set_constant(setting)
+
+
+def set_constant(setting: str) -> None:
+    """Apply one ``--set OP.NAME=INT``; refuses a constant that does not exist, so that no sweep times the same thing
+    twice.
+    """
+    target, _, value = setting.partition("=")
+    op, _, name = target.partition(".")
+    module = importlib.import_module(f"astrobiogen.kernels.{op}.triton_kernels")
+    if not isinstance(getattr(module, name, None), int):
+        raise pytest.UsageError(f"--set {setting}: {module.__name__} has no integer constant {name!r}")
+    setattr(module, name, int(value))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -99,12 +114,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"{op}, {mode}")
         for line in table(group):
             terminalreporter.write_line(line)
-    facts = environment.facts(_device_of(config))
+    facts = environment.facts(_device_of(config)) | {"set": config.getoption("--set")}
     terminalreporter.write_line(
         f"contention: a busy loop got {facts['core_share']:.0%} of a core at the end of the run"
     )
     if config.getoption("--save"):
-        for path in save(rows, facts):
+        for path in save(rows, facts, config.getoption("--results")):
             terminalreporter.write_line(f"wrote {path}")
 
 
@@ -131,16 +146,17 @@ def table(rows: Sequence[Row]) -> list[str]:
             continue
         cells.append((
             row.size, row.dtype, row.candidate, _number(row.median_us), f"{row.low_us:.1f}..{row.high_us:.1f}",
-            _number(row.device_us), _number(row.against_eager, 2), _number(row.device_against_eager, 2), _percent(row.share_of_copy),
+            _number(row.device_us), _number(row.against_eager, 2), _number(row.device_against_eager, 2),
+            _percent(row.share_of_copy),
             _percent(row.share_of_mm), _number(row.added_mib, 2), "" if math.isnan(row.error) else f"{row.error:.1e}",
         ))  # fmt: skip
     widths = [max(len(line[i]) for line in cells if i != 3 or line[4]) for i in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
 
 
-def save(rows: Sequence[Row], facts: dict[str, Any]) -> list[Path]:
+def save(rows: Sequence[Row], facts: dict[str, Any], results: Path) -> list[Path]:
     """Write CSV (this run's rows over older ones of the same key) and JSON (this run with its environment) per op."""
-    folder = RESULTS / facts["device_slug"]
+    folder = results / facts["device_slug"]
     folder.mkdir(parents=True, exist_ok=True)
     stamp = {
         name: str(facts[name]) for name in ("commit", "date", "device", "torch", "triton", "threads", "core_share")

@@ -168,8 +168,7 @@ Tensor fold_halo(Tensor grad, const Geometry& g) {
     const int64_t mode = g.mode[axis], pad = g.padding[axis], dim = axis + 1, size = grad.size(dim) - 2 * pad;
     if (mode == kZeros || pad == 0) continue;
     const Tensor left = grad.narrow(dim, 0, pad), right = grad.narrow(dim, pad + size, pad);
-    Tensor body = grad.narrow(dim, pad, size).contiguous();
-    if (body.is_same(grad) || body.data_ptr() == grad.data_ptr()) body = body.clone();
+    Tensor body = grad.narrow(dim, pad, size).clone(at::MemoryFormat::Contiguous);
     if (mode == kCircular) {
       body.narrow(dim, size - pad, pad).add_(left);
       body.narrow(dim, 0, pad).add_(right);

@@ -53,6 +53,7 @@ struct Forward {
   Layout layout;
   Input<T> gate, up;
   T* product;
+  bool streamed;  // product bypasses the cache
 };
 
 template <typename T>
@@ -60,7 +61,8 @@ struct Backward {
   Layout layout;
   Input<T> gate, up, grad;
   T *grad_gate, *grad_up;
-  T* product;  // null: not wanted
+  T* product;     // null: not wanted
+  bool streamed;  // the outputs bypass the cache
 };
 
 // sigmoid(g) and sigmoid(-g) from one exponential and one division; both keep their relative accuracy on either side of zero.
@@ -81,7 +83,13 @@ ASTRO_INLINE double sigmoid(double g) {
 }
 
 template <typename T>
-ASTRO_INLINE void forward_row(const T* gate, const T* up, T* product, int64_t count) {
+ASTRO_INLINE void put(T* p, simd::f32x8 v, bool streamed) {
+  if (streamed) simd::stream8(p, v);
+  else simd::store8(p, v);
+}
+
+template <typename T>
+ASTRO_INLINE void forward_row(const T* gate, const T* up, T* product, int64_t count, bool streamed) {
   using namespace simd;
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t j = 0; j < count; ++j) product[j] = gate[j] * swiglu::sigmoid(gate[j]) * up[j];
@@ -89,7 +97,7 @@ ASTRO_INLINE void forward_row(const T* gate, const T* up, T* product, int64_t co
     int64_t j = 0;
     for (; j + kHalfLanes <= count; j += kHalfLanes) {
       const f32x8 g = load8(gate + j);
-      store8(product + j, g * gate_of(g).open * load8(up + j));
+      put(product + j, g * gate_of(g).open * load8(up + j), streamed);
     }
     if (j < count) {
       const f32x8 g = load8_partial(gate + j, count - j);
@@ -109,7 +117,8 @@ ASTRO_INLINE Gradients gradients_of(simd::f32x8 g, simd::f32x8 u, simd::f32x8 gr
 }
 
 template <typename T>
-ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up, T* product, int64_t count) {
+ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up, T* product, int64_t count,
+                               bool streamed) {
   using namespace simd;
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t j = 0; j < count; ++j) {
@@ -122,9 +131,9 @@ ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* gra
     int64_t j = 0;
     for (; j + kHalfLanes <= count; j += kHalfLanes) {
       const Gradients d = gradients_of(load8(gate + j), load8(up + j), load8(grad + j));
-      store8(grad_gate + j, d.gate);
-      store8(grad_up + j, d.up);
-      if (product != nullptr) store8(product + j, d.product);
+      put(grad_gate + j, d.gate, streamed);
+      put(grad_up + j, d.up, streamed);
+      if (product != nullptr) put(product + j, d.product, streamed);
     }
     if (j < count) {
       const int64_t rest = count - j;
@@ -141,8 +150,10 @@ ASTRO_INLINE void run_tasks(const Forward<T>& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / a.layout.chunks, column = task % a.layout.chunks * kChunk;
     const int64_t count = std::min(kChunk, a.layout.columns - column);
-    forward_row(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column, a.product + row * a.layout.out_stride + column, count);
+    forward_row(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column, a.product + row * a.layout.out_stride + column, count,
+                a.streamed);
   }
+  simd::stream_fence();
 }
 
 template <typename T>
@@ -152,8 +163,9 @@ ASTRO_INLINE void run_tasks(const Backward<T>& a, int64_t begin, int64_t end) {
     const int64_t count = std::min(kChunk, a.layout.columns - column);
     const int64_t out = row * a.layout.out_stride + column;
     backward_row(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column, a.grad.row(a.layout, row) + column, a.grad_gate + out,
-                 a.grad_up + out, a.product == nullptr ? nullptr : a.product + out, count);
+                 a.grad_up + out, a.product == nullptr ? nullptr : a.product + out, count, a.streamed);
   }
+  simd::stream_fence();
 }
 
 // One overload per dtype: function multiversioning does not take templates.
@@ -202,6 +214,12 @@ Layout merge(const std::array<Tensor, N>& tensors, std::array<std::array<int64_t
   return layout;
 }
 
+// Large outputs whose rows all start on a 16-byte line. Chunks are multiples of 16 bytes, so one long row needs only its own start aligned.
+template <typename T>
+bool can_stream(const Layout& layout, const T* p) {
+  return simd::can_stream(p, layout.rows > 1 ? layout.out_stride : 0, layout.rows * layout.columns);
+}
+
 template <typename Args>
 void launch(const Args& args) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::min(kChunk, std::max<int64_t>(1, args.layout.columns)));
@@ -216,6 +234,7 @@ void forward_typed(const Tensor& gate, const Tensor& up, Tensor& product) {
   args.gate = {gate.const_data_ptr<T>(), strides[0]};
   args.up = {up.const_data_ptr<T>(), strides[1]};
   args.product = product.mutable_data_ptr<T>();
+  args.streamed = can_stream(args.layout, args.product);
   launch(args);
 }
 
@@ -232,6 +251,8 @@ void backward_typed(const Tensor& grad, const Tensor& gate, const Tensor& up, Te
   args.grad_gate = grad_gate.mutable_data_ptr<T>();
   args.grad_up = grad_up == nullptr ? args.grad_gate + columns : grad_up->mutable_data_ptr<T>();
   args.product = product == nullptr ? nullptr : product->mutable_data_ptr<T>();
+  args.streamed = can_stream(args.layout, args.grad_gate) && can_stream(args.layout, args.grad_up) &&
+                  (product == nullptr || can_stream(args.layout, args.product));
   launch(args);
 }
 

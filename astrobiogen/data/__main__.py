@@ -10,7 +10,7 @@ from astrobiogen.data.errors import DataError
 # Subcommand -> module with ``main(arguments) -> exit status``. Only the chosen one is loaded: ``build`` needs packages
 # that loading does not.
 COMMANDS = {
-    "build": "astrobiogen.data.build.run",
+    "build": "astrobiogen.data.builders.run",
     "check": "astrobiogen.data.check",
     "describe": "astrobiogen.data.describe",
 }

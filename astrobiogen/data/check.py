@@ -172,7 +172,7 @@ def _statistics(pack: Pack, codes: Codes) -> Iterator[str]:
     spec = pack.spec
     fitted = sorted({p.planet for p in pack.pairs if p.cell == splits.TRAIN})
     if list(spec.fitted_on) != fitted:
-        yield f"statistics: spec.json says they were fitted on {list(spec.fitted_on)}, the training planets are {fitted}"
+        yield f"statistics: fitted on {list(spec.fitted_on)} by spec.json, the training planets are {fitted}"
     rows = [c for c in pack.climates if c.planet in fitted]
     if all(c.cube_file in codes for c in rows):
         mean, std = cube_statistics([codes[c.cube_file] for c in rows])

@@ -54,11 +54,15 @@ class Contents:
 
 def _planes(array: AnyArray) -> bytes:
     flat = np.ascontiguousarray(array).reshape(-1)
+    if flat.size == 0:
+        return b""
     little = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
     return np.ascontiguousarray(little.view(np.uint8).reshape(flat.size, -1).T).tobytes()
 
 
 def _unplanes(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> AnyArray:
+    if not data:
+        return np.zeros(shape, dtype)
     planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
     if dtype.itemsize == 1:
         return planes.reshape(shape).view(dtype).copy()

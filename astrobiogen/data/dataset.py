@@ -91,7 +91,7 @@ class PairEntry:
 
 @dataclass(frozen=True)
 class Store:
-    """Decoded data in memory, shared by every dataset of a bundle. ``tokens`` holds input ids by (climate, organism)."""
+    """Decoded data in memory, shared by all datasets of a bundle; ``tokens``: input ids by (climate, organism)."""
 
     spec: DataSpec
     planets: Mapping[str, PlanetEntry]

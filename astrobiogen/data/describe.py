@@ -153,22 +153,23 @@ def variance_table(pack: Pack) -> str:
 def climate_table(pack: Pack) -> str:
     """Markdown table of the climates with their acceptance figures."""
     lines = [
-        "| climate | star system | flux W/m2 | CO2 bar | O2 bar | TOA imbalance seg 1, seg 2 W/m2 | mean ts seg 2 K | mean S |",
+        "| climate | star system | flux W/m2 | CO2 bar | O2 bar | TOA seg 1, seg 2 W/m2 | ts seg 2 K | mean S |",
         "|---|---|---|---|---|---|---|---|",
     ]
     names = pack.spec.planet_param_names
     for c in pack.climates:
         values = dict(zip(names, c.params, strict=True))
         s = [p.fraction for p in pack.pairs if (p.planet, p.epoch) == (c.planet, c.epoch)]
-        lines.append(
-            f"| {c.planet} g{c.epoch} | {c.star_system} | {values['stellar_flux']:.0f} | {10 ** values['log10_p_co2']:.2g} | {values['p_o2']:.2g} "
-            f"| {c.toa_imbalance_input:+.1f}, {c.toa_imbalance_label:+.1f} | {c.ts_label:.1f} | {sum(s) / len(s):.3f} |"
-        )
+        air = f"{10 ** values['log10_p_co2']:.2g} | {values['p_o2']:.2g}"
+        balance = f"{c.toa_imbalance_input:+.1f}, {c.toa_imbalance_label:+.1f} | {c.ts_label:.1f}"
+        mean = sum(s) / len(s)
+        flux = f"{values['stellar_flux']:.0f}"
+        lines.append(f"| {c.planet} g{c.epoch} | {c.star_system} | {flux} | {air} | {balance} | {mean:.3f} |")
     return "\n".join(lines)
 
 
 def describe(root: Path, output: Path) -> str:
-    """Write ``maps.png, networks.png, labels.png, spectra.png`` and ``tables.md`` into ``output``; returns the tables."""
+    """Write four plots (``.png``) and ``tables.md`` into ``output``; returns the tables."""
     mpl.use("Agg")
     pack = open_pack(root)
     output.mkdir(parents=True, exist_ok=True)

@@ -89,9 +89,10 @@ def node_features(
 ) -> NDArray[np.float32]:
     """Feature matrix [N, 64] in the order ``FEATURE_NAMES``.
 
-    Counts enter as log(1 + n), degrees also divided by 4 so that hubs (protons, water: degree about 1,000) stay near
-    2. The stoichiometric features belong to reactions; the mass (log10 of 1 + g/mol, over 3) to metabolites with a
-    known formula.
+    Charges are cut at 40 (a few models write 100), the largest stoichiometry at 1,000 (one writes 5e6). Counts enter
+    as log(1 + n), degrees also divided by 4 so that hubs (protons, water: degree about 1,000) stay near 2. The
+    stoichiometric features belong to reactions; the mass (log10 of 1 + g/mol, over 3) to metabolites with a known
+    formula.
 
     Parameters
     ----------
@@ -117,9 +118,10 @@ def node_features(
     parts = [
         ~reaction, reaction, bits, np.log1p(indegree) / 4.0, np.log1p(outdegree) / 4.0,
         *(has(columns, bit) for bit in (BOUNDARY, EXCHANGE, TRANSPORT, REVERSIBLE)),
-        elements, has(columns, FORMULA), columns.charge / 4.0, has(columns, CHARGE),
+        elements, has(columns, FORMULA), np.clip(columns.charge / 4.0, -10.0, 10.0), has(columns, CHARGE),
         _one_hot(columns.ec, 7), _one_hot(columns.cofactor, 16), _one_hot(columns.gas, 9),
-        np.log1p(indegree) * reaction, np.log1p(outdegree) * reaction, np.log1p(largest) * reaction, fractional & reaction,
+        np.log1p(indegree) * reaction, np.log1p(outdegree) * reaction, np.log1p(np.minimum(largest, 1000.0)) * reaction,
+        fractional & reaction,
         columns.ec > 0, has(columns, GENE), has(columns, UPTAKE), has(columns, BLOCKED), mass,
     ]  # fmt: skip
     return np.concatenate([np.asarray(p, np.float32).reshape(n, -1) for p in parts], axis=1)

@@ -30,7 +30,7 @@ def pack_graph(
     Parameters
     ----------
     columns, metabolites, edge_index, stoichiometry
-        As in ``build.sbml.Network``; edges must be grouped by reaction in ascending order.
+        As in ``builders.sbml.Network``; edges must be grouped by reaction in ascending order.
     laplacian
         [N, 16] in [-1, 1]; kept in steps of 1/127.
     random_walk

@@ -100,6 +100,10 @@ def load(path: str | Path) -> DatasetBundle:
         A file is missing, truncated, changed or out of range; names file and field.
     """
     pack = open_pack(Path(path))
+    for name in pack.manifest[
+        "files"
+    ]:  # all digests first (0.02 s): a damaged file is named before anything is decoded
+        verified_bytes(pack.root, name, pack.manifest)
     with ThreadPoolExecutor(_THREADS) as pool:
         cubes = dict(
             zip(
@@ -113,7 +117,6 @@ def load(path: str | Path) -> DatasetBundle:
             for o, e in zip(pack.organisms, pool.map(lambda row: _organism(pack, row), pack.organisms), strict=True)
         }
     planets = _planets(pack, cubes)
-    verified_bytes(pack.root, "tokenizer.json", pack.manifest)
     encoder = TextEncoder(load_tokenizer(pack.root / "tokenizer.json"), pack.spec.max_text_tokens)
     tokens = encoder.encode_pairs(
         {k: p.text for k, p in planets.items()}, {k: o.text for k, o in organisms.items()}, str(pack.root)

@@ -18,7 +18,7 @@ class TensorMaker:
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Standard-normal tensor `shape`; drawn in fp64 and rounded, so that every dtype of a case sees the same
         numbers."""
-        values = torch.randn(*shape, dtype=torch.float64, generator=self.generator)
+        values = torch.randn(shape, dtype=torch.float64, generator=self.generator)
         return values.to(dtype=dtype or self.dtype, device=self.device)
 
     def randint(self, low: int, high: int, *shape: int) -> torch.Tensor:

@@ -7,13 +7,17 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.kernels.conv_nd.op import Activation, PaddingMode
+from astrobiogen.layers._autocast import autocast_tensors
 
 
 class ConvNd(nn.Module):
-    """Convolution over `n_axes` spatial axes, 1 to 5: x [B, C, *spatial] -> [B, O, *out], optional activation fused behind it.
+    """Convolution over `n_axes` spatial axes, 1 to 5: x [B, C, *spatial] -> [B, O, *out], optional activation fused
+    behind it.
 
-    out = floor((size + 2·padding − dilation·(kernel − 1) − 1) / stride) + 1 per axis. State dict and initialisation are those of
-    `torch.nn.Conv1d` to `Conv3d` (`weight` [O, C/groups, *kernel], `bias` [O]); four and five axes have no PyTorch counterpart.
+    out = floor((size + 2·padding − dilation·(kernel − 1) − 1) / stride) + 1 per axis. State dict and initialisation
+    are those of `torch.nn.Conv1d` to `Conv3d` (`weight` [O, C/groups, *kernel], `bias` [O]); four and five axes have
+    no PyTorch counterpart.
 
     Args:
         n_axes: number of spatial axes.
@@ -25,7 +29,8 @@ class ConvNd(nn.Module):
         dilation: an int or one per axis.
         groups: divides C and O.
         bias: add a bias per output channel.
-        padding_mode: a word or one per axis: "zeros", "circular", "replicate", "reflect", and "pole" as `ops.conv_nd` takes it.
+        padding_mode: a word or one per axis: "zeros", "circular", "replicate", "reflect", and "pole" as `ops.conv_nd`
+            takes it.
         activation: None, "silu" or "gelu", applied to the result.
 
     Raises:
@@ -43,8 +48,8 @@ class ConvNd(nn.Module):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str | Sequence[str] = "zeros",
-        activation: str | None = None,
+        padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
+        activation: Activation = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -53,7 +58,9 @@ class ConvNd(nn.Module):
         if not 1 <= n_axes <= 5:
             raise ValueError(f"n_axes must be 1 to 5, got {n_axes}")
         if groups < 1 or in_channels % groups or out_channels % groups:
-            raise ValueError(f"groups = {groups} must divide in_channels = {in_channels} and out_channels = {out_channels}")
+            raise ValueError(
+                f"groups = {groups} must divide in_channels = {in_channels} and out_channels = {out_channels}"
+            )
         self.n_axes = n_axes
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -62,8 +69,10 @@ class ConvNd(nn.Module):
         self.padding = _per_axis("padding", padding, n_axes)
         self.dilation = _per_axis("dilation", dilation, n_axes)
         self.groups = groups
-        self.padding_mode = padding_mode if isinstance(padding_mode, str) else tuple(padding_mode)
-        self.activation = activation
+        self.padding_mode: PaddingMode | tuple[PaddingMode, ...] = (
+            padding_mode if isinstance(padding_mode, str) else tuple(padding_mode)
+        )
+        self.activation: Activation = activation
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
@@ -78,10 +87,11 @@ class ConvNd(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve `x` [B, C, *spatial]."""
+        x, weight, bias = autocast_tensors(x, self.weight, self.bias)
         return ops.conv_nd(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             stride=self.stride,
             padding=self.padding,
             padding_mode=self.padding_mode,
@@ -102,14 +112,18 @@ class ConvNd(nn.Module):
 class Conv4d(ConvNd):
     """`ConvNd` with four spatial axes."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **options: object) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **options: object
+    ) -> None:
         super().__init__(4, in_channels, out_channels, kernel_size, **options)  # pyright: ignore[reportArgumentType]
 
 
 class Conv5d(ConvNd):
     """`ConvNd` with five spatial axes."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **options: object) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **options: object
+    ) -> None:
         super().__init__(5, in_channels, out_channels, kernel_size, **options)  # pyright: ignore[reportArgumentType]
 
 

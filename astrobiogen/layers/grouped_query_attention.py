@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions and a key/value cache; loads Hugging Face Llama attention weights unchanged."""
+"""Grouped-query attention with rotary positions and a key/value cache; loads Hugging Face Llama weights unchanged."""
 
 import dataclasses
 
@@ -10,7 +10,8 @@ from astrobiogen import ops
 
 @dataclasses.dataclass
 class KeyValueCache:
-    """Keys and values of the positions seen so far, in buffers of fixed length; filled in place by `GroupedQueryAttention`.
+    """Keys and values of the positions seen so far, in buffers of fixed length; filled in place by
+    `GroupedQueryAttention`.
 
     Attributes:
         keys: [B, capacity, kv heads, D], already rotated.
@@ -40,8 +41,8 @@ class KeyValueCache:
 class GroupedQueryAttention(nn.Module):
     """Attention in which groups of num_heads / num_kv_heads query heads share a key and a value head.
 
-    softmax(scale · q kᵀ) v per head, scale = head_dim^(−1/2), q and k rotated when angles are given. Parameters: `q_proj`,
-    `k_proj`, `v_proj`, `o_proj`, as in Hugging Face Llama.
+    softmax(scale · q kᵀ) v per head, scale = head_dim^(−1/2), q and k rotated when angles are given. Parameters:
+    `q_proj`, `k_proj`, `v_proj`, `o_proj`, as in Hugging Face Llama.
 
     Source: Ainslie et al. 2023, arXiv:2305.13245.
 
@@ -119,9 +120,7 @@ class GroupedQueryAttention(nn.Module):
                 q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
                 cos = sin = None
             k, v = cache.append(k, v)
-        out = ops.attention(
-            q, k, v, cos=cos, sin=sin, causal=self.causal, window=self.window, softcap=self.softcap
-        )
+        out = ops.attention(q, k, v, cos=cos, sin=sin, causal=self.causal, window=self.window, softcap=self.softcap)
         return self.o_proj(out.reshape(batch, length, self.num_heads * self.head_dim))
 
     def new_cache(self, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> KeyValueCache:

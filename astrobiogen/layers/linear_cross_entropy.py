@@ -4,13 +4,14 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.layers._autocast import autocast_tensors
 
 
 class LinearCrossEntropy(nn.Module):
     """Cross-entropy of `x @ weight.T` against `target`, computed in pieces of the vocabulary.
 
-    Replaces `torch.nn.Linear(hidden_size, vocab_size, bias=False)` followed by `torch.nn.CrossEntropyLoss`; one parameter,
-    `weight` [V, H], under the name it has in the Linear.
+    Replaces `torch.nn.Linear(hidden_size, vocab_size, bias=False)` followed by `torch.nn.CrossEntropyLoss`; one
+    parameter, `weight` [V, H], under the name it has in the Linear.
 
     Args:
         hidden_size: H.
@@ -42,9 +43,8 @@ class LinearCrossEntropy(nn.Module):
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Loss of `x` [..., H] against `target` [...] int64."""
-        return ops.linear_cross_entropy(
-            x, self.weight, target, ignore_index=self.ignore_index, reduction=self.reduction
-        )
+        x, weight = autocast_tensors(x, self.weight)
+        return ops.linear_cross_entropy(x, weight, target, ignore_index=self.ignore_index, reduction=self.reduction)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The full logits [..., V], for generation."""

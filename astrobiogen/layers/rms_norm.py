@@ -11,7 +11,8 @@ from astrobiogen import ops
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps) · weight over the last axis; statistics in fp32 (fp64 for fp64 input).
 
-    Replaces `torch.nn.RMSNorm(hidden_size)` and the RMSNorm of Hugging Face Llama, Mistral and Qwen: one parameter, `weight` [H].
+    Replaces `torch.nn.RMSNorm(hidden_size)` and the RMSNorm of Hugging Face Llama, Mistral and Qwen: one parameter,
+    `weight` [H].
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
 
@@ -52,7 +53,8 @@ class RMSNorm(nn.Module):
         """Normalise `x` [..., H]; with `residual` [..., H] return (norm(x + residual), x + residual) from one pass."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps)
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        common = torch.promote_types(x.dtype, residual.dtype)  # under autocast the branch is half, the stream fp32
+        return ops.add_rms_norm(x.to(common), residual.to(common), self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""

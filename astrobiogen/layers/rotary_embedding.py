@@ -7,9 +7,9 @@ from torch import nn
 class RotaryEmbedding(nn.Module):
     """Angles position · theta^(−2i/rotary), i = 0 … rotary/2 − 1, as cos and sin in fp32.
 
-    Rotary columns come first; column i pairs with i + rotary/2 (rotate-half). No state-dict entries, as in Hugging Face Llama,
-    whose `inv_freq` is not persistent either. The angles depend on differences of positions only through the rotation, so a score
-    between query position m and key position n depends on m − n alone.
+    Rotary columns come first; column i pairs with i + rotary/2 (rotate-half). No state-dict entries, as in Hugging
+    Face Llama, whose `inv_freq` is not persistent either. The angles depend on differences of positions only through
+    the rotation, so a score between query position m and key position n depends on m − n alone.
 
     Source: Su et al. 2021, arXiv:2104.09864.
 
@@ -17,7 +17,8 @@ class RotaryEmbedding(nn.Module):
         head_dim: D of the heads.
         theta: base of the geometric frequency ladder.
         rotary_dim: number of leading columns that rotate, even, at most `head_dim`; default all of them.
-        position_scale: positions are divided by this (linear position interpolation, Chen et al. 2023, arXiv:2306.15595).
+        position_scale: positions are divided by this (linear position interpolation, Chen et al. 2023,
+            arXiv:2306.15595).
 
     Raises:
         ValueError: `rotary_dim` is odd or does not fit, `theta` or `position_scale` is not positive.
@@ -43,7 +44,8 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin [..., rotary/2] in fp32 for integer or real `positions` [S] or [B, S].
 
-        The product position · frequency is taken in fp32 whatever the module's dtype, because bf16 positions repeat above 256.
+        The product position · frequency is taken in fp32 whatever the module's dtype, because bf16 positions repeat
+        above 256.
         """
         angles = positions.to(torch.float32)[..., None] * self.inverse_frequencies.to(torch.float32)
         return angles.cos(), angles.sin()

@@ -8,16 +8,19 @@ from torch import nn
 
 from astrobiogen import ops
 
-ALIGNMENT = 64  # elements: 128 bytes in 16-bit types, a whole tensor-core tile in every GEMM that touches the intermediate axis
+ALIGNMENT = (
+    64  # elements: 128 bytes in 16-bit types, a whole tensor-core tile in every GEMM that touches the intermediate axis
+)
 
 
 class SwiGLU(nn.Module):
     """down_proj(silu(gate_proj(x)) · up_proj(x)), x [..., hidden_size].
 
-    Parameters: `gate_proj.weight`, `up_proj.weight` [I, H], `down_proj.weight` [H, I], and biases with `bias=True`, as in
-    Hugging Face Llama. With `pad_intermediate=True` the weights are held with I rounded up to a multiple of 64; the extra rows and
-    columns are zero, their gradients are exactly zero (silu(0)·0 = 0 feeds zero weights), so the function stays the same, and the
-    state dict keeps the unpadded shapes.
+    Parameters: `gate_proj.weight`, `up_proj.weight` [I, H], `down_proj.weight` [H, I], and biases with `bias=True`,
+        as in
+    Hugging Face Llama. With `pad_intermediate=True` the weights are held with I rounded up to a multiple of 64; the
+    extra rows and columns are zero, their gradients are exactly zero (silu(0)·0 = 0 feeds zero weights), so the
+    function stays the same, and the state dict keeps the unpadded shapes.
 
     Source: Shazeer 2020, arXiv:2002.05202.
 

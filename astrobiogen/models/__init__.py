@@ -1,4 +1,4 @@
-"""The models: language model, graph autoencoder, datacube network, two small encoders, their fusion, and the whole system."""
+"""Language model, graph autoencoder, datacube network, two small encoders, their fusion, and the whole system."""
 
 from astrobiogen.models import presets as presets
 from astrobiogen.models.datacube_cnn import RebuiltDatacubeCNN as RebuiltDatacubeCNN

@@ -1,4 +1,4 @@
-"""What the models share: configuration overrides, shape checks that name the axis, activation checkpointing, masked means."""
+"""What the models share: configuration overrides, shape checks that name the axis, checkpointing, masked means."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ def check_axes(name: str, tensor: torch.Tensor, axes: Sequence[str], sizes: dict
 
 
 def maybe_checkpoint(enabled: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`; with `enabled` and gradients on, its inner activations are computed again in the backward pass."""
+    """`function(*args)`; with `enabled` and gradients on, its activations are computed again in the backward pass."""
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)

@@ -1,6 +1,7 @@
 """Balances of a metabolic network, as differentiable violations that are zero on a network that satisfies them.
 
-Every violation is relative: squared imbalance over squared turnover, so it lies in [0, 1] and has no unit. S [E] holds one signed
+Every violation is relative: squared imbalance over squared turnover, so it lies in [0, 1] and has no unit. S [E]
+    holds one signed
 stoichiometric coefficient per (metabolite, reaction) pair, negative at substrates.
 """
 
@@ -40,8 +41,9 @@ class Network:
 def network_of(graph: GraphTensors) -> Network:
     """Read the network off a batch of graphs.
 
-    Reactions that do not balance in the input themselves (biomass, exchange with the outside, lumped reactions) are not checked:
-    asking a decoded network to balance what nature's own record does not balance would teach it something false.
+    Reactions that do not balance in the input themselves (biomass, exchange with the outside, lumped reactions) are
+    not checked: asking a decoded network to balance what nature's own record does not balance would teach it
+        something false.
     """
     edges = graph.is_bipartite_edge.nonzero()[:, 0]
     metabolite, reaction = graph.metabolite_of_edge[edges], graph.reaction_of_edge[edges]
@@ -70,7 +72,7 @@ def network_of(graph: GraphTensors) -> Network:
 
 
 def normalise_flux(flux: torch.Tensor, graph: GraphTensors) -> torch.Tensor:
-    """Flux [N] scaled to root mean square 1 over each graph's reactions, 0 at metabolites: rules out the answer "nothing flows"."""
+    """Flux [N] scaled to root mean square 1 over each graph's reactions, 0 at metabolites: never all 0."""
     flux = torch.where(graph.node_type == REACTION, flux, 0.0)
     reactions = segment_sum((graph.node_type == REACTION).float(), graph.graph_of_node, graph.n_graphs)
     square = segment_sum(flux.square(), graph.graph_of_node, graph.n_graphs) / reactions.clamp(min=1.0)
@@ -100,7 +102,7 @@ def mass_balance_violation(
 
 
 def element_balance_violation(stoichiometry: torch.Tensor, network: Network, graph: GraphTensors) -> torch.Tensor:
-    """Atoms in = atoms out per checked reaction, over C H N O P S Fe Mg; mean over a graph's checked reactions, [B] in [0, 1]."""
+    """Atoms in = atoms out, over C H N O P S Fe Mg; mean over a graph's checked reactions, [B] in [0, 1]."""
     return _content_violation(stoichiometry, graph.elements, network.element_checked, network, graph)
 
 
@@ -119,7 +121,7 @@ def reversibility_violation(flux: torch.Tensor, network: Network, graph: GraphTe
 def violations(
     stoichiometry: torch.Tensor, flux: torch.Tensor, network: Network, graph: GraphTensors
 ) -> dict[str, torch.Tensor]:
-    """All four violations of a decoded network, [B] each: ``mass_balance, element_balance, charge_balance, reversibility``."""
+    """All four violations of a decoded network by name, [B] each."""
     return {
         "mass_balance": mass_balance_violation(stoichiometry, flux, network, graph),
         "element_balance": element_balance_violation(stoichiometry, network, graph),
@@ -141,9 +143,7 @@ def _imbalance(
 def _content_violation(
     stoichiometry: torch.Tensor, content: torch.Tensor, checked: torch.Tensor, network: Network, graph: GraphTensors
 ) -> torch.Tensor:
-    imbalance, turnover = _imbalance(
-        stoichiometry, content, network.metabolite, network.reaction, graph.x.shape[0]
-    )
+    imbalance, turnover = _imbalance(stoichiometry, content, network.metabolite, network.reaction, graph.x.shape[0])
     relative = imbalance / (turnover + TINY)
     chosen = checked.nonzero()[:, 0]
     return segment_mean(relative[chosen], graph.graph_of_node[chosen], graph.n_graphs)

@@ -17,7 +17,8 @@ CUBE_AXES = ("batch", "variable", *AXES)
 
 
 def cube_from_legacy(cube: torch.Tensor) -> torch.Tensor:
-    """The original system's [B, V, time, lat, lon, lev] as [B, V, climate_time, geological_time = 1, lev, lat, lon]; a view.
+    """The original system's [B, V, time, lat, lon, lev] as [B, V, climate_time, geological_time = 1, lev, lat, lon];
+    a view.
 
     Raises:
         ValueError: `cube` does not have six axes.
@@ -27,12 +28,14 @@ def cube_from_legacy(cube: torch.Tensor) -> torch.Tensor:
 
 
 class RebuiltDatacubeCNN(nn.Module):
-    """Climate cube [B, V, climate_time, geological_time, lev, lat, lon] -> features [B, C], prediction on the input grid, budgets.
+    """Climate cube [B, V, climate_time, geological_time, lev, lat, lon] -> features [B, C], prediction on the input
+    grid, budgets.
 
-    A strided patch stem, `depth` residual blocks of true five-dimensional convolutions with down-sampling between them, per-axis
-    padding (climate_time and longitude are circles), and, in parallel on the stem's output, a transformer over patch tokens of all
-    five axes. Features keep the vertical: per level the area-weighted mean over the globe and the months, for the last epoch and for
-    the mean of all existing epochs. The prediction is read from the deepest map only, a real bottleneck.
+    A strided patch stem, `depth` residual blocks of true five-dimensional convolutions with down-sampling between
+    them, per-axis padding (climate_time and longitude are circles), and, in parallel on the stem's output, a
+    transformer over patch tokens of all five axes. Features keep the vertical: per level the area-weighted mean over
+    the globe and the months, for the last epoch and for the mean of all existing epochs. The prediction is read from
+    the deepest map only, a real bottleneck.
 
     Args:
         config: a `DatacubeConfig`; default `DatacubeConfig()`.
@@ -92,9 +95,9 @@ class RebuiltDatacubeCNN(nn.Module):
             return_prediction: also return the decoded cube; no loss needs it in memory.
 
         Returns:
-            ``features`` [B, feature_dim], ``reconstruction_loss`` [B] (mean squared error over existing epochs, in standard
-            deviations), ``physics_violations`` (name -> [B]; empty when off), ``physics_loss`` [B] their sum, on request
-            ``prediction`` (the cube's shape, standardised).
+            ``features`` [B, feature_dim], ``reconstruction_loss`` [B] (mean squared error over existing epochs, in
+            standard deviations), ``physics_violations`` (name -> [B]; empty when off), ``physics_loss`` [B] their
+            sum, on request ``prediction`` (the cube's shape, standardised).
         """
         config = self.config
         sizes = {"variable": config.input_variables, **dict(zip(AXES, config.grid))}
@@ -102,7 +105,9 @@ class RebuiltDatacubeCNN(nn.Module):
         batch, epochs = cube.shape[0], config.grid[1]
         if epoch_mask is None:
             epoch_mask = torch.ones(batch, epochs, dtype=torch.bool, device=cube.device)
-        check_axes("climate_mask", epoch_mask, ("batch", "geological_time"), {"batch": batch, "geological_time": epochs})
+        check_axes(
+            "climate_mask", epoch_mask, ("batch", "geological_time"), {"batch": batch, "geological_time": epochs}
+        )
         patches = patchify(cube, config.patch_size)
         stem = self._embed(patches, epoch_mask)
         deep = stem
@@ -118,7 +123,7 @@ class RebuiltDatacubeCNN(nn.Module):
         return outputs
 
     def _embed(self, patches: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:
-        """Strided convolution of the stem, plus a learned vector where the epoch exists: absent differs from average."""
+        """Strided convolution of the stem, plus a learned vector where the epoch exists."""
         present = _pool_mask(epoch_mask, self.config.patch_size[1]).to(patches.dtype)
         marks = present[:, None, :, None, None, None, None] * self.epoch_presence
         return (self.stem(patches) + marks).movedim(-1, 1)
@@ -163,9 +168,14 @@ class Stage(nn.Module):
             kernels = [(3, 3, 3, 3, 3), (1, 1, 1, 1, 1)]
         self.convolutions = nn.ModuleList(
             ConvNd(
-                5, channels, channels, kernel, padding=tuple(size // 2 for size in kernel), padding_mode=modes,
+                5,
+                channels,
+                channels,
+                kernel,
+                padding=tuple(size // 2 for size in kernel),
+                padding_mode=modes,
                 activation=None if kernel is kernels[-1] else "silu",
-            )  # fmt: skip
+            )
             for kernel in kernels
         )
 

@@ -95,7 +95,7 @@ class DatacubeConfig:
 
     @property
     def stage_strides(self) -> tuple[Ints5, ...]:
-        """Stride in front of each stage: 2 on an axis that is even and at least 4 long, else 1; geological_time is never strided."""
+        """Stride in front of each stage: 2 on an axis that is even and at least 4 long, else 1."""
         strides: list[Ints5] = [(1, 1, 1, 1, 1)]
         grid = list(self.stem_grid)
         for _ in range(self.depth - 1):

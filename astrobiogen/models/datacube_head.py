@@ -1,7 +1,9 @@
 """Patches of a cube and a linear decoder over them whose error and budgets need no decoded cube in memory.
 
-The decoder is linear in its hidden state h: patch = W h. So the squared error is hᵀ(WᵀW)h − 2 hᵀ(Wᵀ patch) + |patch|², and any weighted
-sum of the decoded field, such as a water budget, is (wᵀW) h. Both read the input and write nothing of its size, forward or backward.
+The decoder is linear in its hidden state h: patch = W h. So the squared error is hᵀ(WᵀW)h − 2 hᵀ(Wᵀ patch) +
+    |patch|², and any weighted
+sum of the decoded field, such as a water budget, is (wᵀW) h. Both read the input and write nothing of its size,
+forward or backward.
 """
 
 import math
@@ -15,7 +17,7 @@ from astrobiogen.models.physics import LATENT_HEAT, AtmosphereBudgets
 
 
 def patchify(cube: torch.Tensor, patch: Ints5) -> torch.Tensor:
-    """[B, V, *grid · patch] -> [B, *grid, V · Π patch]: what a convolution with kernel = stride = patch sees, one row per position."""
+    """[B, V, *grid · patch] -> [B, *grid, V · Π patch]: what a convolution with kernel = stride = patch sees."""
     batch, variables, *sizes = cube.shape
     shape = [batch, variables]
     for size, step in zip(sizes, patch):
@@ -82,7 +84,8 @@ class PatchDecoder(nn.Module):
 class PatchBudgets(nn.Module):
     """Water and energy budgets of decoded patches against the input's, in the units of `AtmosphereBudgets.violations`.
 
-    Negative humidity is judged on the vapour mass of whole patches, so a decoded patch with a negative total is a violation.
+    Negative humidity is judged on the vapour mass of whole patches, so a decoded patch with a negative total is a
+    violation.
 
     Args:
         budgets: the budgets of full fields.
@@ -94,7 +97,7 @@ class PatchBudgets(nn.Module):
 
     def __init__(self, budgets: AtmosphereBudgets, config: DatacubeConfig) -> None:
         super().__init__()
-        months, epochs, levels, rows, columns = config.grid
+        _, _, levels, rows, columns = config.grid
         pm, pe, pl, pr, pc = config.patch_size
         grid = config.stem_grid
         self.months, self.epochs = pm, pe
@@ -109,7 +112,9 @@ class PatchBudgets(nn.Module):
         block = block.permute(2, 4, 1, 3, 5, 6, 0)  # [lev', lat', V, pl, pr, pc, 2]
         steps = torch.eye(pm * pe).view(pm, pe, pm * pe)
         weights = torch.einsum("zyvcdeq,abm->zyvabcdemq", block, steps)
-        self.register_buffer("weights", weights.reshape(grid[2], grid[3], -1, pm * pe, 2).contiguous(), persistent=False)
+        self.register_buffer(
+            "weights", weights.reshape(grid[2], grid[3], -1, pm * pe, 2).contiguous(), persistent=False
+        )
         dry = (water * budgets.dry_limit[:, None, None])[..., :pc].reshape(grid[2], pl, grid[3], pr, pc).sum((1, 3, 4))
         self.register_buffer("dry_limit", dry.contiguous(), persistent=False)
 

@@ -1,4 +1,4 @@
-"""Graph transformer blocks whose cost is linear in nodes and edges: attention along edges, and one global token per graph and slot."""
+"""Graph transformer blocks whose cost is linear in nodes and edges: attention along edges, and global tokens."""
 
 import torch
 from torch import nn
@@ -10,8 +10,8 @@ from astrobiogen.models.graph_inputs import GraphTensors, segment_max, segment_s
 class EdgeAttention(nn.Module):
     """Multi-head attention in which a node attends to its neighbours, along and against the edges.
 
-    score(i <- j, head) = q_i·k_j / sqrt(d) + bias(edge, direction, head); softmax over the neighbours of i; a node without
-    neighbours receives 0. Graphs of a batch share no edge, so they cannot mix.
+    score(i <- j, head) = q_i·k_j / sqrt(d) + bias(edge, direction, head); softmax over the neighbours of i; a node
+    without neighbours receives 0. Graphs of a batch share no edge, so they cannot mix.
 
     Args:
         hidden_dim: node width.
@@ -43,7 +43,8 @@ class EdgeAttention(nn.Module):
 
 
 class GlobalPool(nn.Module):
-    """`slots` learned attention poolings per graph: softmax over a graph's nodes of a linear score, then the weighted mean.
+    """`slots` learned attention poolings per graph: softmax over a graph's nodes of a linear score, then the weighted
+    mean.
 
     Args:
         hidden_dim: node width C.
@@ -53,7 +54,7 @@ class GlobalPool(nn.Module):
     def __init__(self, hidden_dim: int, slots: int) -> None:
         super().__init__()
         self.slots = slots
-        self.score = nn.Linear(hidden_dim, slots)
+        self.score = nn.Linear(hidden_dim, slots, bias=False)  # a softmax ignores a bias
 
     def forward(self, x: torch.Tensor, graph_of_node: torch.Tensor, n_graphs: int) -> torch.Tensor:
         """Pool x [N, C] into [B, slots · C]; 0 for a graph without nodes."""
@@ -104,7 +105,8 @@ class GraphLayer(nn.Module):
 
 
 class StructuralEmbedding(nn.Module):
-    """Node embedding of structure alone: |Laplacian eigenvectors| (their sign is arbitrary), random-walk returns, node type.
+    """Node embedding of structure alone: |Laplacian eigenvectors| (their sign is arbitrary), random-walk returns,
+    node type.
 
     Args:
         hidden_dim: width of the embedding.

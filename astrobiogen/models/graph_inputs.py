@@ -1,4 +1,4 @@
-"""The tensors of a batch of metabolic graphs, checked once, with stated stand-ins for attributes a graph does not have."""
+"""The tensors of a batch of metabolic graphs, checked once, with stand-ins for attributes a graph does not have."""
 
 import dataclasses
 from typing import Any
@@ -68,8 +68,8 @@ class GraphTensors:
 def graph_tensors(data: Any, node_features: int, laplacian_dim: int, random_walk_dim: int) -> GraphTensors:
     """Read a `torch_geometric` `Data` or `Batch`.
 
-    Only `x` and `edge_index` are required. Missing position encodings, edge attributes and chemistry become zeros or False, which
-    switches the terms that need them off for those graphs; nothing is made up.
+    Only `x` and `edge_index` are required. Missing position encodings, edge attributes and chemistry become zeros or
+    False, which switches the terms that need them off for those graphs; nothing is made up.
 
     Args:
         data: the graphs.
@@ -137,7 +137,7 @@ def segment_mean(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.
 
 
 def segment_max(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
-    """Maximum of the rows of `values` [M, K] that share an `index`, as [size, K]; −inf where there is none. No gradient."""
+    """Maximum of the rows of `values` [M, K] that share an `index`; −inf where there is none. No gradient."""
     values = values.detach()
     start = values.new_full((size, values.shape[1]), float("-inf"))
     return start.scatter_reduce(0, index[:, None].expand_as(values), values, "amax")

@@ -53,10 +53,16 @@ class GraphVAEConfig:
     use_gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            self.hidden_dim % self.heads == 0, f"heads = {self.heads} must divide hidden_dim = {self.hidden_dim}"
-        )
-        for name in ("node_features", "latent_dim", "num_layers", "global_tokens", "laplacian_dim", "random_walk_dim", "edge_dim"):
+        require(self.hidden_dim % self.heads == 0, f"heads = {self.heads} must divide hidden_dim = {self.hidden_dim}")
+        for name in (
+            "node_features",
+            "latent_dim",
+            "num_layers",
+            "global_tokens",
+            "laplacian_dim",
+            "random_walk_dim",
+            "edge_dim",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -64,11 +70,14 @@ class GraphVAEConfig:
 class RebuiltGraphVAE(nn.Module):
     """Graph -> (mu, logvar) -> z -> nodes, directed edges, stoichiometry and fluxes.
 
-    Encoder: `num_layers` blocks of attention along the edges (both directions told apart, biased by stoichiometry, reversibility and
-    Laplacian products) plus global tokens per graph: cost linear in nodes and edges, any graph size, graphs never mix.
-    Decoder: conditioned on z and on the structural encodings of each node slot. An edge u -> v has the score a_u·b_v + structure,
-    which is not symmetric. Negatives are type-correct: the target of another edge of the same graph and direction; in training drawn
-    at random, in evaluation a fixed rule of the edge's place within its graph. Real edges hit by accident are left out.
+    Encoder: `num_layers` blocks of attention along the edges (both directions told apart, biased by stoichiometry,
+    reversibility and Laplacian products) plus global tokens per graph: cost linear in nodes and edges, any graph size,
+    graphs never mix.
+
+    Decoder: conditioned on z and on the structural encodings of each node slot. An edge u -> v has the score
+    a_u·b_v + structure, which is not symmetric. Negatives are type-correct: the target of another edge of the same
+    graph and direction; in training drawn at random, in evaluation a fixed rule of the edge's place within its graph.
+    Real edges hit by accident are left out.
 
     Args:
         config: a `GraphVAEConfig`; default `GraphVAEConfig()`.
@@ -114,8 +123,8 @@ class RebuiltGraphVAE(nn.Module):
         Returns:
             ``features`` [B, hidden_dim], ``mu``, ``logvar``, ``z`` [B, latent_dim], ``node_reconstruction`` [N, F],
             ``edge_logits`` [E] of the given edges, ``negative_edge_index`` [2, M], ``negative_edge_logits`` [M],
-            ``constraints`` (name -> [B]; empty when off), and per graph [B]: ``node_loss``, ``edge_loss``, ``stoichiometry_loss``,
-            ``kl`` (nats per latent dimension), ``loss_per_sample``; ``loss`` their mean.
+            ``constraints`` (name -> [B]; empty when off), and per graph [B]: ``node_loss``, ``edge_loss``,
+            ``stoichiometry_loss``, ``kl`` (nats per latent dimension), ``loss_per_sample``; ``loss`` their mean.
         """
         config = self.config
         graph = graph_tensors(data, config.node_features, config.laplacian_dim, config.random_walk_dim)
@@ -153,7 +162,7 @@ class RebuiltGraphVAE(nn.Module):
 
 
 class GraphDecoder(nn.Module):
-    """z and structure -> node features, directed edges, stoichiometric coefficients, fluxes; and the losses against the input."""
+    """z and structure -> node features, directed edges, coefficients, fluxes; and the losses against the input."""
 
     def __init__(self, config: GraphVAEConfig) -> None:
         super().__init__()
@@ -201,13 +210,13 @@ class GraphDecoder(nn.Module):
         products: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = starts.index_select(0, source) * ends.index_select(0, target)
-        logits = pairs.sum(-1) * self.config.edge_dim**-0.5 + self.edge_structure(products)[:, 0]
+        logits = pairs.sum(-1) + self.edge_structure(products)[:, 0]
         return logits.float(), pairs
 
     def _constraints(
         self, slots: torch.Tensor, logits: torch.Tensor, log_magnitude: torch.Tensor, graph: GraphTensors
     ) -> dict[str, torch.Tensor]:
-        """Balances of the decoded network: coefficient = ± edge probability · decoded magnitude, flux from the slots."""
+        """Balances of the decoded network: coefficient = ± edge probability · magnitude, flux from the slots."""
         if not self.config.use_biochemical_constraints:
             return {}
         network = network_of(graph)
@@ -224,11 +233,12 @@ def beta_schedule(step: int, warmup_steps: int, beta: float) -> float:
 
 
 def sample_negatives(graph: GraphTensors, random: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """One absent edge per present edge, where there is one to be had: same source, target of another edge of the same graph and
-    target type.
+    """One absent edge per present edge, where there is one to be had: same source, target of another edge of the same
+    graph and target type.
 
-    Within such a group of n edges the i-th takes the target of edge (i + shift) mod n, 1 <= shift < n: random in training, else a
-    fixed function of i, so the result of a graph depends on neither the call nor its neighbours in the batch.
+    Within such a group of n edges the i-th takes the target of edge (i + shift) mod n, 1 <= shift < n: random in
+    training, else a fixed function of i, so the result of a graph depends on neither the call nor its neighbours in
+    the batch.
 
     Args:
         graph: the batch.

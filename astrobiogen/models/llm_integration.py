@@ -8,6 +8,7 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, RMSNorm, RotaryEmbedding, SwiGLU
+from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.models._common import check_axes, masked_mean, maybe_checkpoint, require, resolve_config
 from astrobiogen.models.llm_config import DOMAINS, LLMConfig
 
@@ -17,16 +18,18 @@ INITIAL_STD = 0.02  # of every matrix, as in GPT-2 and Llama
 class RebuiltLLMIntegration(nn.Module):
     """Decoder-only language model with pre-norm blocks; every switch of `LLMConfig` changes every layer.
 
-    The sequence is [domain token] [one token per modality] [text]. The prefix stands *before* the trunk, so every text position of
-    every layer can attend to it, the language-model loss depends on it, and gradients of that loss reach the other encoders.
+    The sequence is [domain token] [one token per modality] [text]. The prefix stands *before* the trunk, so every
+    text position of every layer can attend to it, the language-model loss depends on it, and gradients of that loss
+    reach the other encoders.
 
-    * Domain conditioning (`use_scientific_reasoning`): a learned vector per domain of `DOMAINS` is the first token. Its effect on
-      the loss is that of a one-token soft prompt; nothing more is claimed.
-    * A modality token is type_vector + present · projection(features); an absent modality still has its type vector, so the
-      sequence has one fixed length and no sample needs a mask for it.
+    * Domain conditioning (`use_scientific_reasoning`): a learned vector per domain of `DOMAINS` is the first token.
+      Its effect on the loss is that of a one-token soft prompt; nothing more is claimed.
+    * A modality token is type_vector + present · projection(features); an absent modality still has its type vector,
+      so the sequence has one fixed length and no sample needs a mask for it.
 
-    Text is padded on the right. Under the causal mask real tokens never see padding, so no padding mask enters attention.
-    Parameter names follow Hugging Face Llama (`embed_tokens`, `layers.N.self_attn.q_proj`, `norm`, `lm_head`).
+    Text is padded on the right. Under the causal mask real tokens never see padding, so no padding mask enters
+    attention. Parameter names follow Hugging Face Llama (`embed_tokens`, `layers.N.self_attn.q_proj`, `norm`,
+    `lm_head`).
 
     Args:
         config: an `LLMConfig`; default `LLMConfig()`, the original's sizes.
@@ -82,9 +85,10 @@ class RebuiltLLMIntegration(nn.Module):
             return_logits: also return the [B, L, V] logits; without it they are never formed.
 
         Returns:
-            ``hidden_states`` [B, L, H] after the final norm, ``features`` [B, H] their mean over real tokens (0 for an empty text),
-            with labels ``loss_per_sample`` [B] (mean negative log-likelihood of a sample's tokens in nats, 0 where none counts),
-            ``token_count`` [B] and ``loss`` (mean over all counted tokens), on request ``logits``.
+            ``hidden_states`` [B, L, H] after the final norm, ``features`` [B, H] their mean over real tokens (0 for
+            an empty text), with labels ``loss_per_sample`` [B] (mean negative log-likelihood of a sample's tokens in
+            nats, 0 where none counts), ``token_count`` [B] and ``loss`` (mean over all counted tokens), on request
+            ``logits``.
         """
         check_axes("input_ids", input_ids, ("batch", "sequence"))
         batch, length = input_ids.shape
@@ -144,7 +148,8 @@ class RebuiltLLMIntegration(nn.Module):
         prefix = self._prefix(batch, input_ids.device, modality_features or {}, modality_present or {}, domain)
         x = torch.cat([*prefix, self.embed_tokens(input_ids)], dim=1)
         capacity = x.shape[1] + max_new_tokens
-        caches = [layer.self_attn.new_cache(batch, capacity, device=x.device, dtype=x.dtype) for layer in self.layers]
+        attentions = [module for module in self.modules() if isinstance(module, GroupedQueryAttention)]
+        caches = [one.new_cache(batch, capacity, device=x.device, dtype=x.dtype) for one in attentions]
         tokens, finished = input_ids, torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             token = _pick(self.lm_head(self._trunk(x, caches)[:, -1]), temperature, generator)
@@ -167,7 +172,11 @@ class RebuiltLLMIntegration(nn.Module):
     ) -> list[torch.Tensor]:
         """The tokens in front of the text, [B, 1, H] each."""
         unknown = (set(features) | set(present)) - set(self.config.modality_dims)
-        require(not unknown, f"modality_features: unknown modalities {sorted(unknown)}, expected some of {sorted(self.config.modality_dims)}")
+        require(
+            not unknown,
+            f"modality_features: unknown modalities {sorted(unknown)}, "
+            f"expected some of {sorted(self.config.modality_dims)}",
+        )
         prefix: list[torch.Tensor] = []
         if self.config.use_scientific_reasoning:
             prefix.append(self.embed_domains(self._domain_index(domain, batch, device))[:, None])
@@ -176,7 +185,12 @@ class RebuiltLLMIntegration(nn.Module):
         for index, (name, size) in enumerate(self.config.modality_dims.items()):
             token = self.modality_types.weight[index].expand(batch, -1)
             if name in features:
-                check_axes(f"modality_features[{name!r}]", features[name], ("batch", "feature"), {"batch": batch, "feature": size})
+                check_axes(
+                    f"modality_features[{name!r}]",
+                    features[name],
+                    ("batch", "feature"),
+                    {"batch": batch, "feature": size},
+                )
                 projected = self.modality_projections[name](features[name])
                 if name in present:
                     check_axes(f"modality_present[{name!r}]", present[name], ("batch",), {"batch": batch})
@@ -194,7 +208,7 @@ class RebuiltLLMIntegration(nn.Module):
         return torch.full((batch,), DOMAINS.index(name), dtype=torch.long, device=device)
 
     def _trunk(self, x: torch.Tensor, caches: Sequence[KeyValueCache] | None = None) -> torch.Tensor:
-        """All blocks and the final norm on embeddings [B, S, H]; with caches, S new positions behind the cached ones."""
+        """All blocks and the final norm on embeddings [B, S, H]; with caches, S positions behind the cached ones."""
         start = caches[0].length if caches else 0
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         angles = None
@@ -213,9 +227,8 @@ class RebuiltLLMIntegration(nn.Module):
     def _loss(self, text: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Negative log-likelihood of token t + 1 given everything up to t."""
         targets = labels[:, 1:].contiguous()
-        losses = ops.linear_cross_entropy(
-            text[:, :-1].reshape(-1, text.shape[-1]), self.lm_head.weight, targets.reshape(-1), reduction="none"
-        ).view(targets.shape)
+        states, weight = autocast_tensors(text[:, :-1].reshape(-1, text.shape[-1]), self.lm_head.weight)
+        losses = ops.linear_cross_entropy(states, weight, targets.reshape(-1), reduction="none").view(targets.shape)
         counts = (targets != -100).sum(1)
         totals = losses.float().sum(1)
         return {

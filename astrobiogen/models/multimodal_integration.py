@@ -49,10 +49,11 @@ class FusionConfig:
 class RebuiltMultimodalIntegration(nn.Module):
     """Features of up to M modalities -> fused vector, two-class logits, regression in [0, 1], modality weights.
 
-    Each modality becomes one token. Learned latents read the tokens through masked cross-attention; next to the modalities stands
-    one learned "prior" token that is never masked, so a sample without any modality gets a defined answer. The adaptive weights w
-    (softmax over the present modalities of a score of their token) form Σ w·token, which is added to what the latents found.
-    A head per modality predicts the classes from that modality alone; `compute_multimodal_loss` makes them agree with the fusion.
+    Each modality becomes one token. Learned latents read the tokens through masked cross-attention; next to the
+    modalities stands one learned "prior" token that is never masked, so a sample without any modality gets a defined
+    answer. The adaptive weights w (softmax over the present modalities of a score of their token) form Σ w·token,
+    which is added to what the latents found. A head per modality predicts the classes from that modality alone;
+    `compute_multimodal_loss` makes them agree with the fusion.
 
     Args:
         config: a `FusionConfig` with `modality_dims`.
@@ -76,7 +77,7 @@ class RebuiltMultimodalIntegration(nn.Module):
         self.token_norm = RMSNorm(width)
         self.layers = nn.ModuleList(CrossAttentionLayer(config) for _ in range(config.num_fusion_layers))
         if config.use_adaptive_weighting:
-            self.score = nn.Linear(width, 1)
+            self.score = nn.Linear(width, 1, bias=False)  # a softmax ignores a bias
         self.modality_heads = nn.ModuleDict({name: nn.Linear(width, 2) for name in config.modality_dims})
         self.norm = RMSNorm(width)
         self.dropout = nn.Dropout(config.dropout)
@@ -93,8 +94,9 @@ class RebuiltMultimodalIntegration(nn.Module):
             present: bool [B] per modality; default True for every entry.
 
         Returns:
-            ``fused_features`` [B, fusion_dim], ``logits`` [B, 2], ``regression`` [B] in [0, 1], ``modality_weights`` [B, M] (sum 1
-            over what is present, 0 for what is not), ``modality_logits`` [B, M, 2], ``present`` bool [B, M] as used.
+            ``fused_features`` [B, fusion_dim], ``logits`` [B, 2], ``regression`` [B] in [0, 1], ``modality_weights``
+            [B, M] (sum 1 over what is present, 0 for what is not), ``modality_logits`` [B, M, 2], ``present`` bool
+            [B, M] as used.
         """
         tokens, mask = self._tokens(features, present or {})
         if self.training and self.config.modality_dropout > 0.0:
@@ -133,7 +135,9 @@ class RebuiltMultimodalIntegration(nn.Module):
             token = self.types.weight[index].expand(batch, -1)
             mask = torch.zeros(batch, dtype=torch.bool, device=first.device)
             if name in features:
-                check_axes(f"features[{name!r}]", features[name], ("batch", "feature"), {"batch": batch, "feature": size})
+                check_axes(
+                    f"features[{name!r}]", features[name], ("batch", "feature"), {"batch": batch, "feature": size}
+                )
                 mask = present.get(name, ~mask)
                 check_axes(f"present[{name!r}]", mask, ("batch",), {"batch": batch})
                 token = token + self.dropout(self.projections[name](features[name]))

@@ -17,13 +17,15 @@ def compute_multimodal_loss(
     * regression: squared error of ``regression`` against ``habitability_fraction``
     * reconstruction: squared error of the decoded cube, in standard deviations
     * physics: violations of the decoded cube's water and energy budgets
-    * consistency: KL(fused prediction || single-modality prediction), mean over a sample's modalities; the fused side is held fixed
+    * consistency: KL(fused prediction || single-modality prediction), mean over a sample's modalities; the fused side
+      is held fixed
     * llm: negative log-likelihood of the next token, mean over all tokens
     * graph: reconstruction, KL divergence and balances of the graph autoencoder
 
     Args:
         outputs: of `UnifiedMultiModalSystem`.
-        batch: what it was given, with ``habitability_label`` int64 [B] and, for the regression, ``habitability_fraction`` [B].
+        batch: what it was given, with ``habitability_label`` int64 [B] and, for the regression,
+            ``habitability_fraction`` [B].
         config: holds the weights.
 
     Returns:

@@ -21,9 +21,10 @@ class AtmosphereBudgets(nn.Module):
         water  W = Σ a m q                      kg m⁻²
         energy E = Σ a m (c_p T + L_v q)        J m⁻²   (enthalpy and latent heat; potential energy is left out)
 
-    A field conserves relative to a reference if W and E agree with the reference's in every month and epoch; without a reference, if
-    they are the same in every month (an isolated atmosphere). Violations are squared differences in units of the change that one
-    standard deviation in every cell would make, so they have no unit and do not depend on p_s or g.
+    A field conserves relative to a reference if W and E agree with the reference's in every month and epoch; without
+    a reference, if they are the same in every month (an isolated atmosphere). Violations are squared differences in
+    units of the change that one standard deviation in every cell would make, so they have no unit and do not depend
+    on p_s or g.
 
     Args:
         variables: names along the variable axis; "ta" (K) and "hus" (kg kg⁻¹) must be among them.
@@ -38,6 +39,14 @@ class AtmosphereBudgets(nn.Module):
     Raises:
         ValueError: a variable is missing or a list has the wrong length.
     """
+
+    water_weight: torch.Tensor
+    heat_weight: torch.Tensor
+    dry_limit: torch.Tensor
+    water_mean: torch.Tensor
+    heat_mean: torch.Tensor
+    water_scale: torch.Tensor
+    energy_scale: torch.Tensor
 
     def __init__(
         self,
@@ -85,7 +94,7 @@ class AtmosphereBudgets(nn.Module):
         return water + self.water_mean, energy + self.heat_mean + LATENT_HEAT * self.water_mean
 
     def anomaly(self, field: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Budgets relative to those of the standardisation's mean field; linear in `field`, so differences lose no digits."""
+        """Budgets less those of the mean field; linear in `field`, so differences lose no digits."""
         check_axes("field", field, AXES, self.sizes)
         water = field[:, self.humidity].flatten(3).to(torch.float32) @ self.water_weight
         heat = field[:, self.temperature].flatten(3).to(torch.float32) @ self.heat_weight
@@ -94,7 +103,8 @@ class AtmosphereBudgets(nn.Module):
     def violations(
         self, field: torch.Tensor, reference: torch.Tensor | None = None, epoch_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Squared relative budget differences, [B] each, mean over months and over the epochs in `epoch_mask` (bool [B, epochs]).
+        """Squared relative budget differences, [B] each, mean over months and over the epochs in `epoch_mask` (bool
+        [B, epochs]).
 
         Args:
             field: standardised, differentiable.
@@ -102,8 +112,8 @@ class AtmosphereBudgets(nn.Module):
             epoch_mask: epochs that exist; default all.
 
         Returns:
-            ``water``, ``energy`` and ``negative_humidity`` (mass of negative vapour, which no atmosphere holds, relative to
-            the same scale as ``water``).
+            ``water``, ``energy`` and ``negative_humidity`` (mass of negative vapour, which no atmosphere holds,
+            relative to the same scale as ``water``).
         """
         if reference is None:
             water, energy = (budget - budget.mean(1, keepdim=True) for budget in self.anomaly(field))
@@ -116,7 +126,6 @@ class AtmosphereBudgets(nn.Module):
             "energy": over_epochs((energy / self.energy_scale).square(), epoch_mask),
             "negative_humidity": over_epochs((missing / self.water_scale).square(), epoch_mask),
         }
-
 
 
 def area_weights(latitude_bounds: Sequence[float]) -> torch.Tensor:

@@ -50,7 +50,7 @@ class SpecLike(Protocol):
 
 
 def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
-    """For a laptop CPU and few samples: head dimension 68 as in the original, everything else small; dropout against overfitting."""
+    """For a laptop CPU and few samples: head dimension 68 as in the original, everything else small."""
     return MultiModalTrainingConfig(
         llm_config=LLMConfig(
             hidden_size=136, num_attention_heads=2, num_kv_heads=1, num_layers=2, intermediate_size=256,
@@ -102,7 +102,7 @@ def small(spec: SpecLike) -> MultiModalTrainingConfig:
 
 
 def a5000(spec: SpecLike) -> MultiModalTrainingConfig:
-    """Largest size that trains on one 24 GB card at 18 bytes per parameter (mixed precision, fp32 Adam) with room for activations."""
+    """Sized for one 24 GB card: 15.4 GB at 18 bytes per parameter (mixed precision, fp32 Adam) plus activations."""
     return _large(spec, heads=32, layers=16, intermediate=5824, graph_width=256, cnn_channels=(64, 256), cnn_depth=4)
 
 
@@ -112,7 +112,7 @@ def a5000x2(spec: SpecLike) -> MultiModalTrainingConfig:
 
 
 def original(spec: SpecLike) -> MultiModalTrainingConfig:
-    """The sizes the original system names: 4352 wide, 64 heads, 56 layers; graph 512/256/16 heads; cube base 128, depth 6; fusion 1024."""
+    """The sizes the original system names: 4352 wide, 64 heads, 56 layers; graph 512; cube base 128; fusion 1024."""
     config = _large(
         spec, heads=64, layers=56, intermediate=13_968, graph_width=512, cnn_channels=(128, 512), cnn_depth=6
     )

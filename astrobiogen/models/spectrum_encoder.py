@@ -45,8 +45,9 @@ class SpectrumConfig:
 class SpectrumEncoder(nn.Module):
     """[B, W, channels] with mask -> [B, feature_dim]; the wavelength grid may differ between samples.
 
-    A point is its values, its values times sines and cosines of log wavelength (so that a band's place and depth are seen together),
-    and the sines and cosines themselves; a gated block per point; then `queries` masked attention poolings over the points.
+    A point is its values, its values times sines and cosines of log wavelength (so that a band's place and depth are
+    seen together), and the sines and cosines themselves; a gated block per point; then `queries` masked attention
+    poolings over the points.
 
     Args:
         config: a `SpectrumConfig`; default `SpectrumConfig()`.
@@ -65,7 +66,7 @@ class SpectrumEncoder(nn.Module):
         self.embed = nn.Linear(values + waves + values * waves, config.hidden_dim)
         self.norm = RMSNorm(config.hidden_dim)
         self.mlp = SwiGLU(config.hidden_dim, 2 * config.hidden_dim)
-        self.score = nn.Linear(config.hidden_dim, config.queries)
+        self.score = nn.Linear(config.hidden_dim, config.queries, bias=False)  # a softmax ignores a bias
         self.to_features = nn.Linear(config.queries * config.hidden_dim, config.feature_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.feature_norm = RMSNorm(config.feature_dim)
@@ -85,7 +86,9 @@ class SpectrumEncoder(nn.Module):
         check_axes("spectroscopy", spectrum, ("batch", "wavelength", "channel"), {"channel": self.config.channels})
         if mask is None:
             mask = torch.ones(spectrum.shape[:2], dtype=torch.bool, device=spectrum.device)
-        check_axes("spectroscopy_mask", mask, ("batch", "wavelength"), dict(zip(("batch", "wavelength"), spectrum.shape)))
+        check_axes(
+            "spectroscopy_mask", mask, ("batch", "wavelength"), dict(zip(("batch", "wavelength"), spectrum.shape))
+        )
         spectrum = spectrum.masked_fill(~mask[..., None], 0.0)
         values, waves = spectrum[..., 1:], self._waves(spectrum[..., 0])
         products = (values[..., :, None] * waves[..., None, :]).flatten(2)
@@ -97,7 +100,7 @@ class SpectrumEncoder(nn.Module):
         return self.feature_norm(self.to_features(self.dropout(pooled)))
 
     def _waves(self, wavelength: torch.Tensor) -> torch.Tensor:
-        """sin and cos of k·π·position, position 0 to 1 in log wavelength over the configured range, k = 1 … frequencies."""
+        """sin and cos of k·π·position, k = 1 … frequencies, position 0 to 1 in log wavelength over the range."""
         low, high = self.config.wavelength_range
         position = (wavelength.float().clamp(min=low, max=high) / low).log() / math.log(high / low)
         orders = torch.arange(1, self.config.frequencies + 1, device=wavelength.device, dtype=torch.float32)

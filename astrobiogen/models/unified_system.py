@@ -20,8 +20,8 @@ from astrobiogen.models.spectrum_encoder import SpectrumConfig, SpectrumEncoder
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
 PER_ITEM = (
-    "features", "reconstruction_loss", "physics_violations", "physics_loss", "mu", "logvar", "z", "node_loss", "edge_loss",
-    "stoichiometry_loss", "kl", "constraints", "loss_per_sample",
+    "features", "reconstruction_loss", "physics_violations", "physics_loss", "mu", "logvar", "z", "node_loss",
+    "edge_loss", "stoichiometry_loss", "kl", "constraints", "loss_per_sample",
 )  # fmt: skip
 WEIGHTS = (
     "classification_weight",
@@ -39,8 +39,9 @@ class MultiModalTrainingConfig:
     """Configuration of `UnifiedMultiModalSystem` and of `compute_multimodal_loss`.
 
     Attributes:
-        llm_config, graph_config, cnn_config, fusion_config, spectrum_config, planet_config: of the parts. `modality_dims` of the
-            language model and of the fusion are filled in by the system from the parts' feature sizes and must be empty here.
+        llm_config, graph_config, cnn_config, fusion_config, spectrum_config, planet_config: of the parts.
+            `modality_dims` of the language model and of the fusion are filled in by the system from the parts'
+            feature sizes and must be empty here.
         modalities: which encoders exist, some of `MODALITIES`.
         classification_weight, regression_weight, reconstruction_weight, physics_weight, consistency_weight, llm_weight,
             graph_weight: weights of the terms of the loss, >= 0.
@@ -77,11 +78,13 @@ class MultiModalTrainingConfig:
 class UnifiedMultiModalSystem(nn.Module):
     """Climate cube, metabolic graph, spectrum, text and planet parameters -> habitability.
 
-    The four non-text encoders run first; their features enter the language model as prefix tokens and the fusion as tokens; the text's
-    features enter the fusion only. Every modality may be absent, for single samples (masks) or for all (keys left out).
+    The four non-text encoders run first; their features enter the language model as prefix tokens and the fusion as
+    tokens; the text's features enter the fusion only. Every modality may be absent, for single samples (masks) or for
+    all (keys left out).
 
     Args:
-        config: a `MultiModalTrainingConfig`; default `MultiModalTrainingConfig()`, the original's sizes (13 billion parameters).
+        config: a `MultiModalTrainingConfig`; default `MultiModalTrainingConfig()`, the original's sizes (13 billion
+            parameters).
         **overrides: any of its fields.
 
     Raises:
@@ -116,14 +119,16 @@ class UnifiedMultiModalSystem(nn.Module):
         """Run everything that the batch holds.
 
         Args:
-            batch: see docs/models.md. With ``climate_index`` or ``graph_index`` (int64 [B]) the cube or the graph batch holds each
-                distinct item once, and sample b uses item index[b].
+            batch: see docs/models.md. With ``climate_index`` or ``graph_index`` (int64 [B]) the cube or the graph
+                batch holds each distinct item once, and sample b uses item index[b].
 
         Returns:
-            ``logits`` [B, 2], ``regression`` [B], ``fused_features`` [B, fusion_dim], ``modality_weights`` [B, 5] in the order of
-            `MODALITIES`, ``present`` bool [B, 5] (what the batch holds), ``fused`` bool [B, 5] (less what modality dropout hid), ``climate_features``, ``graph_features``, ``spectral_features``,
+            ``logits`` [B, 2], ``regression`` [B], ``fused_features`` [B, fusion_dim], ``modality_weights`` [B, 5] in
+            the order of `MODALITIES`, ``present`` bool [B, 5] (what the batch holds), ``fused`` bool [B, 5] (less
+            what modality dropout hid), ``climate_features``, ``graph_features``, ``spectral_features``,
             ``planet_features``, ``llm_features`` ([B, size] or None), and the parts' own results ``cnn_outputs``,
-            ``graph_vae_outputs``, ``llm_outputs``, ``fusion_outputs`` (empty when the part did not run; per-sample entries are [B]).
+            ``graph_vae_outputs``, ``llm_outputs``, ``fusion_outputs`` (empty when the part did not run; per-sample
+            entries are [B]).
         """
         reference = self.config.kernels == "reference"
         with use_kernels("reference") if reference else contextlib.nullcontext():
@@ -141,7 +146,9 @@ class UnifiedMultiModalSystem(nn.Module):
         graph: dict[str, Any] = {}
         text: dict[str, Any] = {}
         if "climate" in present:
-            cnn = _per_sample(self.climate(batch["climate_datacube"], batch.get("climate_mask")), batch, "climate_index")
+            cnn = _per_sample(
+                self.climate(batch["climate_datacube"], batch.get("climate_mask")), batch, "climate_index"
+            )
             features["climate"] = cnn["features"]
         if "graph" in present:
             graph = _per_sample(self.graph(batch["metabolic_graph"]), batch, "graph_index")
@@ -202,7 +209,9 @@ class UnifiedMultiModalSystem(nn.Module):
                 if name == "climate" and batch.get("climate_index") is not None:
                     mask = mask[batch["climate_index"]]
             if batch.get("modality_mask") is not None:
-                check_axes("modality_mask", batch["modality_mask"], ("batch", "modality"), {"batch": size, "modality": 5})
+                check_axes(
+                    "modality_mask", batch["modality_mask"], ("batch", "modality"), {"batch": size, "modality": 5}
+                )
                 mask = mask & batch["modality_mask"][:, index]
             check_axes(f"presence of {name}", mask, ("batch",), {"batch": size})
             present[name] = mask

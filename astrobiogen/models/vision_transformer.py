@@ -39,14 +39,15 @@ class GridTransformer(nn.Module):
         super().__init__()
         for axis, size, step in zip(axes, grid, patch):
             if size % step:
-                raise ValueError(f"vit_patch_size on axis {axis!r}: {step} does not divide the feature map's size {size}")
+                raise ValueError(
+                    f"vit_patch_size on axis {axis!r}: {step} does not divide the feature map's size {size}"
+                )
         self.axes = tuple(axes)
         self.grid = tuple(grid)
         self.checkpointing = checkpointing
         self.patches = ConvNd(len(grid), channels, embed_dim, tuple(patch), stride=tuple(patch))
-        self.positions = nn.ModuleList(nn.Embedding(size // step, embed_dim) for size, step in zip(grid, patch))
-        for table in self.positions:
-            nn.init.normal_(table.weight, std=0.02)
+        tables = [torch.empty(size // step, embed_dim).normal_(std=0.02) for size, step in zip(grid, patch)]
+        self.positions = nn.ParameterList(nn.Parameter(table) for table in tables)
         self.layers = nn.ModuleList(EncoderLayer(embed_dim, num_heads, dropout) for _ in range(num_layers))
         self.norm = RMSNorm(embed_dim)
 
@@ -56,8 +57,8 @@ class GridTransformer(nn.Module):
         tokens = self.patches(x).movedim(1, -1)
         for axis, table in enumerate(self.positions):
             shape = [1] * (len(self.grid) + 2)
-            shape[axis + 1], shape[-1] = table.weight.shape
-            tokens = tokens + table.weight.view(shape)
+            shape[axis + 1], shape[-1] = table.shape
+            tokens = tokens + table.view(shape)
         tokens = tokens.flatten(1, -2)
         for layer in self.layers:
             tokens = maybe_checkpoint(self.checkpointing, layer, tokens)

@@ -29,7 +29,8 @@ def check_battery(
 
     `check_op` for each case, dtype and implementation (Triton only where `case.interpret`, unless a GPU runs it);
     `check_nonfinite` per implementation, `check_opcheck`, `check_fullgraph`, `check_gradcheck` (of the reference too),
-    `check_second_derivative` and `check_partial_gradients` for the cases marked `gradcheck`.
+    `check_second_derivative` and `check_partial_gradients` for the cases marked `gradcheck`, on the GPU as well if
+    there is one (the fp64 checks on the CPU only: the Triton kernels accumulate in fp32).
 
     Args:
         function: the public function.
@@ -46,8 +47,11 @@ def check_battery(
         AssertionError: from the first check that fails.
     """
     measurements: list[Measurement] = []
+    devices = ("cpu", "cuda") if "triton" in implementations and torch.cuda.is_available() else ("cpu",)
     for case in (cases,) if isinstance(cases, Case) else cases:
-        served = [i for i in implementations if i != "triton" or case.interpret or torch.cuda.is_available()]
+        served: list[Implementation] = [
+            name for name in implementations if name != "triton" or case.interpret or torch.cuda.is_available()
+        ]
         for implementation in served:
             for dtype in dtypes:
                 measurements += check_op(function, reference, case, dtype, ops=ops, implementation=implementation)
@@ -55,11 +59,13 @@ def check_battery(
             continue
         for implementation in served:
             check_nonfinite(function, reference, case, ops=tuple(ops), implementation=implementation)
-        check_opcheck(function, case)
-        check_fullgraph(function, case)
+        for device in devices:
+            check_opcheck(function, case, device=device)
+            check_fullgraph(function, case, device=device)
+            if case.differentiable:
+                check_partial_gradients(function, case, device=device)
         if case.differentiable:
             check_gradcheck(reference, case)
             check_gradcheck(function, case)
             check_second_derivative(function, case)
-            check_partial_gradients(function, case)
     return measurements

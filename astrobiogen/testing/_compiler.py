@@ -92,7 +92,7 @@ def check_fullgraph(
     try:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         got = _inputs.evaluate(compiled, arguments, case.differentiable, upstream)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except RuntimeError as error:
         raise AssertionError(f"{subject}: {error}") from error
     finally:
         torch.compiler.reset()

@@ -56,7 +56,8 @@ def check_op(
     where = _routes.device_of(implementation, device)
     subject = Subject(f"{_inputs.name_of(function)} [{implementation}, {where.type}]", case.name, dtype)
     arguments = _inputs.build(case, dtype, where, seed)
-    judge = _Judge(subject, reference, arguments, case, absolute_floor)
+    interpreted = implementation == "triton" and where.type == "cpu"
+    judge = _Judge(subject, reference, arguments, case, absolute_floor, interpreted and dtype == torch.bfloat16)
     plain = judge.reference_outputs()
     with _routes.route(ops, implementation) as calls:
         measurements = _check_dense(judge, function, _inputs.draw_upstream(case, plain))
@@ -68,7 +69,7 @@ def check_op(
             got, guards = _run(function, arguments, case, upstream, _inputs.UNALIGNED_MARGIN)
             _check_pure(subject, guards)
             judge.compare(got, upstream, f", unaligned, only output {only} used" if len(outputs) > 1 else ", unaligned")
-        if implementation == "triton" and where.type == "cpu" and not calls and any(o.numel() for o in plain):
+        if interpreted and not calls and any(o.numel() for o in plain):
             raise AssertionError(f"{subject}: no Triton launcher was reached; `ops` names {tuple(ops)}")
     return measurements
 
@@ -80,9 +81,9 @@ def poisoned_empty() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch._C._get_deterministic_fill_uninitialized_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch._C._set_deterministic_fill_uninitialized_memory(True)
     try:
         with warnings.catch_warnings():
             # The deterministic mode serves only to fill memory: an op that has no deterministic variant is no fault
@@ -92,20 +93,27 @@ def poisoned_empty() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch._C._set_deterministic_fill_uninitialized_memory(filled)
 
 
 class _Judge:
     """Evaluates the reference in fp64 and in the case's own dtype, and holds results against both."""
 
     def __init__(
-        self, subject: Subject, reference: Function, arguments: Arguments, case: Case, absolute_floor: float
+        self,
+        subject: Subject,
+        reference: Function,
+        arguments: Arguments,
+        case: Case,
+        absolute_floor: float,
+        truncates: bool,
     ) -> None:
         self.subject = subject
         self.reference = reference
         self.arguments = arguments
         self.case = case
         self.absolute_floor = absolute_floor
+        self.truncates = truncates
 
     def reference_outputs(self) -> tuple[torch.Tensor, ...]:
         """The same-dtype reference's outputs."""
@@ -121,21 +129,25 @@ class _Judge:
             raise AssertionError(
                 f"{self.subject}: {len(got.outputs)} outputs, the reference gives {len(eager.outputs)}"
             )
-        rows = [
-            _tolerance.compare(
-                self.subject, f"output {i}{remark}", *triple, factor=FORWARD_FACTOR, absolute_floor=self.absolute_floor
-            )
+        checks = [
+            (f"output {i}", FORWARD_FACTOR, *triple)
             for i, triple in enumerate(zip(got.outputs, eager.outputs, exact.outputs))
         ]
-        for name in names:
-            triple = (got.gradients.get(name), eager.gradients.get(name), exact.gradients.get(name))
-            label = f"gradient of {name}{remark}"
-            rows.append(
-                _tolerance.compare(
-                    self.subject, label, *triple, factor=GRADIENT_FACTOR, absolute_floor=self.absolute_floor
-                )
+        checks += [
+            (f"gradient of {n}", GRADIENT_FACTOR, got.gradients.get(n), eager.gradients.get(n), exact.gradients.get(n))
+            for n in names
+        ]
+        return [
+            _tolerance.compare(
+                self.subject,
+                quantity + remark,
+                *triple,
+                factor=factor,
+                absolute_floor=self.absolute_floor,
+                truncates=self.truncates,
             )
-        return rows
+            for quantity, factor, *triple in checks
+        ]
 
 
 def _check_dense(judge: _Judge, function: Function, upstream: list[torch.Tensor | None]) -> list[Measurement]:

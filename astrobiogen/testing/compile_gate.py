@@ -198,8 +198,13 @@ def load(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        types = {field.name: field.type for field in dataclasses.fields(Row)}
-        return [Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+        return [_parse(line) for line in csv.DictReader(file)]
+
+
+def _parse(line: dict[str, str]) -> Row:
+    texts, shares = ("case", "triton", "code"), ("occupancy",)
+    values = {name: float(text) if name in shares else int(text) for name, text in line.items() if name not in texts}
+    return Row(**{name: line[name] for name in texts}, **values)  # pyright: ignore[reportArgumentType]
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:

@@ -1,4 +1,5 @@
-"""From a configuration to the data, the model and the task: the only place of `training` that knows `data` and `models`."""
+"""From a configuration to the data, the model and the task: the only place of `training` that knows `data` and
+`models`."""
 
 import contextlib
 import dataclasses
@@ -14,9 +15,10 @@ from astrobiogen.models import presets
 from astrobiogen.training import baselines, blocks, loading
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.errors import UserError
-from astrobiogen.training.trainer import Task
+from astrobiogen.training.state import Task
 
-# Climates and organisms per block of an evaluation: 96 samples then hold about 10 of each, and no item costs more than the text.
+# Climates and organisms per block of an evaluation: 96 samples then hold about 10 of each, and no item costs more than
+# the text.
 _EVALUATION_BLOCK = 10
 
 
@@ -30,7 +32,8 @@ class Assembly:
 
 
 def override(config: Any, changes: dict[str, Any], prefix: str = "model") -> Any:
-    """A frozen config dataclass with `changes` (nested or with dotted keys) put in; text is read as the type of the value it replaces.
+    """A frozen config dataclass with `changes` (nested or with dotted keys) put in; text is read as the type of the
+    value it replaces.
 
     Raises:
         UserError: unknown key or a value of the wrong type, named in full.
@@ -49,7 +52,11 @@ def override(config: Any, changes: dict[str, Any], prefix: str = "model") -> Any
         if key not in names:
             raise UserError(f"{prefix}.{key}: unknown key, expected one of {', '.join(names)}")
         old = getattr(config, key)
-        new[key] = override(old, value, f"{prefix}.{key}") if isinstance(value, dict) else _typed(old, value, f"{prefix}.{key}")
+        new[key] = (
+            override(old, value, f"{prefix}.{key}")
+            if isinstance(value, dict)
+            else _typed(old, value, f"{prefix}.{key}")
+        )
     try:
         return dataclasses.replace(config, **new)
     except (TypeError, ValueError) as error:
@@ -89,7 +96,10 @@ def load_bundle(config: TrainConfig) -> data.DatasetBundle:
             bundle, train=limited(bundle.train, limit), validation=limited(bundle.validation, limit), test_cells=cells
         )
     if not len(bundle.train) or not len(bundle.validation):
-        raise UserError(f"data: {len(bundle.train)} training and {len(bundle.validation)} validation samples, expected at least one of each")
+        raise UserError(
+            f"data: {len(bundle.train)} training and {len(bundle.validation)} validation samples, "
+            "expected at least one of each"
+        )
     return bundle
 
 
@@ -97,7 +107,9 @@ def limited(samples: data.HabitatDataset, limit: int) -> data.HabitatDataset:
     """At most `limit` of `samples`, spread evenly over the set (neighbours share a planet)."""
     if limit >= len(samples):
         return samples
-    return data.HabitatDataset(samples.store, [samples.pairs[number] for number in spread(len(samples), limit)], samples.name)
+    return data.HabitatDataset(
+        samples.store, [samples.pairs[number] for number in spread(len(samples), limit)], samples.name
+    )
 
 
 def spread(count: int, limit: int) -> list[int]:
@@ -111,7 +123,8 @@ def fingerprint(bundle: data.DatasetBundle) -> str:
     digest = hashlib.sha256(bundle.spec.to_json().encode())
     for pair in (*bundle.train.pairs, *bundle.validation.pairs):
         digest.update(repr(pair).encode())
-    return f"train {len(bundle.train)}, validation {len(bundle.validation)}, test {cells}, digest {digest.hexdigest()[:12]}"
+    sizes = f"train {len(bundle.train)}, validation {len(bundle.validation)}, test {cells}"
+    return f"{sizes}, digest {digest.hexdigest()[:12]}"
 
 
 def baseline_inputs(samples: data.HabitatDataset) -> baselines.Features:
@@ -151,6 +164,7 @@ def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
         collate=functools.partial(blocks.collate_shared if settings.block else data.collate, pad_id=pad_id),
         fingerprint=fingerprint(bundle),
         validation_order=evaluation_order(bundle.validation, config),
+        counts=functools.partial(term_counts, bundle.train),
     )
     return Assembly(bundle, task, model_config)
 
@@ -160,6 +174,29 @@ def evaluation_order(samples: data.HabitatDataset, config: TrainConfig) -> list[
     return blocks.in_blocks(samples, config.evaluation.batch_size, _EVALUATION_BLOCK) if config.data.block else None
 
 
-def _loss(model_config: Any, outputs: dict[str, Any], batch: loading.Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss, parts = models.compute_multimodal_loss(outputs, batch, model_config)
-    return loss, {name: value for name, value in parts.items() if name != "total"}
+def term_counts(samples: data.HabitatDataset, indices: list[int]) -> dict[str, float]:
+    """How many things each term of the loss is a mean over in the batch `indices`, where that is not the number of
+    samples.
+    """
+    chosen = [samples[index] for index in indices]
+    climates = float(sum(any(epoch is not None for epoch in sample.epochs) for sample in chosen))
+    return {
+        "reconstruction": climates,
+        "physics": climates,
+        "graph": float(sum(sample.graph is not None for sample in chosen)),
+        "llm": float(
+            sum(max(sample.input_ids.numel() - 1, 0) for sample in chosen)
+        ),  # the first token is not predicted
+    }
+
+
+def _loss(
+    model_config: models.MultiModalTrainingConfig,
+    outputs: dict[str, Any],
+    batch: loading.Batch,
+    emphasis: dict[str, float] | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    factors = emphasis or {}
+    weights = {f"{name}_weight": getattr(model_config, f"{name}_weight") * factor for name, factor in factors.items()}
+    loss, parts = models.compute_multimodal_loss(outputs, batch, dataclasses.replace(model_config, **weights))
+    return loss, {name: value * factors.get(name, 1.0) for name, value in parts.items() if name != "total"}

@@ -34,12 +34,20 @@ class Features(NamedTuple):
     groups: npt.NDArray[np.str_]
 
 
-def _best_logistic(train: Any, label: npt.NDArray[Any], validation: Any, validation_label: npt.NDArray[Any], build: Callable[[float], Any]) -> Any:
+def _best_logistic(
+    train: Any,
+    label: npt.NDArray[Any],
+    validation: Any,
+    validation_label: npt.NDArray[Any],
+    build: Callable[[float], Any],
+) -> Any:
     """The logistic regression whose strength has the lowest cross-entropy on the validation set."""
     best, best_loss = None, np.inf
     for strength in _REGULARISATION:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest regularisation may not converge; validation then rejects it
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # the weakest regularisation may not converge; validation then rejects it
             model = build(strength).fit(train, label)
         loss = metrics.cross_entropy(model.predict_proba(validation)[:, 1], validation_label).mean()
         if loss < best_loss:
@@ -63,11 +71,13 @@ def _one_hot(groups: npt.NDArray[np.str_], known: list[list[str]]) -> scipy.spar
 
 
 def predict(train: Features, validation: Features, test: Features, seed: int) -> dict[str, metrics.Floats]:
-    """Fit every baseline on `train`, choose its strength on `validation`, and return P(class 1) [n] on `test` for each name.
+    """Fit every baseline on `train`, choose its strength on `validation`, and return P(class 1) [n] on `test` for each
+    name.
 
     * "majority class": the share of class 1 in training, for every sample;
     * "logistic regression, planet parameters";
-    * "gradient boosting, all features": HistGradientBoostingClassifier, early stopping on validation loss inside the training set;
+    * "gradient boosting, all features": HistGradientBoostingClassifier, early stopping on validation loss inside the
+    training set;
     * "planet + organism effects": logistic regression on indicators of both; an unseen one adds nothing.
     """
     share = float(train.label.mean())
@@ -94,7 +104,10 @@ def _boosting(train: Features, validation: Features, test: Features, seed: int) 
     """Gradient boosting with the number of trees of the lowest validation cross-entropy."""
     model = HistGradientBoostingClassifier(max_iter=200, learning_rate=0.1, early_stopping=False, random_state=seed)
     model.fit(train.flat, train.label)
-    losses = [metrics.cross_entropy(stage[:, 1], validation.label).mean() for stage in model.staged_predict_proba(validation.flat)]
+    losses = [
+        metrics.cross_entropy(stage[:, 1], validation.label).mean()
+        for stage in model.staged_predict_proba(validation.flat)
+    ]
     best = int(np.argmin(losses))
     for number, stage in enumerate(model.staged_predict_proba(test.flat)):
         if number == best:

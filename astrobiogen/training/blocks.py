@@ -1,8 +1,10 @@
 """Batches of few climates times few organisms, in which each climate cube and each metabolic graph is encoded once.
 
-A climate cube has 1.5 million values and a graph some thousand nodes; the pairs of them are many more than the items. In a random batch of
-16 pairs nearly every pair brings its own cube and graph. Here the pairs of an epoch are ordered by blocks of a random set of climates and a
-random set of organisms, so that a batch holds about 5 of each. The gradient of a batch is the same; which pairs meet in a batch is not.
+A climate cube has 1.5 million values and a graph some thousand nodes; the pairs of them are many more than the items.
+In a random batch of
+16 pairs nearly every pair brings its own cube and graph. Here the pairs of an epoch are ordered by blocks of a random
+set of climates and a random set of organisms, so that a batch holds about 5 of each. The gradient of a batch is the
+same; which pairs meet in a batch is not.
 """
 
 import dataclasses
@@ -15,10 +17,11 @@ from astrobiogen.training import loading
 
 
 class BlockSampler:
-    """Every pair once per epoch, in batches of exactly `batch_size` (the last may be short); a function of (seed, epoch) only.
+    """Every pair once per epoch, in batches of exactly `batch_size` (the last may be short); a function of (seed,
+    epoch) only.
 
-    Climates and organisms are permuted, cut into groups of `block`, pairs are sorted by (climate group, organism group), cut into batches,
-    and the batches are permuted.
+    Climates and organisms are permuted, cut into groups of `block`, pairs are sorted by (climate group, organism
+    group), cut into batches, and the batches are permuted.
 
     Args:
         keys: (climate, organism) of each sample.
@@ -55,14 +58,16 @@ def keys_of(samples: data.HabitatDataset) -> list[tuple[str, str]]:
 
 def in_blocks(samples: data.HabitatDataset, batch_size: int, block: int) -> list[list[int]]:
     """All samples in batches by blocks of items in their alphabetical order, for evaluation."""
-    climates, climate = _numbered([key[0] for key in keys_of(samples)])
+    _, climate = _numbered([key[0] for key in keys_of(samples)])
     organisms, organism = _numbered([key[1] for key in keys_of(samples)])
     pairs = torch.argsort(climate // block * organisms + organism // block, stable=True).tolist()
     return [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
 
 
 def collate_shared(samples: Sequence[data.Sample], pad_id: int) -> loading.Batch:
-    """The batch of `data.collate` with each distinct climate and graph once: `climate_index` and `graph_index` say which is whose."""
+    """The batch of `data.collate` with each distinct climate and graph once: `climate_index` and `graph_index` say
+    which is whose.
+    """
     nothing = (None,) * len(samples[0].epochs)
     light = [dataclasses.replace(sample, epochs=nothing, graph=None) for sample in samples]
     batch = data.collate(light, pad_id=pad_id, cube_shape=(1, 1, 1, 1, 1))
@@ -70,7 +75,9 @@ def collate_shared(samples: Sequence[data.Sample], pad_id: int) -> loading.Batch
     graphs, graph_index = _distinct([id(sample.graph) for sample in samples])
     cubes = data.collate([dataclasses.replace(samples[first], graph=None) for first in climates], pad_id=pad_id)
     networks = data.collate(
-        [dataclasses.replace(light[first], graph=samples[first].graph) for first in graphs], pad_id=pad_id, cube_shape=(1, 1, 1, 1, 1)
+        [dataclasses.replace(light[first], graph=samples[first].graph) for first in graphs],
+        pad_id=pad_id,
+        cube_shape=(1, 1, 1, 1, 1),
     )
     modality_mask = batch["modality_mask"].clone()
     modality_mask[:, 0] = cubes["climate_mask"].any(1)[climate_index]

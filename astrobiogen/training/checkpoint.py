@@ -1,10 +1,12 @@
 """Checkpoints that survive kill -9, full disks and flipped bits.
 
-A checkpoint is a folder `step-<n>` of safetensors and JSON files and a `manifest.json` with their sizes and SHA-256. The protocol:
+A checkpoint is a folder `step-<n>` of safetensors and JSON files and a `manifest.json` with their sizes and SHA-256.
+The protocol:
 
-1. write every file into `step-<n>.tmp-<random>` and fsync each; 2. write the manifest and fsync it; 3. fsync the folder; 4. rename it to
-`step-<n>` (the moment of commit); 5. fsync the parent; 6. point `latest` at it (write aside, fsync, rename); 7. only now prune old ones, and
-never the newest `keep` that verify. Loading verifies every byte and falls back, newest first, to one that is whole. No pickle anywhere.
+1. write every file into `step-<n>.tmp-<random>` and fsync each; 2. write the manifest and fsync it; 3. fsync the
+folder; 4. rename it to `step-<n>` (the moment of commit); 5. fsync the parent; 6. point `latest` at it (write aside,
+fsync, rename); 7. only now prune old ones, and never the newest `keep` that verify. Loading verifies every byte and
+falls back, newest first, to one that is whole. No pickle anywhere.
 """
 
 import dataclasses
@@ -42,7 +44,8 @@ class Content:
     """What a checkpoint holds.
 
     Attributes:
-        tensors: file stem -> named tensors, e.g. ``{"model": {...}, "training": {...}}``; each becomes `<stem>.safetensors`.
+        tensors: file stem -> named tensors, e.g. ``{"model": {...}, "training": {...}}``; each becomes
+            `<stem>.safetensors`.
         documents: file stem -> JSON data; each becomes `<stem>.json`.
     """
 
@@ -150,7 +153,7 @@ class CheckpointStore:
     def __init__(self, root: Path, keep: int, observer: Observer | None = None) -> None:
         self.root = root
         self.keep = keep
-        self._observer = observer or (lambda stage: None)
+        self._observer = observer or (lambda _stage: None)
         self._good: set[Path] = set()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -180,7 +183,8 @@ class CheckpointStore:
         """Store `content` as the checkpoint of `step` and return its folder.
 
         Raises:
-            OSError: the disk is full, read-only, ...; what was stored before is untouched and no partial checkpoint is left.
+            OSError: the disk is full, read-only, ...; what was stored before is untouched and no partial checkpoint is
+                left.
         """
         final = self._free_name(step)
         temporary = self.root / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -248,7 +252,8 @@ class CheckpointStore:
             self._good.discard(folder)
 
     def load_newest(self) -> tuple[Path, Content] | None:
-        """The newest checkpoint that verifies, or None if there is no checkpoint at all. Each bad one on the way is named in a warning.
+        """The newest checkpoint that verifies, or None if there is no checkpoint at all. Each bad one on the way is
+        named in a warning.
 
         Raises:
             CheckpointError: there are checkpoints, but not one is whole.

@@ -14,8 +14,8 @@ from astrobiogen.training import run_folder
 from astrobiogen.training.config import PRESETS, TrainConfig, changed_on_resume, flatten, preset, smoke, to_dict
 from astrobiogen.training.errors import UserError
 
-_DESCRIPTION = """Train the multi-modal model. Without any option: the tiny preset on the bundled data, on the CPU, in a few minutes.
-Values come from the preset, then --config FILE.yaml, then single options."""
+_DESCRIPTION = """Train the multi-modal model. Without any option: the tiny preset on the bundled data, on the CPU, in a
+few minutes. Values come from the preset, then --config FILE.yaml, then single options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,21 @@ class Options:
 
 def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog="python -m astrobiogen.train", description=_DESCRIPTION, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; unknown keys are refused.")
-    parser.add_argument("--resume", type=str, default="", help="Folder of a run to go on with; its own configuration is used.")
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m astrobiogen.train", description=_DESCRIPTION, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the keys below; unknown keys are refused."
+    )
+    parser.add_argument(
+        "--resume", type=str, default="", help="Folder of a run to go on with; its own configuration is used."
+    )
     parser.add_argument("--output", type=str, default="", help="Folder of the new run (default: runs/<date>-<preset>).")
-    parser.add_argument("--smoke", action="store_true", help="Two epochs on a few samples: checks that everything runs, in under a minute.")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="Two epochs on a few samples: checks that everything runs, in under a minute.",
+    )
     parser.add_argument("--plan", action="store_true", help="Print the memory plan and exit; trains nothing.")
     parser.add_class_arguments(TrainConfig)
     parser.set_defaults({key: value for key, value in flatten(defaults).items() if not key.startswith("model.")})
@@ -105,16 +115,22 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> Options:
         parser = _parser({"model": {}} | saved)
         config = _as_config(parser, _parsed(parser, arguments))
     except (UserError, jsonargparse.ArgumentError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / run_folder.CONFIG} with this command line: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"{folder / run_folder.CONFIG} with this command line: {' '.join(str(error).split())}"
+        ) from error
     changed = changed_on_resume(saved, to_dict(config))
     if changed:
-        text = "; ".join(f"{key}: the run has {before!r}, asked for {after!r}" for key, (before, after) in changed.items())
+        text = "; ".join(
+            f"{key}: the run has {before!r}, asked for {after!r}" for key, (before, after) in changed.items()
+        )
         raise UserError(f"--resume: these would change the course of the run, so start a new one for them: {text}")
     return Options(config, "", str(folder), False)
 
 
 def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
-    """Run `command` and turn every failure into one line on stderr and an exit code; the traceback of a bug goes to `crash_log()`."""
+    """Run `command` and turn every failure into one line on stderr and an exit code; the traceback of a bug goes to
+    `crash_log()`.
+    """
     try:
         return command()
     except UserError as error:
@@ -130,13 +146,17 @@ def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
             path = crash_log()
             with path.open("a", encoding="utf-8") as file:
                 traceback.print_exc(file=file)
-            message, code = f"internal: {type(error).__name__}: {' '.join(str(error).split())[:300]} (details: {path})", 1
-    print(f"error: {message}", file=sys.stderr)
+            message, code = (
+                f"internal: {type(error).__name__}: {' '.join(str(error).split())[:300]} (details: {path})",
+                1,
+            )
+    sys.stderr.write(f"error: {message}\n")
     return code
 
 
 def _memory_advice(error: BaseException) -> str:
     return (
-        f"out of memory: {' '.join(str(error).split())[:200]}; halve --data.batch_size and double --data.accumulation (the same update), "
+        f"out of memory: {' '.join(str(error).split())[:200]}; halve --data.batch_size "
+        "and double --data.accumulation (the same update), "
         "or take a smaller --preset; --plan shows where the bytes go"
     )

@@ -26,12 +26,15 @@ class DataConfig:
     accumulation: int = 1
     """Micro-batches per optimizer update; gradients are weighted by samples over the whole window."""
     block: int = 5
-    """Batches are cut from blocks of this many climates times as many organisms, and each distinct climate and graph of a batch is
-    encoded once, which saves most of the work on a CPU; 0: random batches in the order of `data.EpochSampler`, nothing shared."""
+    """Batches are cut from blocks of this many climates times as many organisms, and each distinct climate and graph of
+    a batch is encoded once, which saves most of the work on a CPU; 0: random batches in the order of
+    `data.EpochSampler`, nothing shared.
+    """
     limit: int = 0
     """Use only the first N samples of every split; 0 uses all."""
     workers: int = 0
-    """Processes that prepare batches beside the training process; 0 prepares them in it. The order does not depend on it."""
+    """Processes that prepare batches beside the training process; 0 prepares them in it. The order does not depend on
+    it."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
@@ -148,7 +151,9 @@ class StopConfig:
     """When training ends before the last epoch."""
 
     metric: Literal["loss", "class_loss", "auroc", "accuracy"] = "loss"
-    """Validation figure that chooses the best model and counts for patience: total loss, cross-entropy, AUROC or accuracy."""
+    """Validation figure that chooses the best model and counts for patience: total loss, cross-entropy, AUROC or
+    accuracy.
+    """
     patience: int = 20
     """Epochs without a better validation figure; 0 switches early stopping off."""
     target_accuracy: float = 0.96
@@ -211,7 +216,9 @@ class RuntimeConfig:
     deterministic: bool = True
     """Refuse operations that are not deterministic; off is faster on some GPUs."""
     malloc: Literal["keep_pages", "system"] = "keep_pages"
-    """`keep_pages`: glibc keeps freed blocks instead of unmapping them (see docs/reliability.md); `system`: untouched."""
+    """`keep_pages`: glibc keeps freed blocks instead of unmapping them (see docs/reliability.md); `system`:
+    untouched.
+    """
     kernels: Literal["auto", "reference"] = "auto"
     """`auto`: the library's kernels; `reference`: plain PyTorch."""
 
@@ -258,8 +265,9 @@ class TrainConfig:
 def preset(name: str) -> TrainConfig:
     """The training configuration that goes with a model preset.
 
-    `tiny` is chosen for two CPU cores and five minutes; `a5000` and larger keep the original system's 1 x 32 accumulation, OneCycle shape
-    (30 % up, start at a tenth, end at a thousandth), weight decay, patience and time limits.
+    `tiny` is chosen for two CPU cores and five minutes; `a5000` and larger keep the original system's 1 x 32
+    accumulation, OneCycle shape (30 % up, start at a tenth, end at a thousandth), weight decay, patience and time
+    limits.
 
     Raises:
         ValueError: unknown name.
@@ -272,7 +280,7 @@ def preset(name: str) -> TrainConfig:
             optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.02),
             checkpoint=CheckpointConfig(every_minutes=0.5),
             evaluation=EvaluationConfig(ablation_limit=400),
-            stop=StopConfig(metric="class_loss", patience=6, max_hours=0.075),
+            stop=StopConfig(metric="class_loss", patience=6, max_hours=0.05),
         )
     if name == "small":
         return TrainConfig(
@@ -288,7 +296,9 @@ def preset(name: str) -> TrainConfig:
             preset=name,
             epochs=200,
             data=DataConfig(batch_size=1, accumulation=32, block=0, workers=4),
-            optimizer=OptimizerConfig(name="adamw8bit", learning_rate=1e-3 if name == "a5000" else 2e-4, weight_decay=1e-5),
+            optimizer=OptimizerConfig(
+                name="adamw8bit", learning_rate=1e-3 if name == "a5000" else 2e-4, weight_decay=1e-5
+            ),
             schedule=ScheduleConfig(warmup_fraction=0.3),
             precision=PrecisionConfig(dtype="fp16"),
             checkpoint=CheckpointConfig(every_epochs=10, keep=5),
@@ -301,7 +311,9 @@ def smoke(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         epochs=min(config.epochs, 2),
-        data=dataclasses.replace(config.data, limit=min(config.data.limit or 32, 32), batch_size=min(config.data.batch_size, 8)),
+        data=dataclasses.replace(
+            config.data, limit=min(config.data.limit or 32, 32), batch_size=min(config.data.batch_size, 8)
+        ),
         evaluation=dataclasses.replace(config.evaluation, bootstrap=min(config.evaluation.bootstrap, 200)),
     )
 
@@ -349,7 +361,9 @@ FREE_ON_RESUME = ("checkpoint.", "monitor.", "stop.", "evaluation.")
 
 
 def changed_on_resume(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that differ between the run's configuration and the wanted one and would change its weights: key -> (saved, wanted)."""
+    """Keys that differ between the run's configuration and the wanted one and would change its weights: key -> (saved,
+    wanted).
+    """
     before, after = flatten(saved), flatten(wanted)
     return {
         key: (before.get(key), after.get(key))

@@ -1,4 +1,5 @@
-"""Running a model over a data set without gradients: predictions, the loss of training, modality weights, and each modality masked."""
+"""Running a model over a data set without gradients: predictions, the loss of training, modality weights, and each
+modality masked."""
 
 import contextlib
 import dataclasses
@@ -12,7 +13,8 @@ from torch import nn
 from astrobiogen.training import loading, metrics, precision, runtime
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
-LossFunction = Callable[[dict[str, Any], loading.Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# (outputs, batch[, factors of the terms]) -> (loss, terms); see `update.emphases` for the factors.
+LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Evaluation:
 
 
 def mask_modality(batch: loading.Batch, name: str) -> loading.Batch:
-    """`batch` as if modality `name` had not been observed: its masks false, its values zero, its language-model labels ignored."""
+    """`batch` as if modality `name` had not been observed: its masks false, its values zero, its language-model labels
+    ignored.
+    """
     masked = dict(batch)
     masked["modality_mask"] = batch["modality_mask"].clone()
     masked["modality_mask"][:, MODALITIES.index(name)] = False
@@ -75,7 +79,9 @@ def mask_modality(batch: loading.Batch, name: str) -> loading.Batch:
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards the mode and every random generator are as before, so that evaluating does not change training."""
+    """Evaluation mode; afterwards the mode and every random generator are as before, so that evaluating does not change
+    training.
+    """
     training, state = model.training, runtime.rng_state()
     model.eval()
     try:
@@ -97,7 +103,12 @@ class _Collected:
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(
-        self, indices: list[int], outputs: dict[str, Any], batch: loading.Batch, loss: torch.Tensor, parts: dict[str, torch.Tensor]
+        self,
+        indices: list[int],
+        outputs: dict[str, Any],
+        batch: loading.Batch,
+        loss: torch.Tensor,
+        parts: dict[str, torch.Tensor],
     ) -> None:
         size = len(indices)
         self.indices.extend(indices)
@@ -118,7 +129,9 @@ class _Collected:
         place = np.argsort(self.indices, kind="stable")
         metadata = [self.metadata[number] for number in place]
         return Evaluation(
-            predictions=predictions_of(torch.cat(self.probability).numpy()[place], torch.cat(self.label).numpy()[place], metadata),
+            predictions=predictions_of(
+                torch.cat(self.probability).numpy()[place], torch.cat(self.label).numpy()[place], metadata
+            ),
             fraction=torch.cat(self.fraction).numpy()[place],
             fraction_label=torch.cat(self.fraction_label).numpy()[place],
             loss=means.pop("loss"),
@@ -127,8 +140,11 @@ class _Collected:
         )
 
 
-def predictions_of(probability: metrics.Floats, label: metrics.Integers, metadata: list[dict[str, Any]]) -> metrics.Predictions:
-    """Predictions with the groups that the metadata name. Planets of one star system count as one group, as do models of one species."""
+def predictions_of(
+    probability: metrics.Floats, label: metrics.Integers, metadata: list[dict[str, Any]]
+) -> metrics.Predictions:
+    """Predictions with the groups that the metadata name. Planets of one star system count as one group, as do models
+    of one species."""
 
     def numbers(key: str, fallback: str) -> metrics.Integers:
         names = [str(item.get(key) or item.get(fallback)) for item in metadata]
@@ -136,7 +152,11 @@ def predictions_of(probability: metrics.Floats, label: metrics.Integers, metadat
 
     cells = tuple(str(item.get("cell", "")) for item in metadata)
     return metrics.Predictions(
-        np.asarray(probability, np.float64), np.asarray(label, np.int64), numbers("star_system", "planet"), numbers("species", "organism"), cells
+        np.asarray(probability, np.float64),
+        np.asarray(label, np.int64),
+        numbers("star_system", "planet"),
+        numbers("species", "organism"),
+        cells,
     )
 
 

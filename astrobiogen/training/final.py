@@ -41,7 +41,11 @@ def by_cell(predictions: metrics.Predictions, replicates: int, seed: int) -> dic
 
 def _hardened(predictions: metrics.Predictions, probability: metrics.Floats) -> metrics.Predictions:
     return metrics.Predictions(
-        np.asarray(probability, np.float64), predictions.label, predictions.planet, predictions.organism, predictions.cell
+        np.asarray(probability, np.float64),
+        predictions.label,
+        predictions.planet,
+        predictions.organism,
+        predictions.cell,
     )
 
 
@@ -73,13 +77,21 @@ def ablate(
     dtype: torch.dtype,
     seed: int,
 ) -> dict[str, Any]:
-    """Figures on `test` with each modality masked at evaluation, and the paired difference from `whole`, the predictions on the same
-    samples with nothing masked; the model is not retrained.
+    """Figures on `test` with each modality masked at evaluation, and the paired difference from `whole`, the
+    predictions on the same samples with nothing masked; the model is not retrained.
     """
     result: dict[str, Any] = {}
     for name in evaluation.MODALITIES:
         masked = evaluation.evaluate(
-            model, loss_function, test, collate, batch_size=config.batch_size, device=device, dtype=dtype, masked=name, order=order
+            model,
+            loss_function,
+            test,
+            collate,
+            batch_size=config.batch_size,
+            device=device,
+            dtype=dtype,
+            masked=name,
+            order=order,
         )
         if masked is None:
             continue

@@ -47,7 +47,8 @@ def load_batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Each batch of `order` with its sample numbers. Draws nothing from the global generators."""
     if workers:
-        # A generator of its own: DataLoader would otherwise draw its base seed from the global one and shift every later draw.
+        # A generator of its own: DataLoader would otherwise draw its base seed from the global one and shift every
+        # later draw.
         source: Iterable[Batch] = DataLoader(
             samples,  # type: ignore[arg-type]
             batch_sampler=order,

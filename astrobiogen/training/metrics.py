@@ -1,8 +1,9 @@
 """Figures of merit and their intervals.
 
-The samples are not independent: one planet occurs with many organisms and one organism on many planets. Intervals therefore come from the
-two-way cluster bootstrap (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007): planets and organisms are each drawn with
-replacement, and a sample counts (times its planet was drawn) x (times its organism was drawn). It is conservative, never too narrow on average.
+The samples are not independent: one planet occurs with many organisms and one organism on many planets. Intervals
+therefore come from the two-way cluster bootstrap (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007):
+planets and organisms are each drawn with replacement, and a sample counts (times its planet was drawn) x (times its
+organism was drawn). It is conservative, never too narrow on average.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ Integers = npt.NDArray[np.int64]
 FIGURES = ("accuracy", "balanced_accuracy", "auroc", "loss", "ece")
 _CONFIDENCE_TAIL = 2.5  # per cent on either side
 _LOG_FLOOR = 1e-12
+_BOOTSTRAP_FOR_TARGET = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A figure, its 95 % interval and how many bootstrap replicates gave one (AUROC has none where a class is absent)."""
+    """A figure, its 95 % interval and how many bootstrap replicates gave one (AUROC has none where a class is
+    absent)."""
 
     value: float
     low: float
@@ -58,7 +61,10 @@ class Interval:
 
     def as_dict(self) -> dict[str, float | int | None]:
         """JSON data; NaN becomes null."""
-        return {key: None if isinstance(item, float) and math.isnan(item) else item for key, item in dataclasses.asdict(self).items()}
+        return {
+            key: None if isinstance(item, float) and math.isnan(item) else item
+            for key, item in dataclasses.asdict(self).items()
+        }
 
 
 def cross_entropy(probability: Floats, label: Integers) -> Floats:
@@ -81,7 +87,9 @@ def _weighted_auroc(score: Floats, label: Integers, weights: Floats) -> Floats:
 
 
 def _weighted_ece(probability: Floats, label: Integers, weights: Floats, bins: int = 10) -> Floats:
-    """Expected calibration error of P(class 1), equal-width bins: sum over bins of |observed share - mean probability| x bin weight."""
+    """Expected calibration error of P(class 1), equal-width bins: sum over bins of |observed share - mean probability|
+    x bin weight.
+    """
     index = np.minimum((probability * bins).astype(np.int64), bins - 1)
     member = np.zeros((len(probability), bins))
     member[np.arange(len(probability)), index] = 1.0
@@ -117,7 +125,9 @@ def figures(predictions: Predictions, weights: Floats | None = None) -> dict[str
 
 
 def bootstrap_weights(planet: Integers, organism: Integers, replicates: int, seed: int) -> Floats:
-    """Sample weights [replicates, n] of the two-way cluster bootstrap; replicates in which no sample is left are drawn again."""
+    """Sample weights [replicates, n] of the two-way cluster bootstrap; replicates in which no sample is left are drawn
+    again.
+    """
     generator = np.random.default_rng(seed)
     planets, planet_index = np.unique(planet, return_inverse=True)
     organisms, organism_index = np.unique(organism, return_inverse=True)
@@ -151,7 +161,9 @@ def differences(ours: Predictions, other: Predictions, replicates: int, seed: in
     weights = bootstrap_weights(ours.planet, ours.organism, replicates, seed)
     value_a, value_b = figures(ours), figures(other)
     draw_a, draw_b = figures(ours, weights), figures(other, weights)
-    return {name: _interval(float(value_a[name][0] - value_b[name][0]), draw_a[name] - draw_b[name]) for name in FIGURES}
+    return {
+        name: _interval(float(value_a[name][0] - value_b[name][0]), draw_a[name] - draw_b[name]) for name in FIGURES
+    }
 
 
 def wilson_lower(correct: int, total: int) -> float:
@@ -161,3 +173,15 @@ def wilson_lower(correct: int, total: int) -> float:
     z, share = 1.959963984540054, correct / total
     centre = share + z * z / (2 * total)
     return (centre - z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))) / (1 + z * z / total)
+
+
+def accuracy_lower_bound(predictions: Predictions, seed: int) -> float:
+    """The lower of the Wilson bound (right for independent samples) and the clustered bootstrap's (right for grouped
+    ones), both 95 %.
+    """
+    count = len(predictions.label)
+    correct = int(((predictions.probability >= 0.5) == (predictions.label == 1)).sum())
+    low = wilson_lower(correct, count)
+    if low < 0.5:
+        return low
+    return min(low, with_intervals(predictions, _BOOTSTRAP_FOR_TARGET, seed)["accuracy"].low)

@@ -1,4 +1,5 @@
-"""What a run tells: log.jsonl (a record of each step and event), train.log, the console, and optional TensorBoard events."""
+"""What a run tells: log.jsonl (a record of each step and event), train.log, the console, and optional TensorBoard
+events."""
 
 import contextlib
 import importlib
@@ -35,7 +36,8 @@ def _finite(value: Any) -> Any:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Records of a log.jsonl in order, as if the run had never been interrupted.
 
-    A line torn by a kill is left out, and so are records that a resumed run made anew: those after the step it went on from, and
+    A line torn by a kill is left out, and so are records that a resumed run made anew: those after the step it went on
+        from, and
     the earlier one of two "step" or "epoch" records of the same step.
     """
     records: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -97,7 +99,9 @@ class Monitor:
         try:
             writer = importlib.import_module("tensorboardX").SummaryWriter(str(self._folder / "tensorboard"))
         except ImportError as error:
-            raise UserError("monitor.tensorboard: needs tensorboardX: pip install 'astrobiogen[tensorboard]'") from error
+            raise UserError(
+                "monitor.tensorboard: needs tensorboardX: pip install 'astrobiogen[tensorboard]'"
+            ) from error
         self._stack.callback(writer.close)
         return writer
 

@@ -12,7 +12,9 @@ _BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: matrices and kernels are decayed; biases, norm weights and other vectors are not."""
+    """Trainable parameters in two groups: matrices and kernels are decayed; biases, norm weights and other vectors are
+    not.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, object]] = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
@@ -30,7 +32,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = decay_groups(model, config.weight_decay)
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, **options)  # the horizontal (foreach/fused) form is PyTorch's choice per device
+        return torch.optim.AdamW(
+            groups, **options
+        )  # the horizontal (foreach/fused) form is PyTorch's choice per device
     try:
         library = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
@@ -43,9 +47,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters and buffers: `a <- decay * a + (1 - decay) * w` after each update.
+    """Exponential moving average of a model's parameters and buffers: `a <- decay * a + (1 - decay) * w` after each
+    update.
 
-    The decay is warmed up as min(decay, (1 + updates) / (10 + updates)), so that early averages are not the random start.
+    The decay is warmed up as min(decay, (1 + updates) / (10 + updates)), so that early averages are not the random
+    start.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

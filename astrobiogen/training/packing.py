@@ -10,7 +10,8 @@ _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "state") -> Any:
     """`value` as JSON data; tensors inside it are put into `tensors` under dotted names.
 
-    Dictionaries (with keys of any packable kind), lists, tuples, strings, numbers, booleans, None and tensors keep their exact type.
+    Dictionaries (with keys of any packable kind), lists, tuples, strings, numbers, booleans, None and tensors keep
+    their exact type.
 
     Raises:
         TypeError: any other type, with the place where it was found.
@@ -27,8 +28,14 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "state") -> A
     if isinstance(value, dict):
         if all(isinstance(key, str) and not key.startswith("__") for key in value):
             return {key: pack(item, tensors, f"{name}.{key}") for key, item in value.items()}
-        return {_ITEMS: [[pack(key, tensors, f"{name}.key"), pack(item, tensors, f"{name}.{key}")] for key, item in value.items()]}
-    raise TypeError(f"{name}: got {type(value).__name__}, expected a dictionary, list, tuple, string, number, None or tensor")
+        return {
+            _ITEMS: [
+                [pack(key, tensors, f"{name}.key"), pack(item, tensors, f"{name}.{key}")] for key, item in value.items()
+            ]
+        }
+    raise TypeError(
+        f"{name}: got {type(value).__name__}, expected a dictionary, list, tuple, string, number, None or tensor"
+    )
 
 
 def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -47,7 +54,8 @@ def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def unshare(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Split off tensors that are the very same memory (tied weights, shared tables), which safetensors refuses to store twice.
+    """Split off tensors that are the very same memory (tied weights, shared tables), which safetensors refuses to store
+    twice.
 
     Returns:
         the tensors to store, contiguous and on the CPU, and for each name left out the stored name that it equals.

@@ -1,4 +1,5 @@
-"""The memory plan: exact bytes of what the trainer keeps, measured bytes of what a forward pass saves for its backward pass."""
+"""The memory plan: exact bytes of what the trainer keeps, measured bytes of what a forward pass saves for its backward
+pass."""
 
 import dataclasses
 import resource
@@ -14,7 +15,8 @@ from astrobiogen import data
 from astrobiogen.training import assemble, loading, precision, runtime
 from astrobiogen.training.config import TrainConfig
 
-# bitsandbytes: two moments of one byte each and an fp32 scale per block of 256, from 4,096 elements on; smaller tensors stay fp32.
+# bitsandbytes: two moments of one byte each and an fp32 scale per block of 256, from 4,096 elements on; smaller tensors
+# stay fp32.
 _BLOCK, _SMALLEST = 256, 4096
 # Above this the plan does not run a forward pass on this machine.
 MEASURE_UP_TO = 200_000_000
@@ -55,7 +57,9 @@ def optimizer_bytes(model: nn.Module, name: str) -> int:
 
 
 def saved_bytes(model: nn.Module, run: Any) -> int:
-    """Bytes of the distinct storages that `run()`'s graph keeps for its backward pass, the model's own weights left out."""
+    """Bytes of the distinct storages that `run()`'s graph keeps for its backward pass, the model's own weights left
+    out.
+    """
     own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -92,7 +96,9 @@ def state_plan(model: nn.Module, config: TrainConfig) -> Plan:
 
 
 def measured_plan(assembly: assemble.Assembly, config: TrainConfig) -> Plan:
-    """`state_plan` with one real forward pass on the CPU, on the micro-batch with the largest graphs and longest texts."""
+    """`state_plan` with one real forward pass on the CPU, on the micro-batch with the largest graphs and longest
+    texts.
+    """
     task = assembly.task
     pairs = assembly.bundle.train.pairs
     store = assembly.bundle.train.store
@@ -111,7 +117,9 @@ def measured_plan(assembly: assemble.Assembly, config: TrainConfig) -> Plan:
         with precision.autocast(device, dtype):
             return task.loss_function(task.model(batch), batch)[0]
 
-    return dataclasses.replace(state_plan(task.model, config), batch=_tensor_bytes(batch), saved_for_backward=saved_bytes(task.model, run))
+    return dataclasses.replace(
+        state_plan(task.model, config), batch=_tensor_bytes(batch), saved_for_backward=saved_bytes(task.model, run)
+    )
 
 
 def show(config: TrainConfig) -> int:
@@ -145,8 +153,18 @@ def _print(plan: Plan, config: TrainConfig, bundle: data.DatasetBundle, measured
     console.print(table)
     if measured:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        console.print("Counted exactly: weights, gradients, optimizer. Measured in one CPU forward pass: batch, saved tensors.")
-        console.print(f"Not in the table: temporaries inside operations, Python and libraries (this process peaked at {peak:,.0f} MiB in all).")
+        console.print(
+            "Counted exactly: weights, gradients, optimizer. Measured in one CPU forward pass: batch, saved tensors."
+        )
+        console.print(
+            f"Not in the table: temporaries inside operations, Python and libraries "
+            f"(this process peaked at {peak:,.0f} MiB in all)."
+        )
     else:
-        console.print("Activations were not measured: the model is too large to run here. The states alone need what the table says.")
-    console.print(f"Micro-batches per epoch: {-(-len(bundle.train) // config.data.batch_size)}; epochs: {config.epochs}.")
+        console.print(
+            "Activations were not measured: the model is too large to run here. "
+            "The states alone need what the table says."
+        )
+    console.print(
+        f"Micro-batches per epoch: {-(-len(bundle.train) // config.data.batch_size)}; epochs: {config.epochs}."
+    )

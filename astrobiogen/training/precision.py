@@ -11,7 +11,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """The format of the forward pass and the reason for it. A format that was asked for is never replaced by another."""
+    """The format of the forward pass and the reason for it. A format that was asked for is never replaced by
+    another.
+    """
     if config.dtype != "auto":
         return _DTYPES[config.dtype], "as configured"
     if device.type == "cpu":
@@ -31,9 +33,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 class LossScaler:
     """Dynamic loss scale for fp16, with a floor.
 
-    PyTorch's own scaler halves without end: after 166 overflows in a row its scale is exactly 0, and the next good batch divides 0 by 0
-    into the weights. This one stops at `min_scale` and halves only after `hysteresis` overflows since the last halving or growth.
-    For fp32 and bf16 the scale is 1 and never moves.
+    PyTorch's own scaler halves without end: after 166 overflows in a row its scale is exactly 0, and the next good
+    batch divides 0 by 0 into the weights. This one stops at `min_scale` and halves only after `hysteresis` overflows
+    since the last halving or growth. For fp32 and bf16 the scale is 1 and never moves.
     """
 
     def __init__(self, config: PrecisionConfig, dtype: torch.dtype) -> None:

@@ -28,7 +28,8 @@ def _image(figure: Figure, caption: str) -> str:
     figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=110)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def _figure() -> tuple[Figure, Any]:
@@ -58,9 +59,27 @@ def _loss_curves(records: list[dict[str, Any]]) -> str:
     epochs = [record for record in records if record["event"] == "epoch"]
     steps = [record for record in records if record["event"] == "step" and isinstance(record["loss"], float)]
     figure, axis = _figure()
-    axis.plot([record["step"] for record in steps], [record["loss"] for record in steps], color=_GREY, linewidth=0.6, label="each update")
-    axis.plot([record["step"] for record in epochs], [record["train"].get("loss") for record in epochs], color=_BLUE, marker=".", label="training")
-    axis.plot([record["step"] for record in epochs], [record["validation"]["loss"] for record in epochs], color=_ORANGE, marker=".", label="validation")
+    axis.plot(
+        [record["step"] for record in steps],
+        [record["loss"] for record in steps],
+        color=_GREY,
+        linewidth=0.6,
+        label="each update",
+    )
+    axis.plot(
+        [record["step"] for record in epochs],
+        [record["train"].get("loss") for record in epochs],
+        color=_BLUE,
+        marker=".",
+        label="training",
+    )
+    axis.plot(
+        [record["step"] for record in epochs],
+        [record["validation"]["loss"] for record in epochs],
+        color=_ORANGE,
+        marker=".",
+        label="validation",
+    )
     best = [record for record in epochs if record["best"]]
     if best:
         axis.axvline(best[-1]["step"], color=_GREY, linestyle=":", label="best model")
@@ -75,7 +94,13 @@ def _class_curves(records: list[dict[str, Any]]) -> str:
     numbers = [record["epoch"] + 1 for record in epochs]
     for name, colour in (("accuracy", _BLUE), ("auroc", _ORANGE), ("class_loss", _GREY)):
         values = [record["validation"][name] for record in epochs]
-        axis.plot(numbers, [value if isinstance(value, float) else math.nan for value in values], marker=".", color=colour, label=name)
+        axis.plot(
+            numbers,
+            [value if isinstance(value, float) else math.nan for value in values],
+            marker=".",
+            color=colour,
+            label=name,
+        )
     axis.set(xlabel="epoch", ylabel="validation")
     axis.legend(frameon=False)
     return _image(figure, "Validation accuracy, AUROC and cross-entropy (nats).")
@@ -105,7 +130,9 @@ def _confusion(predictions: metrics.Predictions) -> str:
     for row in range(2):
         for column in range(2):
             dark = counts[row, column] > counts.max() / 2
-            axis.text(column, row, str(counts[row, column]), ha="center", va="center", color="white" if dark else "black")
+            axis.text(
+                column, row, str(counts[row, column]), ha="center", va="center", color="white" if dark else "black"
+            )
     axis.set(xticks=[0, 1], yticks=[0, 1], xlabel="predicted class", ylabel="true class")
     return _image(figure, "Confusion matrix on the test set, threshold one half.")
 
@@ -117,14 +144,28 @@ def _reliability(predictions: metrics.Predictions) -> str:
     for number in range(10):
         members = index == number
         if members.any():
-            axis.bar(edges[number], predictions.label[members].mean(), width=0.1, align="edge", color=_BLUE, alpha=0.55, edgecolor="white")
+            axis.bar(
+                edges[number],
+                predictions.label[members].mean(),
+                width=0.1,
+                align="edge",
+                color=_BLUE,
+                alpha=0.55,
+                edgecolor="white",
+            )
             axis.text(edges[number] + 0.05, 0.02, str(members.sum()), ha="center", fontsize=6)
     axis.plot([0, 1], [0, 1], color=_GREY, linestyle=":")
     axis.set(xlabel="predicted probability of class 1", ylabel="observed share", xlim=(0, 1), ylim=(0, 1))
     return _image(figure, "Reliability diagram on the test set; the number of samples is written in each bar.")
 
 
-def _bars(names: Sequence[str], values: Sequence[float], spread: Sequence[tuple[float, float]] | None, label: str, caption: str) -> str:
+def _bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    spread: Sequence[tuple[float, float]] | None,
+    label: str,
+    caption: str,
+) -> str:
     figure, axis = _figure()
     positions = np.arange(len(names))
     axis.barh(positions, values, color=_BLUE, alpha=0.7)
@@ -144,7 +185,14 @@ def figures_rows(result: dict[str, Any]) -> list[list[str]]:
     for cell, figures in result["model"].items():
         methods = {"model": figures} | {name: item["cells"][cell] for name, item in result.get("baselines", {}).items()}
         for name, item in methods.items():
-            rows.append([cell, name, str(item["samples"]), *(interval_text(item[key]) for key in ("accuracy", "auroc", "loss", "ece"))])
+            rows.append(
+                [
+                    cell,
+                    name,
+                    str(item["samples"]),
+                    *(interval_text(item[key]) for key in ("accuracy", "auroc", "loss", "ece")),
+                ]
+            )
     return rows
 
 
@@ -156,16 +204,25 @@ def _ablation(result: dict[str, Any]) -> str:
     if not ablation:
         return ""
     rows = [
-        [name, interval_text(item["masked_minus_whole"]["accuracy"]), interval_text(item["masked_minus_whole"]["auroc"]), interval_text(item["masked_minus_whole"]["loss"]), verdict(item)]
+        [
+            name,
+            interval_text(item["masked_minus_whole"]["accuracy"]),
+            interval_text(item["masked_minus_whole"]["auroc"]),
+            interval_text(item["masked_minus_whole"]["loss"]),
+            verdict(item),
+        ]
         for name, item in ablation.items()
     ]
     changes = [item["masked_minus_whole"]["loss"] for item in ablation.values()]
     plot = _bars(
         list(ablation),
         [change["value"] for change in changes],
-        [(change["low"], change["high"]) for change in changes] if all(change["low"] is not None for change in changes) else None,
+        [(change["low"], change["high"]) for change in changes]
+        if all(change["low"] is not None for change in changes)
+        else None,
         "cross-entropy, masked minus whole",
-        "What the trained model loses when a modality is masked at evaluation (right: it was of use). Lines: 95 % intervals.",
+        "What the trained model loses when a modality is masked at evaluation (right: it was of use). "
+        "Lines: 95 % intervals.",
     )
     head = ("masked modality", "change of accuracy", "change of AUROC", "change of cross-entropy", "reading")
     return f"<h2>Ablation</h2>{_table(head, rows)}{plot}"
@@ -193,19 +250,37 @@ def render(result: dict[str, Any], records: list[dict[str, Any]], predictions: d
     weights = result.get("modality_weights", {})
     run = result["run"]
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Run {html.escape(result['preset'])}</title><style>{_STYLE}</style>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Run {html.escape(result['preset'])}</title>",
+        f"<style>{_STYLE}</style>",
         f"<h1>Training run: {html.escape(result['preset'])}, seed {result['seed']}</h1>",
-        f"<p>{run['parameters']:,} parameters, {run['epochs']} epochs, {run['updates']} updates in {run['training_seconds']} s; "
-        f"best epoch {run['best_epoch']}; ended: {html.escape(run['stopped'])}. Data: {html.escape(str(result['data']))}.</p>",
-        f"<h2>Test figures</h2>{_table(TABLE_HEAD, figures_rows(result))}<p class=note>{html.escape(final.INTERVAL_METHOD)}. "
-        "The label is made by a climate model, flux-balance analysis and growth ranges; it is not observed habitability.</p>",
+        f"<p>{run['parameters']:,} parameters, {run['epochs']} epochs, {run['updates']} updates "
+        f"in {run['training_seconds']} s; "
+        f"best epoch {run['best_epoch']}; ended: {html.escape(run['stopped'])}. "
+        f"Data: {html.escape(str(result['data']))}.</p>",
+        f"<h2>Test figures</h2>{_table(TABLE_HEAD, figures_rows(result))}<p class=note>"
+        f"{html.escape(final.INTERVAL_METHOD)}. "
+        "The label is made by a climate model, flux-balance analysis and growth ranges; "
+        "it is not observed habitability.</p>",
         _roc(predictions),
         _confusion(model),
         _reliability(model),
         _ablation(result),
     ]
     if weights:
-        parts.append("<h2>Modality weights</h2>" + _bars(list(weights), list(weights.values()), None, "mean fusion weight", "Mean weight of each modality in the fusion, test set."))
-    parts.append(f"<h2>Training</h2>{_loss_curves(records)}{_class_curves(records)}" if any(r["event"] == "epoch" for r in records) else "")
+        parts.append(
+            "<h2>Modality weights</h2>"
+            + _bars(
+                list(weights),
+                list(weights.values()),
+                None,
+                "mean fusion weight",
+                "Mean weight of each modality in the fusion, test set.",
+            )
+        )
+    parts.append(
+        f"<h2>Training</h2>{_loss_curves(records)}{_class_curves(records)}"
+        if any(r["event"] == "epoch" for r in records)
+        else ""
+    )
     parts.append(f"<p class=note>Plots: matplotlib {matplotlib.__version__}.</p></html>")
     return "\n".join(parts)

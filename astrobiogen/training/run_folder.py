@@ -17,7 +17,17 @@ import astrobiogen
 from astrobiogen.training.errors import UserError
 
 CONFIG, ENVIRONMENT, METRICS, REPORT = "config.yaml", "environment.json", "metrics.json", "report.html"
-_LIBRARIES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "safetensors", "torch-geometric", "jsonargparse", "bitsandbytes")
+_LIBRARIES = (
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "safetensors",
+    "torch-geometric",
+    "jsonargparse",
+    "bitsandbytes",
+)
 
 
 def create(output: str, preset: str) -> Path:
@@ -34,7 +44,8 @@ def create(output: str, preset: str) -> Path:
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
-                f"--output: {folder} exists and is not an empty folder; name another one, or go on with the run in it by --resume {folder}"
+                f"--output: {folder} exists and is not an empty folder; name another one, "
+                f"or go on with the run in it by --resume {folder}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
@@ -92,8 +103,12 @@ def git_commit() -> str:
     if not (source / ".git").exists():
         return ""
     try:
-        head = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        dirty = subprocess.run(["git", "-C", str(source), "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=30)
+        head = subprocess.run(
+            ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+        dirty = subprocess.run(
+            ["git", "-C", str(source), "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
@@ -111,7 +126,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def environment(runtime: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch
 from astrobiogen.training.config import RuntimeConfig
 from astrobiogen.training.errors import UserError
 
-# glibc's malloc.h. Without these settings each block above 128 KiB (later up to 32 MiB, as the limit adapts) is mapped and unmapped with
-# the kernel, and page faults dominate memory-bound steps.
+# glibc's malloc.h. Without these settings each block above 128 KiB (later up to 32 MiB, as the limit adapts) is mapped
+# and unmapped with the kernel, and page faults dominate memory-bound steps.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
@@ -28,11 +28,19 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every generator, as tensors, numbers, strings and tuples of these only (no pickle needed to store it)."""
+    """State of every generator, as tensors, numbers, strings and tuples of these only (no pickle needed to store
+    it).
+    """
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (
+            name,
+            torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -51,7 +59,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def keep_freed_pages() -> bool:
-    """Tell glibc to keep freed memory in the process instead of returning it to the kernel at once; False where there is no glibc.
+    """Tell glibc to keep freed memory in the process instead of returning it to the kernel at once; False where there
+    is no glibc.
 
     The price: the resident size does not shrink below its peak until the process ends.
     """
@@ -95,7 +104,8 @@ def prepare(config: RuntimeConfig, seed: int) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Interrupt:
-    """Turns SIGINT and SIGTERM into a flag that the loop polls; a second signal of either kind ends the process at once.
+    """Turns SIGINT and SIGTERM into a flag that the loop polls; a second signal of either kind ends the process at
+    once.
 
     Use as a context manager.
     """

@@ -19,7 +19,7 @@ from astrobiogen.training import assemble, baselines, evaluation, final, metrics
 from astrobiogen.training.config import TrainConfig, to_dict
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.monitor import Monitor, read_log
-from astrobiogen.training.trainer import Trainer, describe_run
+from astrobiogen.training.trainer import Trainer
 
 _LOG = logging.getLogger("astrobiogen")
 _PLAIN_WIDTH = 150
@@ -38,8 +38,20 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
         run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
     facts = run_folder.environment(done | {"device": str(device), "dtype": str(dtype)})
     run_folder.write_json(folder / _environment_name(folder), facts)
-    with Monitor(folder, config.monitor) as monitor, runtime.Interrupt() as interrupt, astrobiogen.use_kernels(config.runtime.kernels):
-        _LOG.info("run folder %s; %s; %s (%s); seed %d; %d threads", folder, device, dtype, reason, config.seed, done["threads"])
+    with (
+        Monitor(folder, config.monitor) as monitor,
+        runtime.Interrupt() as interrupt,
+        astrobiogen.use_kernels(config.runtime.kernels),
+    ):
+        _LOG.info(
+            "run folder %s; %s; %s (%s); seed %d; %d threads",
+            folder,
+            device,
+            dtype,
+            reason,
+            config.seed,
+            done["threads"],
+        )
         assembly = assemble.assemble(config, assemble.load_bundle(config))
         _LOG.info("data: %s", assembly.task.fingerprint)
         trainer = Trainer(assembly.task, config, folder, monitor, interrupt, device=device, dtype=dtype)
@@ -47,16 +59,32 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
             trainer.resume()
         monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
         if not trainer.fit():
-            _LOG.warning("stopped by %s at step %d; go on with: --resume %s", interrupt.received, trainer.progress.step, folder)
+            _LOG.warning(
+                "stopped by %s at step %d; go on with: --resume %s", interrupt.received, trainer.progress.step, folder
+            )
             return 0
         best = trainer.load_best()
         _LOG.info("examining the best model, %s", best)
         result, predictions = examine(assembly, trainer.model, config, device, dtype)
-        result |= {"run": describe_run(trainer), "environment": run_folder.ENVIRONMENT}
+        result |= {"run": _describe(trainer), "environment": run_folder.ENVIRONMENT}
         publish(folder, result, predictions)
         monitor.record("final", step=trainer.progress.step, test=result["model"][final.ALL_CELLS])
     show(result, folder)
     return 0
+
+
+def _describe(trainer: Trainer) -> dict[str, Any]:
+    """Facts about a finished run for metrics.json."""
+    progress = trainer.progress
+    return {
+        "stopped": progress.stopped,
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch + 1,
+        "updates": trainer.updater.updates,
+        "skipped_updates": trainer.updater.skipped,
+        "training_seconds": round(progress.seconds, 1),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+    }
 
 
 def _environment_name(folder: Path) -> str:
@@ -71,7 +99,9 @@ def _environment_name(folder: Path) -> str:
 
 def _baseline_probabilities(bundle: data.DatasetBundle, seed: int) -> dict[str, metrics.Floats]:
     """P(class 1) of every baseline on `bundle.test`, in its order."""
-    train, validation, test = (assemble.baseline_inputs(samples) for samples in (bundle.train, bundle.validation, bundle.test))
+    train, validation, test = (
+        assemble.baseline_inputs(samples) for samples in (bundle.train, bundle.validation, bundle.test)
+    )
     return baselines.predict(train, validation, test, seed)
 
 
@@ -89,7 +119,14 @@ def examine(
     task, settings, seed = assembly.task, config.evaluation, config.seed
     order = assemble.evaluation_order(test, config)
     whole = evaluation.evaluate(
-        model, task.loss_function, test, task.collate, batch_size=settings.batch_size, device=device, dtype=dtype, order=order
+        model,
+        task.loss_function,
+        test,
+        task.collate,
+        batch_size=settings.batch_size,
+        device=device,
+        dtype=dtype,
+        order=order,
     )
     if whole is None:
         raise UserError("the examination was stopped", exit_code=1)
@@ -135,7 +172,16 @@ def _ablation(
     order = assemble.evaluation_order(part, config)
     task = assembly.task
     return final.ablate(
-        model, task.loss_function, part, task.collate, order, whole.predictions.select(keep), config.evaluation, device, dtype, config.seed
+        model,
+        task.loss_function,
+        part,
+        task.collate,
+        order,
+        whole.predictions.select(keep),
+        config.evaluation,
+        device,
+        dtype,
+        config.seed,
     )
 
 
@@ -152,7 +198,9 @@ def show(result: dict[str, Any], folder: Path | None) -> None:
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=_PLAIN_WIDTH)
-    table = rich.table.Table(*report.TABLE_HEAD, title=f"Test set ({result['preset']}, seed {result['seed']})", box=rich.box.ASCII)
+    table = rich.table.Table(
+        *report.TABLE_HEAD, title=f"Test set ({result['preset']}, seed {result['seed']})", box=rich.box.ASCII
+    )
     for row in report.figures_rows(result):
         table.add_row(*row)
     console.print(table)

@@ -5,12 +5,10 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from astrobiogen.training import evaluation, loading, metrics, packing, runtime
 from astrobiogen.training.checkpoint import CheckpointStore, Content, Observer
@@ -18,60 +16,11 @@ from astrobiogen.training.config import TrainConfig, to_dict
 from astrobiogen.training.errors import CheckpointError
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.optimizer import build_optimizer
-from astrobiogen.training.update import Updater, UpdateResult
+from astrobiogen.training.state import Progress, Task
+from astrobiogen.training.update import Updater, UpdateResult, emphases
 
 _LOG = logging.getLogger("astrobiogen")
-_BOOTSTRAP_FOR_TARGET = 500
 _TIME_LIMIT = "time limit"
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is trained on what.
-
-    Attributes:
-        model: `model(batch) -> outputs` with "logits" [B, 2] and "regression" [B].
-        loss_function: `(outputs, batch) -> (mean over the batch's samples, its terms)`.
-        fingerprint: names the data; a run is only resumed on the same.
-        validation_order: batches of the validation set; default: consecutive ones.
-    """
-
-    model: nn.Module
-    loss_function: evaluation.LossFunction
-    train: loading.Samples
-    validation: loading.Samples
-    sampler: loading.Sampler
-    collate: loading.Collate
-    fingerprint: str
-    validation_order: Sequence[list[int]] | None = None
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; all of it is in every checkpoint.
-
-    Attributes:
-        epoch, batch: the current epoch and how many of its micro-batches are done.
-        step: micro-batches done in all.
-        validating: the epoch's training is done, its validation is not.
-        seconds: training time over all parts of the run.
-        best, best_epoch: best validation figure (by `stop.metric`) and its epoch.
-        bad_epochs: epochs since then.
-        stopped: why training ended; empty while it goes on.
-        epoch_samples, epoch_sums: for the mean training loss of the current epoch.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    validating: bool = False
-    seconds: float = 0.0
-    best: float | None = None
-    best_epoch: int = -1
-    bad_epochs: int = 0
-    stopped: str = ""
-    epoch_samples: int = 0
-    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
@@ -110,11 +59,18 @@ class Trainer:
         updates = math.ceil(self._batches / config.data.accumulation)
         self.model = task.model.to(device)
         self.updater = Updater(
-            self.model, task.loss_function, build_optimizer(self.model, config.optimizer), config, updates * config.epochs, device, dtype
+            self.model,
+            task.loss_function,
+            build_optimizer(self.model, config.optimizer),
+            config,
+            updates * config.epochs,
+            device,
+            dtype,
         )
         self._saved_at = time.monotonic()
 
-    # ---- saving and resuming ------------------------------------------------------------------------------------------------------
+    # ---- saving and resuming
+    # ------------------------------------------------------------------------------------------------------
 
     def _content(self) -> Content:
         tensors: dict[str, torch.Tensor] = {}
@@ -130,7 +86,9 @@ class Trainer:
         if self.updater.average is not None:
             files["average"] = self.updater.average.averages
         if self.updater.window.batches:
-            files["gradients"] = {name: value.grad for name, value in self.model.named_parameters() if value.grad is not None}
+            files["gradients"] = {
+                name: value.grad for name, value in self.model.named_parameters() if value.grad is not None
+            }
         return Content(files, {"training": document})
 
     def save(self, why: str) -> bool:
@@ -161,7 +119,9 @@ class Trainer:
         path, content = found
         state = packing.unpack(content.documents["training"], content.tensors["training"])
         if state["fingerprint"] != self.task.fingerprint:
-            raise CheckpointError(f"{path} was made with other data ({state['fingerprint']}) than the present ({self.task.fingerprint})")
+            raise CheckpointError(
+                f"{path} was made with other data ({state['fingerprint']}) than the present ({self.task.fingerprint})"
+            )
         self._load_weights(path, content.tensors["model"])
         self.updater.load_state_dict(state["updater"])
         if self.updater.average is not None:
@@ -173,7 +133,13 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         runtime.set_rng_state(state["rng"])
         self._monitor.record("resumed", step=self.progress.step, checkpoint=path.name)
-        _LOG.info("resumed from %s: epoch %d, batch %d of %d", path, self.progress.epoch + 1, self.progress.batch, self._batches)
+        _LOG.info(
+            "resumed from %s: epoch %d, batch %d of %d",
+            path,
+            self.progress.epoch + 1,
+            self.progress.batch,
+            self._batches,
+        )
         return True
 
     def _load_weights(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -195,10 +161,13 @@ class Trainer:
         self._load_weights(found[0], found[1].tensors["model"])
         return found[0]
 
-    # ---- the loop -----------------------------------------------------------------------------------------------------------------
+    # ---- the loop
+    # -----------------------------------------------------------------------------------------------------------------
 
     def fit(self) -> bool:
-        """Train until an end is reached; False if a signal stopped it (a checkpoint has then been saved, if the disk allowed it)."""
+        """Train until an end is reached; False if a signal stopped it (a checkpoint has then been saved, if the disk
+        allowed it).
+        """
         self._monitor.begin_progress(self._batches * self.config.epochs, self.progress.step)
         try:
             return self._fit()
@@ -213,7 +182,9 @@ class Trainer:
             if not self._validate():
                 return False
             every = self.config.checkpoint.every_epochs
-            if not progress.stopped.startswith(_TIME_LIMIT) and (progress.stopped or (every and progress.epoch % every == 0)):
+            if not progress.stopped.startswith(_TIME_LIMIT) and (
+                progress.stopped or (every and progress.epoch % every == 0)
+            ):
                 self.save(progress.stopped or "epoch")
         _LOG.info("training ended: %s", progress.stopped)
         return True
@@ -222,10 +193,13 @@ class Trainer:
         """The rest of the current epoch; False if interrupted."""
         progress, config = self.progress, self.config
         self.model.train()
-        order = list(self.task.sampler.batches(progress.epoch, start=progress.batch))
-        for indices, batch in loading.load_batches(self.task.train, self.task.collate, order, self._device, config.data.workers):
+        whole = list(self.task.sampler.batches(progress.epoch))
+        order = whole[progress.batch :]
+        for indices, batch in loading.load_batches(
+            self.task.train, self.task.collate, order, self._device, config.data.workers
+        ):
             started = time.monotonic()
-            self.updater.add(indices, batch)
+            self.updater.add(indices, batch, self._emphasis(whole))
             progress.batch += 1
             progress.step += 1
             full = progress.batch % config.data.accumulation == 0 or progress.batch == self._batches
@@ -237,12 +211,27 @@ class Trainer:
             if progress.seconds > config.stop.max_hours * 3600:
                 # Saved before the end is written down, so that the run can be resumed from here with a higher limit.
                 self.save("time limit")
-                progress.stopped = f"{_TIME_LIMIT} (stop.max_hours {config.stop.max_hours:g}) in epoch {progress.epoch + 1} of {config.epochs}"
+                limit = f"{_TIME_LIMIT} (stop.max_hours {config.stop.max_hours:g})"
+                progress.stopped = f"{limit} in epoch {progress.epoch + 1} of {config.epochs}"
                 break
-            if config.checkpoint.every_minutes and time.monotonic() - self._saved_at > config.checkpoint.every_minutes * 60:
+            if (
+                config.checkpoint.every_minutes
+                and time.monotonic() - self._saved_at > config.checkpoint.every_minutes * 60
+            ):
                 self.save("time")
         progress.validating = True
         return True
+
+    def _emphasis(self, order: list[list[int]]) -> dict[str, float] | None:
+        """Factors of the loss's terms for the coming micro-batch, so that its window equals the full batch."""
+        size, counts = self.config.data.accumulation, self.task.counts
+        if counts is None or size == 1:
+            return None
+        first = self.progress.batch // size * size
+        window = order[first : first + size]
+        return emphases([counts(indices) for indices in window], [len(indices) for indices in window])[
+            self.progress.batch - first
+        ]
 
     def _interrupted(self) -> bool:
         if not self._interrupt.received:
@@ -273,7 +262,9 @@ class Trainer:
         text = f"epoch {progress.epoch + 1}/{self.config.epochs}  loss {result.means['loss']:.4f}"
         self._monitor.advance(progress.step, text)
         if result.skipped:
-            _LOG.warning("update skipped: gradient norm %s; samples %s", result.norm, updater.bad_windows[-1]["batches"])
+            _LOG.warning(
+                "update skipped: gradient norm %s; samples %s", result.norm, updater.bad_windows[-1]["batches"]
+            )
         if not self._monitor.rich and updater.updates % self.config.monitor.log_every == 0:
             _LOG.info("%s  step %d  lr %.2e  norm %.2f", text, progress.step, result.rate, result.norm)
 
@@ -292,7 +283,9 @@ class Trainer:
             self.model.load_state_dict(raw)
 
     def _validate(self) -> bool:
-        """Validate, keep the best, advance to the next epoch; False if interrupted (it is then repeated on resuming)."""
+        """Validate, keep the best, advance to the next epoch; False if interrupted (it is then repeated on
+        resuming).
+        """
         started = time.monotonic()
         with self._averaged():
             result = evaluation.evaluate(
@@ -329,7 +322,9 @@ class Trainer:
     def _save_best(self, result: evaluation.Evaluation) -> None:
         document = {"epoch": self.progress.epoch, "validation": result.summary(), "config": to_dict(self.config)}
         try:
-            self.best_store.save(self.progress.step, Content({"model": dict(self.model.state_dict())}, {"best": document}))
+            self.best_store.save(
+                self.progress.step, Content({"model": dict(self.model.state_dict())}, {"best": document})
+            )
         except OSError as error:
             _LOG.error("best model NOT saved (%s); the one before it is untouched", error)
             self._monitor.record("save_failed", step=self.progress.step, error=str(error))
@@ -339,11 +334,23 @@ class Trainer:
         train = {name: value / max(progress.epoch_samples, 1) for name, value in progress.epoch_sums.items()}
         summary = result.summary()
         self._monitor.record(
-            "epoch", step=progress.step, epoch=progress.epoch, train=train, validation=summary, best=better, seconds=round(seconds, 3)
+            "epoch",
+            step=progress.step,
+            epoch=progress.epoch,
+            train=train,
+            validation=summary,
+            best=better,
+            seconds=round(seconds, 3),
         )
         _LOG.info(
             "epoch %d/%d  train loss %.4f  validation: loss %.4f  cross-entropy %.4f  accuracy %.3f  AUROC %.3f%s",
-            *(progress.epoch + 1, self.config.epochs, train.get("loss", math.nan), summary["loss"], summary["class_loss"]),
+            *(
+                progress.epoch + 1,
+                self.config.epochs,
+                train.get("loss", math.nan),
+                summary["loss"],
+                summary["class_loss"],
+            ),
             *(summary["accuracy"], summary["auroc"], "  (best)" if better else ""),
         )
         progress.validating, progress.batch, progress.epoch_samples, progress.epoch_sums = False, 0, 0, {}
@@ -354,29 +361,8 @@ class Trainer:
             progress.stopped = "all epochs done"
         elif stop.patience and progress.bad_epochs >= stop.patience:
             progress.stopped = f"early: no better {stop.metric} for {stop.patience} epochs"
-        elif stop.target_accuracy < 1 and accuracy_lower_bound(result.predictions, self.config.seed) >= stop.target_accuracy:
+        elif (
+            stop.target_accuracy < 1
+            and metrics.accuracy_lower_bound(result.predictions, self.config.seed) >= stop.target_accuracy
+        ):
             progress.stopped = f"target: validation accuracy is at least {stop.target_accuracy:g} with 95 % confidence"
-
-
-def accuracy_lower_bound(predictions: metrics.Predictions, seed: int) -> float:
-    """The lower of the Wilson bound (right for independent samples) and the clustered bootstrap's (right for grouped ones), both 95 %."""
-    count = len(predictions.label)
-    correct = int(((predictions.probability >= 0.5) == (predictions.label == 1)).sum())
-    low = metrics.wilson_lower(correct, count)
-    if low < 0.5:
-        return low
-    return min(low, metrics.with_intervals(predictions, _BOOTSTRAP_FOR_TARGET, seed)["accuracy"].low)
-
-
-def describe_run(trainer: Trainer) -> dict[str, Any]:
-    """Facts about a finished run for metrics.json."""
-    progress = trainer.progress
-    return {
-        "stopped": progress.stopped,
-        "epochs": progress.epoch,
-        "best_epoch": progress.best_epoch + 1,
-        "updates": trainer.updater.updates,
-        "skipped_updates": trainer.updater.skipped,
-        "training_seconds": round(progress.seconds, 1),
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-    }

@@ -36,7 +36,8 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateResult:
-    """What one update did: means over the window's samples, the gradient norm before clipping, the rate, and whether it was skipped."""
+    """What one update did: means over the window's samples, the gradient norm before clipping, the rate, and whether it
+    was skipped."""
 
     means: dict[str, float]
     samples: int
@@ -45,12 +46,28 @@ class UpdateResult:
     skipped: bool
 
 
+def emphases(counts: list[dict[str, float]], sizes: list[int]) -> list[dict[str, float]]:
+    """Factors e[b][k] that make a window's loss the one of its full batch, for terms that are not means over samples.
+
+    Term k is a mean over count[b][k] things (tokens, samples that have a graph) in micro-batch b, and `Updater` weighs
+    micro-batches by their n_b samples: sum_b n_b / N * e[b][k] * mean_b = sum_b count[b][k] * mean_b / sum_b
+    count[b][k] for e[b][k] = (count[b][k] / n_b) / (sum count[k] / N).
+    """
+    samples = sum(sizes)
+    totals = {name: sum(count[name] for count in counts) for name in counts[0]}
+    return [
+        {name: count[name] / size / (totals[name] / samples) if totals[name] else 1.0 for name in count}
+        for count, size in zip(counts, sizes, strict=True)
+    ]
+
+
 class Updater:
     """Turns micro-batches into updates.
 
-    The gradient of a window with micro-batches b of n_b samples and mean losses L_b is that of `sum_b n_b L_b / sum_b n_b`, which is the
-    mean over all samples of the window, whatever the sizes; also for a short last window. Micro-batch gradients are summed in fp32 with the
-    weight n_b / nominal (nominal = batch_size x accumulation) and rescaled once by nominal / sum_b n_b, which is exactly 1 for a full window.
+    The gradient of a window with micro-batches b of n_b samples and mean losses L_b is that of `sum_b n_b L_b / sum_b
+    n_b`, which is the mean over all samples of the window, whatever the sizes; also for a short last window.
+    Micro-batch gradients are summed in fp32 with the weight n_b / nominal (nominal = batch_size x accumulation) and
+    rescaled once by nominal / sum_b n_b, which is exactly 1 for a full window.
     """
 
     def __init__(
@@ -79,11 +96,17 @@ class Updater:
         self._dtype = dtype
         self._nominal = config.data.batch_size * config.data.accumulation
 
-    def add(self, indices: list[int], batch: loading.Batch) -> None:
-        """Forward and backward of one micro-batch; its weighted gradient is added to the window's."""
+    def add(self, indices: list[int], batch: loading.Batch, emphasis: dict[str, float] | None = None) -> None:
+        """Forward and backward of one micro-batch; its weighted gradient is added to the window's.
+
+        Args:
+            emphasis: factors of the loss's terms, see `emphases`.
+        """
         with precision.autocast(self._device, self._dtype):
             outputs = self.model(batch)
-            loss, parts = self._loss_function(outputs, batch)
+            loss, parts = (
+                self._loss_function(outputs, batch, emphasis) if emphasis else self._loss_function(outputs, batch)
+            )
         size = len(indices)
         (loss.float() * (size / self._nominal * self.scaler.scale)).backward()
         window = self.window
@@ -91,7 +114,9 @@ class Updater:
         window.samples += size
         window.ids.append(indices)
         names = ["loss", *parts]
-        values = torch.stack([value.detach().double().reshape(()) for value in (loss, *parts.values())]).tolist()  # one wait for the GPU
+        values = torch.stack(
+            [value.detach().double().reshape(()) for value in (loss, *parts.values())]
+        ).tolist()  # one wait for the GPU
         for name, value in zip(names, values, strict=True):
             window.sums[name] = window.sums.get(name, 0.0) + value * size
 
@@ -102,7 +127,9 @@ class Updater:
             NumericalError: more than `precision.skip_budget` updates in a row were not finite.
         """
         window, config = self.window, self._config
-        rate = schedule.apply(config.schedule, self.optimizer, config.optimizer.learning_rate, self.updates, self.total_updates)
+        rate = schedule.apply(
+            config.schedule, self.optimizer, config.optimizer.learning_rate, self.updates, self.total_updates
+        )
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         factor = self._nominal / window.samples / self.scaler.scale
         if factor != 1.0:
@@ -132,15 +159,21 @@ class Updater:
     def _skip(self, means: dict[str, float], norm: float) -> None:
         self.skipped += 1
         self.skipped_in_row += 1
-        bad = {"batches": self.window.ids, "gradient_norm": str(norm), "means": {name: str(value) for name, value in means.items()}}
+        bad = {
+            "batches": self.window.ids,
+            "gradient_norm": str(norm),
+            "means": {name: str(value) for name, value in means.items()},
+        }
         self.bad_windows = [*self.bad_windows, bad][-_REPORTED:]
 
     def _report(self) -> str:
         last = self.bad_windows[-1]
         wrong = [name for name, value in last["means"].items() if not math.isfinite(float(value))]
         return (
-            f"{self.skipped_in_row} updates in a row had NaN or Inf gradients (precision.skip_budget {self._config.precision.skip_budget}); "
-            f"terms not finite in the last: {', '.join(wrong) or 'none, only their gradients'}; samples of the last: {last['batches']}; "
+            f"{self.skipped_in_row} updates in a row had NaN or Inf gradients "
+            f"(precision.skip_budget {self._config.precision.skip_budget}); "
+            f"terms not finite in the last: {', '.join(wrong) or 'none, only their gradients'}; "
+            f"samples of the last: {last['batches']}; "
             "the last checkpoint holds the weights from before"
         )
 

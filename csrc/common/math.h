@@ -90,6 +90,31 @@ ASTRO_INLINE void store8(c10::Half* p, f32x8 v) {
   store8_bits(p, half | sign);
 }
 
+// Stores past the cache, as `stream` of simd.h: `p` 16-byte aligned (`can_stream`), `stream_fence` at the end; fp16 is stored as usual.
+ASTRO_INLINE void stream8(float* p, f32x8 v) {
+#if defined(__SSE2__)
+  __m128 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  for (int k = 0; k < 2; ++k) _mm_stream_ps(p + 4 * k, half[k]);
+#else
+  store8(p, v);
+#endif
+}
+
+ASTRO_INLINE void stream8(c10::BFloat16* p, f32x8 v) {
+#if defined(__SSE2__)
+  c10::BFloat16 rounded[8];
+  store8(rounded, v);
+  __m128i bits;
+  std::memcpy(&bits, rounded, sizeof(bits));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
+#else
+  store8(p, v);
+#endif
+}
+
+ASTRO_INLINE void stream8(c10::Half* p, f32x8 v) { store8(p, v); }
+
 // The first `count` lanes (0 < count < 8); the others are 0. Never touches memory past p + count.
 template <typename T>
 ASTRO_INLINE f32x8 load8_partial(const T* p, int64_t count) {

@@ -1,4 +1,4 @@
-"""Fixtures: synthetic inputs for the model tests: random values on the real axes, or on smaller ones where that is enough."""
+"""Fixtures: synthetic inputs for the model tests."""
 
 import dataclasses
 import types
@@ -37,14 +37,16 @@ def build_spec(grid: tuple[int, int, int, int, int] = SMALL_CUBE, vocabulary: in
 
 
 def build_graph(metabolites: int, reactions: int, generator: torch.Generator, per_reaction: int = 4) -> Data:
-    """A random metabolite-reaction graph with every attribute of the batch; half of a reaction's edges are substrates."""
+    """A random metabolite-reaction graph with every attribute; half of a reaction's edges are substrates."""
     nodes = metabolites + reactions
     edge_index, stoichiometry = torch.zeros(2, 0, dtype=torch.long), torch.zeros(0)
     if metabolites and reactions:
         reaction = torch.arange(reactions).repeat_interleave(per_reaction) + metabolites
         metabolite = torch.randint(metabolites, reaction.shape, generator=generator)
         substrate = torch.arange(reaction.shape[0]) % per_reaction < per_reaction // 2
-        edge_index = torch.stack([torch.where(substrate, metabolite, reaction), torch.where(substrate, reaction, metabolite)])
+        edge_index = torch.stack(
+            [torch.where(substrate, metabolite, reaction), torch.where(substrate, reaction, metabolite)]
+        )
         amount = torch.randint(1, 4, reaction.shape, generator=generator).float()
         stoichiometry = torch.where(substrate, -amount, amount)
     edges = edge_index.shape[1]
@@ -168,5 +170,3 @@ def saved_bytes() -> Callable[[Callable[[], torch.Tensor]], int]:
 def spec() -> Any:
     """Small axes."""
     return build_spec()
-
-

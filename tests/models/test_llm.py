@@ -12,8 +12,8 @@ from astrobiogen.models._common import trainable_parameters
 from astrobiogen.models.llm_config import DOMAINS
 
 SMALL = LLMConfig(
-    hidden_size=136, num_attention_heads=2, num_kv_heads=1, num_layers=2, vocab_size=50, intermediate_size=64, max_length=16,
-    modality_dims={"climate": 6, "graph": 4},
+    hidden_size=136, num_attention_heads=2, num_kv_heads=1, num_layers=2, vocab_size=50, intermediate_size=64,
+    max_length=16, modality_dims={"climate": 6, "graph": 4},
 )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_checkpointing_is_bitwise_equal_and_saves_fewer_bytes(saved_bytes: Calla
         results.append((held, loss, [p.grad for p in model.parameters()]))
     (plain_bytes, plain_loss, plain_grads), (few_bytes, few_loss, few_grads) = results
     assert torch.equal(plain_loss, few_loss)
-    assert all(a is None and b is None or torch.equal(a, b) for a, b in zip(plain_grads, few_grads))
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(plain_grads, few_grads))
     assert few_bytes <= 0.5 * plain_bytes
 
 
@@ -182,9 +182,10 @@ def test_checkpointing_is_bitwise_equal_and_saves_fewer_bytes(saved_bytes: Calla
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, "must have 2 axes"),
         ({"input_ids": torch.zeros(2, 17, dtype=torch.long)}, "axis 'sequence' has size 17"),
         ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 5)}, "axis 'sequence'"),
-        ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "modality_features": {"climate": torch.zeros(2, 5)}}, "axis 'feature'"),
-        ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "modality_features": {"sound": torch.zeros(2, 5)}}, "sound"),
-        ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "domain": "cooking"}, "cooking"),
+        ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "modality_features": {"climate": torch.zeros(2, 5)}},
+        "axis 'feature'"), ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "modality_features": {"sound":
+        torch.zeros(2, 5)}}, "sound"), ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "domain": "cooking"},
+        "cooking"),
     ],
 )  # fmt: skip
 def test_wrong_input_names_the_axis(arguments: dict, message: str) -> None:

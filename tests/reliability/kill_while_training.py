@@ -2,9 +2,10 @@
 
     python tests/reliability/kill_while_training.py --kills 200
 
-One parent forks a child that trains (or resumes) a small model, saving after every window; the parent kills it after a random time, or the
-child kills itself at a random stage of a save. After each kill the newest whole checkpoint is looked for; in the end the run is finished
-without a kill and its weights are compared, bit by bit, with those of a run that was never killed. Prints a table; exit code 1 on any loss.
+One parent forks a child that trains (or resumes) a small model, saving after every window; the parent kills it after a
+random time, or the child kills itself at a random stage of a save. After each kill the newest whole checkpoint is
+looked for; in the end the run is finished without a kill and its weights are compared, bit by bit, with those of a run
+that was never killed. Prints a table; exit code 1 on any loss.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.trainer import Trainer
 
 _spec = importlib.util.spec_from_file_location("toy", Path(__file__).parents[1] / "training" / "conftest.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 toy = importlib.util.module_from_spec(_spec)
 sys.modules["toy"] = toy
 _spec.loader.exec_module(toy)
@@ -115,7 +117,7 @@ def main() -> int:
             try:
                 step = newest_step(folder)
             except CheckpointError as error:
-                print(f"kill {number}: {error}")
+                sys.stderr.write(f"kill {number}: {error}\n")
                 lost += 1
                 continue
             lost += step < steps[-1]
@@ -131,7 +133,7 @@ def main() -> int:
         "last_step": steps[-1],
         "equal_to_never_killed": equal,
     }
-    print(json.dumps(result))
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0 if equal and not lost else 1
 
 

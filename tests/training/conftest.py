@@ -19,7 +19,8 @@ from astrobiogen.training.config import (
     TrainConfig,
 )
 from astrobiogen.training.monitor import Monitor
-from astrobiogen.training.trainer import Task, Trainer
+from astrobiogen.training.state import Task
+from astrobiogen.training.trainer import Trainer
 
 FEATURES = 6
 

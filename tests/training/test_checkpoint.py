@@ -49,7 +49,8 @@ def test_round_trip(store: CheckpointStore) -> None:
     runtime.set_rng_state(state["rng"])
     first = (random.random(), torch.rand(3))
     runtime.set_rng_state(state["rng"])
-    assert first[0] == random.random() and torch.equal(first[1], torch.rand(3))
+    assert first[0] == random.random()
+    assert torch.equal(first[1], torch.rand(3))
     assert (store.root / "latest").read_text().strip() == "step-00000002"
 
 
@@ -150,4 +151,6 @@ def test_pack_refuses_what_json_cannot_hold() -> None:
     tree = {"x": (1, 2.5, None), 3: [True, "s"], "t": torch.arange(3)}
     tensors: dict[str, torch.Tensor] = {}
     back = packing.unpack(json.loads(json.dumps(packing.pack(tree, tensors))), tensors)
-    assert back["x"] == (1, 2.5, None) and back[3] == [True, "s"] and torch.equal(back["t"], torch.arange(3))
+    assert back["x"] == (1, 2.5, None)
+    assert back[3] == [True, "s"]
+    assert torch.equal(back["t"], torch.arange(3))

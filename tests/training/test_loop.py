@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 
 def evaluated(model: torch.nn.Module, count: int = 40, batch_size: int = 7, masked: str = "") -> evaluation.Evaluation:
-    result = evaluation.evaluate(model, toy_loss, ToySamples(count, 9), collate, batch_size=batch_size, device=CPU, masked=masked)
+    result = evaluation.evaluate(
+        model, toy_loss, ToySamples(count, 9), collate, batch_size=batch_size, device=CPU, masked=masked
+    )
     assert result is not None
     return result
 
@@ -36,7 +38,8 @@ def test_it_learns_and_the_best_is_kept(make_run: MakeRun, tmp_path: Path) -> No
     again = evaluation.evaluate(
         run.trainer.model, toy_loss, run.trainer.task.validation, collate, batch_size=16, device=CPU
     )
-    assert again is not None and again.loss == min(losses)
+    assert again is not None
+    assert again.loss == min(losses)
     assert evaluated(run.trainer.model).figure("accuracy") > 0.75
 
 
@@ -46,7 +49,8 @@ def test_validation_is_the_training_loss_and_batch_size_does_not_matter() -> Non
     batch = collate([ToySamples(40, 9)[index] for index in range(40)])
     state = runtime.rng_state()
     results = [evaluated(model, batch_size=size) for size in (40, 7, 1)]
-    assert torch.equal(state["torch"], torch.get_rng_state()) and model.training
+    assert torch.equal(state["torch"], torch.get_rng_state())
+    assert model.training
     model.eval()
     loss, parts = toy_loss(model(batch), batch)
     for result in results:
@@ -57,36 +61,48 @@ def test_validation_is_the_training_loss_and_batch_size_does_not_matter() -> Non
 def test_masking_hides_a_modality() -> None:
     torch.manual_seed(0)
     model = ToyModel(dropout=0.0)
-    whole, hidden, other = evaluated(model), evaluated(model, masked="planet_params"), evaluated(model, masked="climate")
+    whole, hidden, other = (
+        evaluated(model),
+        evaluated(model, masked="planet_params"),
+        evaluated(model, masked="climate"),
+    )
     assert len(set(hidden.predictions.probability.tolist())) == 1  # nothing left to tell samples apart
     assert (whole.predictions.probability == other.predictions.probability).all()
     batch = collate([ToySamples(4, 9)[index] for index in range(4)])
     masked = evaluation.mask_modality(batch, "text")
-    assert not masked["attention_mask"].any() and (masked["labels"] == -100).all() and batch["attention_mask"].all()
+    assert not masked["attention_mask"].any()
+    assert (masked["labels"] == -100).all()
+    assert batch["attention_mask"].all()
     assert masked["modality_mask"].tolist() == [[True, True, True, False, True]] * 4
-    assert FEATURES == batch["planet_params"].shape[1]
+    assert batch["planet_params"].shape[1] == FEATURES
 
 
 def test_early_stopping_and_target(make_run: MakeRun) -> None:
     frozen = OptimizerConfig(learning_rate=1e-12)
     run = make_run(toy_config(epochs=50, optimizer=frozen, stop=StopConfig(patience=3, metric="accuracy")), "early")
     assert run.trainer.fit()
-    assert run.trainer.progress.stopped == "early: no better accuracy for 3 epochs" and run.trainer.progress.epoch == 4
-    config = toy_config(epochs=80, optimizer=OptimizerConfig(learning_rate=0.05), stop=StopConfig(patience=0, target_accuracy=0.55))
+    assert run.trainer.progress.stopped == "early: no better accuracy for 3 epochs"
+    assert run.trainer.progress.epoch == 4
+    config = toy_config(
+        epochs=80, optimizer=OptimizerConfig(learning_rate=0.05), stop=StopConfig(patience=0, target_accuracy=0.55)
+    )
     task = toy_task(config, train_samples=64)
     run = make_run(config, "target", task=dataclasses.replace(task, validation=ToySamples(60, 2)))
     assert run.trainer.fit()
-    assert run.trainer.progress.stopped.startswith("target") and run.trainer.progress.epoch < 80
+    assert run.trainer.progress.stopped.startswith("target")
+    assert run.trainer.progress.epoch < 80
 
 
 def test_time_limit_ends_inside_an_epoch_and_can_be_raised(make_run: MakeRun) -> None:
     config = toy_config(stop=StopConfig(max_hours=1e-9))
     run = make_run(config)
     assert run.trainer.fit()
-    assert run.trainer.progress.stopped.startswith("time limit") and run.trainer.progress.step == 1
+    assert run.trainer.progress.stopped.startswith("time limit")
+    assert run.trainer.progress.step == 1
     run.monitor.__exit__()
     longer = make_run(toy_config())
-    assert longer.trainer.resume() and longer.trainer.fit()
+    assert longer.trainer.resume()
+    assert longer.trainer.fit()
     whole = make_run(toy_config(), "whole")
     whole.trainer.fit()
     expected = whole.trainer.model.state_dict()
@@ -104,7 +120,8 @@ def test_full_disk_is_reported_and_training_goes_on(make_run: MakeRun, tmp_path:
     run = make_run(toy_config(epochs=4), observer=observer)
     assert run.trainer.fit()
     failures = [record for record in read_log(tmp_path / "run" / "log.jsonl") if record["event"] == "save_failed"]
-    assert failures and "No space left" in failures[0]["error"]
+    assert failures
+    assert "No space left" in failures[0]["error"]
     run.monitor.__exit__()
     assert make_run(toy_config(epochs=4)).trainer.resume()
 
@@ -131,7 +148,8 @@ def test_averaged_weights_are_validated_but_raw_ones_train(make_run: MakeRun) ->
     run = make_run(toy_config(epochs=2, optimizer=OptimizerConfig(learning_rate=0.05, ema_decay=0.5)))
     run.trainer.fit()
     average = run.trainer.updater.average
-    assert average is not None and average.updates == run.trainer.updater.updates
+    assert average is not None
+    assert average.updates == run.trainer.updater.updates
     raw = run.trainer.model.state_dict()["first.weight"].clone()
     assert not torch.equal(raw, average.averages["first.weight"])
     run.trainer.load_best()

@@ -12,7 +12,9 @@ from astrobiogen.training import baselines, final, metrics
 def predictions(count: int = 200, seed: int = 0, planets: int = 8, organisms: int = 10) -> metrics.Predictions:
     generator = np.random.default_rng(seed)
     label = generator.integers(0, 2, count)
-    probability = np.round(np.clip(0.5 + 0.3 * (label - 0.5) + 0.25 * generator.standard_normal(count), 0.01, 0.99), 2)  # with ties
+    probability = np.round(
+        np.clip(0.5 + 0.3 * (label - 0.5) + 0.25 * generator.standard_normal(count), 0.01, 0.99), 2
+    )  # with ties
     planet, organism = generator.integers(0, planets, count), generator.integers(0, organisms, count)
     return metrics.Predictions(probability, label, planet, organism, tuple(f"c{number % 2}" for number in range(count)))
 
@@ -33,21 +35,28 @@ def test_weights_mean_repetition() -> None:
     for row in range(3):
         repeated = np.repeat(np.arange(40), weights[row])
         other = metrics.Predictions(
-            item.probability[repeated], item.label[repeated], item.planet[repeated], item.organism[repeated], ("",) * len(repeated)
+            item.probability[repeated],
+            item.label[repeated],
+            item.planet[repeated],
+            item.organism[repeated],
+            ("",) * len(repeated),
         )
         for name, value in metrics.figures(other).items():
             assert metrics.figures(item, weights.astype(float))[name][row] == pytest.approx(value[0]), name
 
 
 def test_calibration_error_by_hand() -> None:
-    item = metrics.Predictions(np.array([0.05, 0.05, 0.95, 0.95]), np.array([0, 1, 1, 1]), np.arange(4), np.arange(4), ("",) * 4)
+    item = metrics.Predictions(
+        np.array([0.05, 0.05, 0.95, 0.95]), np.array([0, 1, 1, 1]), np.arange(4), np.arange(4), ("",) * 4
+    )
     assert metrics.figures(item)["ece"][0] == pytest.approx((abs(0.5 - 0.05) * 2 + abs(1 - 0.95) * 2) / 4)
 
 
 def test_one_class_has_no_auroc_and_says_so() -> None:
     item = metrics.Predictions(np.full(6, 0.3), np.zeros(6, int), np.arange(6), np.arange(6), ("",) * 6)
     result = metrics.with_intervals(item, 50, 0)
-    assert math.isnan(result["auroc"].value) and result["auroc"].replicates == 0
+    assert math.isnan(result["auroc"].value)
+    assert result["auroc"].replicates == 0
     assert result["auroc"].as_dict() == {"value": None, "low": None, "high": None, "replicates": 0}
     assert result["accuracy"].value == 1.0
 
@@ -74,7 +83,9 @@ def test_paired_difference_of_equals_is_zero() -> None:
 
 def test_wilson_lower() -> None:
     assert metrics.wilson_lower(0, 0) == 0.0
-    assert metrics.wilson_lower(96, 100) == pytest.approx(0.9016, abs=1e-3)  # Wilson 1927, as in statsmodels' proportion_confint
+    assert metrics.wilson_lower(96, 100) == pytest.approx(
+        0.9016, abs=1e-3
+    )  # Wilson 1927, as in statsmodels' proportion_confint
 
 
 def features(count: int, seed: int, planets: int) -> baselines.Features:
@@ -108,4 +119,6 @@ def test_baselines_learn_and_compare() -> None:
     assert final.beats_majority(comparison)
     same = comparison["logistic regression, planet parameters"]["model_minus_baseline"]["accuracy"]
     assert same["low"] == same["high"] == 0.0
-    assert not final.beats_majority(final.compare(metrics.Predictions(1 - item.probability, *list(vars(item).values())[1:]), made, 100, 0))
+    assert not final.beats_majority(
+        final.compare(metrics.Predictions(1 - item.probability, *list(vars(item).values())[1:]), made, 100, 0)
+    )

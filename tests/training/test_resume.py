@@ -50,7 +50,8 @@ def stop_after(run: Run, batches: int) -> None:
 
 
 # An epoch is 6 training batches (windows of 4 and 2) and 1 validation batch of 12 samples.
-# 1, 2: first window; 4: just after an update; 6: end of training; 7: in validation; 9: second epoch, mid-window; 14: in the second validation.
+# 1, 2: first window; 4: just after an update; 6: end of training; 7: in validation; 9: second epoch, mid-window; 14: in
+# the second validation.
 @pytest.mark.parametrize("stop", [1, 2, 4, 6, 7, 9, 14, 17])
 def test_resume_is_bitwise(make_run: Callable[..., Run], tmp_path: Path, stop: int) -> None:
     check_resume(make_run, tmp_path, toy_config(), torch.float32, [stop])

@@ -25,7 +25,9 @@ def updater(batch_size: int, accumulation: int, dtype: torch.dtype = torch.float
 
 
 def run_window(made: Updater, sizes: list[int]) -> tuple[dict[str, torch.Tensor], float]:
-    """The gradients that the optimizer sees (weights would not do: Adam turns rounding of a zero gradient into a whole step)."""
+    """The gradients that the optimizer sees (weights would not do: Adam turns rounding of a zero gradient into a whole
+    step).
+    """
     start = 0
     seen: dict[str, torch.Tensor] = {}
     step = made.optimizer.step
@@ -92,10 +94,13 @@ def test_nan_updates_are_skipped_then_the_run_stops_with_the_batches() -> None:
     for _ in range(3):
         poison(made)
         assert made.finish().skipped
-    assert made.updates == 0 and made.skipped == 3
+    assert made.updates == 0
+    assert made.skipped == 3
     assert all(torch.equal(before[name], value) for name, value in made.model.named_parameters())
     poison(made, good=True)
-    assert not made.finish().skipped and made.updates == 1 and made.skipped_in_row == 0
+    assert not made.finish().skipped
+    assert made.updates == 1
+    assert made.skipped_in_row == 0
     for _ in range(3):
         poison(made)
         made.finish()
@@ -110,7 +115,8 @@ def test_scale_has_a_floor_and_hysteresis() -> None:
     for _ in range(200):
         scaler.update(overflow=True)
         scales.append(scaler.scale)
-    assert scales[:4] == [8.0, 4.0, 4.0, 2.0] and min(scales) == 1.0
+    assert scales[:4] == [8.0, 4.0, 4.0, 2.0]
+    assert min(scales) == 1.0
     for _ in range(3):
         scaler.update(overflow=False)
     assert scaler.scale == 2.0
@@ -121,9 +127,8 @@ def test_scale_has_a_floor_and_hysteresis() -> None:
 
 def test_clipping() -> None:
     gradients, norm = run_window(updater(8, 1, optimizer=OptimizerConfig(clip_norm=1e-3)), [8])
-    assert norm > 1e-2 and float(torch.nn.utils.get_total_norm(list(gradients.values()))) == pytest.approx(
-        1e-3, rel=1e-3
-    )
+    assert norm > 1e-2
+    assert float(torch.nn.utils.get_total_norm(list(gradients.values()))) == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("cycle", [False, True])
@@ -156,7 +161,9 @@ def test_other_schedules() -> None:
     assert schedule.learning_rate(ScheduleConfig(name="constant"), 0.1, 7, 10) == 0.1
     config = ScheduleConfig(name="cosine", warmup_fraction=0.2)
     rates = [schedule.learning_rate(config, 1.0, update, 100) for update in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[-1] == pytest.approx(1e-3)
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == 1.0
+    assert rates[-1] == pytest.approx(1e-3)
     assert rates[10] - rates[9] == pytest.approx(rates[5] - rates[4])
     assert schedule.learning_rate(ScheduleConfig(), 1.0, 5, 1) > 0  # longer than planned, after skipped updates
 
@@ -164,8 +171,10 @@ def test_other_schedules() -> None:
 def test_decay_groups() -> None:
     model = ToyModel()
     decayed, plain = decay_groups(model, 0.1)
-    assert {value.ndim for value in decayed["params"]} == {2} and decayed["weight_decay"] == 0.1  # type: ignore[attr-defined]
-    assert {value.ndim for value in plain["params"]} == {1} and plain["weight_decay"] == 0.0  # type: ignore[attr-defined]
+    assert {value.ndim for value in decayed["params"]} == {2}
+    assert decayed["weight_decay"] == 0.1
+    assert {value.ndim for value in plain["params"]} == {1}
+    assert plain["weight_decay"] == 0.0
 
 
 def test_missing_bitsandbytes_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +182,7 @@ def test_missing_bitsandbytes_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr("importlib.import_module", absent)
-    with pytest.raises(UserError, match="bitsandbytes >= 0.50"):
+    with pytest.raises(UserError, match=r"bitsandbytes >= 0\.50"):
         build_optimizer(ToyModel(), OptimizerConfig(name="adamw8bit"))
 
 

@@ -236,11 +236,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if grad_out is None and grad_lse is None:
         return (None,) * 12
-    sinks = ctx.saved_tensors[-1]
-    grad_q, grad_k, grad_v, grad_sinks = torch.ops.astrobiogen.attention_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, *ctx.options
-    )
-    return grad_q, grad_k, grad_v, None, None, None, None if sinks is None else grad_sinks, *((None,) * 5)
+    saved = ctx.saved_tensors  # read once: checkpointing frees them at the first access
+    grad_q, grad_k, grad_v, grad_sinks = torch.ops.astrobiogen.attention_backward(grad_out, grad_lse, *saved, *ctx.options)
+    return grad_q, grad_k, grad_v, None, None, None, None if saved[-1] is None else grad_sinks, *((None,) * 5)
 
 
 _OPTIONS = "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, Tensor? sinks, bool causal, float scale, int window, float softcap, bool interleaved"

@@ -44,7 +44,9 @@ def angles(make: TensorMaker, *shape: int) -> dict[str, torch.Tensor]:
     return {"cos": angle.cos().to(dtype), "sin": angle.sin().to(dtype)}
 
 
-def _plain(batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int, rotary: int = 0, **options: Any):
+def plain(batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int, rotary: int = 0, **options: Any):
+    """Builder of a case: tensors, rotary tables of `rotary` pairs if any, and `options` as they are."""
+
     def build(make: TensorMaker) -> dict[str, Any]:
         arguments = tensors(make, batch, queries, keys, heads, kv_heads, dim)
         if rotary:
@@ -108,30 +110,30 @@ def _expanded(make: TensorMaker) -> dict[str, Any]:
 _GRADS = ("q", "k", "v")
 
 CASES = (
-    Case("gradcheck", _plain(1, 3, 3, 2, 1, 6, rotary=2), _GRADS, gradcheck=True),
+    Case("gradcheck", plain(1, 3, 3, 2, 1, 6, rotary=2), _GRADS, gradcheck=True),
     Case("everything", _everything, (*_GRADS, "sinks"), gradcheck=True),
-    Case("one_token", _plain(1, 1, 1, 1, 1, 1), _GRADS, gradcheck=True),
-    Case("no_batch", _plain(0, 4, 4, 2, 1, 8), _GRADS),
-    Case("no_query", _plain(2, 0, 4, 2, 1, 8), _GRADS),
-    Case("no_key", _plain(1, 4, 0, 2, 1, 8, return_lse=True), _GRADS),
-    Case("flagship", _plain(1, 35, 35, 2, 1, 68, rotary=34), _GRADS),
-    Case("odd_dim", _plain(1, 3, 17, 2, 1, 67, rotary=33, return_lse=True), _GRADS),
-    Case("interleaved", _plain(1, 17, 17, 1, 1, 40, rotary=20, interleaved=True), _GRADS),
-    Case("partial_tail", _plain(1, 5, 5, 2, 1, 24, rotary=9), _GRADS),
-    Case("full", _plain(1, 17, 35, 1, 1, 16, causal=False), _GRADS),
-    Case("rows_without_keys", _plain(1, 21, 4, 1, 1, 8, return_lse=True), _GRADS),
-    Case("window", _plain(1, 40, 40, 1, 1, 8, window=7), _GRADS),
-    Case("window_one", _plain(1, 18, 20, 1, 1, 8, window=1, causal=False), _GRADS),
-    Case("softcap", _plain(1, 18, 18, 2, 1, 16, softcap=1.5, scale=1.0, return_lse=True), _GRADS),
+    Case("one_token", plain(1, 1, 1, 1, 1, 1), _GRADS, gradcheck=True),
+    Case("no_batch", plain(0, 4, 4, 2, 1, 8), _GRADS),
+    Case("no_query", plain(2, 0, 4, 2, 1, 8), _GRADS),
+    Case("no_key", plain(1, 4, 0, 2, 1, 8, return_lse=True), _GRADS),
+    Case("flagship", plain(1, 35, 35, 2, 1, 68, rotary=34), _GRADS),
+    Case("odd_dim", plain(1, 3, 17, 2, 1, 67, rotary=33, return_lse=True), _GRADS),
+    Case("interleaved", plain(1, 17, 17, 1, 1, 40, rotary=20, interleaved=True), _GRADS),
+    Case("partial_tail", plain(1, 5, 5, 2, 1, 24, rotary=9), _GRADS),
+    Case("full", plain(1, 17, 35, 1, 1, 16, causal=False), _GRADS),
+    Case("rows_without_keys", plain(1, 21, 4, 1, 1, 8, return_lse=True), _GRADS),
+    Case("window", plain(1, 40, 40, 1, 1, 8, window=7), _GRADS),
+    Case("window_one", plain(1, 18, 20, 1, 1, 8, window=1, causal=False), _GRADS),
+    Case("softcap", plain(1, 18, 18, 2, 1, 16, softcap=1.5, scale=1.0, return_lse=True), _GRADS),
     Case("rotary_per_batch", _rotary_per_batch, _GRADS),
     Case("packed", _packed, _GRADS),
     Case("packed_window", _packed_window, _GRADS),
     Case("sinks", _sinks, (*_GRADS, "sinks")),
-    Case("decode", _plain(1, 1, 50, 4, 2, 68, rotary=34), _GRADS),
+    Case("decode", plain(1, 1, 50, 4, 2, 68, rotary=34), _GRADS),
     Case("decode_sinks", _decode_sinks, (*_GRADS, "sinks")),
     Case("heads_first", _heads_first, _GRADS),
     Case("fused_projection", _fused_projection, _GRADS),
     Case("expanded", _expanded, _GRADS),
-    Case("group_64", _plain(1, 5, 6, 64, 1, 8), _GRADS),
-    Case("several_tiles", _plain(1, 130, 130, 4, 1, 68, rotary=34), _GRADS, interpret=False),
+    Case("group_64", plain(1, 5, 6, 64, 1, 8), _GRADS),
+    Case("several_tiles", plain(1, 130, 130, 4, 1, 68, rotary=34), _GRADS, interpret=False),
 )

@@ -15,6 +15,7 @@ from astrobiogen.kernels.attention.triton_device import (
     query_range,
     store_columns,
     tile_bounds,
+    tile_rows,
     turn,
 )
 
@@ -27,12 +28,13 @@ def delta_kernel(
 ):  # fmt: skip
     """delta [B, Hq, Sq] = <dO, O> - dlse. Grid (B Hq, blocks)."""
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, local = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
+    rows = first + local
     row_mask = rows < queries
     g_base = grad + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
     o_base = out + batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
-    a = load_columns(g_base, rows, row_mask, g_token, 0, COLUMNS, DIM, 0, False).to(tl.float32)
-    b = load_columns(o_base, rows, row_mask, o_token, 0, COLUMNS, DIM, 0, False).to(tl.float32)
+    a = load_columns(g_base, first, local, row_mask, g_token, 0, COLUMNS, DIM, 0, False).to(tl.float32)
+    b = load_columns(o_base, first, local, row_mask, o_token, 0, COLUMNS, DIM, 0, False).to(tl.float32)
     value = tl.sum(a * b, 1)
     index = tl.program_id(0).to(tl.int64) * queries + rows
     if GRAD_LSE:
@@ -71,11 +73,12 @@ def query_tiles(
     MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq += dS K over the keys begin .. end - 1."""
+    local = tl.arange(0, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
+        n = first + local
         exists = n < keys
-        k_rows = k_base + n.to(tl.int64)[:, None] * k_token
-        v_rows = v_base + n.to(tl.int64)[:, None] * v_token
+        k_rows = tile_rows(k_base, first, local, k_token)
+        v_rows = tile_rows(v_base, first, local, v_token)
         k = load_part(k_rows, exists, 0, MAIN, K_WIDTH)
         v = load_part(v_rows, exists, 0, MAIN, V_WIDTH)
         raw = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32), PRECISION)
@@ -114,10 +117,11 @@ def grad_query_kernel(
     """dQ, turned back. q and k are rotated already, in internal column order. Grid (B Hq, query blocks), longest first."""
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.num_programs(1) - 1 - tl.program_id(1)
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, local = block * BLOCK_M, tl.arange(0, BLOCK_M)
+    m = first + local
     row_mask = m < queries
-    q_rows = q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head + m.to(tl.int64)[:, None] * q_token
-    g_rows = grad + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head + m.to(tl.int64)[:, None] * g_token
+    q_rows = tile_rows(q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head, first, local, q_token)
+    g_rows = tile_rows(grad + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head, first, local, g_token)
     k_base = k + batch.to(tl.int64) * k_batch + (head // group).to(tl.int64) * k_head
     v_base = v + batch.to(tl.int64) * v_batch + (head // group).to(tl.int64) * v_head
     q_main = load_part(q_rows, row_mask, 0, MAIN, Q_WIDTH)
@@ -131,7 +135,6 @@ def grad_query_kernel(
     log_sum, mean = load_rows_constants(lse, delta, tl.program_id(0).to(tl.int64) * queries + m, row_mask)
     offset = keys - queries
     low, high = key_range(tl.minimum(m, queries - 1), offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
-    first = block * BLOCK_M
     last = tl.minimum(first + BLOCK_M, queries) - 1
     low_first, high_first = key_range(first, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
     low_last, high_last = key_range(last, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
@@ -153,13 +156,13 @@ def grad_query_kernel(
     to = grad_q + (batch.to(tl.int64) * queries * heads + head) * DIM
     dq = dq * out_scale
     if ROTARY > 0:
-        dq = turn(dq, cos + angles, sin + angles, angle_first + m, row_mask, 0, ROTARY, -1.0)
-    store_columns(to, dq, m, row_mask, heads * DIM, 0, MAIN, DIM, ROTARY, INTERLEAVED)
+        dq = turn(dq, cos + angles, sin + angles, angle_first + first, local, row_mask, 0, ROTARY, -1.0)
+    store_columns(to, dq, first, local, row_mask, heads * DIM, 0, MAIN, DIM, ROTARY, INTERLEAVED)
     if TAIL > 0:
         dq_tail = dq_tail * out_scale
         if 2 * ROTARY > MAIN:
-            dq_tail = turn(dq_tail, cos + angles, sin + angles, angle_first + m, row_mask, MAIN, ROTARY, -1.0)
-        store_columns(to, dq_tail, m, row_mask, heads * DIM, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
+            dq_tail = turn(dq_tail, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, -1.0)
+        store_columns(to, dq_tail, first, local, row_mask, heads * DIM, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
 
 
 @triton.jit
@@ -170,11 +173,12 @@ def key_tiles(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dv += P^T dO and dk += dS^T Q over the queries begin .. end - 1 of one head. Rows behind the last query have lse = +Inf, so P = 0."""
+    local = tl.arange(0, BLOCK_M)
     for first in range(begin, end, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
+        m = first + local
         row_mask = m < queries
-        q_rows = q_base + m.to(tl.int64)[:, None] * q_token
-        g_rows = g_base + m.to(tl.int64)[:, None] * g_token
+        q_rows = tile_rows(q_base, first, local, q_token)
+        g_rows = tile_rows(g_base, first, local, g_token)
         q = load_part(q_rows, row_mask, 0, MAIN, Q_WIDTH)
         g = load_part(g_rows, row_mask, 0, MAIN, G_WIDTH)
         log_sum, mean = load_rows_constants(lse, delta, m, row_mask)
@@ -209,10 +213,11 @@ def grad_key_kernel(
     """dK, turned back, and dV. Grid (B Hkv, key blocks): the first block, which most queries see, starts first."""
     batch, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     start = tl.program_id(1) * BLOCK_N
-    n = start + tl.arange(0, BLOCK_N)
+    local = tl.arange(0, BLOCK_N)
+    n = start + local
     exists = n < keys
-    k_rows = k + batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head + n.to(tl.int64)[:, None] * k_token
-    v_rows = v + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head + n.to(tl.int64)[:, None] * v_token
+    k_rows = tile_rows(k + batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head, start, local, k_token)
+    v_rows = tile_rows(v + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head, start, local, v_token)
     k_main, v_main = load_part(k_rows, exists, 0, MAIN, K_WIDTH), load_part(v_rows, exists, 0, MAIN, V_WIDTH)
     k_tail, v_tail = k_main, v_main
     if TAIL > 0:
@@ -257,12 +262,12 @@ def grad_key_kernel(
     angles = batch.to(tl.int64) * angle_batch
     dk = dk * out_scale
     if ROTARY > 0:
-        dk = turn(dk, cos + angles, sin + angles, angle_first + n, exists, 0, ROTARY, -1.0)
-    store_columns(grad_k + to, dk, n, exists, kv_heads * DIM, 0, MAIN, DIM, ROTARY, INTERLEAVED)
-    store_columns(grad_v + to, dv, n, exists, kv_heads * DIM, 0, MAIN, DIM, 0, False)
+        dk = turn(dk, cos + angles, sin + angles, angle_first + start, local, exists, 0, ROTARY, -1.0)
+    store_columns(grad_k + to, dk, start, local, exists, kv_heads * DIM, 0, MAIN, DIM, ROTARY, INTERLEAVED)
+    store_columns(grad_v + to, dv, start, local, exists, kv_heads * DIM, 0, MAIN, DIM, 0, False)
     if TAIL > 0:
         dk_tail = dk_tail * out_scale
         if 2 * ROTARY > MAIN:
-            dk_tail = turn(dk_tail, cos + angles, sin + angles, angle_first + n, exists, MAIN, ROTARY, -1.0)
-        store_columns(grad_k + to, dk_tail, n, exists, kv_heads * DIM, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
-        store_columns(grad_v + to, dv_tail, n, exists, kv_heads * DIM, MAIN, TAIL, DIM, 0, False)
+            dk_tail = turn(dk_tail, cos + angles, sin + angles, angle_first + start, local, exists, MAIN, ROTARY, -1.0)
+        store_columns(grad_k + to, dk_tail, start, local, exists, kv_heads * DIM, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
+        store_columns(grad_v + to, dv_tail, start, local, exists, kv_heads * DIM, MAIN, TAIL, DIM, 0, False)

@@ -11,6 +11,7 @@ from astrobiogen.kernels.attention.triton_device import (
     log2_scores,
     product,
     store_columns,
+    tile_rows,
     tile_bounds,
     turn,
 )
@@ -25,20 +26,21 @@ def pack_kernel(
     """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, rotary pairs adjacent, zero behind DIM. Grid: (B heads, blocks)."""
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row_mask = rows < tokens
+    first = tl.program_id(1) * BLOCK
+    local = tl.arange(0, BLOCK)
+    row_mask = first + local < tokens
     base = x + batch.to(tl.int64) * x_batch + head.to(tl.int64) * x_head
     angles = batch.to(tl.int64) * angle_batch
     WIDTH: tl.constexpr = MAIN + TAIL
-    to = out + tl.program_id(0).to(tl.int64) * tokens * WIDTH + rows.to(tl.int64)[:, None] * WIDTH
-    part = load_columns(base, rows, row_mask, x_token, 0, MAIN, DIM, ROTARY, INTERLEAVED)
+    to = tile_rows(out + tl.program_id(0).to(tl.int64) * tokens * WIDTH, first, local, WIDTH)
+    part = load_columns(base, first, local, row_mask, x_token, 0, MAIN, DIM, ROTARY, INTERLEAVED)
     if ROTARY > 0:
-        part = turn(part, cos + angles, sin + angles, angle_first + rows, row_mask, 0, ROTARY, 1.0)
+        part = turn(part, cos + angles, sin + angles, angle_first + first, local, row_mask, 0, ROTARY, 1.0)
     tl.store(to + tl.arange(0, MAIN)[None, :], part.to(out.dtype.element_ty), mask=row_mask[:, None])
     if TAIL > 0:
-        rest = load_columns(base, rows, row_mask, x_token, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
+        rest = load_columns(base, first, local, row_mask, x_token, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
         if 2 * ROTARY > MAIN:
-            rest = turn(rest, cos + angles, sin + angles, angle_first + rows, row_mask, MAIN, ROTARY, 1.0)
+            rest = turn(rest, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, 1.0)
         tl.store(to + MAIN + tl.arange(0, TAIL)[None, :], rest.to(out.dtype.element_ty), mask=row_mask[:, None])
 
 
@@ -58,10 +60,11 @@ def attend_tiles(
     """Online softmax over the keys begin .. end - 1 in tiles. K_WIDTH, V_WIDTH: columns that may be read unmasked (DIM, or MAIN + TAIL)."""
     columns, real = tile_columns(0, MAIN, DIM)
     tails, real_tail = tile_columns(MAIN, TAIL if TAIL > 0 else 16, DIM)
+    local = tl.arange(0, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        k_rows = k_base + n.to(tl.int64)[None, :] * k_token
-        v_rows = v_base + n.to(tl.int64)[:, None] * v_token
+        n = first + local
+        k_rows = k_base + tl.cast(first, tl.int64) * k_token + local[None, :] * k_token
+        v_rows = tile_rows(v_base, first, local, v_token)
         exists = n < keys
         k_mask, v_mask = exists[None, :], exists[:, None]
         if MAIN > K_WIDTH:
@@ -109,21 +112,22 @@ def forward_kernel(
     """Grid (B Hq, query blocks): neighbours share a key/value head and start with the last block, which sees the most keys."""
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.num_programs(1) - 1 - tl.program_id(1)
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, local = block * BLOCK_M, tl.arange(0, BLOCK_M)
+    m = first + local
     row_mask = m < queries
     q_base = q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     k_base = k + batch.to(tl.int64) * k_batch + (head // group).to(tl.int64) * k_head
     v_base = v + batch.to(tl.int64) * v_batch + (head // group).to(tl.int64) * v_head
     angles = batch.to(tl.int64) * angle_batch
-    q_main = load_columns(q_base, m, row_mask, q_token, 0, MAIN, DIM, ROTARY, INTERLEAVED)
+    q_main = load_columns(q_base, first, local, row_mask, q_token, 0, MAIN, DIM, ROTARY, INTERLEAVED)
     if ROTARY > 0:
-        q_main = turn(q_main, cos + angles, sin + angles, angle_first + m, row_mask, 0, ROTARY, 1.0).to(q.dtype.element_ty)
+        q_main = turn(q_main, cos + angles, sin + angles, angle_first + first, local, row_mask, 0, ROTARY, 1.0).to(q.dtype.element_ty)
     q_tail = q_main
     acc_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
     if TAIL > 0:
-        q_tail = load_columns(q_base, m, row_mask, q_token, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
+        q_tail = load_columns(q_base, first, local, row_mask, q_token, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
         if 2 * ROTARY > MAIN:
-            q_tail = turn(q_tail, cos + angles, sin + angles, angle_first + m, row_mask, MAIN, ROTARY, 1.0).to(q.dtype.element_ty)
+            q_tail = turn(q_tail, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, 1.0).to(q.dtype.element_ty)
     acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -134,7 +138,6 @@ def forward_kernel(
     offset = keys - queries
     seen = tl.minimum(m, queries - 1)
     low, high = key_range(seen, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
-    first = block * BLOCK_M
     last = tl.minimum(first + BLOCK_M, queries) - 1
     low_first, high_first = key_range(first, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
     low_last, high_last = key_range(last, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
@@ -155,9 +158,9 @@ def forward_kernel(
     blind = total == 0.0
     inverse = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
     out_base = out + (batch.to(tl.int64) * queries * heads + head) * DIM
-    store_columns(out_base, acc * inverse[:, None], m, row_mask, heads * DIM, 0, MAIN, DIM, 0, False)
+    store_columns(out_base, acc * inverse[:, None], first, local, row_mask, heads * DIM, 0, MAIN, DIM, 0, False)
     if TAIL > 0:
-        store_columns(out_base, acc_tail * inverse[:, None], m, row_mask, heads * DIM, MAIN, TAIL, DIM, 0, False)
+        store_columns(out_base, acc_tail * inverse[:, None], first, local, row_mask, heads * DIM, MAIN, TAIL, DIM, 0, False)
     value = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2)
     tl.store(lse + tl.program_id(0).to(tl.int64) * queries + m, value, mask=row_mask)
 
@@ -179,14 +182,14 @@ def decode_kernel(
     k_base = k + batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
     angles = batch.to(tl.int64) * angle_batch
-    q_main = load_columns(q_base, g, row_mask, q_head, 0, MAIN, DIM, ROTARY, INTERLEAVED)
+    q_main = load_columns(q_base, 0, g, row_mask, q_head, 0, MAIN, DIM, ROTARY, INTERLEAVED)
     if ROTARY > 0:
-        q_main = turn(q_main, cos + angles, sin + angles, angle_first + g * 0, row_mask, 0, ROTARY, 1.0).to(q.dtype.element_ty)
+        q_main = turn(q_main, cos + angles, sin + angles, angle_first, g * 0, row_mask, 0, ROTARY, 1.0).to(q.dtype.element_ty)
     q_tail = q_main
     if TAIL > 0:
-        q_tail = load_columns(q_base, g, row_mask, q_head, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
+        q_tail = load_columns(q_base, 0, g, row_mask, q_head, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
         if 2 * ROTARY > MAIN:
-            q_tail = turn(q_tail, cos + angles, sin + angles, angle_first + g * 0, row_mask, MAIN, ROTARY, 1.0).to(q.dtype.element_ty)
+            q_tail = turn(q_tail, cos + angles, sin + angles, angle_first, g * 0, row_mask, MAIN, ROTARY, 1.0).to(q.dtype.element_ty)
     acc = tl.zeros([BLOCK_G, MAIN], tl.float32)
     acc_tail = tl.zeros([BLOCK_G, TAIL if TAIL > 0 else 16], tl.float32)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)

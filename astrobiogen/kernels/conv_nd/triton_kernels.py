@@ -85,7 +85,7 @@ def conv_transpose_nd(
     if y.numel() > 0:
         problem = adjoint_problem(x.shape[0], x.shape[2:], padded, weight.shape[2:], inner, (inputs, outputs))
         packed = weight.reshape(groups, inputs, outputs, -1).permute(0, 3, 1, 2)
-        packed = packed.contiguous() if problem.transposed else packed.flip(1)
+        packed = (packed if problem.transposed else packed.flip(1)).contiguous()
         fused = bias is not None and not folds
         launch = forward_launch(
             problem,

@@ -1,7 +1,7 @@
 """The op `linear_cross_entropy`: schema, shapes, argument checks, gradient formula and public function."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -12,8 +12,6 @@ from astrobiogen.kernels.linear_cross_entropy import reference
 _TRITON = "astrobiogen.kernels.linear_cross_entropy.triton_kernels"
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap"
 
-Reduction = Literal["mean", "sum", "none"]
-
 
 def linear_cross_entropy(
     x: torch.Tensor,
@@ -21,7 +19,7 @@ def linear_cross_entropy(
     target: torch.Tensor,
     *,
     ignore_index: int = -100,
-    reduction: Reduction = "mean",
+    reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -33,31 +31,32 @@ def linear_cross_entropy(
 
     loss = lse - (1 - label_smoothing) z_y - label_smoothing mean_j z_j + z_loss lse^2,
 
-    in nats: `F.cross_entropy(F.linear(x, weight), target, ...)` plus the z-loss of PaLM (arXiv:2204.02311) and the soft cap of Gemma 2
-    (arXiv:2408.00118). Forward: one GEMM, kept as (lse, loss) per token. Backward: recomputes the logits tile by tile; three GEMMs.
-    Under autocast, `x` and `weight` are cast to the autocast dtype, as for `F.linear`.
+    in nats: `F.cross_entropy(F.linear(x, weight), target, ...)` plus the z-loss of PaLM (arXiv:2204.02311) and the soft
+    cap of Gemma 2 (arXiv:2408.00118). Forward: one GEMM, kept as (lse, loss) per token. Backward: recomputes the logits
+    tile by tile; three GEMMs. Under autocast, `x` and `weight` are cast to the autocast dtype, as for `F.linear`.
 
     Args:
         x: [..., H], float32, bfloat16, float16 or float64.
         weight: [V, H] with the dtype and device of `x`.
         target: [...], int64, the leading shape of `x`; class indices in [0, V), or `ignore_index`.
         ignore_index: tokens with this target give no loss and no gradient and are not counted.
-        reduction: "mean" over the counted tokens, "sum", or "none" for the loss per token. As with `F.cross_entropy`, the mean over no
-            token at all is NaN (0 / 0), with gradients of exactly 0.
+        reduction: "mean" over the counted tokens, "sum", or "none" for the loss per token. As with `F.cross_entropy`,
+            the mean over no token at all is NaN (0 / 0), with gradients of exactly 0.
         label_smoothing: share in [0, 1] of the target mass spread evenly over the vocabulary.
         z_loss: weight >= 0 of lse^2, which keeps the logits from drifting.
         softcap: bound > 0 on |z|, or None.
-        num_tokens: replaces the count in the mean (an int > 0 or a 0-d tensor), e.g. the tokens of all micro-batches of one optimizer
-            step, so that gradient accumulation weights every token alike.
+        num_tokens: replaces the count in the mean (an int > 0 or a 0-d tensor), e.g. the tokens of all micro-batches of
+            one optimizer step, so that gradient accumulation weights every token alike.
 
     Returns:
-        Scalar, or [...] for "none"; float32 (float64 for float64 input), also for half-precision `x`: the loss is not rounded to it.
+        Scalar, or [...] for "none"; float32 (float64 for float64 input), also for half-precision `x`: the loss is not
+        rounded to it.
 
     Raises:
         TypeError: a dtype or type is not one of the above.
         ValueError: shapes, devices or options do not fit.
-        RuntimeError: a target is outside [0, V) and not `ignore_index` (on CUDA a device-side assertion; nothing is read out of bounds),
-            or a second derivative is asked for.
+        RuntimeError: a target is outside [0, V) and not `ignore_index` (on CUDA a device-side assertion; nothing is
+            read out of bounds), or a second derivative is asked for.
     """
     _check_tensors(x, weight, target)
     _check_options(ignore_index, reduction, label_smoothing, z_loss, softcap, num_tokens)
@@ -94,7 +93,8 @@ def _check_tensors(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) 
         raise ValueError(f"x must have shape [..., H] with H >= 1, got {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"weight must have shape [V, {x.shape[-1]}] with V >= 1 ({x.shape[-1]}: the last axis of x), got {tuple(weight.shape)}"
+            f"weight must have shape [V, {x.shape[-1]}] with V >= 1 ({x.shape[-1]}: the last axis of x), "
+            f"got {tuple(weight.shape)}"
         )
     check_shape("target", target, tuple(x.shape[:-1]), "the shape of x without its last axis")
     check_same_device(x=x, weight=weight, target=target)
@@ -124,7 +124,9 @@ def _check_options(
         raise ValueError(f"num_tokens is the divisor of reduction='mean'; got it with reduction={reduction!r}")
     if isinstance(num_tokens, torch.Tensor):
         if num_tokens.dim() != 0:
-            raise ValueError(f"num_tokens must be an int or a 0-d tensor, got a tensor of shape {tuple(num_tokens.shape)}")
+            raise ValueError(
+                f"num_tokens must be an int or a 0-d tensor, got a tensor of shape {tuple(num_tokens.shape)}"
+            )
     elif isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
         raise TypeError(f"num_tokens must be an int or a 0-d tensor, got {type(num_tokens).__name__}")
     elif num_tokens <= 0:

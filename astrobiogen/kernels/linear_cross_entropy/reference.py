@@ -2,10 +2,13 @@
 
 z = softcap(x W^T),  lse = log sum_j exp z_j,  per token t with target y:
 
-loss = lse - (1 - s) z_y - s mean_j z_j + zeta lse^2        (s: label smoothing, zeta: z_loss; 0 where y == ignore_index)
+loss = lse - (1 - s) z_y - s mean_j z_j + zeta lse^2
 
-softcap(a) = c tanh(a / c), or a itself without a cap (c = 0 in the ops). The logits are rounded to the dtype of x, as `F.linear` does;
-everything after them is fp32 (fp64 for fp64 input). The whole [tokens, vocabulary] matrix is held: this is the definition, not the fast way.
+(s: label smoothing, zeta: z_loss; the loss is 0 where y == ignore_index).
+
+softcap(a) = c tanh(a / c), or a itself without a cap (c = 0 in the ops). The logits are rounded to the dtype of x, as
+`F.linear` does; everything after them is fp32 (fp64 for fp64 input). The whole [tokens, vocabulary] matrix is held:
+this is the definition, not the fast way.
 """
 
 import torch
@@ -21,7 +24,9 @@ def linear_cross_entropy(
     z_loss: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Loss per token, [tokens], from x [tokens, H], weight [V, H] and target [tokens]; differentiable any number of times."""
+    """Loss per token, [tokens], from x [tokens, H], weight [V, H] and target [tokens]; differentiable any number of
+    times.
+    """
     return linear_cross_entropy_forward(x, weight, target, ignore_index, label_smoothing, z_loss, softcap)[0]
 
 
@@ -61,10 +66,12 @@ def linear_cross_entropy_backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `linear_cross_entropy_backward`: dx [tokens, H] and dweight [V, H] from the gradient of the loss per token.
+    """The op `linear_cross_entropy_backward`: dx [tokens, H] and dweight [V, H] from the gradient of the loss per
+    token.
 
-    With p = exp(z - lse):  dz_j = grad ((1 + 2 zeta lse) p_j - (1 - s) [j == y] - s / V), zero for an ignored token whatever its `grad`;
-    times 1 - (z_j / c)^2 under a soft cap;  dx = dz W,  dweight = dz^T x. A gradient that is not needed comes back as an empty [0] tensor.
+    With p = exp(z - lse):  dz_j = grad ((1 + 2 zeta lse) p_j - (1 - s) [j == y] - s / V), zero for an ignored token
+    whatever its `grad`; times 1 - (z_j / c)^2 under a soft cap;  dx = dz W,  dweight = dz^T x. A gradient that is not
+    needed comes back as an empty [0] tensor.
     """
     logits = _capped(_logits(x, weight), softcap)
     vocabulary = weight.shape[0]
@@ -83,7 +90,9 @@ def linear_cross_entropy_backward(
 
 
 def check_targets(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Error unless each target is `ignore_index` or in [0, vocabulary); raises at once on the CPU, stops the device on CUDA, never synchronises."""
+    """Error unless each target is `ignore_index` or in [0, vocabulary); raises at once on the CPU, stops the device
+    on CUDA, never synchronises.
+    """
     valid = (target == ignore_index) | ((target >= 0) & (target < vocabulary))
     message = f"target must hold values in [0, {vocabulary}) or ignore_index = {ignore_index}; at least one is outside"
     torch._assert_async(valid.all(), message)

@@ -74,7 +74,8 @@ def _expanded(make: TensorMaker) -> dict[str, Any]:
 
 
 def _large_logits(make: TensorMaker) -> dict[str, Any]:
-    # Logits of several hundred: exp overflows without the running maximum. Half precision rounds such logits by 0.25 and more.
+    # Logits of several hundred: exp overflows without the running maximum. Half precision rounds such logits by 0.25
+    # and more.
     arguments = _plain(4, 24, vocabulary=50)(make)
     return {**arguments, "x": arguments["x"] * 100}
 

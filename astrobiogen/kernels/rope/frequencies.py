@@ -1,7 +1,10 @@
-"""Tables of cos and sin for `rope`: the plain frequencies, four ways to stretch them over a longer context, and look-up by position.
+"""Tables of cos and sin for `rope`: the plain frequencies, four ways to stretch them over a longer context, and
+look-up by position.
 
-Pair i of r rotary columns turns by  position * f_i  radians,  f_i = base^(-2i / r)  per token (Su et al. 2021, arXiv:2104.09864). The scaled
-variants change f_i only (YaRN also multiplies cos and sin), so every one of them serves the same kernel. Angles are taken in fp64 and rounded once:
+Pair i of r rotary columns turns by  position * f_i  radians,  f_i = base^(-2i / r)  per token (Su et al. 2021,
+arXiv:2104.09864). The scaled
+variants change f_i only (YaRN also multiplies cos and sin), so every one of them serves the same kernel. Angles are
+taken in fp64 and rounded once:
 at position 100,000 an fp32 product is already wrong by 0.004 radians.
 """
 
@@ -82,12 +85,15 @@ def rope_frequencies_dynamic_ntk(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tables:
-    """Dynamic NTK-aware scaling: the base grows with the context in use (bloc97 and emozilla 2023; arXiv:2309.00071, section 3.1).
+    """Dynamic NTK-aware scaling: the base grows with the context in use (bloc97 and emozilla 2023; arXiv:2309.00071,
+    section 3.1).
 
-    base' = base * (factor * L / original_length - (factor - 1))^(rotary / (rotary - 2)),  L = max(offset + length, original_length); f_i from base'.
+    base' = base * (factor * L / original_length - (factor - 1))^(rotary / (rotary - 2)),  L = max(offset + length,
+    original_length); f_i from base'.
 
     Args:
-        factor: >= 1. original_length: context of the training, >= 1. rotary: >= 4 here. The others as in `rope_frequencies`.
+        factor: >= 1. original_length: context of the training, >= 1. rotary: >= 4 here. The others as in
+            `rope_frequencies`.
 
     Returns:
         (cos, sin), each [S, r/2]; up to `original_length` they are the plain ones.
@@ -118,10 +124,13 @@ def rope_frequencies_yarn(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tables:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow pairs, keep fast ones, and sharpen attention through cos and sin.
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow pairs, keep fast ones, and sharpen attention through
+    cos and sin.
 
-    A pair that turns t times within `original_length` keeps its frequency for t >= beta_fast, has it divided by `factor` for t <= beta_slow, and
-    lies on a linear ramp over the pair index between (bounds rounded outwards to whole pairs). cos and sin are multiplied by m(1) with
+    A pair that turns t times within `original_length` keeps its frequency for t >= beta_fast, has it divided by
+    `factor` for t <= beta_slow, and
+    lies on a linear ramp over the pair index between (bounds rounded outwards to whole pairs). cos and sin are
+    multiplied by m(1) with
     m(s) = 0.1 s ln(factor) + 1, or by m(mscale) / m(mscale_all_dim) where both are given (DeepSeek).
 
     Args:
@@ -140,7 +149,9 @@ def rope_frequencies_yarn(
     if not 0.0 < beta_slow <= beta_fast:
         raise ValueError(f"beta_slow must be in (0, beta_fast = {beta_fast!r}], got {beta_slow!r}")
     if (mscale is None) != (mscale_all_dim is None):
-        raise ValueError(f"mscale and mscale_all_dim go together, got mscale={mscale!r} and mscale_all_dim={mscale_all_dim!r}")
+        raise ValueError(
+            f"mscale and mscale_all_dim go together, got mscale={mscale!r} and mscale_all_dim={mscale_all_dim!r}"
+        )
     plain = _plain(rotary, base, device)
 
     def pair(turns: float) -> float:
@@ -169,7 +180,8 @@ def rope_frequencies_llama3(
 ) -> Tables:
     """Llama 3.1's scaling (Meta, llama-models, `apply_scaling`).
 
-    With t = original_length * f / (2 pi) turns within the trained context: f stays for t > high_frequency_factor, becomes f / factor for
+    With t = original_length * f / (2 pi) turns within the trained context: f stays for t > high_frequency_factor,
+    becomes f / factor for
     t < low_frequency_factor, and is ((1 - w) / factor + w) f between, w = (t - low) / (high - low).
 
     Args:
@@ -186,7 +198,8 @@ def rope_frequencies_llama3(
     _check_at_least("original_length", original_length, 1)
     if not 0.0 < low_frequency_factor < high_frequency_factor:
         raise ValueError(
-            f"low_frequency_factor must be in (0, high_frequency_factor = {high_frequency_factor!r}), got {low_frequency_factor!r}"
+            f"low_frequency_factor must be in (0, high_frequency_factor = {high_frequency_factor!r}), "
+            f"got {low_frequency_factor!r}"
         )
     plain = _plain(rotary, base, device)
     turns = plain * (original_length / (2.0 * math.pi))
@@ -199,7 +212,8 @@ def rope_gather(cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor
 
     Args:
         cos: [L, r/2]. sin: shape, dtype and device of `cos`.
-        position_ids: [S] or [B, S], int32 or int64 in [0, L), on the device of `cos`. For packed sequences: `rope_positions`.
+        position_ids: [S] or [B, S], int32 or int64 in [0, L), on the device of `cos`. For packed sequences:
+            `rope_positions`.
 
     Returns:
         (cos[position_ids], sin[position_ids]), each [S, r/2] or [B, S, r/2].
@@ -207,7 +221,8 @@ def rope_gather(cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor
     Raises:
         TypeError: `position_ids` is not int32 or int64.
         ValueError: a shape or device does not fit.
-        IndexError: a position is outside [0, L); checked on the CPU, where it costs no synchronisation. CUDA asserts on the device.
+        IndexError: a position is outside [0, L); checked on the CPU, where it costs no synchronisation. CUDA asserts
+            on the device.
     """
     check_tensor("cos", cos)
     check_tensor("sin", sin)
@@ -222,14 +237,17 @@ def rope_gather(cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor
     if _values_are_cheap(position_ids) and position_ids.numel() > 0:
         low, high = (int(bound) for bound in torch.aminmax(position_ids))
         if low < 0 or high >= cos.shape[0]:
-            raise IndexError(f"position_ids must be in [0, {cos.shape[0]}), the rows of cos, got values from {low} to {high}")
+            raise IndexError(
+                f"position_ids must be in [0, {cos.shape[0]}), the rows of cos, got values from {low} to {high}"
+            )
     return cos[position_ids], sin[position_ids]
 
 
 def rope_positions(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     """Position of every token inside its own sequence, for sequences packed end to end.
 
-    Token t of sequence n (cu_seqlens[n] <= t < cu_seqlens[n + 1]) gets t - cu_seqlens[n]; tokens after the last boundary (padding) count on from it.
+    Token t of sequence n (cu_seqlens[n] <= t < cu_seqlens[n + 1]) gets t - cu_seqlens[n]; tokens after the last
+    boundary (padding) count on from it.
 
     Args:
         cu_seqlens: [sequences + 1], int32 or int64: 0, then the running sum of the sequence lengths.
@@ -250,7 +268,9 @@ def rope_positions(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     if _values_are_cheap(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] > length or sorted(bounds) != bounds:
-            raise ValueError(f"cu_seqlens must rise from 0 to at most length = {length}, got {bounds[:8]} ... {bounds[-1]}")
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to at most length = {length}, got {bounds[:8]} ... {bounds[-1]}"
+            )
     tokens = torch.arange(length, dtype=torch.int64, device=cu_seqlens.device)
     starts = cu_seqlens.to(torch.int64)
     return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]

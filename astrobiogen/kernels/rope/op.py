@@ -12,11 +12,15 @@ from astrobiogen.kernels.rope import reference
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of all heads, for any rotary width.
 
-    With r = 2 * cos.shape[-1] rotary columns, pair i of a head is (x[i], x[i + r/2]), or (x[2i], x[2i + 1]) if `interleaved`; each pair (a, b)
-    becomes (a cos - b sin, b cos + a sin). Columns from r on are copied (partial rotary). fp32 inside for half-precision input.
+    With r = 2 * cos.shape[-1] rotary columns, pair i of a head is (x[i], x[i + r/2]), or (x[2i], x[2i + 1]) if
+    `interleaved`; each pair (a, b)
+    becomes (a cos - b sin, b cos + a sin). Columns from r on are copied (partial rotary). fp32 inside for
+    half-precision input.
 
-    `cos` and `sin` are constants: they get no gradient. The gradient of x is the transposed rotation by the same op, so a second derivative works.
-    Build them with `astrobiogen.ops.rope_frequencies` and its scaled variants; for position ids or packed sequences see `rope_gather`.
+    `cos` and `sin` are constants: they get no gradient. The gradient of x is the transposed rotation by the same op,
+    so a second derivative works.
+    Build them with `astrobiogen.ops.rope_frequencies` and its scaled variants; for position ids or packed sequences
+    see `rope_gather`.
 
     Args:
         x: [B, S, heads, D], float32, bfloat16, float16 or float64; any strides.
@@ -47,14 +51,17 @@ def check_tables(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         if table.dtype not in (torch.float32, x.dtype):
             raise TypeError(f"{name} must be float32 or have the dtype of x, {x.dtype}, got {table.dtype}")
         if table.requires_grad:
-            raise ValueError(f"{name} must not require a gradient (it is a constant of the op), got requires_grad=True; detach it")
+            raise ValueError(
+                f"{name} must not require a gradient (it is a constant of the op), got requires_grad=True; detach it"
+            )
     check_same_dtype(cos=cos, sin=sin)
     batch, length, _, width = x.shape
     for name, table in (("cos", cos), ("sin", sin)):
         fits = table.dim() in (2, 3) and table.shape[-2] == length and 2 * table.shape[-1] <= width
         if not fits or (table.dim() == 3 and table.shape[0] not in (1, batch)):
             raise ValueError(
-                f"{name} must have shape [S, r/2] or [B, S, r/2] with S = {length}, B = {batch} or 1, r/2 <= {width // 2} "
+                f"{name} must have shape [S, r/2] or [B, S, r/2] with S = {length}, B = {batch} or 1, "
+                f"r/2 <= {width // 2} "
                 f"for x of shape {tuple(x.shape)}, got {tuple(table.shape)}"
             )
     if cos.shape != sin.shape:

@@ -1,8 +1,10 @@
 """Rotary position embedding in plain PyTorch: the definition that the kernels are held to.
 
-Pairs of columns (a, b) of each head turn by the angle of their token:  a' = a cos - b sin,  b' = b cos + a sin      (Su et al. 2021, arXiv:2104.09864)
+Pairs of columns (a, b) of each head turn by the angle of their token:  a' = a cos - b sin,  b' = b cos + a sin
+(Su et al. 2021, arXiv:2104.09864)
 
-With r = rotary columns, pair i is (i, i + r/2) ("rotate-half") or (2i, 2i + 1) ("interleaved"); columns from r on are copied.
+With r = rotary columns, pair i is (i, i + r/2) ("rotate-half") or (2i, 2i + 1) ("interleaved"); columns from r on are
+copied.
 Taken in fp32 (fp64 for fp64 input) and rounded once to the dtype of x.
 """
 
@@ -10,7 +12,8 @@ import torch
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, transposed: bool) -> torch.Tensor:
-    """The op `rope`: x [B, S, heads, D], cos and sin [S, r/2] or [B, S, r/2]; `transposed` negates sin, which is the gradient's rotation."""
+    """The op `rope`: x [B, S, heads, D], cos and sin [S, r/2] or [B, S, r/2]; `transposed` negates sin, which is the
+    gradient's rotation."""
     accumulate = torch.promote_types(x.dtype, torch.float32)
     wide_cos = cos.to(accumulate).unsqueeze(-2)
     wide_sin = sin.to(accumulate).unsqueeze(-2)

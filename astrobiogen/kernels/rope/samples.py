@@ -46,7 +46,9 @@ def _case(
     return build
 
 
-def _with_x(build_x: Callable[[TensorMaker], Any], half: int, interleaved: bool) -> Callable[[TensorMaker], dict[str, Any]]:
+def _with_x(
+    build_x: Callable[[TensorMaker], Any], half: int, interleaved: bool
+) -> Callable[[TensorMaker], dict[str, Any]]:
     def build(make: TensorMaker) -> dict[str, Any]:
         x = build_x(make)
         angles = make.randn(x.shape[1], half)

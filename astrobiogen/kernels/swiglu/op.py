@@ -17,7 +17,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     h = silu(gate) * up, silu(g) = g / (1 + exp(-g)), in fp32 for half-precision input with one rounding at the end.
 
     Args:
-        gate: [..., I], float32, bfloat16, float16 or float64; any strides (halves of one packed tensor need no copy), any size including none.
+        gate: [..., I], float32, bfloat16, float16 or float64; any strides (halves of one packed tensor need no copy),
+            any size including none.
         up: shape, dtype and device of `gate`; its own strides.
 
     Returns:

@@ -23,7 +23,8 @@ def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
 def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `swiglu_backward`: dgate and dup [..., I] from the gradient of h.
 
-    With s = sigmoid(gate):  dgate = grad * up * s * (1 + gate * (1 - s)),  dup = grad * gate * s.  1 - s is taken as sigmoid(-gate), which
+    With s = sigmoid(gate):  dgate = grad * up * s * (1 + gate * (1 - s)),  dup = grad * gate * s.  1 - s is taken as
+    sigmoid(-gate), which
     keeps its relative accuracy where s is close to 1.
     """
     accumulate = torch.promote_types(gate.dtype, torch.float32)
@@ -42,5 +43,6 @@ def swiglu_packed_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
 def swiglu_backward_product(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `swiglu_backward_product`: dgate, dup and h = silu(gate) * up again, so that h need not be kept for the backward pass."""
+    """The op `swiglu_backward_product`: dgate, dup and h = silu(gate) * up again, so that h need not be kept for the
+    backward pass."""
     return *swiglu_backward(grad, gate, up), swiglu(gate, up)

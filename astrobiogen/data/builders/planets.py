@@ -1,0 +1,140 @@
+"""Planet parameters of the climates: prescribed in the climate model, and measured (Open Exoplanet Catalogue)."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+from pathlib import Path
+from typing import Any
+
+from astrobiogen.data.errors import DataError
+
+# File prefix -> (name in the Open Exoplanet Catalogue, star system). Proxima is catalogued under Alpha Centauri.
+CATALOGUE: dict[str, tuple[str, str]] = {
+    "earth": ("Earth", "Sun"),
+    "proximab": ("Proxima Centauri b", "Alpha Centauri"),
+    "teegardenb": ("Teegarden's Star b", "Teegarden's Star"),
+    "trappist1e": ("TRAPPIST-1 e", "TRAPPIST-1"),
+    "trappist1f": ("TRAPPIST-1 f", "TRAPPIST-1"),
+    "toi700d": ("TOI-700 d", "TOI-700"),
+    "kepler1649c": ("Kepler-1649 c", "Kepler-1649"),
+    "kepler442b": ("Kepler-442 b", "Kepler-442"),
+    "kepler62f": ("Kepler-62 f", "Kepler-62"),
+    "wolf1069b": ("Wolf 1069 b", "Wolf 1069"),
+    "toi715b": ("TOI-715 b", "TOI-715"),
+    "lhs1140b": ("LHS 1140 b", "LHS 1140"),
+    "lp8909c": ("LP 890-9 c", "LP 890-9"),
+    "gj273b": ("GJ 273 b", "GJ 273"),
+    "ross128b": ("Ross 128 b", "Ross 128"),
+}
+# The Sun and Earth by IAU 2015 nominal values; the age is the climate's own.
+_SUN = {"st_mass_sun": 1.0, "st_rad_sun": 1.0, "st_met": 0.0, "pl_period_d": 365.25}
+PARAM_NAMES = (
+    "stellar_flux",
+    "star_temperature",
+    "star_mass",
+    "star_radius",
+    "star_metallicity",
+    "star_age",
+    "planet_radius",
+    "gravity",
+    "log10_rotation_period",
+    "synchronous",
+    "log10_orbital_period",
+    "has_land",
+    "p_o2",
+    "log10_p_co2",
+)
+PARAM_UNITS = (
+    "W m-2",
+    "K",
+    "M_sun",
+    "R_sun",
+    "dex",
+    "Gyr",
+    "R_earth",
+    "m s-2",
+    "log10 d",
+    "1",
+    "log10 d",
+    "1",
+    "bar",
+    "log10 bar",
+)
+
+
+def read_catalogue(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of the catalogue by planet name; an error page saved as CSV (no ``name`` column) is refused."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") as handle:
+            rows = list(csv.DictReader(handle))
+    except (OSError, EOFError) as error:
+        raise DataError(path, "", f"cannot be read ({error})") from error
+    if not rows or not {"name", "system", "st_teff_k"} <= set(rows[0]):
+        raise DataError(path, "name", f"is not the planet catalogue (columns {list(rows[0])[:5] if rows else []})")
+    return {row["name"]: row for row in rows}
+
+
+def _number(value: Any) -> float:
+    return float(value) if value not in ("", None) else math.nan
+
+
+def parameters(prefix: str, run: dict[str, Any], catalogue: dict[str, dict[str, str]]) -> dict[str, float]:
+    """The P parameters of one climate in the order ``PARAM_NAMES``; NaN where not measured.
+
+    Parameters
+    ----------
+    prefix
+        File prefix, a key of ``CATALOGUE``.
+    run
+        The climate model's parameters (file attribute).
+    catalogue
+        Rows of the Open Exoplanet Catalogue by name.
+    """
+    row: dict[str, Any] = _SUN if prefix == "earth" else catalogue.get(CATALOGUE[prefix][0], {})
+    age = run.get("geological_age_gyr", _number(row.get("st_age_gyr")))
+    period = _number(row.get("pl_period_d"))
+    values = (
+        run["flux"],
+        run["startemp"],
+        _number(row.get("st_mass_sun")),
+        _number(row.get("st_rad_sun")),
+        _number(row.get("st_met")),
+        age,
+        run["radius"],
+        run["gravity"],
+        math.log10(run["rotationperiod"]),
+        float(run.get("synchronous", False)),
+        math.log10(period),
+        float(not run["aquaplanet"]),
+        run.get("pO2", 0.0),
+        math.log10(run["pCO2"]),
+    )
+    return dict(zip(PARAM_NAMES, map(float, values), strict=True))
+
+
+def description(values: dict[str, float]) -> str:
+    """Text from the parameters alone: no name, no temperature of the planet, no judgement."""
+
+    def stated(name: str, form: str) -> str:
+        return form.format(values[name]) if math.isfinite(values[name]) else ""
+
+    parts = [
+        f"A rocky planet of {values['planet_radius']:.2f} Earth radii with surface gravity"
+        f" {values['gravity']:.1f} m/s2",
+        f"orbits a star of {values['star_temperature']:.0f} K"
+        + stated("star_mass", ", {:.2f} solar masses")
+        + stated("star_age", ", {:.1f} Gyr old"),
+        f"every {10 ** values['log10_orbital_period']:.1f} days"
+        if math.isfinite(values["log10_orbital_period"])
+        else "",
+        f"and receives {values['stellar_flux']:.0f} W/m2.",
+        "It always shows the same side to its star."
+        if values["synchronous"]
+        else f"It turns once in {10 ** values['log10_rotation_period']:.1f} days.",
+        "Continents and oceans cover it." if values["has_land"] else "An ocean covers all of it.",
+        f"The air is mostly nitrogen with {1000 * 10 ** values['log10_p_co2']:.2g} mbar of carbon dioxide",
+        f"and {1000 * values['p_o2']:.3g} mbar of oxygen." if values["p_o2"] else "and no oxygen.",
+    ]
+    return " ".join(part for part in parts if part)

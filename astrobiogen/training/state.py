@@ -1,0 +1,61 @@
+"""What a trainer works on and where it stands."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from astrobiogen.training import evaluation, loading
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained on what.
+
+    Attributes:
+        model: `model(batch) -> outputs` with "logits" [B, 2] and "regression" [B].
+        loss_function: `(outputs, batch) -> (loss, its terms)`, with a third argument `{term: factor}` if `counts` is
+            given.
+        counts: sample numbers -> how many things each term of the loss is a mean over, for terms that are not means
+            over all samples.
+        fingerprint: names the data; a run is only resumed on the same.
+        validation_order: batches of the validation set; default: consecutive ones.
+    """
+
+    model: nn.Module
+    loss_function: evaluation.LossFunction
+    train: loading.Samples
+    validation: loading.Samples
+    sampler: loading.Sampler
+    collate: loading.Collate
+    fingerprint: str
+    validation_order: Sequence[list[int]] | None = None
+    counts: Callable[[list[int]], dict[str, float]] | None = None
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; all of it is in every checkpoint.
+
+    Attributes:
+        epoch, batch: the current epoch and how many of its micro-batches are done.
+        step: micro-batches done in all.
+        validating: the epoch's training is done, its validation is not.
+        seconds: training time over all parts of the run.
+        best, best_epoch: best validation figure (by `stop.metric`) and its epoch.
+        bad_epochs: epochs since then.
+        stopped: why training ended; empty while it goes on.
+        epoch_samples, epoch_sums: for the mean training loss of the current epoch.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    validating: bool = False
+    seconds: float = 0.0
+    best: float | None = None
+    best_epoch: int = -1
+    bad_epochs: int = 0
+    stopped: str = ""
+    epoch_samples: int = 0
+    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,132 @@
+"""Builders on small hand-made raw files: what is read, what is refused."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from astrobiogen import data
+from astrobiogen.data import features
+from astrobiogen.data.builders import chemistry, climate, fba, planets, sbml
+
+SBML = """<?xml version="1.0" encoding="UTF-8"?>
+<sbml xmlns="http://www.sbml.org/sbml/level2" level="2" version="1"><model id="toy">
+<listOfCompartments><compartment id="c" name="Cytosol"/><compartment id="e" name="Extracellular"/></listOfCompartments>
+<listOfSpecies><species id="M_o2_e" name="O2" compartment="e"/><species id="M_o2_c" name="O2" compartment="c"/>
+<species id="M_x_c" name="x" compartment="c" charge="-2"/></listOfSpecies>
+<listOfReactions>{reactions}</listOfReactions></model></sbml>"""
+
+
+def reaction(name: str, left: str, right: str, low: float, high: float, goal: float = 0.0) -> str:
+    def side(tag: str, species: str) -> str:
+        return f'<{tag}><speciesReference species="{species}" stoichiometry="1"/></{tag}>' if species else ""
+
+    values = {"LOWER_BOUND": low, "UPPER_BOUND": high, "OBJECTIVE_COEFFICIENT": goal}
+    law = "".join(f'<parameter id="{k}" value="{v}"/>' for k, v in values.items())
+    return (
+        f'<reaction id="{name}" reversible="{str(low < 0).lower()}">{side("listOfReactants", left)}'
+        f'{side("listOfProducts", right)}<kineticLaw><math xmlns="http://www.w3.org/1998/Math/MathML"><ci>v</ci></math>'
+        f"<listOfParameters>{law}</listOfParameters></kineticLaw></reaction>"
+    )
+
+
+def toy(unknown: str = "M_o2_c") -> str:
+    parts = (
+        reaction("R_EX_o2", "M_o2_e", "", -5, 1000),
+        reaction("R_O2t", "M_o2_e", "M_o2_c", 0, 1000),
+        reaction("R_make", unknown, "M_x_c", 0, 1000),
+        reaction("R_growth", "M_x_c", "", 0, 1000, goal=1.0),
+    )
+    return SBML.format(reactions="".join(parts))
+
+
+def test_network_and_flux_balance(tmp_path: Path) -> None:
+    path = tmp_path / "toy.xml.gz"
+    path.write_bytes(gzip.compress(toy().encode()))
+    network = sbml.read_network(path)
+    assert (network.metabolites, network.lower.size, network.stoichiometry.size) == (3, 4, 6)
+    assert network.exchange_gas[0] == features.GASES.index("o2") + 1
+    assert fba.growth(network) == pytest.approx(5.0)
+    assert fba.growth(network, ("o2",)) == pytest.approx(0.0)
+    assert network.columns.charge[2] == -2
+
+
+def test_bad_sbml_is_refused(tmp_path: Path) -> None:
+    whole = gzip.compress(toy().encode())
+    cases = {
+        "cut.xml.gz": (whole[: len(whole) // 2], "cannot be read"),
+        "page.xml": (b"<html>404 not found</html>", "not SBML"),
+        "zip.xml": (b"PK\x03\x04rest", "zip"),
+        "unknown.xml": (toy("M_nowhere").encode(), "unknown species"),
+        "empty.xml": (SBML.format(reactions="").encode(), "empty network"),
+    }
+    for name, (raw, message) in cases.items():
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(data.DataError, match=message):
+            sbml.read_network(tmp_path / name)
+
+
+def write_climate(path: Path, **changes: object) -> None:
+    lat, lon, lev = np.linspace(85, -85, 4), np.arange(0.0, 360.0, 90.0), np.array([0.25, 0.75])
+    dims = ("time", "lev", "lat", "lon")
+    ta = changes.get("ta", np.full((12, 2, 4, 4), 280.0))
+    fields = {
+        "ta": (dims, ta, {"units": changes.get("units", "K")}),
+        "hus": (dims, np.full((12, 2, 4, 4), 0.01), {"units": "1"}),
+        "rst": (("time", "lat", "lon"), np.full((12, 4, 4), 240.0), {"units": "W m-2"}),
+        "rlut": (("time", "lat", "lon"), np.full((12, 4, 4), -239.0), {"units": "W m-2"}),
+    }
+    fields.pop(str(changes.get("drop", "")), None)
+    coordinates = {"time": np.arange(12.0), "lev": lev, "lat": lat[::-1], "lon": lon}
+    xr.Dataset(fields, coordinates, {"parameters": "{}"}).to_netcdf(path, engine="netcdf4")
+
+
+def test_climate_reader(tmp_path: Path) -> None:
+    write_climate(tmp_path / "good.nc")
+    found = climate.read_climate(tmp_path / "good.nc", ("ta", "hus"))
+    assert found.grid.latitudes[0] > found.grid.latitudes[-1]  # turned to north first
+    assert found.toa_imbalance == pytest.approx(1.0)
+    hole = np.full((12, 2, 4, 4), 280.0)
+    hole[3, 1, 2, 0] = np.nan
+    for name, changes, message in (
+        ("units.nc", {"units": "degC"}, r"\[ta\]: units 'degC'"),
+        ("nan.nc", {"ta": hole}, r"\[ta\]: 1 values are NaN"),
+        ("cold.nc", {"ta": np.zeros((12, 2, 4, 4))}, r"\[ta\]: values 0"),
+        ("none.nc", {"drop": "hus"}, r"\[hus\]: variable absent"),
+    ):
+        write_climate(tmp_path / name, **changes)
+        with pytest.raises(data.DataError, match=message):
+            climate.read_climate(tmp_path / name, ("ta", "hus"))
+    (tmp_path / "cut.nc").write_bytes((tmp_path / "good.nc").read_bytes()[:3000])
+    with pytest.raises(data.DataError, match="cut"):
+        climate.read_climate(tmp_path / "cut.nc", ("ta", "hus"))
+
+
+def test_error_page_saved_as_catalogue(tmp_path: Path) -> None:
+    path = tmp_path / "planets.csv.gz"
+    path.write_bytes(gzip.compress(b"ERROR\nservice unavailable\n"))
+    with pytest.raises(data.DataError, match="not the planet catalogue"):
+        planets.read_catalogue(path)
+
+
+@pytest.mark.parametrize(
+    ("identifier", "name", "gas"),
+    [
+        ("M_o2_e", "", 1),
+        ("M_O2xt", "", 1),
+        ("S76", "oxygen_ex", 1),
+        ("M_505", "O(2)ext", 1),
+        ("M_O2e_c", "", 1),
+        ("M_h2o_c", "H2O", 0),
+    ],
+)
+def test_gas_spellings(identifier: str, name: str, gas: int) -> None:
+    assert chemistry.gas_code(chemistry.spellings(identifier, name)) == gas
+
+
+def test_formulas() -> None:
+    assert chemistry.parse_formula("C6H12O6") == ([6, 12, 0, 6, 0, 0, 0, 0], True)
+    assert chemistry.parse_formula("C6H12R")[1] is False
+    assert chemistry.parse_formula("")[1] is False

@@ -1,0 +1,177 @@
+"""The bundled dataset: documented shapes, masks, splits, sizes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from astrobiogen import data
+from astrobiogen.data.builders import __name__ as builders_name
+from astrobiogen.data.features import FEATURE_NAMES
+from astrobiogen.data.load import SAMPLE_FOLDER
+from astrobiogen.data.text import label_words_in
+
+HEAVY = ("xarray", "netCDF4", "libsbml", "scipy.optimize", "matplotlib", builders_name)
+
+
+def test_pack_is_small_and_complete(bundle: data.DatasetBundle) -> None:
+    size = sum(p.stat().st_size for p in SAMPLE_FOLDER.rglob("*") if p.is_file())
+    assert size <= 24 * 2**20
+    assert len(bundle.train.store.planets) == 45
+    assert len(bundle.train.store.organisms) >= 64
+    total = len(bundle.train) + len(bundle.validation) + len(bundle.test)
+    assert total == 45 * len(bundle.train.store.organisms)
+    assert set(bundle.test_cells) == {"seen", "new_planet", "new_organism", "new_both"}
+    assert len(bundle.test) == sum(map(len, bundle.test_cells.values()))
+
+
+def test_both_classes_in_every_cell(bundle: data.DatasetBundle) -> None:
+    for part in (bundle.train, bundle.validation, *bundle.test_cells.values()):
+        share = part.labels().float().mean().item()
+        assert 0.2 < share < 0.8, part.name
+        expected = part.fractions() >= bundle.spec.class_threshold
+        assert torch.equal(part.labels().bool(), expected), part.name
+
+
+def test_batch_layout(bundle: data.DatasetBundle) -> None:
+    b, spec = 6, bundle.spec
+    picks = torch.linspace(0, len(bundle.train) - 1, b).long().tolist()
+    batch = data.collate([bundle.train[i] for i in picks])
+    p, w = spec.n_planet_params, spec.n_wavelengths
+    length = batch["input_ids"].shape[1]
+    layout = {
+        "run_ids": ((b,), torch.long),
+        "planet_params": ((b, p), torch.float32),
+        "planet_params_mask": ((b, p), torch.bool),
+        "climate_datacube": ((b, 2, 12, 3, 10, 32, 64), torch.float32),
+        "climate_mask": ((b, 3), torch.bool),
+        "graph_mask": ((b,), torch.bool),
+        "spectroscopy": ((b, w, 2), torch.float32),
+        "spectroscopy_mask": ((b, w), torch.bool),
+        "input_ids": ((b, length), torch.long),
+        "attention_mask": ((b, length), torch.bool),
+        "labels": ((b, length), torch.long),
+        "habitability_label": ((b,), torch.long),
+        "habitability_fraction": ((b,), torch.float32),
+        "modality_mask": ((b, 5), torch.bool),
+    }
+    for name, (shape, dtype) in layout.items():
+        assert tuple(batch[name].shape) == shape, name
+        assert batch[name].dtype == dtype, name
+        assert not batch[name].is_floating_point() or bool(batch[name].isfinite().all()), name
+    assert length <= spec.max_text_tokens
+    assert int(batch["input_ids"].max()) < spec.vocab_size
+    assert torch.equal(batch["labels"] == -100, ~batch["attention_mask"])
+    assert torch.equal(batch["labels"][batch["attention_mask"]], batch["input_ids"][batch["attention_mask"]])
+    assert len(batch["metadata"]) == len(batch["text_description"]) == b
+    assert set(batch) == set(layout) | {"metabolic_graph", "metadata", "text_description"}
+
+
+def test_epochs_are_aligned_at_the_end_and_never_repeated(bundle: data.DatasetBundle) -> None:
+    planets = bundle.train.store.planets
+    for key in ("earth_g0", "earth_g1", "earth_g2"):
+        epoch = int(key[-1])
+        pair = next(i for i, p in enumerate(bundle.train.pairs) if p.climate == key)
+        batch = data.collate([bundle.train[pair]])
+        assert batch["climate_mask"][0].tolist() == [epoch >= 2, epoch >= 1, True]
+        for g in range(3):
+            cube = batch["climate_datacube"][0, :, :, g]
+            wanted = epoch - 2 + g
+            if wanted < 0:
+                assert not cube.any()
+            else:
+                assert torch.equal(cube, planets[f"earth_g{wanted}"].epochs[-1])
+
+
+def test_training_statistics_are_zero_and_one(bundle: data.DatasetBundle) -> None:
+    fitted = [p for p in bundle.train.store.planets.values() if p.metadata["planet"] in bundle.spec.fitted_on]
+    cube = torch.stack([p.epochs[-1] for p in fitted]).double()
+    # float32 storage of up to 2e7 standardised values of size <= 30: mean error below 1e-5
+    torch.testing.assert_close(cube.mean((0, 2, 4, 5)), torch.zeros(2, 10, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(cube.std((0, 2, 4, 5)), torch.ones(2, 10, dtype=torch.float64), atol=1e-4, rtol=0)
+    systems = {p.metadata["star_system"] for p in fitted}
+    for cell in ("new_planet", "new_both"):
+        assert systems.isdisjoint(s.metadata["star_system"] for s in bundle.test_cells[cell])
+
+
+def test_graphs_are_bipartite_networks(bundle: data.DatasetBundle) -> None:
+    for name, entry in bundle.train.store.organisms.items():
+        graph = entry.graph
+        assert graph is not None
+        kind = graph.node_type
+        assert graph.x.shape[1] == len(FEATURE_NAMES) == 64
+        source, target = graph.edge_index
+        assert bool((kind[source] != kind[target]).all()), name
+        substrate = kind[source] == 0
+        assert torch.equal(substrate, graph.stoichiometry < 0), name
+        assert torch.equal(graph.x[:, 1].long(), kind)
+        assert bool(graph.x.isfinite().all())
+        assert graph.x.abs().max() < 14, name
+        assert not bool(graph.is_internal[kind == 1].any())
+        assert bool(graph.is_internal.any())
+        assert graph.laplacian_pe.abs().max() <= 1
+        assert bool(((graph.random_walk_pe >= 0) & (graph.random_walk_pe <= 1)).all())
+
+
+def test_texts_hold_no_names_or_label_words(bundle: data.DatasetBundle) -> None:
+    store = bundle.train.store
+    genera = {o.metadata["genus"].lower() for o in store.organisms.values()}
+    for entry in (*store.planets.values(), *store.organisms.values()):
+        assert label_words_in(entry.text) == []
+        assert genera.isdisjoint(entry.text.lower().split())
+    for planet in store.planets.values():
+        assert (
+            planet.metadata["planet"][:5] not in planet.text.lower().replace(" ", "") or "earth" in planet.text.lower()
+        )
+
+
+def test_spectra_only_where_they_exist(bundle: data.DatasetBundle) -> None:
+    have = {k for k, p in bundle.train.store.planets.items() if bool(p.spectrum_mask.any())}
+    assert have == {"earth_g0", "earth_g2"}
+
+
+def test_second_load_is_identical(bundle: data.DatasetBundle) -> None:
+    again = data.load_bundled()
+    assert list(again.train.pairs) == list(bundle.train.pairs)
+    assert torch.equal(again.train[5].epochs[-1], bundle.train[5].epochs[-1])
+    assert torch.equal(again.train[5].input_ids, bundle.train[5].input_ids)
+
+
+def test_baseline_features(bundle: data.DatasetBundle) -> None:
+    params, flat, labels, fractions = data.baseline_features(bundle.validation)
+    n = len(bundle.validation)
+    assert params.shape == (n, bundle.spec.n_planet_params)
+    assert flat.shape[0] == n
+    assert labels.tolist() == bundle.validation.labels().tolist()
+    assert np.isfinite(params).all()
+    assert np.isfinite(flat).all()
+    assert ((fractions >= bundle.spec.class_threshold) == labels.astype(bool)).all()
+    # no column may be the label in disguise
+    spread = flat.std(axis=0) > 0
+    centred = flat[:, spread] - flat[:, spread].mean(axis=0)
+    correlation = centred.T @ (fractions - fractions.mean()) / (n * flat[:, spread].std(axis=0) * fractions.std())
+    assert np.abs(correlation).max() < 0.95
+
+
+def test_spec_round_trip(bundle: data.DatasetBundle) -> None:
+    assert data.DataSpec.from_json(bundle.spec.to_json()) == bundle.spec
+    with pytest.raises(data.DataError, match="months"):
+        data.DataSpec.from_json(bundle.spec.to_json().replace('"months": 12', '"months": "12"'))
+    with pytest.raises(data.DataError, match="unknown field"):
+        data.DataSpec.from_json(bundle.spec.to_json().replace('"months"', '"moons"'))
+
+
+def test_loading_imports_no_builder_package() -> None:
+    code = f"import sys, astrobiogen.data; print([m for m in {HEAVY!r} if m in sys.modules])"
+    root = Path(data.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_corpus() -> None:
+    modules = data.load_corpus()
+    assert len(modules) == 185
+    assert 0.02 < sum(m.part == "validation" for m in modules) / len(modules) < 0.25

@@ -1,0 +1,135 @@
+"""What attention must do whatever its numbers: causality, relative positions, masks, merges of parts."""
+
+import itertools
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies
+
+from astrobiogen.kernels.attention import reference, triton_config
+from astrobiogen.kernels.attention.op import attention
+from astrobiogen.testing import route
+
+
+def _tensors(queries: int, keys: int, heads: int = 4, kv_heads: int = 2, dim: int = 68) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(1, queries, heads, dim), torch.randn(1, keys, kv_heads, dim), torch.randn(1, keys, kv_heads, dim)
+
+
+def test_the_future_never_changes_the_past() -> None:
+    q, k, v = _tensors(150, 150)
+    before = attention(q, k, v)
+    order = torch.cat((torch.arange(91), 91 + torch.randperm(59)))
+    after = attention(q[:, order], k[:, order], v[:, order])
+    assert torch.equal(before[:, :91], after[:, :91])
+    assert not torch.equal(before[:, 91:], after[:, 91:])
+
+
+def test_shifting_all_positions_changes_nothing() -> None:
+    q, k, v = (t.double() for t in _tensors(40, 40))
+    frequency = torch.exp(-torch.arange(34, dtype=torch.float64) / 6)
+    outputs = []
+    for shift in (0, 1000):
+        angle = (torch.arange(40) + shift)[:, None] * frequency
+        outputs.append(attention(q, k, v, cos=angle.cos(), sin=angle.sin()))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-11)
+    assert (outputs[0] - attention(q, k, v)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_inside_equals_rotation_before(interleaved: bool) -> None:
+    q, k, v = _tensors(30, 45)
+    angle = torch.randn(45, 20)
+    turned_q = reference.rotate(q, angle[15:].cos(), angle[15:].sin(), interleaved)
+    turned_k = reference.rotate(k, angle.cos(), angle.sin(), interleaved)
+    inside = attention(q, k, v, cos=angle.cos(), sin=angle.sin(), interleaved=interleaved)
+    torch.testing.assert_close(inside, attention(turned_q, turned_k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_a_query_without_keys_gives_zeros_and_no_gradient() -> None:
+    q, k, v = (t.requires_grad_() for t in _tensors(20, 5))
+    out, lse = attention(q, k, v, return_lse=True)
+    assert torch.equal(out[:, :15], torch.zeros_like(out[:, :15])) and torch.isneginf(lse[..., :15]).all()
+    assert torch.isfinite(lse[..., 15:]).all() and (out[:, 15:].abs().sum(dim=(0, 2, 3)) > 0).all()
+    grads = torch.autograd.grad(out.square().sum() + lse[..., 15:].sum(), (q, k, v))
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert torch.equal(grads[0][:, :15], torch.zeros_like(grads[0][:, :15]))
+
+
+def test_packed_sequences_equal_single_ones() -> None:
+    q, k, v = _tensors(140, 140)
+    bounds = [0, 1, 70, 70, 133]
+    packed = attention(q, k, v, cu_seqlens=torch.tensor(bounds))
+    for first, last in itertools.pairwise(bounds):
+        rows = slice(first, last)
+        torch.testing.assert_close(packed[:, rows], attention(q[:, rows], k[:, rows], v[:, rows]), rtol=1e-5, atol=1e-6)
+    assert torch.equal(packed[:, 133:], torch.zeros_like(packed[:, 133:]))
+
+
+def test_parts_merge_by_their_log_sums() -> None:
+    q, k, v = _tensors(9, 100)
+    whole, lse = attention(q, k, v, causal=False, return_lse=True)
+    parts = [attention(q, k[:, rows], v[:, rows], causal=False, return_lse=True) for rows in (slice(0, 33), slice(33, 100))]
+    weights = torch.softmax(torch.stack([part[1] for part in parts]), dim=0).transpose(-1, -2).unsqueeze(-1)
+    merged = sum(weight * part[0] for weight, part in zip(weights, parts))
+    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.logsumexp(torch.stack([part[1] for part in parts]), dim=0), lse, rtol=1e-5, atol=1e-6)
+
+
+def test_decoding_token_by_token_equals_one_pass() -> None:
+    q, k, v = _tensors(70, 70)
+    whole = attention(q, k, v, window=50)
+    for token in (0, 1, 48, 49, 50, 69):
+        step = attention(q[:, token : token + 1], k[:, : token + 1], v[:, : token + 1], window=50)
+        torch.testing.assert_close(step, whole[:, token : token + 1], rtol=1e-5, atol=1e-6)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = _tensors(65, 65)
+    out, lse = attention(q * 1e4, k * 1e4, v, return_lse=True)
+    exact, exact_lse = attention(q.double() * 1e4, k.double() * 1e4, v.double(), return_lse=True)
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=0)
+    # the largest score wins everywhere but where two differ by less than the scores' rounding (1e9 * 6e-8)
+    assert ((out.double() - exact).abs().amax(dim=-1) < 1e-3).float().mean() > 0.95
+
+
+@hypothesis.given(
+    queries=strategies.integers(1, 40),
+    keys=strategies.integers(0, 90),
+    group=strategies.sampled_from([1, 2, 5]),
+    dim=strategies.integers(1, 40),
+    causal=strategies.booleans(),
+    window=strategies.none() | strategies.integers(1, 60),
+    softcap=strategies.none() | strategies.floats(0.5, 50.0),
+)
+def test_agrees_with_fp64_for_any_shape(
+    queries: int, keys: int, group: int, dim: int, causal: bool, window: int | None, softcap: float | None
+) -> None:
+    q, k, v = _tensors(queries, keys, group, 1, dim)
+    got = attention(q, k, v, causal=causal, window=window, softcap=softcap)
+    args = (q.double(), k.double(), v.double(), None, None, None, None, causal, dim**-0.5, window or 0, softcap or 0.0, False)
+    torch.testing.assert_close(got.double(), reference.attention(*args)[0], rtol=2e-5, atol=2e-6)
+
+
+def test_triton_ignores_neighbouring_memory_in_a_fused_projection() -> None:
+    heads, kv_heads, dim = 2, 1, 20
+    fused = torch.randn(1, 18, heads + 2 * kv_heads, dim + 3)
+    clean = [t.clone() for t in (fused[:, :, :2, :dim], fused[:, :, 2:3, :dim], fused[:, :, 3:, :dim])]
+    fused[..., dim:] = float("nan")
+    poisoned = (fused[:, :, :2, :dim], fused[:, :, 2:3, :dim], fused[:, :, 3:, :dim])
+    with route(("attention",), "triton"):
+        assert torch.equal(attention(*poisoned), attention(*clean))
+
+
+def test_the_cut_of_a_head_holds_it_in_no_more_than_a_power_of_two() -> None:
+    for dim in range(1, 257):
+        main, tail = triton_config.cut_head(dim)
+        power = max(16, 1 << (dim - 1).bit_length())
+        assert dim <= main + tail <= power
+        assert main & (main - 1) == 0 and tail & (tail - 1) == 0 and main >= 16 and (tail == 0 or 16 <= tail < 2 * main)
+
+
+def test_head_dimension_68_costs_80_columns() -> None:
+    assert triton_config.cut_head(68) == (64, 16)
+    assert [triton_config.cut_head(dim) for dim in (64, 80, 96, 100, 160)] == [(64, 0), (64, 16), (64, 32), (128, 0), (128, 32)]

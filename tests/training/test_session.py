@@ -1,0 +1,247 @@
+"""The commands end to end, on a small synthetic data set: outputs, resuming, errors in one line."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from astrobiogen import data, evaluate, train
+from astrobiogen.training import assemble, blocks, config
+from astrobiogen.training.monitor import read_log
+from astrobiogen.training.update import emphases
+
+OPTIONS = ["--smoke", "--monitor.progress", "plain", "--monitor.level", "WARNING", "--evaluation.bootstrap", "20"]
+
+
+@pytest.fixture(scope="module")
+def bundle() -> data.DatasetBundle:
+    return data.synthetic.make_bundle(16, 0)
+
+
+@pytest.fixture(autouse=True)
+def _bundled(bundle: data.DatasetBundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The synthetic data in place of the bundled data; PyTorch's deterministic mode as it was afterwards."""
+    monkeypatch.setattr(data, "load_bundled", lambda: bundle)
+    mode = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(mode)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, bundle: data.DatasetBundle) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_bundled", lambda: bundle)
+        assert train.main([*OPTIONS, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_behind(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "config.yaml",
+        "environment.json",
+        "log.jsonl",
+        "train.log",
+        "checkpoints",
+        "best",
+        "metrics.json",
+        "report.html",
+    } <= names
+    result = json.loads((run / "metrics.json").read_text())
+    assert set(result["model"]) == {"all", "seen", "new_planet", "new_organism", "new_both"}
+    assert set(result["ablation"]) == {"climate", "graph", "spectrum", "text", "planet_params"}
+    assert len(result["baselines"]) == 4
+    assert result["seed"] == 0
+    assert result["run"]["epochs"] == 2
+    for name in ("accuracy", "auroc", "loss"):
+        assert {"value", "low", "high"} <= set(result["model"]["all"][name])
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 7
+    assert "http" not in page.replace("http-equiv", "")
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["libraries"]["torch"] == torch.__version__
+    assert environment["kernels"]
+    events = [record["event"] for record in read_log(run / "log.jsonl")]
+    assert events[0] == "start"
+    assert events[-1] == "final"
+    assert events.count("epoch") == 2
+
+
+def test_evaluate_repeats_the_figures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "again"
+    assert evaluate.main([str(run), "--output", str(output), "--no-ablation", "--no-baselines"]) == 0
+    expected, got = (json.loads((folder / "metrics.json").read_text()) for folder in (run, output))
+    assert got["model"] == expected["model"]
+    assert "ablation" not in got
+    assert "Test set" in capsys.readouterr().out
+    newest = max((run / "checkpoints").glob("step-*"))
+    assert evaluate.main([str(newest), "--no-ablation", "--no-baselines", "--bootstrap", "0"]) == 0
+
+
+def test_resuming_a_finished_run_reports_again(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "metrics.json").unlink()
+    newest = max((copy / "checkpoints").glob("step-*")) / "model.safetensors"
+    newest.write_bytes(
+        newest.read_bytes()[:-7]
+    )  # a torn newest checkpoint: the epoch is trained again from the one before
+    assert train.main(["--resume", str(copy), "--evaluation.ablation", "false", "--evaluation.baselines", "false"]) == 0
+    expected, got = (json.loads((folder / "metrics.json").read_text())["model"] for folder in (run, copy))
+    assert got == expected
+    assert "falling back to an older one" in (copy / "train.log").read_text()
+
+
+def test_signal_saves_and_ends_cleanly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = blocks.collate_shared
+    calls = 0
+
+    def collate(samples: Any, pad_id: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(samples, pad_id)
+
+    monkeypatch.setattr(blocks, "collate_shared", collate)
+    before = signal.getsignal(signal.SIGTERM)
+    assert train.main([*OPTIONS, "--output", str(tmp_path / "run")]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def test_errors_are_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(code: int, text: str, arguments: list[str], command: Any = train.main) -> None:
+        assert command(arguments) == code
+        assert text in one_error_line(capsys)
+
+    check(2, "is not an empty folder", ["--output", str(run)])
+    check(2, "does not accept option", ["--config", str(_write(tmp_path / "c.yaml", "data: {pth: x}\n"))])
+    check(2, "no such folder", ["--resume", str(tmp_path / "nowhere")])
+    check(2, "so this is not the folder of a run", ["--resume", str(tmp_path)])
+    check(1, "data: ", ["--data.path", str(tmp_path / "nowhere"), "--output", str(tmp_path / "a")])
+    check(2, "model.no_such_key: unknown key", ["--model.no_such_key", "1", "--output", str(tmp_path / "b")])
+    file = _write(tmp_path / "file", "x")
+    check(2, "cannot be written", ["--output", str(file / "inside")])
+    check(2, "no such folder", [str(tmp_path / "nowhere")], evaluate.main)
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    for path in (*broken.glob("checkpoints/step-*/model.safetensors"), *broken.glob("best/step-*/model.safetensors")):
+        path.write_bytes(b"")
+    check(1, "is whole", ["--resume", str(broken)])
+    check(1, "is whole", [str(broken)], evaluate.main)
+    monkeypatch.setattr(assemble, "build_model", lambda *_: 1 / 0)
+    check(1, "internal: ZeroDivisionError", ["--output", str(tmp_path / "crash")])
+    assert "Traceback" in (tmp_path / "crash" / "crash.log").read_text()
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_shared_batch_equals_the_plain_one(bundle: data.DatasetBundle) -> None:
+    torch.manual_seed(0)
+    assembly = assemble.assemble(config.preset("tiny"), bundle)
+    model = assembly.task.model.eval()
+    samples = [bundle.train[index] for index in next(iter(assembly.task.sampler.batches(0)))]
+    plain, shared = data.collate(samples), assembly.task.collate(samples)
+    assert len(shared["climate_datacube"]) < len(samples)
+    assert torch.equal(plain["modality_mask"], shared["modality_mask"])
+    with torch.no_grad():
+        expected, got = (assembly.task.loss_function(model(batch), batch) for batch in (plain, shared))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulation_over_ragged_batches_equals_the_full_batch(bundle: data.DatasetBundle) -> None:
+    """Texts of different length and an absent graph: 5 micro-batches of 1 to 5 samples against one batch of 15, all
+    terms on.
+    """
+    torch.manual_seed(0)
+    assembly = assemble.assemble(config.preset("tiny"), bundle)
+    task, model = assembly.task, assembly.task.model.eval()
+    pairs = bundle.train.pairs[:15]
+    store = bundle.train.store
+    tokens = {
+        (pair.climate, pair.organism): store.tokens[pair.climate, pair.organism][: 3 + 2 * n]
+        for n, pair in enumerate(pairs)
+    }
+    organisms = dict(store.organisms)
+    organisms[pairs[4].organism] = dataclasses.replace(organisms[pairs[4].organism], graph=None)
+    ragged = data.HabitatDataset(dataclasses.replace(store, tokens=tokens, organisms=organisms), pairs, "ragged")
+
+    def gradients(split: list[list[int]]) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        factors = emphases(
+            [assemble.term_counts(ragged, indices) for indices in split], [len(indices) for indices in split]
+        )
+        for indices, factor in zip(split, factors, strict=True):
+            batch = data.collate([ragged[index] for index in indices])
+            loss, _ = task.loss_function(model(batch), batch, factor)
+            (loss * len(indices) / 15).backward()
+        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+    full = gradients([list(range(15))])
+    parts = gradients([[0], [1, 2], [3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13, 14]])
+    scale = torch.nn.utils.get_total_norm(list(full.values()))
+    for name, value in full.items():
+        assert float((parts[name] - value).norm() / scale) < 1e-6, name
+
+
+def test_block_sampler_is_a_permutation_and_resumes(bundle: data.DatasetBundle) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grid = [
+        (f"c{climate}", f"o{organism}")
+        for climate in range(30)
+        for organism in range(48)
+        if torch.rand(1, generator=generator) < 0.7
+    ]
+    sampler = blocks.BlockSampler(grid, 16, seed=1, block=5)
+    epochs = [list(sampler.batches(epoch)) for epoch in range(2)]
+    for batches in epochs:
+        assert len(batches) == sampler.batches_per_epoch
+        assert sorted(index for batch in batches for index in batch) == list(range(len(grid)))
+        assert all(len(batch) == 16 for batch in batches if len(batch) != len(grid) % 16)
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == list(sampler.batches(0))
+    assert list(sampler.batches(1, start=7)) == epochs[1][7:]
+    climates = [len({grid[index][0] for index in batch}) for batch in epochs[0]]
+    assert sum(climates) / len(climates) < 7  # a random batch of 16 would have about 12
+    order = blocks.in_blocks(bundle.test, 10, 3)
+    assert sorted(index for batch in order for index in batch) == list(range(len(bundle.test)))
+
+
+def test_limit_spreads_over_the_set(bundle: data.DatasetBundle) -> None:
+    cut = assemble.load_bundle(dataclasses.replace(config.preset("tiny"), data=config.DataConfig(limit=6)))
+    assert len(cut.train) == 6
+    assert all(len(cell) <= 2 for cell in cut.test_cells.values())
+    assert cut.train.pairs[-1] != bundle.train.pairs[5]
+
+
+def test_plan_counts_the_states(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--plan"]) == 0
+    text = capsys.readouterr().out
+    assert "saved for the backward pass" in text
+    assert "not measured" not in text
