@@ -27,6 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("astrobiogen benchmarks")
     group.addoption("--quick", action="store_true", help="first size of every benchmark, few repeats, no torch.compile")
     group.addoption("--save", action="store_true", help="write benchmarks/results/<device>/<op>.csv and .json")
+    group.addoption("--results", type=Path, default=RESULTS, help="folder for --save (default: %(default)s)")
+    group.addoption(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OP.NAME=INT",
+        help="give a named constant of an op's triton_kernels another value, for tuning; repeatable",
+    )
     group.addoption(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (default: a GPU if present)"
     )

@@ -33,8 +33,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
     "": frozenset({"kernels", "ops", "layers", "models", "integrations", "_extension", ""}),
 }
-# Layers and models may use only these modules of `kernels`: the implementations are reached through `ops`.
-KERNEL_FACADE = ("astrobiogen.kernels._registry", "astrobiogen.kernels.rope.frequencies")
+# Above the kernels nobody picks an implementation: that is the dispatcher's choice.
+IMPLEMENTATIONS = ("reference", "triton_kernels")
 
 # Files with an import that cannot stand at the top, with the reason.
 CONDITIONAL_IMPORTS: dict[str, str] = {
@@ -121,8 +121,11 @@ def test_imports_point_down_and_stand_at_the_top(path: Path) -> None:
         assert other == group or other in ALLOWED[group], (
             f"{relative(path)}:{node.lineno}: {group or 'the package'} may not import {name}"
         )
-        if group in ("layers", "models") and other == "kernels":
-            assert name in KERNEL_FACADE, f"{relative(path)}:{node.lineno}: {name} is reached through astrobiogen.ops"
+        if other == "kernels" and group not in ("kernels", "testing", "doctor"):
+            picked = name.rsplit(".", 1)[-1] in IMPLEMENTATIONS
+            assert not picked, (
+                f"{relative(path)}:{node.lineno}: {name} is an implementation; call it through astrobiogen.ops"
+            )
 
 
 def test_no_source_file_is_outside_the_groups() -> None:
