@@ -196,7 +196,7 @@ def _probes() -> dict[str, Callable[[torch.device], torch.Tensor]]:
         "attention": lambda d: ops.attention(randn(d, 2, 9, 4, 68), randn(d, 2, 9, 2, 68), randn(d, 2, 9, 2, 68)),
         "conv_nd": lambda d: ops.conv_nd(randn(d, 1, 2, 3, 3, 3, 4, 4), randn(d, 16, 2, 3, 3, 3, 3, 3), padding=1),
         "linear_cross_entropy": lambda d: ops.linear_cross_entropy(
-            randn(d, 9, 32), randn(d, 70, 32), torch.arange(9, device=d)
+            randn(d, 9, 32), randn(d, 70, 32).flip(0), torch.arange(9, device=d)
         ),
     }
 

@@ -18,6 +18,9 @@ class LinearCrossEntropy(nn.Module):
         vocab_size: V.
         ignore_index: targets with this value do not count.
         reduction: "mean" over counted targets, "sum" or "none".
+        label_smoothing: share of the target's probability that is spread over the vocabulary, in [0, 1].
+        z_loss: weight of the squared log-sum-exp that is added per token, >= 0.
+        softcap: logits become softcap * tanh(logits / softcap); None for none.
 
     Raises:
         ValueError: a size is not positive; from `forward`, as `ops.linear_cross_entropy`.
@@ -30,6 +33,9 @@ class LinearCrossEntropy(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -38,17 +44,34 @@ class LinearCrossEntropy(nn.Module):
             raise ValueError(f"hidden_size and vocab_size must be at least 1, got {hidden_size} and {vocab_size}")
         self.ignore_index = ignore_index
         self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
-    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss of `x` [..., H] against `target` [...] int64."""
+    def forward(
+        self, x: torch.Tensor, target: torch.Tensor, num_tokens: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Loss of `x` [..., H] against `target` [...] int64; `num_tokens` replaces the count in the mean, so that the
+        micro-batches of one accumulation window weigh by tokens."""
         x, weight = autocast_tensors(x, self.weight)
-        return ops.linear_cross_entropy(x, weight, target, ignore_index=self.ignore_index, reduction=self.reduction)
+        return ops.linear_cross_entropy(
+            x,
+            weight,
+            target,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            num_tokens=num_tokens,
+        )
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """The full logits [..., V], for generation."""
-        return x @ self.weight.t()
+        """The full logits [..., V], for generation; soft-capped where the loss is."""
+        logits = x @ self.weight.t()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""
