@@ -1,8 +1,11 @@
 """RoPE + causal grouped-query attention against `F.scaled_dot_product_attention` (every backend) and FlexAttention.
 
-All candidates rotate q and k; "eager" is the plain rotation followed by SDPA's own choice of backend, "compile" the same under
-`torch.compile`. Bytes: forward reads q, k, v and writes out; backward reads q, k, v, out and its gradient and writes three gradients.
-Flops: a causal forward is two products over half of the Sq x Sk pairs, 4 Sq Sk D Hq / 2; the backward five products, 2.5 times that. Work that a
+All candidates rotate q and k; "eager" is the plain rotation followed by SDPA's own choice of backend, "compile" the
+same under
+`torch.compile`. Bytes: forward reads q, k, v and writes out; backward reads q, k, v, out and its gradient and writes
+three gradients.
+Flops: a causal forward is two products over half of the Sq x Sk pairs, 4 Sq Sk D Hq / 2; the backward five products,
+2.5 times that. Work that a
 kernel adds for a padded head dimension is not counted.
 """
 
@@ -29,7 +32,9 @@ DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torc
 
 
 def rotated(attend: Attend) -> Callable[..., Tensor]:
-    """Eager rotation of q and k, as Hugging Face's Llama does it, in front of `attend`. q stands at the last rows of cos and sin."""
+    """Eager rotation of q and k, as Hugging Face's Llama does it, in front of `attend`. q stands at the last rows of
+    cos and sin.
+    """
 
     def call(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         def turn(x: Tensor) -> Tensor:
@@ -68,15 +73,25 @@ def truth(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return reference.attention(q, k, v, cos, sin, None, None, True, q.shape[-1] ** -0.5, 0, 0.0, False)[0]
 
     parts = [
-        checkpoint(head, q[:, :, h : h + 1], k[:, :, h // group : h // group + 1], v[:, :, h // group : h // group + 1], use_reentrant=False)
+        checkpoint(
+            head,
+            q[:, :, h : h + 1],
+            k[:, :, h // group : h // group + 1],
+            v[:, :, h // group : h // group + 1],
+            use_reentrant=False,
+        )
         for h in range(q.shape[2])
     ]
     return torch.cat(parts, dim=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s.queries or s.tokens}x{s.tokens}x{s.heads}x{s.kv_heads}x{s.dim}")
-def test_attention(bench: Bench, quick: bool, make, device: torch.device, size: samples.Size, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "size", SIZES, ids=lambda s: f"{s.queries or s.tokens}x{s.tokens}x{s.heads}x{s.kv_heads}x{s.dim}"
+)
+def test_attention(
+    bench: Bench, quick: bool, make, device: torch.device, size: samples.Size, dtype: torch.dtype
+) -> None:
     maker: TensorMaker = make(dtype)
     queries = size.queries or size.tokens
     arguments = samples.tensors(maker, size.batch, queries, size.tokens, size.heads, size.kv_heads, size.dim)
@@ -87,7 +102,11 @@ def test_attention(bench: Bench, quick: bool, make, device: torch.device, size: 
     flops = 4.0 * size.batch * queries * (size.tokens - (queries - 1) / 2) * size.dim * size.heads
     others = [] if queries == 1 else peers.attention(device)
     candidates = [Candidate(c.name, c.function and rotated(c.function), c.absent) for c in others]
-    flexed = Candidate("flex", None, "left out by --quick") if quick else Candidate("flex", flex(device, queries, size.tokens))
+    flexed = (
+        Candidate("flex", None, "left out by --quick")
+        if quick
+        else Candidate("flex", flex(device, queries, size.tokens))
+    )
     bench(
         op="attention",
         size=f"{queries}x{size.tokens}x{size.heads}x{size.kv_heads}x{size.dim}",

@@ -67,9 +67,7 @@ def jax_conv(size: Size) -> Candidate:
     pads = [(p, p) for p in (*zeros, 0)]
     axes = "".join(chr(ord("a") + axis) for axis in range(len(size.spatial)))
     layout = ("NC" + axes, "OI" + axes, "NC" + axes)
-    conv = jax.jit(
-        lambda x, w: jax.lax.conv_general_dilated(x, w, (1,) * len(pads), pads, dimension_numbers=layout)
-    )
+    conv = jax.jit(lambda x, w: jax.lax.conv_general_dilated(x, w, (1,) * len(pads), pads, dimension_numbers=layout))
 
     def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         arrays = [jax.dlpack.from_dlpack(t.detach().contiguous()) for t in (_pad_last(x, halo), weight)]

@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/simd.h"
+#include "common/math.h"
 
 namespace astrobiogen::rope {
 
@@ -35,32 +35,32 @@ struct Rotation {
   Table sign;
 };
 
-// Columns j and j + half of one head, sixteen pairs at a time. The last vector overlaps the one before instead of leaving a tail: half = 34 is three
-// vectors, at 0, 16 and 18.
+// Columns j and j + half of one head, eight pairs at a time. The last vector overlaps the one before instead of leaving a tail: half = 34 is five
+// vectors, at 0, 8, 16, 24 and 26.
 template <typename T>
 ASTRO_INLINE void rotate_halves(const T* x, const float* cos, const float* sin, float sign, T* out, int64_t half) {
   using namespace simd;
-  if (half < kLanes) {
+  if (half < kHalfLanes) {
     if (half == 0) return;
-    const f32x16 a = load_partial(x, half), b = load_partial(x + half, half);
-    const f32x16 c = load_partial(cos, half), s = load_partial(sin, half) * sign;
-    store_partial(out, a * c - b * s, half);
-    store_partial(out + half, b * c + a * s, half);
+    const f32x8 a = load8_partial(x, half), b = load8_partial(x + half, half);
+    const f32x8 c = load8_partial(cos, half), s = load8_partial(sin, half) * sign;
+    store8_partial(out, a * c - b * s, half);
+    store8_partial(out + half, b * c + a * s, half);
     return;
   }
-  for (int64_t j = 0; j < half; j += kLanes) {
-    const int64_t at = std::min(j, half - kLanes);
-    const f32x16 a = load(x + at), b = load(x + half + at);
-    const f32x16 c = load(cos + at), s = load(sin + at) * sign;
-    store(out + at, a * c - b * s);
-    store(out + half + at, b * c + a * s);
+  for (int64_t j = 0; j < half; j += kHalfLanes) {
+    const int64_t at = std::min(j, half - kHalfLanes);
+    const f32x8 a = load8(x + at), b = load8(x + half + at);
+    const f32x8 c = load8(cos + at), s = load8(sin + at) * sign;
+    store8(out + at, a * c - b * s);
+    store8(out + half + at, b * c + a * s);
   }
 }
 
 // Swaps lanes 2i and 2i + 1.
-ASTRO_INLINE simd::f32x16 swap_pairs(simd::f32x16 v) {
-  typedef uint64_t u64x8 __attribute__((vector_size(64)));
-  u64x8 pairs;
+ASTRO_INLINE simd::f32x8 swap_pairs(simd::f32x8 v) {
+  typedef uint64_t u64x4 __attribute__((vector_size(32)));
+  u64x4 pairs;
   std::memcpy(&pairs, &v, sizeof(v));
   pairs = (pairs >> 32) | (pairs << 32);
   std::memcpy(&v, &pairs, sizeof(v));
@@ -71,16 +71,16 @@ ASTRO_INLINE simd::f32x16 swap_pairs(simd::f32x16 v) {
 template <typename T>
 ASTRO_INLINE void rotate_pairs(const T* x, const float* cos, const float* sin, T* out, int64_t rotary) {
   using namespace simd;
-  if (rotary < kLanes) {
+  if (rotary < kHalfLanes) {
     if (rotary == 0) return;
-    const f32x16 v = load_partial(x, rotary);
-    store_partial(out, v * load_partial(cos, rotary) + swap_pairs(v) * load_partial(sin, rotary), rotary);
+    const f32x8 v = load8_partial(x, rotary);
+    store8_partial(out, v * load8_partial(cos, rotary) + swap_pairs(v) * load8_partial(sin, rotary), rotary);
     return;
   }
-  for (int64_t j = 0; j < rotary; j += kLanes) {
-    const int64_t at = std::min(j, rotary - kLanes);  // rotary is even, so the overlapping vector starts on a pair
-    const f32x16 v = load(x + at);
-    store(out + at, v * load(cos + at) + swap_pairs(v) * load(sin + at));
+  for (int64_t j = 0; j < rotary; j += kHalfLanes) {
+    const int64_t at = std::min(j, rotary - kHalfLanes);  // rotary is even, so the overlapping vector starts on a pair
+    const f32x8 v = load8(x + at);
+    store8(out + at, v * load8(cos + at) + swap_pairs(v) * load8(sin + at));
   }
 }
 

@@ -71,10 +71,10 @@ struct Gate {
 };
 
 ASTRO_INLINE Gate gate_of(simd::f32x8 g) {
-  const simd::f32x8 e = simd::exp_nonpositive(-simd::abs(g));
+  const simd::f32x8 e = simd::exp_nonpositive(simd::negative_abs(g));
   const simd::f32x8 large = 1.0f / (1.0f + e);
   const simd::f32x8 small = e * large;
-  return {g < 0.0f ? small : large, g < 0.0f ? large : small};
+  return {simd::select_negative(g, small, large), simd::select_negative(g, large, small)};
 }
 
 ASTRO_INLINE double sigmoid(double g) {

@@ -154,6 +154,15 @@ def ops() -> tuple[str, ...]:
     return tuple(_ENTRIES)
 
 
+def triton_launcher(name: str) -> str:
+    """``"module:function"`` of the CUDA launcher of op `name`; empty if it has none.
+
+    Raises:
+        KeyError: no such op.
+    """
+    return _ENTRIES[name].triton
+
+
 def has_kernel(name: str, dispatch_key: str) -> bool:
     """True if op `name` has a kernel of its own on `dispatch_key` ("CPU" or "CUDA"), not only the reference."""
     # `_dispatch_has_kernel_for_dispatch_key` also counts the default, CompositeExplicitAutograd; the dump lists real

@@ -13,7 +13,10 @@ Collate = Callable[[list[Any]], Batch]
 class Sampler(Protocol):
     """What the loop needs of `astrobiogen.data.EpochSampler`: the order is a function of (seed, epoch) only."""
 
-    batches_per_epoch: int
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of one epoch, the same for each."""
+        ...
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
         """Sample numbers of each batch of `epoch`, the first `start` batches left out."""

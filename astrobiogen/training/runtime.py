@@ -92,7 +92,8 @@ def prepare(config: RuntimeConfig, seed: int) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.deterministic)
     # Filling fresh memory with NaN is a debugging aid of the deterministic mode; it costs a pass over each new tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    filling = "fill_uninitialized_memory"  # a property of the module object, which type checkers do not know
+    setattr(torch.utils.deterministic, filling, False)
     seed_everything(seed)
     return {
         "threads": torch.get_num_threads(),

@@ -54,7 +54,16 @@ ASTRO_INLINE u32x8 load8_bits(const void* p) {
   return __builtin_convertvector(narrow, u32x8);
 }
 
-ASTRO_INLINE f32x8 load8(const c10::BFloat16* p) { return (f32x8)(load8_bits(p) << 16); }
+// The interleave with zeros is the shift by 16: 3 AVX2 instructions where GCC 12 makes 6 of a conversion and a shift.
+ASTRO_INLINE f32x8 load8(const c10::BFloat16* p) {
+#if defined(__clang__) || __GNUC__ >= 12
+  u16x8 narrow;
+  std::memcpy(&narrow, p, sizeof(narrow));
+  return (f32x8)__builtin_shufflevector(u16x8{}, narrow, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return (f32x8)(load8_bits(p) << 16);
+#endif
+}
 
 ASTRO_INLINE f32x8 load8(const c10::Half* p) {
   const u32x8 wide = load8_bits(p);
@@ -130,6 +139,9 @@ ASTRO_INLINE void store8_partial(T* p, f32x8 v, int64_t count) {
 
 ASTRO_INLINE f32x8 splat8(float value) { return f32x8{} + value; }
 ASTRO_INLINE f32x8 abs(f32x8 v) { return (f32x8)((i32x8)v & 0x7fffffff); }
+ASTRO_INLINE f32x8 negative_abs(f32x8 v) { return (f32x8)((u32x8)v | 0x80000000u); }
+// Where the sign bit of `sign` is set, `a`, else `b`: one blend, without a comparison.
+ASTRO_INLINE f32x8 select_negative(f32x8 sign, f32x8 a, f32x8 b) { return (i32x8)sign < 0 ? a : b; }
 
 // e^x. x = n ln2 + r with |r| <= ln2 / 2, e^r = 1 + r + r^2 P(r) (P: degree 4, minimax, relative error 3.2e-9), then two exact scalings by powers of
 // two: one alone cannot reach 2^128 or subnormal results.
@@ -171,8 +183,8 @@ ASTRO_INLINE f32x8 exp_nonpositive(f32x8 x) {
 
 // 1 / (1 + e^-x), relative accuracy kept on the far negative side too (there it is e^x, not 1 / Inf).
 ASTRO_INLINE f32x8 sigmoid(f32x8 x) {
-  const f32x8 e = exp_nonpositive(-abs(x));
-  return (x < 0.0f ? e : splat8(1.0f)) / (1.0f + e);
+  const f32x8 e = exp_nonpositive(negative_abs(x));
+  return select_negative(x, e, splat8(1.0f)) / (1.0f + e);
 }
 
 // Odd polynomial below 0.55 (relative error 1e-9), (1 - e) / (1 + e) with e = e^-2|x| above. Keeps the sign of zero.

@@ -27,7 +27,8 @@ OPS = ("attention", "attention_backward")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = [case for case in samples.CASES if case.gradcheck]
 INTERPRETED = [case for case in samples.CASES if case.interpret]
-# NumPy has fp16 but no bf16: the interpreter cuts fp32 off instead of rounding it, so bf16 accuracy is judged on a GPU and by the C++ kernels.
+# NumPy has fp16 but no bf16: the interpreter cuts fp32 off instead of rounding it, so bf16 accuracy is judged on a
+# GPU and by the C++ kernels.
 INTERPRETED_HALF = {"gradcheck", "everything", "packed_window"}
 
 
@@ -40,8 +41,10 @@ def reference(*tensors: torch.Tensor, **options: Any) -> Any:
 def floor(case: Case, dtype: torch.dtype) -> float:
     """Extra error allowed to the gradient of the sinks in half precision.
 
-    It is -sum_i p_i delta_i with delta_i = <dO_i, O_i> taken from the O that was saved, rounded to half: each of a head's up to 5 rows is
-    off by up to eps/2 |dO| |O| <= eps/2 * 8 for the numbers drawn here. (fp32 needs nothing; eager keeps O in fp32 between its steps.)
+    It is -sum_i p_i delta_i with delta_i = <dO_i, O_i> taken from the O that was saved, rounded to half: each of a
+    head's up to 5 rows is
+    off by up to eps/2 |dO| |O| <= eps/2 * 8 for the numbers drawn here. (fp32 needs nothing; eager keeps O in fp32
+    between its steps.)
     """
     return 20 * torch.finfo(dtype).eps if "sinks" in case.differentiable and dtype != torch.float32 else 0.0
 
@@ -54,7 +57,9 @@ def test_cpu(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
 def test_triton(case: Case) -> None:
-    dtypes = DTYPES if torch.cuda.is_available() else (torch.float16,) if case.name in INTERPRETED_HALF else (torch.float32,)
+    dtypes = (
+        DTYPES if torch.cuda.is_available() else (torch.float16,) if case.name in INTERPRETED_HALF else (torch.float32,)
+    )
     for dtype in dtypes:
         check_op(attention, reference, case, dtype, ops=OPS, implementation="triton", absolute_floor=floor(case, dtype))
 
@@ -81,14 +86,18 @@ def test_head_dimensions(dim: int, rotary: bool) -> None:
 @pytest.mark.parametrize("group", [1, 4, 8, 64])
 @pytest.mark.parametrize("causal", [True, False])
 def test_groups(group: int, causal: bool) -> None:
-    case = Case(f"group_{group}", samples.plain(1, 33, 70, 2 * group, 2, 20, causal=causal, return_lse=True), ("q", "k", "v"))
+    case = Case(
+        f"group_{group}", samples.plain(1, 33, 70, 2 * group, 2, 20, causal=causal, return_lse=True), ("q", "k", "v")
+    )
     check_op(attention, reference, case, torch.float32, ops=OPS, implementation="cpu")
 
 
 @pytest.mark.parametrize("queries", [1, 17, 127, 128, 129, 513])
 @pytest.mark.parametrize("keys", [None, 200])
 def test_lengths(queries: int, keys: int | None) -> None:
-    case = Case(f"length_{queries}_{keys}", samples.plain(1, queries, keys or queries, 2, 1, 68, rotary=34), ("q", "k", "v"))
+    case = Case(
+        f"length_{queries}_{keys}", samples.plain(1, queries, keys or queries, 2, 1, 68, rotary=34), ("q", "k", "v")
+    )
     check_op(attention, reference, case, torch.float32, ops=OPS, implementation="cpu")
 
 
@@ -113,7 +122,8 @@ def test_autocast_casts_queries_keys_values_only() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = attention(q, k, v, cos=cos, sin=sin)
         wide = attention(q.double(), k.double(), v.double())
-    assert got.dtype == torch.bfloat16 and wide.dtype == torch.float64
+    assert got.dtype == torch.bfloat16
+    assert wide.dtype == torch.float64
     assert torch.equal(got, attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cos=cos, sin=sin))
     grads = torch.autograd.grad(got.float().square().sum(), (q, k, v))
     assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() and grad.abs().sum() > 0 for grad in grads)
@@ -124,7 +134,9 @@ def test_checkpointing_gives_the_same_bits() -> None:
     plain, kept = attention(q, k, v), checkpoint(attention, q, k, v, use_reentrant=False)
     upstream = torch.randn_like(plain)
     assert torch.equal(plain, kept)
-    for mine, theirs in zip(torch.autograd.grad(plain, (q, k, v), upstream), torch.autograd.grad(kept, (q, k, v), upstream)):
+    for mine, theirs in zip(
+        torch.autograd.grad(plain, (q, k, v), upstream), torch.autograd.grad(kept, (q, k, v), upstream)
+    ):
         assert torch.equal(mine, theirs)
 
 
@@ -156,27 +168,53 @@ class Wrong:
 
 WRONG = {
     "list": Wrong({"q": [1.0]}, TypeError, r"q must be a torch.Tensor, got list"),
-    "integer": Wrong({"k": torch.ones(1, 4, 2, 8, dtype=torch.int64)}, TypeError, r"k must be float32, .* got torch.int64"),
-    "mixed": Wrong({"v": torch.randn(1, 4, 2, 8).half()}, TypeError, r"v must have the dtype of q, torch.float32, got torch.float16"),
+    "integer": Wrong(
+        {"k": torch.ones(1, 4, 2, 8, dtype=torch.int64)}, TypeError, r"k must be float32, .* got torch.int64"
+    ),
+    "mixed": Wrong(
+        {"v": torch.randn(1, 4, 2, 8).half()},
+        TypeError,
+        r"v must have the dtype of q, torch.float32, got torch.float16",
+    ),
     "rank": Wrong({"q": torch.randn(4, 4, 8)}, ValueError, r"q must have shape \[B, Sq, Hq, D\] .* got \(4, 4, 8\)"),
     "too_wide": Wrong({"q": torch.randn(1, 4, 4, 257)}, ValueError, r"q must have .* D <= 256, got \(1, 4, 4, 257\)"),
-    "key_dim": Wrong({"k": torch.randn(1, 4, 2, 9)}, ValueError, r"k must have shape \[1, Sk, Hkv, 8\] .* got \(1, 4, 2, 9\)"),
-    "value": Wrong({"v": torch.randn(1, 5, 2, 8)}, ValueError, r"v must have shape \(1, 4, 2, 8\) .* got \(1, 5, 2, 8\)"),
+    "key_dim": Wrong(
+        {"k": torch.randn(1, 4, 2, 9)}, ValueError, r"k must have shape \[1, Sk, Hkv, 8\] .* got \(1, 4, 2, 9\)"
+    ),
+    "value": Wrong(
+        {"v": torch.randn(1, 5, 2, 8)}, ValueError, r"v must have shape \(1, 4, 2, 8\) .* got \(1, 5, 2, 8\)"
+    ),
     "group": Wrong({"q": torch.randn(1, 4, 3, 8)}, ValueError, r"divides the 3 heads of q, got 2"),
     "cos_alone": Wrong({"cos": torch.ones(4, 4)}, ValueError, r"cos and sin must be given together, got only cos"),
-    "cos_shape": Wrong({"cos": torch.ones(3, 4), "sin": torch.ones(3, 4)}, ValueError, r"cos must have shape \[4, R\] .* got \(3, 4\)"),
-    "cos_wide": Wrong({"cos": torch.ones(4, 5), "sin": torch.ones(4, 5)}, ValueError, r"2 <= 2R <= D = 8, got \(4, 5\)"),
+    "cos_shape": Wrong(
+        {"cos": torch.ones(3, 4), "sin": torch.ones(3, 4)}, ValueError, r"cos must have shape \[4, R\] .* got \(3, 4\)"
+    ),
+    "cos_wide": Wrong(
+        {"cos": torch.ones(4, 5), "sin": torch.ones(4, 5)}, ValueError, r"2 <= 2R <= D = 8, got \(4, 5\)"
+    ),
     "sin_shape": Wrong({"cos": torch.ones(4, 4), "sin": torch.ones(4, 3)}, ValueError, r"sin must have shape \(4, 4\)"),
     "scale": Wrong({"scale": float("nan")}, ValueError, r"scale must be a finite number or None, got nan"),
     "window": Wrong({"window": 0}, ValueError, r"window must be an integer >= 1 or None, got 0"),
     "softcap": Wrong({"softcap": -1.0}, ValueError, r"softcap must be a finite number > 0 or None, got -1.0"),
     "sinks": Wrong({"sinks": torch.ones(2)}, ValueError, r"sinks must have shape \(4,\) .* got \(2,\)"),
-    "cu_float": Wrong({"cu_seqlens": torch.tensor([0.0, 4.0])}, TypeError, r"cu_seqlens must be int32 or int64, got torch.float32"),
-    "cu_rank": Wrong({"cu_seqlens": torch.tensor([[0, 4]])}, ValueError, r"cu_seqlens must have shape \[n \+ 1\] .* got \(1, 2\)"),
-    "cu_order": Wrong({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, ValueError, r"cu_seqlens must not decrease, got 3 before 2"),
-    "cu_end": Wrong({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens must start at 0 and end at most at S = 4, got 0 .. 5"),
+    "cu_float": Wrong(
+        {"cu_seqlens": torch.tensor([0.0, 4.0])}, TypeError, r"cu_seqlens must be int32 or int64, got torch.float32"
+    ),
+    "cu_rank": Wrong(
+        {"cu_seqlens": torch.tensor([[0, 4]])}, ValueError, r"cu_seqlens must have shape \[n \+ 1\] .* got \(1, 2\)"
+    ),
+    "cu_order": Wrong(
+        {"cu_seqlens": torch.tensor([0, 3, 2, 4])}, ValueError, r"cu_seqlens must not decrease, got 3 before 2"
+    ),
+    "cu_end": Wrong(
+        {"cu_seqlens": torch.tensor([0, 5])},
+        ValueError,
+        r"cu_seqlens must start at 0 and end at most at S = 4, got 0 .. 5",
+    ),
     "cu_batch": Wrong(
-        {name: torch.randn(2, 4, 2, 8) for name in "qkv"} | {"cu_seqlens": torch.tensor([0, 4])}, ValueError, r"cu_seqlens needs one packed row"
+        {name: torch.randn(2, 4, 2, 8) for name in "qkv"} | {"cu_seqlens": torch.tensor([0, 4])},
+        ValueError,
+        r"cu_seqlens needs one packed row",
     ),
 }
 

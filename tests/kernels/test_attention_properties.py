@@ -12,7 +12,9 @@ from astrobiogen.kernels.attention.op import attention
 from astrobiogen.testing import route
 
 
-def _tensors(queries: int, keys: int, heads: int = 4, kv_heads: int = 2, dim: int = 68) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _tensors(
+    queries: int, keys: int, heads: int = 4, kv_heads: int = 2, dim: int = 68
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(1, queries, heads, dim), torch.randn(1, keys, kv_heads, dim), torch.randn(1, keys, kv_heads, dim)
 
 
@@ -49,8 +51,10 @@ def test_rotation_inside_equals_rotation_before(interleaved: bool) -> None:
 def test_a_query_without_keys_gives_zeros_and_no_gradient() -> None:
     q, k, v = (t.requires_grad_() for t in _tensors(20, 5))
     out, lse = attention(q, k, v, return_lse=True)
-    assert torch.equal(out[:, :15], torch.zeros_like(out[:, :15])) and torch.isneginf(lse[..., :15]).all()
-    assert torch.isfinite(lse[..., 15:]).all() and (out[:, 15:].abs().sum(dim=(0, 2, 3)) > 0).all()
+    assert torch.equal(out[:, :15], torch.zeros_like(out[:, :15]))
+    assert torch.isneginf(lse[..., :15]).all()
+    assert torch.isfinite(lse[..., 15:]).all()
+    assert (out[:, 15:].abs().sum(dim=(0, 2, 3)) > 0).all()
     grads = torch.autograd.grad(out.square().sum() + lse[..., 15:].sum(), (q, k, v))
     assert all(torch.isfinite(grad).all() for grad in grads)
     assert torch.equal(grads[0][:, :15], torch.zeros_like(grads[0][:, :15]))
@@ -69,11 +73,15 @@ def test_packed_sequences_equal_single_ones() -> None:
 def test_parts_merge_by_their_log_sums() -> None:
     q, k, v = _tensors(9, 100)
     whole, lse = attention(q, k, v, causal=False, return_lse=True)
-    parts = [attention(q, k[:, rows], v[:, rows], causal=False, return_lse=True) for rows in (slice(0, 33), slice(33, 100))]
+    parts = [
+        attention(q, k[:, rows], v[:, rows], causal=False, return_lse=True) for rows in (slice(0, 33), slice(33, 100))
+    ]
     weights = torch.softmax(torch.stack([part[1] for part in parts]), dim=0).transpose(-1, -2).unsqueeze(-1)
     merged = sum(weight * part[0] for weight, part in zip(weights, parts))
     torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.logsumexp(torch.stack([part[1] for part in parts]), dim=0), lse, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.logsumexp(torch.stack([part[1] for part in parts]), dim=0), lse, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_decoding_token_by_token_equals_one_pass() -> None:
@@ -108,7 +116,20 @@ def test_agrees_with_fp64_for_any_shape(
 ) -> None:
     q, k, v = _tensors(queries, keys, group, 1, dim)
     got = attention(q, k, v, causal=causal, window=window, softcap=softcap)
-    args = (q.double(), k.double(), v.double(), None, None, None, None, causal, dim**-0.5, window or 0, softcap or 0.0, False)
+    args = (
+        q.double(),
+        k.double(),
+        v.double(),
+        None,
+        None,
+        None,
+        None,
+        causal,
+        dim**-0.5,
+        window or 0,
+        softcap or 0.0,
+        False,
+    )
     torch.testing.assert_close(got.double(), reference.attention(*args)[0], rtol=2e-5, atol=2e-6)
 
 
@@ -127,9 +148,18 @@ def test_the_cut_of_a_head_holds_it_in_no_more_than_a_power_of_two() -> None:
         main, tail = triton_config.cut_head(dim)
         power = max(16, 1 << (dim - 1).bit_length())
         assert dim <= main + tail <= power
-        assert main & (main - 1) == 0 and tail & (tail - 1) == 0 and main >= 16 and (tail == 0 or 16 <= tail < 2 * main)
+        assert main & (main - 1) == 0
+        assert tail & (tail - 1) == 0
+        assert main >= 16
+        assert tail == 0 or 16 <= tail < 2 * main
 
 
 def test_head_dimension_68_costs_80_columns() -> None:
     assert triton_config.cut_head(68) == (64, 16)
-    assert [triton_config.cut_head(dim) for dim in (64, 80, 96, 100, 160)] == [(64, 0), (64, 16), (64, 32), (128, 0), (128, 32)]
+    assert [triton_config.cut_head(dim) for dim in (64, 80, 96, 100, 160)] == [
+        (64, 0),
+        (64, 16),
+        (64, 32),
+        (128, 0),
+        (128, 32),
+    ]

@@ -144,7 +144,12 @@ def test_no_gradient_keeps_no_activation_input() -> None:
     assert plain.grad_fn is None
 
 
-GOOD: dict[str, Any] = {"x": torch.zeros(1, 4, 5, 6), "weight": torch.zeros(6, 2, 3, 3), "bias": torch.zeros(6), "groups": 2}
+GOOD: dict[str, Any] = {
+    "x": torch.zeros(1, 4, 5, 6),
+    "weight": torch.zeros(6, 2, 3, 3),
+    "bias": torch.zeros(6),
+    "groups": 2,
+}
 BAD = [
     ({"x": [1.0]}, TypeError, "x must be a torch.Tensor"),
     ({"x": torch.zeros(1, 4, 5, 6, dtype=torch.int64)}, TypeError, "x must be float32"),
@@ -162,7 +167,11 @@ BAD = [
     ({"dilation": 1.5}, TypeError, None),
     ({"dilation": (1, 2.0)}, TypeError, "dilation on spatial axis 1 must be an integer"),
     ({"dilation": (2, 3)}, ValueError, "kernel on spatial axis 1 reaches over 7 rows"),
-    ({"padding": (0, 7), "padding_mode": "circular"}, ValueError, "padding on spatial axis 1.*at most 6 in mode 'circular'"),
+    (
+        {"padding": (0, 7), "padding_mode": "circular"},
+        ValueError,
+        "padding on spatial axis 1.*at most 6 in mode 'circular'",
+    ),
     ({"padding": (5, 0), "padding_mode": ("reflect", "zeros")}, ValueError, "padding on spatial axis 0.*at most 4"),
     ({"padding_mode": ("zeros", "pole")}, ValueError, "'pole' on spatial axis 1 needs a following axis"),
     ({"padding_mode": "wrap"}, ValueError, "padding_mode on spatial axis 0 must be one of"),
@@ -171,7 +180,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "kind", "message"), BAD)
-def test_bad_input_names_the_argument_and_axis(change: dict[str, Any], kind: type[Exception], message: str | None) -> None:
+def test_bad_input_names_the_argument_and_axis(
+    change: dict[str, Any], kind: type[Exception], message: str | None
+) -> None:
     with pytest.raises(kind, match=message):
         ops.conv_nd(**{**GOOD, **change})
 

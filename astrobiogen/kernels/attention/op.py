@@ -145,7 +145,9 @@ def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.dim() != 4 or not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(f"q must have shape [B, Sq, Hq, D] with 1 <= D <= {MAX_HEAD_DIM}, got {tuple(q.shape)}")
     if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have shape [{q.shape[0]}, Sk, Hkv, {q.shape[-1]}] (B and D of q), got {tuple(k.shape)}")
+        raise ValueError(
+            f"k must have shape [{q.shape[0]}, Sk, Hkv, {q.shape[-1]}] (B and D of q), got {tuple(k.shape)}"
+        )
     check_shape("v", v, tuple(k.shape), "the shape of k")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
         raise ValueError(f"k must have a number of heads that divides the {q.shape[2]} heads of q, got {k.shape[2]}")
@@ -233,11 +235,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
     ctx.save_for_backward(q, k, v, *output, cos, sin, cu_seqlens, sinks)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     if grad_out is None and grad_lse is None:
         return (None,) * 12
     saved = ctx.saved_tensors  # read once: checkpointing frees them at the first access
-    grad_q, grad_k, grad_v, grad_sinks = torch.ops.astrobiogen.attention_backward(grad_out, grad_lse, *saved, *ctx.options)
+    grad_q, grad_k, grad_v, grad_sinks = torch.ops.astrobiogen.attention_backward(
+        grad_out, grad_lse, *saved, *ctx.options
+    )
     return grad_q, grad_k, grad_v, None, None, None, None if saved[-1] is None else grad_sinks, *((None,) * 5)
 
 

@@ -1,4 +1,6 @@
-"""Attention in plain PyTorch: the definition that the kernels are tested against. Materialises all scores; correct, not fast."""
+"""Attention in plain PyTorch: the definition that the kernels are tested against. Materialises all scores; correct,
+not fast.
+"""
 
 import torch
 
@@ -6,8 +8,11 @@ Forward = tuple[torch.Tensor, torch.Tensor]
 Backward = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool = False) -> torch.Tensor:
-    """Rotate the first 2R columns of x [B, S, heads, D] by the angles of cos, sin [S, R] or [B, S, R]; the dtype of x is kept.
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool = False
+) -> torch.Tensor:
+    """Rotate the first 2R columns of x [B, S, heads, D] by the angles of cos, sin [S, R] or [B, S, R]; the dtype of x
+    is kept.
 
     Column pairs (a, b) become (a cos - b sin, a sin + b cos). Pairs: (i, i + R), or (2i, 2i + 1) if `interleaved`.
     `inverse` turns the other way, which is the gradient of the rotation.
@@ -27,7 +32,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 
 def segment_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one-past-last token of every token's own sequence, int32 [tokens]; an empty range behind cu_seqlens[-1]."""
+    """First and one-past-last token of every token's own sequence, int32 [tokens]; an empty range behind
+    cu_seqlens[-1].
+    """
     position = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     last = cu_seqlens.numel() - 1
     segment = torch.searchsorted(cu_seqlens, position, right=True) - 1
@@ -57,7 +64,12 @@ def visible(
 
 
 def _grouped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated q as [B, Hkv, G, Sq, D], rotated k and v as [B, Hkv, 1, Sk, D], all in fp32 or wider."""
     if cos is not None and sin is not None:
@@ -100,7 +112,8 @@ def attention(
         scores = torch.cat((scores, sink), dim=-1)
     elif scores.shape[-1] == 0:  # no key at all: one column that nobody sees gives the zeros of an empty sum
         scores = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-    # A row that sees nothing would be 0 / 0; its scores are set to 0, which also keeps its gradient finite, and its output to 0.
+    # A row that sees nothing would be 0 / 0; its scores are set to 0, which also keeps its gradient finite, and its
+    # output to 0.
     blind = (scores == -torch.inf).all(dim=-1, keepdim=True)
     scores = scores.masked_fill(blind, 0.0)
     probability = torch.softmax(scores, dim=-1)[..., : k.shape[1]].masked_fill(blind, 0.0)
@@ -169,7 +182,9 @@ def attention_backward(
     if cos is not None and sin is not None:
         rows = cos.shape[-2]
         grad_q = rotate(grad_q, cos[..., rows - queries :, :], sin[..., rows - queries :, :], interleaved, inverse=True)
-        grad_k = rotate(grad_k, cos[..., rows - k.shape[1] :, :], sin[..., rows - k.shape[1] :, :], interleaved, inverse=True)
+        grad_k = rotate(
+            grad_k, cos[..., rows - k.shape[1] :, :], sin[..., rows - k.shape[1] :, :], interleaved, inverse=True
+        )
     if sinks is None:
         grad_sinks = q.new_empty(0, dtype=torch.float32)
     else:

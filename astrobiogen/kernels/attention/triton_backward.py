@@ -1,6 +1,8 @@
-"""Backward kernels: row constants, dQ (one program per query block and head) and dK, dV (one per key block and key/value head).
+"""Backward kernels: row constants, dQ (one program per query block and head) and dK, dV (one per key block and
+key/value head).
 
-dK and dV of a group are summed over its query heads inside one program, so there is no per-head buffer and no atomic: bitwise repeatable.
+dK and dV of a group are summed over its query heads inside one program, so there is no per-head buffer and no atomic:
+bitwise repeatable.
 """
 
 import triton
@@ -48,8 +50,7 @@ def load_part(rows_pointer, row_mask, START: tl.constexpr, COUNT: tl.constexpr, 
     column = START + tl.arange(0, COUNT)
     if START + COUNT <= WIDTH:
         return tl.load(rows_pointer + column[None, :], mask=row_mask[:, None], other=0.0)
-    else:
-        return tl.load(rows_pointer + column[None, :], mask=row_mask[:, None] & (column < WIDTH)[None, :], other=0.0)
+    return tl.load(rows_pointer + column[None, :], mask=row_mask[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -68,8 +69,10 @@ def score_gradient(raw, grad_p, log_sum, delta, scale, softcap, visible, SOFTCAP
 
 @triton.jit
 def query_tiles(
-    dq, dq_tail, q, q_tail, g, g_tail, log_sum, delta, k_base, v_base, k_token, v_token, begin, end, keys, low, high, scale, softcap,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SOFTCAP: tl.constexpr,
+    dq, dq_tail, q, q_tail, g, g_tail, log_sum, delta, k_base, v_base, k_token, v_token, begin, end, keys, low, high,
+    scale, softcap,
+    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq += dS K over the keys begin .. end - 1."""
@@ -89,7 +92,7 @@ def query_tiles(
             raw = product(q_tail, tl.trans(k_tail), raw, PRECISION)
             grad_p = product(g_tail, tl.trans(v_tail), grad_p, PRECISION)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-        p, ds = score_gradient(raw, grad_p, log_sum[:, None], delta[:, None], scale, softcap, visible, SOFTCAP, MASKED)
+        _p, ds = score_gradient(raw, grad_p, log_sum[:, None], delta[:, None], scale, softcap, visible, SOFTCAP, MASKED)
         ds = ds.to(k.dtype)
         dq = product(ds, k, dq, PRECISION)
         if TAIL > 0:
@@ -99,7 +102,9 @@ def query_tiles(
 
 @triton.jit
 def load_rows_constants(lse, delta, index, row_mask):
-    """The log-sum-exp in units of log 2 and delta; a row that is absent or sees nothing gets +Inf, so that its probabilities are 0."""
+    """The log-sum-exp in units of log 2 and delta; a row that is absent or sees nothing gets +Inf, so that its
+    probabilities are 0.
+    """
     log_sum = tl.load(lse + index, mask=row_mask, other=float("inf"))
     log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2E)
     return log_sum, tl.load(delta + index, mask=row_mask, other=0.0)
@@ -110,11 +115,14 @@ def grad_query_kernel(
     q, k, v, grad, lse, delta, cos, sin, starts, ends, grad_q,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     heads, group, queries, keys, angle_batch, angle_first, scale, softcap, out_scale, window,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     G_WIDTH: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ, turned back. q and k are rotated already, in internal column order. Grid (B Hq, query blocks), longest first."""
+    """dQ, turned back. q and k are rotated already, in internal column order. Grid (B Hq, query blocks), longest
+    first.
+    """
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     first, local = block * BLOCK_M, tl.arange(0, BLOCK_M)
@@ -141,15 +149,18 @@ def grad_query_kernel(
     begin, clean, edge, end = tile_bounds(low_first, low_last, high_first, high_last, keys, BLOCK_N)
     if WINDOW or PACKED:
         dq, dq_tail = query_tiles(
-            dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, begin, clean, keys, low, high,
+            dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, begin,
+            clean, keys, low, high,
             scale, softcap, DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
         )  # fmt: skip
     dq, dq_tail = query_tiles(
-        dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, clean, edge, keys, low, high,
+        dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, clean, edge,
+        keys, low, high,
         scale, softcap, DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, False, PRECISION, BLOCK_N,
     )  # fmt: skip
     dq, dq_tail = query_tiles(
-        dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, edge, end, keys, low, high,
+        dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, edge, end,
+        keys, low, high,
         scale, softcap, DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
     )  # fmt: skip
     angles = batch.to(tl.int64) * angle_batch
@@ -161,18 +172,24 @@ def grad_query_kernel(
     if TAIL > 0:
         dq_tail = dq_tail * out_scale
         if 2 * ROTARY > MAIN:
-            dq_tail = turn(dq_tail, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, -1.0)
+            dq_tail = turn(
+                dq_tail, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, -1.0
+            )
         store_columns(to, dq_tail, first, local, row_mask, heads * DIM, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
 
 
 @triton.jit
 def key_tiles(
-    dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, n, q_base, g_base, lse, delta, q_token, g_token, begin, end, queries, keys,
+    dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, n, q_base, g_base, lse, delta, q_token, g_token, begin, end,
+    queries, keys,
     starts, ends, scale, softcap, window,
     MAIN: tl.constexpr, TAIL: tl.constexpr, Q_WIDTH: tl.constexpr, G_WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dv += P^T dO and dk += dS^T Q over the queries begin .. end - 1 of one head. Rows behind the last query have lse = +Inf, so P = 0."""
+    """dv += P^T dO and dk += dS^T Q over the queries begin .. end - 1 of one head. Rows behind the last query have
+    lse = +Inf, so P = 0.
+    """
     local = tl.arange(0, BLOCK_M)
     for first in range(begin, end, BLOCK_M):
         m = first + local
@@ -189,7 +206,9 @@ def key_tiles(
             g_tail = load_part(g_rows, row_mask, MAIN, TAIL, G_WIDTH)
             raw = product(k_tail, tl.trans(q_tail), raw, PRECISION)
             grad_p = product(v_tail, tl.trans(g_tail), grad_p, PRECISION)
-        low, high = key_range(tl.minimum(m, queries - 1), keys - queries, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
+        low, high = key_range(
+            tl.minimum(m, queries - 1), keys - queries, keys, starts, ends, window, CAUSAL, WINDOW, PACKED
+        )
         visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
         p, ds = score_gradient(raw, grad_p, log_sum[None, :], mean[None, :], scale, softcap, visible, SOFTCAP, MASKED)
         p, ds = p.to(g.dtype), ds.to(q.dtype)
@@ -206,7 +225,8 @@ def grad_key_kernel(
     q, k, v, grad, lse, delta, cos, sin, starts, ends, grad_k, grad_v,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     kv_heads, group, queries, keys, angle_batch, angle_first, scale, softcap, out_scale, window,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     G_WIDTH: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +243,10 @@ def grad_key_kernel(
     if TAIL > 0:
         k_tail, v_tail = load_part(k_rows, exists, MAIN, TAIL, K_WIDTH), load_part(v_rows, exists, MAIN, TAIL, V_WIDTH)
     dk, dv = tl.zeros([BLOCK_N, MAIN], tl.float32), tl.zeros([BLOCK_N, MAIN], tl.float32)
-    dk_tail, dv_tail = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], tl.float32), tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], tl.float32)
+    dk_tail, dv_tail = (
+        tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], tl.float32),
+        tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], tl.float32),
+    )
     last = tl.minimum(start + BLOCK_N, keys) - 1
     low_first, high_first = query_range(start, keys - queries, queries, starts, ends, window, CAUSAL, WINDOW, PACKED)
     low_last, high_last = query_range(last, keys - queries, queries, starts, ends, window, CAUSAL, WINDOW, PACKED)
@@ -236,25 +259,28 @@ def grad_key_kernel(
         has_clean = edge > clean
         clean = tl.where(has_clean, clean, begin)
         edge = tl.where(has_clean, edge, begin)
-    for g in range(0, group):
+    for g in range(group):
         head = kv_head * group + g
         q_base = q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
         g_base = grad + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
         row = (tl.program_id(0) * group + g).to(tl.int64) * queries
         if CAUSAL or WINDOW or PACKED:
             dk, dk_tail, dv, dv_tail = key_tiles(
-                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, lse + row, delta + row, q_token, g_token,
+                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, lse + row, delta + row,
+                q_token, g_token,
                 begin, tl.minimum(clean, end), queries, keys, starts, ends, scale, softcap, window,
                 MAIN, TAIL, Q_WIDTH, G_WIDTH, CAUSAL, WINDOW, SOFTCAP, PACKED, True, PRECISION, BLOCK_M,
             )  # fmt: skip
         dk, dk_tail, dv, dv_tail = key_tiles(
-            dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, lse + row, delta + row, q_token, g_token,
+            dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, lse + row, delta + row,
+            q_token, g_token,
             clean, edge, queries, keys, starts, ends, scale, softcap, window,
             MAIN, TAIL, Q_WIDTH, G_WIDTH, CAUSAL, WINDOW, SOFTCAP, PACKED, False, PRECISION, BLOCK_M,
         )  # fmt: skip
         if WINDOW or PACKED:
             dk, dk_tail, dv, dv_tail = key_tiles(
-                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, lse + row, delta + row, q_token, g_token,
+                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, lse + row, delta + row,
+                q_token, g_token,
                 edge, end, queries, keys, starts, ends, scale, softcap, window,
                 MAIN, TAIL, Q_WIDTH, G_WIDTH, CAUSAL, WINDOW, SOFTCAP, PACKED, True, PRECISION, BLOCK_M,
             )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Tile sizes per architecture, and how a head dimension is cut. Every figure here was read from compiled code; see README.md."""
+"""Tile sizes per architecture, and how a head dimension is cut. Every figure here was read from compiled code; see
+README.md.
+"""
 
 import dataclasses
 
@@ -36,8 +38,10 @@ DECODE_PROGRAMS_PER_SM = 2
 # Under the interpreter: small, so that tiny inputs have several tiles, edges and clean ones.
 INTERPRETED = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 
-# (widest MAIN + TAIL, tiles), the first that fits serves. sm_80 has 163 KB of shared memory per block, sm_86 and sm_89 99 KB, sm_90 227 KB.
-# Triton lays the warps of chained dots along the rows, 16 rows each: 8 warps on 64 rows repeat part of the work (1.5x the products in dK, dV), which
+# (widest MAIN + TAIL, tiles), the first that fits serves. sm_80 has 163 KB of shared memory per block, sm_86 and
+# sm_89 99 KB, sm_90 227 KB.
+# Triton lays the warps of chained dots along the rows, 16 rows each: 8 warps on 64 rows repeat part of the work (1.5x
+# the products in dK, dV), which
 # is still taken from 96 columns on, because 128 rows spill there.
 _SMALL_SHARED = (
     (64, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 128, 8, 1))),
@@ -59,7 +63,8 @@ FP32_TILES = (
 
 
 def cut_head(dim: int) -> tuple[int, int]:
-    """(MAIN, TAIL): a power of two and a smaller one (or 0) that together hold `dim` columns; both at least 16, as a dot needs.
+    """(MAIN, TAIL): a power of two and a smaller one (or 0) that together hold `dim` columns; both at least 16, as a
+    dot needs.
 
     68 -> 64 + 16, 80 -> 64 + 16, 96 -> 64 + 32, 100 -> 128 (64 + 64 would be no narrower), 160 -> 128 + 32.
     """
@@ -88,5 +93,7 @@ def capability(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 2 under the interpreter, so that the decode kernel splits there too."""
+    """Streaming multiprocessors of a CUDA device; 2 under the interpreter, so that the decode kernel splits there
+    too.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,8 +1,11 @@
 """Device functions that the attention kernels share: columns and their rotation, visible key ranges, scores.
 
-A head of DIM columns is cut into MAIN + TAIL, a power of two and the rest rounded up to a power of two >= 16 (68 = 64 + 16): a dot over 80
-columns instead of 128. Inside the kernels rotary pairs stand next to each other (the order of the interleaved convention): q . k does not
-change under a common permutation, and a rotation is then a reshape and a split inside one thread, across the cut of MAIN and TAIL too.
+A head of DIM columns is cut into MAIN + TAIL, a power of two and the rest rounded up to a power of two >= 16 (68 = 64
++ 16): a dot over 80
+columns instead of 128. Inside the kernels rotary pairs stand next to each other (the order of the interleaved
+convention): q . k does not
+change under a common permutation, and a rotation is then a reshape and a split inside one thread, across the cut of
+MAIN and TAIL too.
 """
 
 import triton
@@ -18,19 +21,29 @@ def outer_columns(START: tl.constexpr, COUNT: tl.constexpr, ROTARY: tl.constexpr
     column = START + tl.arange(0, COUNT)
     if ROTARY > 0 and not INTERLEAVED:
         return tl.where(column < 2 * ROTARY, column // 2 + (column % 2) * ROTARY, column)
-    else:
-        return column
+    return column
 
 
 @triton.jit
 def tile_rows(base, first, local, stride):
-    """Pointers [rows, 1] to rows first + local: a 64-bit start and 32-bit offsets inside the tile, which cost half the registers of 64-bit ones."""
+    """Pointers [rows, 1] to rows first + local: a 64-bit start and 32-bit offsets inside the tile, which cost half
+    the registers of 64-bit ones.
+    """
     return base + tl.cast(first, tl.int64) * stride + local[:, None] * stride
 
 
 @triton.jit
 def load_columns(
-    base, first, local, row_mask, stride, START: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
+    base,
+    first,
+    local,
+    row_mask,
+    stride,
+    START: tl.constexpr,
+    COUNT: tl.constexpr,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     """Internal columns START .. START + COUNT of rows first + local of [rows, DIM]; zero outside."""
     column = outer_columns(START, COUNT, ROTARY, INTERLEAVED)
@@ -40,7 +53,17 @@ def load_columns(
 
 @triton.jit
 def store_columns(
-    base, value, first, local, row_mask, stride, START: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
+    base,
+    value,
+    first,
+    local,
+    row_mask,
+    stride,
+    START: tl.constexpr,
+    COUNT: tl.constexpr,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     """The reverse of `load_columns`."""
     column = outer_columns(START, COUNT, ROTARY, INTERLEAVED)
@@ -51,7 +74,9 @@ def store_columns(
 
 @triton.jit
 def turn(x, cos, sin, first, local, row_mask, START: tl.constexpr, ROTARY: tl.constexpr, SIGN: tl.constexpr):
-    """Rotate the internal columns START .. of x [rows, columns] in fp32; cos, sin [.., ROTARY] in fp32, rows first + local."""
+    """Rotate the internal columns START .. of x [rows, columns] in fp32; cos, sin [.., ROTARY] in fp32, rows first +
+    local.
+    """
     ROWS: tl.constexpr = x.shape[0]
     PAIRS: tl.constexpr = x.shape[1] // 2
     pair = START // 2 + tl.arange(0, PAIRS)
@@ -68,7 +93,9 @@ def turn(x, cos, sin, first, local, row_mask, START: tl.constexpr, ROTARY: tl.co
 def key_range(
     row, offset, keys, starts, ends, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr
 ):
-    """First and one-past-last key that query `row` (a scalar or a block of rows) sees. Both never decrease with the row."""
+    """First and one-past-last key that query `row` (a scalar or a block of rows) sees. Both never decrease with the
+    row.
+    """
     position = row + offset
     low = position * 0
     high = position * 0 + keys
@@ -104,7 +131,9 @@ def query_range(
 
 @triton.jit
 def tile_bounds(low, full_low, full_high, high, limit, BLOCK: tl.constexpr):
-    """Cut [low, high) into tiles: [begin, clean) needs masks, [clean, edge) none, [edge, end) masks. All but `end` are multiples of BLOCK."""
+    """Cut [low, high) into tiles: [begin, clean) needs masks, [clean, edge) none, [edge, end) masks. All but `end`
+    are multiples of BLOCK.
+    """
     low = tl.maximum(low, 0)
     end = tl.minimum(high, limit)
     begin = low // BLOCK * BLOCK
@@ -126,17 +155,19 @@ def tanh(x):
 
 @triton.jit
 def log2_scores(raw, scale, softcap, SOFTCAP: tl.constexpr):
-    """Scores in units of log 2. scale: scale * log2(e), or scale / softcap with a softcap; softcap: softcap * log2(e)."""
+    """Scores in units of log 2. scale: scale * log2(e), or scale / softcap with a softcap; softcap: softcap *
+    log2(e).
+    """
     if SOFTCAP:
         return softcap * tanh(raw * scale)
-    else:
-        return raw * scale
+    return raw * scale
 
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32. "widened" serves the interpreter, whose dot takes bf16 numbers for integers; the operands are rounded already."""
+    """acc + a b in fp32. "widened" serves the interpreter, whose dot takes bf16 numbers for integers; the operands
+    are rounded already.
+    """
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

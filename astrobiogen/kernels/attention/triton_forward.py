@@ -1,4 +1,6 @@
-"""Forward kernels: repacking (with rotation), the prefill kernel, and the split-key decode kernel with its combination."""
+"""Forward kernels: repacking (with rotation), the prefill kernel, and the split-key decode kernel with its
+combination.
+"""
 
 import triton
 import triton.language as tl
@@ -11,8 +13,8 @@ from astrobiogen.kernels.attention.triton_device import (
     log2_scores,
     product,
     store_columns,
-    tile_rows,
     tile_bounds,
+    tile_rows,
     turn,
 )
 
@@ -21,9 +23,12 @@ from astrobiogen.kernels.attention.triton_device import (
 def pack_kernel(
     x, cos, sin, out,
     x_batch, x_token, x_head, tokens, heads, angle_batch, angle_first,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, rotary pairs adjacent, zero behind DIM. Grid: (B heads, blocks)."""
+    """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, rotary pairs adjacent, zero behind DIM. Grid:
+    (B heads, blocks).
+    """
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     first = tl.program_id(1) * BLOCK
@@ -54,12 +59,15 @@ def tile_columns(START: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr):
 @triton.jit
 def attend_tiles(
     acc, acc_tail, top, total, q, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, low, high, scale, softcap,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys begin .. end - 1 in tiles. K_WIDTH, V_WIDTH: columns that may be read unmasked (DIM, or MAIN + TAIL)."""
+    """Online softmax over the keys begin .. end - 1 in tiles. K_WIDTH, V_WIDTH: columns that may be read unmasked
+    (DIM, or MAIN + TAIL).
+    """
     columns, real = tile_columns(0, MAIN, DIM)
-    tails, real_tail = tile_columns(MAIN, TAIL if TAIL > 0 else 16, DIM)
+    tails, _real_tail = tile_columns(MAIN, TAIL if TAIL > 0 else 16, DIM)
     local = tl.arange(0, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
         n = first + local
@@ -105,11 +113,14 @@ def forward_kernel(
     q, k, v, cos, sin, starts, ends, sinks, out, lse,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     heads, group, queries, keys, angle_batch, angle_first, scale, softcap, window,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROTARY: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B Hq, query blocks): neighbours share a key/value head and start with the last block, which sees the most keys."""
+    """Grid (B Hq, query blocks): neighbours share a key/value head and start with the last block, which sees the most
+    keys.
+    """
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     first, local = block * BLOCK_M, tl.arange(0, BLOCK_M)
@@ -121,13 +132,17 @@ def forward_kernel(
     angles = batch.to(tl.int64) * angle_batch
     q_main = load_columns(q_base, first, local, row_mask, q_token, 0, MAIN, DIM, ROTARY, INTERLEAVED)
     if ROTARY > 0:
-        q_main = turn(q_main, cos + angles, sin + angles, angle_first + first, local, row_mask, 0, ROTARY, 1.0).to(q.dtype.element_ty)
+        q_main = turn(q_main, cos + angles, sin + angles, angle_first + first, local, row_mask, 0, ROTARY, 1.0).to(
+            q.dtype.element_ty
+        )
     q_tail = q_main
     acc_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
     if TAIL > 0:
         q_tail = load_columns(q_base, first, local, row_mask, q_token, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
         if 2 * ROTARY > MAIN:
-            q_tail = turn(q_tail, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, 1.0).to(q.dtype.element_ty)
+            q_tail = turn(
+                q_tail, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, 1.0
+            ).to(q.dtype.element_ty)
     acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -144,15 +159,18 @@ def forward_kernel(
     begin, clean, edge, end = tile_bounds(low_first, low_last, high_first, high_last, keys, BLOCK_N)
     if WINDOW or PACKED:
         acc, acc_tail, top, total = attend_tiles(
-            acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys, low, high, scale, softcap,
+            acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys, low,
+            high, scale, softcap,
             DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
         )  # fmt: skip
     acc, acc_tail, top, total = attend_tiles(
-        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, clean, edge, keys, low, high, scale, softcap,
+        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, clean, edge, keys, low, high,
+        scale, softcap,
         DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, False, PRECISION, BLOCK_N,
     )  # fmt: skip
     acc, acc_tail, top, total = attend_tiles(
-        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, edge, end, keys, low, high, scale, softcap,
+        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, edge, end, keys, low, high,
+        scale, softcap,
         DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
     )  # fmt: skip
     blind = total == 0.0
@@ -160,7 +178,9 @@ def forward_kernel(
     out_base = out + (batch.to(tl.int64) * queries * heads + head) * DIM
     store_columns(out_base, acc * inverse[:, None], first, local, row_mask, heads * DIM, 0, MAIN, DIM, 0, False)
     if TAIL > 0:
-        store_columns(out_base, acc_tail * inverse[:, None], first, local, row_mask, heads * DIM, MAIN, TAIL, DIM, 0, False)
+        store_columns(
+            out_base, acc_tail * inverse[:, None], first, local, row_mask, heads * DIM, MAIN, TAIL, DIM, 0, False
+        )
     value = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2)
     tl.store(lse + tl.program_id(0).to(tl.int64) * queries + m, value, mask=row_mask)
 
@@ -170,10 +190,14 @@ def decode_kernel(
     q, k, v, cos, sin, partial, partial_top, partial_total,
     q_batch, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     kv_heads, group, keys, low, angle_batch, angle_first, chunk, scale, softcap,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One query token: the group's heads fill the rows of the dot, the keys low .. keys - 1 are cut into chunks. Grid (B Hkv, head blocks, chunks)."""
+    """One query token: the group's heads fill the rows of the dot, the keys low .. keys - 1 are cut into chunks. Grid
+    (B Hkv, head blocks, chunks).
+    """
     batch, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     row_mask = g < group
@@ -184,12 +208,16 @@ def decode_kernel(
     angles = batch.to(tl.int64) * angle_batch
     q_main = load_columns(q_base, 0, g, row_mask, q_head, 0, MAIN, DIM, ROTARY, INTERLEAVED)
     if ROTARY > 0:
-        q_main = turn(q_main, cos + angles, sin + angles, angle_first, g * 0, row_mask, 0, ROTARY, 1.0).to(q.dtype.element_ty)
+        q_main = turn(q_main, cos + angles, sin + angles, angle_first, g * 0, row_mask, 0, ROTARY, 1.0).to(
+            q.dtype.element_ty
+        )
     q_tail = q_main
     if TAIL > 0:
         q_tail = load_columns(q_base, 0, g, row_mask, q_head, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
         if 2 * ROTARY > MAIN:
-            q_tail = turn(q_tail, cos + angles, sin + angles, angle_first, g * 0, row_mask, MAIN, ROTARY, 1.0).to(q.dtype.element_ty)
+            q_tail = turn(q_tail, cos + angles, sin + angles, angle_first, g * 0, row_mask, MAIN, ROTARY, 1.0).to(
+                q.dtype.element_ty
+            )
     acc = tl.zeros([BLOCK_G, MAIN], tl.float32)
     acc_tail = tl.zeros([BLOCK_G, TAIL if TAIL > 0 else 16], tl.float32)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -197,7 +225,8 @@ def decode_kernel(
     begin = low + split * chunk
     end = tl.minimum(begin + chunk, keys)
     acc, acc_tail, top, total = attend_tiles(
-        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, g * 0 + begin, g * 0 + end,
+        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, g * 0 + begin,
+        g * 0 + end,
         scale, softcap, DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
     )  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * group + g) * tl.num_programs(2) + split
@@ -220,14 +249,14 @@ def combine_kernel(
     top = float("-inf")
     if SINKS:
         top = tl.load(sinks + row % heads).to(tl.float32) * LOG2E
-    for split in range(0, splits):
+    for split in range(splits):
         top = tl.maximum(top, tl.load(partial_top + row * splits + split))
     safe = tl.where(top == float("-inf"), 0.0, top)
     total = safe * 0.0
     if SINKS:
         total += tl.exp2(tl.load(sinks + row % heads).to(tl.float32) * LOG2E - safe)
     acc = tl.zeros([COLUMNS], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         index = row * splits + split
         weight = tl.exp2(tl.load(partial_top + index) - safe)
         total += weight * tl.load(partial_total + index)

@@ -71,13 +71,15 @@ def attention(
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `attention` on CUDA."""
-    batch, queries, heads, dim = q.shape
+    batch, queries, heads, _dim = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out, lse = q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=wide)
     if out.numel() == 0:
         return out, lse
     if q.dtype == torch.float64:  # gradient checks only: no tensor-core path and no fp64 tiles
-        return reference.attention_forward(q, k, v, cos, sin, cu_seqlens, sinks, causal, scale, window, softcap, interleaved)
+        return reference.attention_forward(
+            q, k, v, cos, sin, cu_seqlens, sinks, causal, scale, window, softcap, interleaved
+        )
     p = _problem(q, k, cos, sin, cu_seqlens, causal, scale, window, softcap, interleaved)
     with torch.cuda.device_of(q):
         keys, values = _packed(p, p.k, turn=True), _packed(p, v, turn=False)
@@ -109,7 +111,22 @@ def attention_backward(
     """The op `attention_backward` on CUDA."""
     if q.dtype == torch.float64:
         return reference.attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, cos, sin, cu_seqlens, sinks, causal, scale, window, softcap, interleaved
+            grad_out,
+            grad_lse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cos,
+            sin,
+            cu_seqlens,
+            sinks,
+            causal,
+            scale,
+            window,
+            softcap,
+            interleaved,
         )
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if q.numel() == 0:
@@ -119,7 +136,12 @@ def attention_backward(
     grad = torch.zeros_like(out) if grad_out is None else grad_out
     with torch.cuda.device_of(q):
         delta = _delta(grad, out, grad_lse)
-        rows = (_packed(p, p.q, turn=True), _packed(p, p.k, turn=True), _packed(p, v, turn=False), _packed(p, grad, turn=False))
+        rows = (
+            _packed(p, p.q, turn=True),
+            _packed(p, p.k, turn=True),
+            _packed(p, v, turn=False),
+            _packed(p, grad, turn=False),
+        )
         _grad_queries(p, rows, lse, delta, grad_q)
         if grad_k.numel():
             _grad_keys(p, rows, lse, delta, grad_k, grad_v)
@@ -151,7 +173,8 @@ def _problem(
         angle_batch = angle_rows * rotary if cos.dim() == 3 else 0
     options = {"DIM": q.shape[-1], "MAIN": main, "TAIL": tail, "ROTARY": rotary, "INTERLEAVED": interleaved}
     return _Problem(
-        _unit_stride(q), _unit_stride(k), *angles, starts, ends, angle_batch, angle_rows, causal, scale, window, softcap, options
+        _unit_stride(q), _unit_stride(k), *angles, starts, ends, angle_batch, angle_rows, causal, scale, window,
+        softcap, options
     )  # fmt: skip
 
 
@@ -165,12 +188,13 @@ def _packed(p: _Problem, x: torch.Tensor, *, turn: bool) -> _Rows:
     turn = turn and p.options["ROTARY"] > 0
     batch, tokens, heads, dim = x.shape
     width = p.options["MAIN"] + p.options["TAIL"]
-    if not turn and dim * x.element_size() % 16 == 0 or tokens == 0:
+    if (not turn and dim * x.element_size() % 16 == 0) or tokens == 0:
         return _Rows(x, (x.stride(0), x.stride(1), x.stride(2)), dim)
     packed = x.new_empty((batch, heads, tokens, width))
     options = {**p.options, "ROTARY": p.options["ROTARY"] if turn else 0}
     pack_kernel[(batch * heads, triton.cdiv(tokens, triton_config.PACK_ROWS))](
-        x, p.cos, p.sin, packed, x.stride(0), x.stride(1), x.stride(2), tokens, heads, p.angle_batch, p.angle_rows - tokens,
+        x, p.cos, p.sin, packed, x.stride(0), x.stride(1), x.stride(2), tokens, heads, p.angle_batch,
+        p.angle_rows - tokens,
         **options, BLOCK=triton_config.PACK_ROWS, num_warps=triton_config.PACK_WARPS,
     )  # fmt: skip
     return _Rows(packed, (packed.stride(0), packed.stride(2), packed.stride(1)), width)
@@ -194,9 +218,12 @@ def _prefill(
     forward_kernel[(p.q.shape[0] * heads, triton.cdiv(n_queries, tile.block_m))](
         p.q, keys.data, values.data, p.cos, p.sin, p.starts, p.ends, p.q if sinks is None else sinks, out, lse,
         p.q.stride(0), p.q.stride(1), p.q.stride(2), *keys.strides, *values.strides,
-        heads, group, n_queries, n_keys, p.angle_batch, p.angle_rows - n_queries, p.score_scale, p.softcap * LOG2E, p.window,
-        **p.options, **p.masks, K_WIDTH=keys.width, V_WIDTH=values.width, SOFTCAP=p.softcap > 0, SINKS=sinks is not None,
-        PRECISION=_precision(p.q), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+        heads, group, n_queries, n_keys, p.angle_batch, p.angle_rows - n_queries, p.score_scale, p.softcap * LOG2E,
+        p.window,
+        **p.options, **p.masks, K_WIDTH=keys.width, V_WIDTH=values.width, SOFTCAP=p.softcap > 0,
+        SINKS=sinks is not None,
+        PRECISION=_precision(p.q), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -234,8 +261,10 @@ def _delta(grad: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor | None)
     with_lse = grad_lse is not None
     grad_lse = delta if grad_lse is None else grad_lse.contiguous()
     delta_kernel[(batch * heads, triton.cdiv(queries, triton_config.DELTA_ROWS))](
-        grad, out, grad_lse, delta, grad.stride(0), grad.stride(1), grad.stride(2), out.stride(0), out.stride(1), out.stride(2),
-        heads, queries, DIM=dim, COLUMNS=max(16, triton.next_power_of_2(dim)), GRAD_LSE=with_lse, BLOCK=triton_config.DELTA_ROWS,
+        grad, out, grad_lse, delta, grad.stride(0), grad.stride(1), grad.stride(2), out.stride(0), out.stride(1),
+        out.stride(2),
+        heads, queries, DIM=dim, COLUMNS=max(16, triton.next_power_of_2(dim)), GRAD_LSE=with_lse,
+        BLOCK=triton_config.DELTA_ROWS,
         num_warps=4,
     )  # fmt: skip
     return delta
@@ -246,7 +275,13 @@ def _backward_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     q, k, v, grad = rows
     strides = (*q.strides, *k.strides, *v.strides, *grad.strides)
-    options = {"Q_WIDTH": q.width, "K_WIDTH": k.width, "V_WIDTH": v.width, "G_WIDTH": grad.width, "SOFTCAP": p.softcap > 0}
+    options = {
+        "Q_WIDTH": q.width,
+        "K_WIDTH": k.width,
+        "V_WIDTH": v.width,
+        "G_WIDTH": grad.width,
+        "SOFTCAP": p.softcap > 0,
+    }
     options |= {"PRECISION": _precision(p.q), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     return strides, {**p.options, **p.masks, **options, "num_warps": tile.warps, "num_stages": tile.stages}
 
@@ -259,7 +294,8 @@ def _grad_queries(
     strides, options = _backward_arguments(p, rows, tile)
     grad_query_kernel[(p.q.shape[0] * heads, triton.cdiv(n_queries, tile.block_m))](
         *(r.data for r in rows), lse, delta, p.cos, p.sin, p.starts, p.ends, grad_q, *strides,
-        heads, group, n_queries, n_keys, p.angle_batch, p.angle_rows - n_queries, p.score_scale, p.softcap * LOG2E, p.scale, p.window,
+        heads, group, n_queries, n_keys, p.angle_batch, p.angle_rows - n_queries, p.score_scale, p.softcap * LOG2E,
+        p.scale, p.window,
         **options,
     )  # fmt: skip
 
@@ -277,7 +313,8 @@ def _grad_keys(
     strides, options = _backward_arguments(p, rows, tile)
     grad_key_kernel[(p.q.shape[0] * (heads // group), triton.cdiv(n_keys, tile.block_n))](
         *(r.data for r in rows), lse, delta, p.cos, p.sin, p.starts, p.ends, grad_k, grad_v, *strides,
-        heads // group, group, n_queries, n_keys, p.angle_batch, p.angle_rows - n_keys, p.score_scale, p.softcap * LOG2E, p.scale,
+        heads // group, group, n_queries, n_keys, p.angle_batch, p.angle_rows - n_keys, p.score_scale,
+        p.softcap * LOG2E, p.scale,
         p.window, **options,
     )  # fmt: skip
 

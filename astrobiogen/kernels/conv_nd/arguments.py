@@ -48,7 +48,9 @@ def check_transposed_arguments(
     """The geometry and the result's spatial size of a valid `conv_transpose_nd` call; raises TypeError or ValueError."""
     geometry = _check_common(x, weight, stride, padding, padding_mode, dilation, groups)
     if x.shape[1] != weight.shape[0]:
-        raise ValueError(f"weight must have shape [C, O / groups, *kernel] with C = {x.shape[1]}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape [C, O / groups, *kernel] with C = {x.shape[1]}, got {tuple(weight.shape)}"
+        )
     if x.shape[1] % groups:
         raise ValueError(f"x's {x.shape[1]} channels must be a multiple of groups = {groups}")
     _check_bias(x, bias, weight.shape[1] * groups)
@@ -59,7 +61,9 @@ def check_transposed_arguments(
     size = geometry.transposed_size(x.shape[2:], weight.shape[2:], extra)
     for axis, length in enumerate(size):
         if length < 1:
-            raise ValueError(f"the output on spatial axis {axis} would have size {length}: padding {geometry.padding[axis]} is too long")
+            raise ValueError(
+                f"the output on spatial axis {axis} would have size {length}: padding {geometry.padding[axis]} is too long"
+            )
     _check_axes(geometry, size, weight.shape[2:])
     return geometry, size
 
@@ -79,13 +83,17 @@ def _check_common(
     if not 1 <= axes <= MAX_AXES:
         raise ValueError(f"x must be [B, C, *spatial] with 1 to {MAX_AXES} spatial axes, got shape {tuple(x.shape)}")
     if weight.dim() != x.dim():
-        raise ValueError(f"weight must have one kernel size for each of the {axes} spatial axes of x, got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have one kernel size for each of the {axes} spatial axes of x, got shape {tuple(weight.shape)}"
+        )
     check_same_dtype(x=x, weight=weight)
     check_same_device(x=x, weight=weight)
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be an integer >= 1, got {groups!r}")
     if x.shape[1] < 1 or weight.shape[0] < 1 or weight.shape[1] < 1:
-        raise ValueError(f"x and weight must have at least one channel, got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
+        raise ValueError(
+            f"x and weight must have at least one channel, got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
     for axis, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:])):
         if size < 1 or kernel < 1:
             raise ValueError(f"spatial axis {axis} must have size and kernel >= 1, got size {size} and kernel {kernel}")
@@ -123,7 +131,9 @@ def _check_axes(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) 
             )
         if mode == POLE and (axis + 1 == len(size) or size[axis + 1] % 2):
             found = "none" if axis + 1 == len(size) else f"one of size {size[axis + 1]}"
-            raise ValueError(f"padding mode 'pole' on spatial axis {axis} needs a following axis of even size (longitude), got {found}")
+            raise ValueError(
+                f"padding mode 'pole' on spatial axis {axis} needs a following axis of even size (longitude), got {found}"
+            )
 
 
 def _per_axis(name: str, value: int | Sequence[int], axes: int, lowest: int) -> tuple[int, ...]:

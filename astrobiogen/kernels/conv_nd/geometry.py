@@ -72,7 +72,9 @@ class OuterTap:
     input: tuple[slice, ...]
 
 
-def outer_taps(geometry: Geometry, size: Sequence[int], out: Sequence[int], kernel: Sequence[int]) -> Iterator[OuterTap]:
+def outer_taps(
+    geometry: Geometry, size: Sequence[int], out: Sequence[int], kernel: Sequence[int]
+) -> Iterator[OuterTap]:
     """The live taps over all axes but the last three, of a geometry without halos."""
     axes = range(len(size) - INNER_AXES)
     for index in itertools.product(*(range(kernel[axis]) for axis in axes)):

@@ -89,23 +89,41 @@ _NO_BIAS = ("x", "weight")
 CASES = (
     Case("empty", _dense(2, 3, (2, 2, 2, 3, 4), (1, 2, 1, 3, 3), batch=0, padding=(0, 0, 0, 1, 1)), ARGUMENTS),
     Case("size-1", _dense(1, 1, (1, 1, 1, 1, 1), (3, 3, 3, 3, 3), padding=1), ARGUMENTS),
-    Case("size-1-wide", _dense(2, 16, (1, 1, 1, 2, 3), (1, 3, 3, 3, 3), padding=(0, 1, 1, 1, 1)), ARGUMENTS, interpret=False),
+    Case(
+        "size-1-wide",
+        _dense(2, 16, (1, 1, 1, 2, 3), (1, 3, 3, 3, 3), padding=(0, 1, 1, 1, 1)),
+        ARGUMENTS,
+        interpret=False,
+    ),
     Case("odd-1d", _dense(3, 5, (17,), (5,), batch=2, padding=2, stride=3, activation="gelu"), ARGUMENTS),
     Case("odd-2d", _dense(6, 9, (7, 11), (3, 2), groups=3, dilation=(2, 1), padding=(2, 1)), ARGUMENTS),
     Case("depthwise", _dense(3, 3, (2, 4, 5), (3, 3, 3), groups=3, padding=1, padding_mode="reflect"), ARGUMENTS),
     Case("strided", _strided, ARGUMENTS),
     Case("expanded", _expanded, ARGUMENTS),
     Case("channel-last", _channel_last, _NO_BIAS),
-    Case("4d-stride", _dense(4, 8, (2, 3, 3, 4), (2, 1, 3, 3), stride=(1, 2, 1, 2), padding=(0, 0, 1, 1), bias=False), _NO_BIAS),
+    Case(
+        "4d-stride",
+        _dense(4, 8, (2, 3, 3, 4), (2, 1, 3, 3), stride=(1, 2, 1, 2), padding=(0, 0, 1, 1), bias=False),
+        _NO_BIAS,
+    ),
     Case(
         "5d-modes",
-        _dense(2, 16, (3, 2, 3, 4, 6), (3, 3, 2, 3, 3), padding=(1, 1, 0, 1, 1), padding_mode=_MIXED, activation="silu"),
+        _dense(
+            2, 16, (3, 2, 3, 4, 6), (3, 3, 2, 3, 3), padding=(1, 1, 0, 1, 1), padding_mode=_MIXED, activation="silu"
+        ),
         ARGUMENTS,
         interpret=False,
     ),
     Case(
         "5d-channels",
-        _dense(17, 18, (2, 1, 2, 2, 3), (2, 1, 1, 1, 3), padding=(0, 0, 0, 0, 1), padding_mode=("zeros",) * 4 + ("circular",)),
+        _dense(
+            17,
+            18,
+            (2, 1, 2, 2, 3),
+            (2, 1, 1, 1, 3),
+            padding=(0, 0, 0, 0, 1),
+            padding_mode=("zeros",) * 4 + ("circular",),
+        ),
         ARGUMENTS,
     ),
     Case(
@@ -116,7 +134,17 @@ CASES = (
     ),
     Case(
         "gradcheck-2d",
-        _dense(2, 2, (4, 5), (2, 3), groups=2, stride=(2, 1), padding=(1, 2), dilation=(1, 2), padding_mode=("zeros", "reflect")),
+        _dense(
+            2,
+            2,
+            (4, 5),
+            (2, 3),
+            groups=2,
+            stride=(2, 1),
+            padding=(1, 2),
+            dilation=(1, 2),
+            padding_mode=("zeros", "reflect"),
+        ),
         ARGUMENTS,
         gradcheck=True,
     ),
@@ -138,7 +166,9 @@ TRANSPOSED_CASES = (
     Case("empty", lambda make: {"x": make.randn(0, 2, 3, 3), "weight": make.randn(2, 3, 3, 3), "bias": None}, _NO_BIAS),
     Case("size-1", _transposed(1, 1, (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)), ARGUMENTS),
     Case("stride-1d", _transposed(4, 6, (5,), (3,), groups=2, stride=3, padding=1, output_padding=2), ARGUMENTS),
-    Case("replicate-2d", _transposed(2, 3, (3, 3), (3, 2), stride=(2, 1), padding=1, padding_mode="replicate"), ARGUMENTS),
+    Case(
+        "replicate-2d", _transposed(2, 3, (3, 3), (3, 2), stride=(2, 1), padding=1, padding_mode="replicate"), ARGUMENTS
+    ),
     Case("circular-3d", _transposed(3, 8, (2, 4, 5), (1, 3, 3), padding=(0, 1, 1), padding_mode="circular"), ARGUMENTS),
     Case(
         "5d-modes",
@@ -148,7 +178,9 @@ TRANSPOSED_CASES = (
     ),
     Case(
         "gradcheck-4d",
-        _transposed(2, 2, (1, 2, 2, 2), (2, 3, 1, 2), stride=(2, 1, 1, 1), padding=(0, 1, 0, 1), padding_mode="replicate"),
+        _transposed(
+            2, 2, (1, 2, 2, 2), (2, 3, 1, 2), stride=(2, 1, 1, 1), padding=(0, 1, 0, 1), padding_mode="replicate"
+        ),
         ARGUMENTS,
         gradcheck=True,
         interpret=False,

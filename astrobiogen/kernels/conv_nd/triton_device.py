@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 
-
 @triton.jit
 def source(q, tap, size, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """(row, inside) that position `q` reads through `tap` on an axis of `size` rows; `row` is only meaningful where `inside`."""
@@ -70,12 +69,9 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    acc, y, kept, bias, offset, row_ok, channel, channel_ok, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr
-):
+def finish(acc, y, kept, bias, offset, row_ok, channel, channel_ok, ACTIVATION: tl.constexpr, KEEP: tl.constexpr):
     """Adds the bias, keeps the sum for the backward if asked, activates and stores one [positions, channels] tile."""
-    if HAS_BIAS:
-        acc += tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
+    acc += tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
     mask = row_ok[:, None] & channel_ok[None, :]
     if KEEP:
         tl.store(kept + offset, acc.to(kept.dtype.element_ty), mask=mask)

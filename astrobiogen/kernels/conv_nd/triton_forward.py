@@ -16,7 +16,7 @@ def conv_taps(
     D1, D2, D3, H, W, N1, N2, N3, NH, NW,
     KG: tl.constexpr, NG: tl.constexpr, GROUPS: tl.constexpr,
     AXIS1: tl.constexpr, AXIS2: tl.constexpr, AXIS3: tl.constexpr, AXIS4: tl.constexpr, AXIS5: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = epilogue(sum over taps and channels); the K step runs inside one tap, so loads are whole channel rows.
@@ -67,7 +67,7 @@ def conv_taps(
                     b = tl.load(w_plane + (tap * KG + c)[:, None] * NG + n[None, :], mask=w_mask, other=0.0)
                     acc = tl.dot(a, b, acc, input_precision=PRECISION)
     offset = (plane.to(tl.int64) * (NH * NW) + m)[:, None] * (GROUPS * NG) + (group * NG + n)[None, :]
-    finish(acc, y, kept, bias, offset, row_ok, group * NG + n, n_ok, HAS_BIAS, ACTIVATION, KEEP)
+    finish(acc, y, kept, bias, offset, row_ok, group * NG + n, n_ok, ACTIVATION, KEEP)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def conv_packed(
     D1, D2, D3, H, W, N1, N2, N3, NH, NW,
     KG: tl.constexpr, NG: tl.constexpr, GROUPS: tl.constexpr,
     AXIS1: tl.constexpr, AXIS2: tl.constexpr, AXIS3: tl.constexpr, AXIS4: tl.constexpr, AXIS5: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`conv_taps` for few input channels: the taps of the last three axes and the channels share the K axis of the product.
@@ -118,7 +118,9 @@ def conv_packed(
                 if WIDE:
                     position = position.to(tl.int64)
                 a = tl.load(x_volume + position * (GROUPS * KG) + (k % KG)[None, :], mask=x_mask, other=0.0)
-                b = tl.load(w_volume + k[:, None] * NG + n[None, :], mask=(k < packed)[:, None] & n_ok[None, :], other=0.0)
+                b = tl.load(
+                    w_volume + k[:, None] * NG + n[None, :], mask=(k < packed)[:, None] & n_ok[None, :], other=0.0
+                )
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
     offset = (plane.to(tl.int64) * (NH * NW) + m)[:, None] * (GROUPS * NG) + (group * NG + n)[None, :]
-    finish(acc, y, kept, bias, offset, row_ok, group * NG + n, n_ok, HAS_BIAS, ACTIVATION, KEEP)
+    finish(acc, y, kept, bias, offset, row_ok, group * NG + n, n_ok, ACTIVATION, KEEP)

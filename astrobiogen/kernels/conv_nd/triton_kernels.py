@@ -48,13 +48,12 @@ def conv_nd(
             problem,
             x.element_size(),
             _target(x),
-            has_bias=bias is not None,
             activation=activation,
             keep=keep,
             precision=_precision(x.dtype),
         )
         rows = padded.movedim(1, -1).contiguous()
-        launch(x=rows, weight=packed, bias=packed if bias is None else bias.contiguous(), y=y, kept=kept if keep else y)
+        launch(x=rows, weight=packed, bias=_bias(bias, x, groups * outputs), y=y, kept=kept if keep else y)
     return y.movedim(-1, 1), kept.movedim(-1, 1) if keep else kept
 
 
@@ -86,18 +85,16 @@ def conv_transpose_nd(
         problem = adjoint_problem(x.shape[0], x.shape[2:], padded, weight.shape[2:], inner, (inputs, outputs))
         packed = weight.reshape(groups, inputs, outputs, -1).permute(0, 3, 1, 2)
         packed = (packed if problem.transposed else packed.flip(1)).contiguous()
-        fused = bias is not None and not folds
         launch = forward_launch(
             problem,
             x.element_size(),
             _target(x),
-            has_bias=fused,
             activation=0,
             keep=False,
             precision=_precision(x.dtype),
         )
         rows = x.movedim(1, -1).contiguous()
-        launch(x=rows, weight=packed, bias=bias.contiguous() if bias is not None and fused else packed, y=y, kept=y)
+        launch(x=rows, weight=packed, bias=_bias(None if folds else bias, x, groups * outputs), y=y, kept=y)
     if not folds:
         return y.movedim(-1, 1)
     total = fold_halo(y.movedim(-1, 1), folded).movedim(1, -1)
@@ -133,9 +130,7 @@ def conv_nd_weight_grad(
     return total.permute(0, 3, 2, 1).reshape(groups * outputs, inputs, *kernel).to(x.dtype).contiguous()
 
 
-def _without(
-    x: torch.Tensor, geometry: Geometry, copied: Callable[[int], bool]
-) -> tuple[torch.Tensor, Geometry]:
+def _without(x: torch.Tensor, geometry: Geometry, copied: Callable[[int], bool]) -> tuple[torch.Tensor, Geometry]:
     """`x` with the halos of the `copied` axes written out, and the geometry that is left."""
     chosen = [copied(axis) for axis in range(len(geometry.mode))]
     halo = dataclasses.replace(geometry, mode=tuple(m if c else ZEROS for m, c in zip(geometry.mode, chosen)))
@@ -145,6 +140,10 @@ def _without(
         padding=tuple(0 if c else p for p, c in zip(geometry.padding, chosen)),
     )
     return add_halo(x, halo), left
+
+
+def _bias(bias: torch.Tensor | None, x: torch.Tensor, channels: int) -> torch.Tensor:
+    return x.new_zeros(channels) if bias is None else bias.contiguous()
 
 
 def _target(x: torch.Tensor) -> int:
@@ -164,7 +163,7 @@ _TYPES = {2: "bf16", 4: "fp32"}
 
 
 def _case(name: str, launch: Launch, tensors: dict[str, str], targets: tuple[int, ...]) -> CompileCase:
-    signature = {**tensors, **{key: "i32" for key in launch.integers}}
+    signature = {**tensors, **dict.fromkeys(launch.integers, "i32")}
     return CompileCase(
         name=name,
         kernel=launch.kernel,
@@ -187,16 +186,18 @@ def _size_cases(size: Size, itemsize: int, targets: tuple[int, ...]) -> list[Com
     forward = Problem.of(1, size.spatial, out, size.kernel, geometry, channels)
     adjoint = adjoint_problem(1, out, size.spatial, size.kernel, geometry, channels[::-1])
     half, single = f"*{kind}", "*fp32"
-    tensors = {name: half for name in ("x", "weight", "bias", "y", "kept")}
+    tensors = dict.fromkeys(("x", "weight", "bias", "y", "kept"), half)
     options = {"keep": False, "precision": precision}
     launches = [
-        ("forward", forward_launch(forward, itemsize, targets[0], has_bias=True, activation=1, **options), tensors),
-        ("weight", weight_launch(forward, itemsize, targets[0], precision=precision), {"x": half, "grad": half, "partial": single}),
+        ("forward", forward_launch(forward, itemsize, targets[0], activation=1, **options), tensors),
+        (
+            "weight",
+            weight_launch(forward, itemsize, targets[0], precision=precision),
+            {"x": half, "grad": half, "partial": single},
+        ),
     ]
     if not forward.packed:  # nothing lies before the stem that would want its input gradient
-        launches.append(
-            ("adjoint", forward_launch(adjoint, itemsize, targets[0], has_bias=False, activation=0, **options), tensors)
-        )
+        launches.append(("adjoint", forward_launch(adjoint, itemsize, targets[0], activation=0, **options), tensors))
     return [_case(f"{kernel}/{label}", launch, types, targets) for kernel, launch, types in launches]
 
 

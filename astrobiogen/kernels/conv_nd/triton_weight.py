@@ -117,7 +117,9 @@ def weight_packed(
                 position = position.to(tl.int64)
                 p = p.to(tl.int64)
             a = tl.load(x_volume + position * (GROUPS * KG) + (k % KG)[None, :], mask=x_mask, other=0.0)
-            b = tl.load(g_plane + p[:, None] * (GROUPS * NG) + n[None, :], mask=p_ok[:, None] & (n < NG)[None, :], other=0.0)
+            b = tl.load(
+                g_plane + p[:, None] * (GROUPS * NG) + n[None, :], mask=p_ok[:, None] & (n < NG)[None, :], other=0.0
+            )
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
     slot = ((split * GROUPS + group) * outer + k12).to(tl.int64) * (packed * NG)
     tl.store(partial + slot + k[:, None] * NG + n[None, :], acc, mask=(k < packed)[:, None] & (n < NG)[None, :])
