@@ -56,7 +56,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def flex(device: torch.device, queries: int, keys: int) -> Callable[..., Tensor]:
     """FlexAttention compiled, with a causal block mask aligned at the end."""
     offset = keys - queries
-    mask = create_block_mask(lambda b, h, i, j: j <= i + offset, None, None, queries, keys, device=str(device))
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        return key <= query + offset
+
+    mask = create_block_mask(visible, None, None, queries, keys, device=str(device))
     compiled = torch.compile(flex_attention)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Convolution over five axes against compositions of conv3d: ours as "eager" (the reference: channels innermost, dead outer taps skipped), torchnd
+"""Convolution over five axes against compositions of conv3d: ours as "eager" (the reference: channels innermost, dead
+outer taps skipped), torchnd
 (PyPI, GPL-3.0, only if installed), and jax (if installed).
 
-Flops: two per multiply-add of the taps that touch data (`live`), three such products per training step. Bytes: x, weight and y once forward;
+Flops: two per multiply-add of the taps that touch data (`live`), three such products per training step. Bytes: x,
+weight and y once forward;
 grad, x, weight read and both gradients written backward.
 """
 

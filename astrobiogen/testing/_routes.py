@@ -70,7 +70,7 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
 
 
 def _counting(name: str, calls: list[str]) -> Callable[..., Any]:
-    path = _registry._ENTRIES[name].triton
+    path = _registry.triton_launcher(name)
     if not path:
         raise AssertionError(f"op {name} has no Triton launcher")
     module, _, function = path.partition(":")

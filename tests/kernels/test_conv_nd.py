@@ -1,4 +1,5 @@
-"""Convolution over one to five axes: the shared battery on the CPU and in Triton, its ties to PyTorch's own convolutions, and bad input."""
+"""Convolution over one to five axes: the shared battery on the CPU and in Triton, its ties to PyTorch's own
+convolutions, and bad input."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""Convolution at random: one to five axes, any kernel, stride, dilation, groups and padding, against fp64; and the adjoint identity."""
+"""Convolution at random: one to five axes, any kernel, stride, dilation, groups and padding, against fp64; and the
+adjoint identity."""
 
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_any_geometry_against_fp64(seed: int) -> None:
     for mine, right in zip((lambda r: (r[0], *r[1]))(evaluate(arguments, torch.float64)), (exact[0], *exact[1])):
         torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-9)
     y, grads = evaluate(arguments, torch.float32)
-    # Inputs are rounded to fp32 first (2^-24 each), then sums of up to a few hundred terms: 1e-5 of the norm is ten times the worst of 2,000 seeds.
+    # Inputs are rounded to fp32 first; the worst of 1,820 seeds was 1.5e-6 of (norm + 1).
     assert error(y, exact[0]) <= 1e-5 * float(exact[0].norm()) + 1e-6
     for name, grad, right in zip(ARGUMENTS, grads, exact[1]):
         assert error(grad, right) <= 1e-5 * float(right.norm()) + 1e-5, name

@@ -67,12 +67,12 @@ def attention(
     interleaved: bool = False,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Grouped-query attention with the rotary embedding inside, for any head dimension up to 256 (Dao 2023, arXiv:2307.08691).
+    """Grouped-query attention, rotary embedding inside, for any head dimension up to 256 (Dao 2023, arXiv:2307.08691).
 
     s_ij = scale * <rot(q_i), rot(k_j)>;  s_ij = softcap * tanh(s_ij / softcap) with a softcap;
     out_i = sum_j exp(s_ij - lse_i) v_j over the keys j that query i sees;  lse_i = log(sum_j exp(s_ij) [+ exp(sink)]).
-    Query head h reads key/value head h // (Hq / Hkv). A query that sees no key gives zeros and lse = -inf. Softmax and sums are
-    fp32 for half precision. Nothing of size Sq x Sk is stored. There is no attention dropout.
+    Query head h reads key/value head h // (Hq / Hkv). A query that sees no key gives zeros and lse = -inf. Softmax and
+    sums are fp32 for half precision. Nothing of size Sq x Sk is stored. There is no attention dropout.
 
     Positions: queries are aligned with the end of the keys, query i stands at key position i + Sk - Sq.
 
@@ -80,15 +80,18 @@ def attention(
         q: [B, Sq, Hq, D], float32, bfloat16, float16 or float64; 1 <= D <= 256; any strides.
         k: [B, Sk, Hkv, D], dtype and device of `q`; Hkv divides Hq.
         v: [B, Sk, Hkv, D].
-        cos: [L, R] or [B, L, R] with L = max(Sq, Sk), R pairs rotated, 2R <= D: cosine of each position's angles; row L - Sk + j belongs
-            to key j and row L - Sq + i to query i. The first 2R columns are rotated. None: no rotation. Not differentiated.
+        cos: [L, R] or [B, L, R] with L = max(Sq, Sk), R pairs rotated, 2R <= D: cosine of each position's angles; row
+            L - Sk + j belongs to key j and row L - Sq + i to query i. The first 2R columns are rotated. None: no
+            rotation. Not differentiated.
         sin: as `cos`; given with it or not at all.
         causal: query i sees no key behind its own position.
         scale: factor of the scores; default 1 / sqrt(D).
         window: W >= 1: query at position p sees keys p-W+1 .. p, and without `causal` p-W+1 .. p+W-1. None: no limit.
         softcap: c > 0, bounds the scores to (-c, c) after scaling. None: no bound.
-        cu_seqlens: int32 or int64 [n + 1], 0 = c_0 <= c_1 <= ... <= c_n <= S: packed sequences; token t of sequence c_i <= t < c_(i+1) sees only
-            that sequence; tokens from c_n on see nothing. Needs B = 1 and Sq = Sk. `cos` rows are per token of the packed row.
+        cu_seqlens: int32 or int64 [n + 1], 0 = c_0 <= c_1 <= ... <= c_n <= S: packed sequences; token t of sequence
+            c_i <= t < c_(i+1) sees only that sequence; tokens from c_n on see nothing. Needs B = 1 and Sq = Sk. `cos`
+            rows are per token of the packed row. The values are checked on the CPU only: on a GPU that would wait for
+            the device.
         sinks: [Hq], one extra logit per head that takes part in the normalisation and carries no value.
         interleaved: rotary pairs are columns (2i, 2i + 1) instead of (i, i + R).
         return_lse: also return lse, which is differentiable.
@@ -96,11 +99,12 @@ def attention(
     Under autocast, fp32 q, k and v are cast to the autocast dtype; `cos`, `sin` and `sinks` keep their precision.
 
     Returns:
-        out [B, Sq, Hq, D] with the dtype of `q`; with `return_lse` also lse [B, Hq, Sq], float32 (float64 for float64 input).
+        out [B, Sq, Hq, D] with the dtype of `q`; with `return_lse` also lse [B, Hq, Sq], float32 (float64 for float64
+        input).
 
     Raises:
         TypeError: a tensor argument is not a tensor of a supported dtype, or q, k, v differ in dtype.
-        ValueError: shapes, devices, `window`, `softcap`, `scale` or combinations of arguments do not fit the rules above.
+        ValueError: shapes, devices, `window`, `softcap`, `scale` or combinations of arguments do not fit these rules.
     """
     q, k, v = _autocast(check_float("q", q), check_float("k", k), check_float("v", v))
     _check_heads(q, k, v)
@@ -131,7 +135,7 @@ def attention(
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Autocast's usual rule for matrix products, for q, k and v only: rotary angles need fp32 (a bf16 angle is off by up to 0.4 %)."""
+    """Autocast's usual rule for matrix products, for q, k, v only: rotary angles need fp32 (bf16: 0.4 % off)."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -180,7 +184,8 @@ def _check_options(
             raise ValueError(f"cu_seqlens must have shape [n + 1] with n >= 0 sequences, got {tuple(cu_seqlens.shape)}")
         if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
             raise ValueError(
-                f"cu_seqlens needs one packed row, q [1, S, Hq, D] and k [1, S, Hkv, D], got q {tuple(q.shape)} and k {tuple(k.shape)}"
+                f"cu_seqlens needs one packed row, q [1, S, Hq, D] and k [1, S, Hkv, D], got q {tuple(q.shape)} and k "
+                f"{tuple(k.shape)}"
             )
         check_same_device(q=q, cu_seqlens=cu_seqlens)
 
@@ -197,8 +202,8 @@ def _check_rotary(
     shapes = ((rows,), (q.shape[0], rows))
     if cos.dim() not in (2, 3) or tuple(cos.shape[:-1]) not in shapes or not 2 <= 2 * cos.shape[-1] <= q.shape[-1]:
         raise ValueError(
-            f"cos must have shape [{rows}, R] or [{q.shape[0]}, {rows}, R] (max(Sq, Sk) rows) with 2 <= 2R <= D = {q.shape[-1]}, "
-            f"got {tuple(cos.shape)}"
+            f"cos must have shape [{rows}, R] or [{q.shape[0]}, {rows}, R] (max(Sq, Sk) rows) with "
+            f"2 <= 2R <= D = {q.shape[-1]}, got {tuple(cos.shape)}"
         )
     check_shape("sin", sin, tuple(cos.shape), "the shape of cos")
     return cos, sin
@@ -247,7 +252,10 @@ def _backward(
     return grad_q, grad_k, grad_v, None, None, None, None if saved[-1] is None else grad_sinks, *((None,) * 5)
 
 
-_OPTIONS = "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, Tensor? sinks, bool causal, float scale, int window, float softcap, bool interleaved"
+_OPTIONS = (
+    "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, Tensor? sinks, "
+    "bool causal, float scale, int window, float softcap, bool interleaved"
+)
 _registry.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=reference.attention_forward,
@@ -255,7 +263,8 @@ _registry.define(
     triton=f"{_TRITON}:attention",
 )
 _registry.define(
-    f"attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) "
+    "attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,

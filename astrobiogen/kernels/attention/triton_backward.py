@@ -71,7 +71,7 @@ def score_gradient(raw, grad_p, log_sum, delta, scale, softcap, visible, SOFTCAP
 def query_tiles(
     dq, dq_tail, q, q_tail, g, g_tail, log_sum, delta, k_base, v_base, k_token, v_token, begin, end, keys, low, high,
     scale, softcap,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -151,17 +151,17 @@ def grad_query_kernel(
         dq, dq_tail = query_tiles(
             dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, begin,
             clean, keys, low, high,
-            scale, softcap, DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
+            scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
         )  # fmt: skip
     dq, dq_tail = query_tiles(
         dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, clean, edge,
         keys, low, high,
-        scale, softcap, DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, False, PRECISION, BLOCK_N,
+        scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, False, PRECISION, BLOCK_N,
     )  # fmt: skip
     dq, dq_tail = query_tiles(
         dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, edge, end,
         keys, low, high,
-        scale, softcap, DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
+        scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
     )  # fmt: skip
     angles = batch.to(tl.int64) * angle_batch
     to = grad_q + (batch.to(tl.int64) * queries * heads + head) * DIM
@@ -286,14 +286,15 @@ def grad_key_kernel(
             )  # fmt: skip
     to = (batch.to(tl.int64) * keys * kv_heads + kv_head) * DIM
     angles = batch.to(tl.int64) * angle_batch
-    dk = dk * out_scale
-    if ROTARY > 0:
-        dk = turn(dk, cos + angles, sin + angles, angle_first + start, local, exists, 0, ROTARY, -1.0)
-    store_columns(grad_k + to, dk, start, local, exists, kv_heads * DIM, 0, MAIN, DIM, ROTARY, INTERLEAVED)
+    # dV leaves first: while dK is turned, its registers are needed for the angles.
     store_columns(grad_v + to, dv, start, local, exists, kv_heads * DIM, 0, MAIN, DIM, 0, False)
     if TAIL > 0:
+        store_columns(grad_v + to, dv_tail, start, local, exists, kv_heads * DIM, MAIN, TAIL, DIM, 0, False)
         dk_tail = dk_tail * out_scale
         if 2 * ROTARY > MAIN:
             dk_tail = turn(dk_tail, cos + angles, sin + angles, angle_first + start, local, exists, MAIN, ROTARY, -1.0)
         store_columns(grad_k + to, dk_tail, start, local, exists, kv_heads * DIM, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
-        store_columns(grad_v + to, dv_tail, start, local, exists, kv_heads * DIM, MAIN, TAIL, DIM, 0, False)
+    dk = dk * out_scale
+    if ROTARY > 0:
+        dk = turn(dk, cos + angles, sin + angles, angle_first + start, local, exists, 0, ROTARY, -1.0)
+    store_columns(grad_k + to, dk, start, local, exists, kv_heads * DIM, 0, MAIN, DIM, ROTARY, INTERLEAVED)

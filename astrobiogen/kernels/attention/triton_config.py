@@ -31,7 +31,7 @@ PACK_ROWS = 32
 PACK_WARPS = 4
 DELTA_ROWS = 32
 DECODE_HEADS = 16  # the smallest number of rows of a tensor-core dot
-DECODE_TILE = Tile(DECODE_HEADS, 64, 4, 2)
+DECODE_TILE = Tile(DECODE_HEADS, 32, 2, 2)  # 64 keys with 4 warps spill at 68 columns on sm_86
 DECODE_CHUNK = 256  # fewest keys per program: below, the combination costs more than the chunk
 DECODE_PROGRAMS_PER_SM = 2
 
@@ -40,21 +40,27 @@ INTERPRETED = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 
 # (widest MAIN + TAIL, tiles), the first that fits serves. sm_80 has 163 KB of shared memory per block, sm_86 and
 # sm_89 99 KB, sm_90 227 KB.
-# Triton lays the warps of chained dots along the rows, 16 rows each: 8 warps on 64 rows repeat part of the work (1.5x
-# the products in dK, dV), which
-# is still taken from 96 columns on, because 128 rows spill there.
+# Triton lays the warps of chained dots along the rows, 16 rows each: 8 warps on 64 rows repeat part of the work (1.5x the
+# products in dK, dV). That is still taken at 128 columns, where 128 rows spill. 32 queries in dK, dV spill from 68 columns
+# on (15 spill instructions with all masks on sm_86), 16 do not.
 _SMALL_SHARED = (
     (64, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 128, 8, 1))),
-    (80, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 1))),
+    (96, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(16, 128, 8, 1))),
     (128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 1))),
     (256, Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))),
 )
 _LARGE_SHARED = (
-    (80, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 128, 8, 1))),
+    (64, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 128, 8, 1))),
+    (96, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(16, 128, 8, 1))),
     (128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 1))),
     (256, Tiles(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1))),
 )
-TILES = {80: _LARGE_SHARED, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _LARGE_SHARED}
+# wgmma keeps its operands in shared memory, so sm_90 has registers for wider tiles.
+_HOPPER = (
+    (96, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(16, 128, 8, 1))),
+    *_LARGE_SHARED[2:],
+)
+TILES = {80: _LARGE_SHARED, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER}
 # fp32 input: twice the bytes per element and no tensor cores (full precision is asked for).
 FP32_TILES = (
     (128, Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),

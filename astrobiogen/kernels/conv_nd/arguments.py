@@ -1,4 +1,5 @@
-"""Argument checks of `conv_nd` and `conv_transpose_nd`: once, at the public entry, with errors that name the argument and the axis."""
+"""Argument checks of `conv_nd` and `conv_transpose_nd`: once, at the public entry, with errors that name the argument
+and the axis."""
 
 from collections.abc import Sequence
 
@@ -23,7 +24,8 @@ def check_arguments(
     geometry = _check_common(x, weight, stride, padding, padding_mode, dilation, groups)
     if x.shape[1] != weight.shape[1] * groups:
         raise ValueError(
-            f"weight must have shape [O, C / groups, *kernel] with C / groups = {x.shape[1]} / {groups}, got {tuple(weight.shape)}"
+            f"weight must have shape [O, C / groups, *kernel] with C / groups = {x.shape[1]} / {groups}, "
+            f"got {tuple(weight.shape)}"
         )
     if weight.shape[0] % groups:
         raise ValueError(f"weight's {weight.shape[0]} output channels must be a multiple of groups = {groups}")
@@ -45,7 +47,8 @@ def check_transposed_arguments(
     dilation: int | Sequence[int],
     groups: int,
 ) -> tuple[Geometry, list[int]]:
-    """The geometry and the result's spatial size of a valid `conv_transpose_nd` call; raises TypeError or ValueError."""
+    """The geometry and the result's spatial size of a valid `conv_transpose_nd` call; raises TypeError or
+    ValueError."""
     geometry = _check_common(x, weight, stride, padding, padding_mode, dilation, groups)
     if x.shape[1] != weight.shape[0]:
         raise ValueError(
@@ -62,7 +65,8 @@ def check_transposed_arguments(
     for axis, length in enumerate(size):
         if length < 1:
             raise ValueError(
-                f"the output on spatial axis {axis} would have size {length}: padding {geometry.padding[axis]} is too long"
+                f"the output on spatial axis {axis} would have size {length}: "
+                f"padding {geometry.padding[axis]} is too long"
             )
     _check_axes(geometry, size, weight.shape[2:])
     return geometry, size
@@ -84,7 +88,8 @@ def _check_common(
         raise ValueError(f"x must be [B, C, *spatial] with 1 to {MAX_AXES} spatial axes, got shape {tuple(x.shape)}")
     if weight.dim() != x.dim():
         raise ValueError(
-            f"weight must have one kernel size for each of the {axes} spatial axes of x, got shape {tuple(weight.shape)}"
+            f"weight must have one kernel size for each of the {axes} spatial axes of x, "
+            f"got shape {tuple(weight.shape)}"
         )
     check_same_dtype(x=x, weight=weight)
     check_same_device(x=x, weight=weight)
@@ -127,12 +132,14 @@ def _check_axes(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) 
         longest = length - 1 if mode == REFLECT else length
         if mode in (CIRCULAR, REFLECT, POLE) and pad > longest:
             raise ValueError(
-                f"padding on spatial axis {axis} (size {length}) must be at most {longest} in mode {MODES[mode]!r}, got {pad}"
+                f"padding on spatial axis {axis} (size {length}) must be at most {longest} "
+                f"in mode {MODES[mode]!r}, got {pad}"
             )
         if mode == POLE and (axis + 1 == len(size) or size[axis + 1] % 2):
             found = "none" if axis + 1 == len(size) else f"one of size {size[axis + 1]}"
             raise ValueError(
-                f"padding mode 'pole' on spatial axis {axis} needs a following axis of even size (longitude), got {found}"
+                f"padding mode 'pole' on spatial axis {axis} needs a following axis of even size (longitude), "
+                f"got {found}"
             )
 
 

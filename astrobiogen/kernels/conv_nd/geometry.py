@@ -1,7 +1,9 @@
 """Index arithmetic of a convolution over N axes: sizes, live taps, and padding as explicit copies.
 
-One definition for the reference, the fake functions and the Triton launchers. Along one axis with size L, kernel K, stride s, padding p and
-dilation d, output o reads the padded position o*s + k*d - p for tap k in [0, K). A tap that leaves [0, L) under zero padding is *dead*.
+One definition for the reference, the fake functions and the Triton launchers. Along one axis with size L, kernel K,
+stride s, padding p and
+dilation d, output o reads the padded position o*s + k*d - p for tap k in [0, K). A tap that leaves [0, L) under zero
+padding is *dead*.
 """
 
 import dataclasses
@@ -65,7 +67,8 @@ def live_range(out: int, size: int, stride: int, shift: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class OuterTap:
-    """One live combination of taps over the outer axes: its kernel index and the parts of output and input that it joins."""
+    """One live combination of taps over the outer axes: its kernel index and the parts of output and input that it
+    joins."""
 
     index: tuple[int, ...]
     output: tuple[slice, ...]
@@ -111,7 +114,8 @@ def add_halo(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 
 
 def fold_halo(grad: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """The adjoint of `add_halo`: adds what reached the halo rows to the rows they were copied from. Fixed order, no scatter."""
+    """The adjoint of `add_halo`: adds what reached the halo rows to the rows they were copied from. Fixed order, no
+    scatter."""
     for axis in reversed(range(len(geometry.mode))):
         mode, pad = geometry.mode[axis], geometry.padding[axis]
         if mode == ZEROS or pad == 0:

@@ -1,6 +1,8 @@
-"""The ops `conv_nd`, `conv_transpose_nd` and `conv_nd_weight_grad`: schemas, shapes, gradient formulas and public functions.
+"""The ops `conv_nd`, `conv_transpose_nd` and `conv_nd_weight_grad`: schemas, shapes, gradient formulas and public
+functions.
 
-The three are the partial derivatives of one trilinear form <grad, conv(x, weight)>, so each one's gradients are the other two: any number
+The three are the partial derivatives of one trilinear form <grad, conv(x, weight)>, so each one's gradients are the
+other two: any number
 of derivatives works, with no backward op beside them.
 """
 
@@ -33,9 +35,11 @@ def conv_nd(
     groups: int = 1,
     activation: Activation = None,
 ) -> torch.Tensor:
-    """Convolution (cross-correlation, as in PyTorch) over one to five spatial axes, with bias and activation in the same pass.
+    """Convolution (cross-correlation, as in PyTorch) over one to five spatial axes, with bias and activation in the
+    same pass.
 
-    y[b, o, q] = act(bias[o] + sum_{c, k} weight[o, c, k] * P(x)[b, c, q * stride + k * dilation - padding]), sums in fp32 for half precision.
+    y[b, o, q] = act(bias[o] + sum_{c, k} weight[o, c, k] * P(x)[b, c, q * stride + k * dilation - padding]), sums in
+    fp32 for half precision.
 
     Args:
         x: [B, C, *spatial], float32, bfloat16, float16 or float64, one to five spatial axes, any strides; B may be 0.
@@ -43,14 +47,18 @@ def conv_nd(
         bias: [O] or None.
         stride, padding, dilation: one integer, or one per spatial axis. Padding is added at both ends of the axis.
         padding_mode: how P extends `x` over the padding; one word, or one per spatial axis:
-            "zeros"; "circular" (the axis closes on itself, e.g. longitude); "reflect" (mirrored, the edge row not repeated);
-            "replicate" (the edge row repeated); "pole" (a latitude axis that is followed by a longitude axis of even size: the row beyond the
-            pole is the edge row seen from the other side, so rows are mirrored with the edge repeated and rolled by half the width).
+            "zeros"; "circular" (the axis closes on itself, e.g. longitude); "reflect" (mirrored, the edge row not
+            repeated);
+            "replicate" (the edge row repeated); "pole" (a latitude axis that is followed by a longitude axis of even
+            size: the row beyond the
+            pole is the edge row seen from the other side, so rows are mirrored with the edge repeated and rolled by
+            half the width).
         groups: channels are split in this many independent groups; groups = C is a depthwise convolution.
         activation: None, "silu" (z * sigmoid(z)) or "gelu" (z * Phi(z), the exact form).
 
     Returns:
-        y [B, O, *out] with the dtype of `x`, out = floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1. Channels are innermost
+        y [B, O, *out] with the dtype of `x`, out = floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) +
+        1. Channels are innermost
         in memory (channels-last strides), so a following convolution reads it without a copy.
 
     Raises:
@@ -81,17 +89,20 @@ def conv_transpose_nd(
     dilation: Ints = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """The adjoint of `conv_nd` with the same weight: <conv_nd(u, weight), x> = <u, conv_transpose_nd(x, weight)> for all u; plus a bias.
+    """The adjoint of `conv_nd` with the same weight: <conv_nd(u, weight), x> = <u, conv_transpose_nd(x, weight)> for
+    all u; plus a bias.
 
     Args:
         x: [B, C, *spatial], one to five spatial axes.
-        weight: [C, O / groups, *kernel] (the weight of the convolution whose adjoint this is, as in `torch.nn.functional.conv_transpose3d`).
+        weight: [C, O / groups, *kernel] (the weight of the convolution whose adjoint this is, as in
+        `torch.nn.functional.conv_transpose3d`).
         bias: [O] or None.
         stride, padding, padding_mode, dilation, groups: of that convolution.
         output_padding: rows of the result beyond the smallest that fits, per axis, in [0, stride).
 
     Returns:
-        y [B, O, *out], out = (size - 1) stride - 2 padding + dilation (kernel - 1) + 1 + output_padding, channels innermost in memory.
+        y [B, O, *out], out = (size - 1) stride - 2 padding + dilation (kernel - 1) + 1 + output_padding, channels
+        innermost in memory.
 
     Raises:
         TypeError, ValueError: as `conv_nd`.

@@ -1,9 +1,12 @@
 """Convolution over one to five axes in plain PyTorch: the definition that the kernels are held to.
 
-y[b, o, q] = act( bias[o] + sum over c in the group of o, k in the kernel of  weight[o, c, k] * P(x)[b, c, q*stride + k*dilation - padding] )
+y[b, o, q] = act( bias[o] + sum over c in the group of o, k in the kernel of  weight[o, c, k] * P(x)[b, c, q*stride +
+k*dilation - padding] )
 
-P extends x beyond its ends by the padding mode of each axis. The sum runs as a loop over the taps of all axes but the last three, each tap
-one `torch.convolution` with channels innermost on the rows that the tap can reach; taps that only touch zero padding are skipped.
+P extends x beyond its ends by the padding mode of each axis. The sum runs as a loop over the taps of all axes but the
+last three, each tap
+one `torch.convolution` with channels innermost on the rows that the tap can reach; taps that only touch zero padding
+are skipped.
 Sums over outer taps are kept in fp32 for half precision.
 """
 
@@ -24,14 +27,16 @@ from astrobiogen.kernels.conv_nd.geometry import (
 def conv_nd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, activation: str | None
 ) -> torch.Tensor:
-    """y [B, O, *out] from x [B, C, *spatial] and weight [O, C / groups, *kernel]; differentiable any number of times."""
+    """y [B, O, *out] from x [B, C, *spatial] and weight [O, C / groups, *kernel]; differentiable any number of
+    times."""
     return _activate(_convolve(x, weight, bias, geometry), activation).to(x.dtype)
 
 
 def conv_transpose_nd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, size: list[int]
 ) -> torch.Tensor:
-    """The adjoint of x -> conv_nd(x) (without bias), plus `bias`: y [B, O, *size] from x [B, C, *in], weight [C, O / groups, *kernel]."""
+    """The adjoint of x -> conv_nd(x) (without bias), plus `bias`: y [B, O, *size] from x [B, C, *in], weight [C, O /
+    groups, *kernel]."""
     inner = geometry.after_halo()
     padded = [n + 2 * halo for n, halo in zip(size, geometry.halo)]
     total = fold_halo(_transpose_padded(x, weight, inner, padded), geometry)
@@ -52,7 +57,8 @@ def conv_nd_op(
     activation: int,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `conv_nd`: y, and what went into the activation if `keep` (else an empty tensor). `keep` needs an activation."""
+    """The op `conv_nd`: y, and what went into the activation if `keep` (else an empty tensor). `keep` needs an
+    activation."""
     geometry = Geometry.of(stride, padding, mode, dilation, groups)
     total = _convolve(x, weight, bias, geometry)
     y = channel_last(_activate(total, ACTIVATIONS[activation]).to(x.dtype))
@@ -85,7 +91,8 @@ def conv_nd_weight_grad_op(
     dilation: list[int],
     groups: int,
 ) -> torch.Tensor:
-    """The op `conv_nd_weight_grad`: sum over b, q of grad[b, o, q] * P(x)[b, c, q*stride + k*dilation - padding], [O, C / groups, *kernel]."""
+    """The op `conv_nd_weight_grad`: sum over b, q of grad[b, o, q] * P(x)[b, c, q*stride + k*dilation - padding], [O,
+    C / groups, *kernel]."""
     geometry = Geometry.of(stride, padding, mode, dilation, groups)
     inner = geometry.after_halo()
     padded = add_halo(x, geometry)
@@ -140,7 +147,8 @@ def _transpose_padded(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry,
 
 
 def _volume(rows: torch.Tensor, part: tuple[slice, ...]) -> torch.Tensor:
-    """The slice `part` over the outer axes of `rows` [B, *spatial, C], folded into the batch: [B', C, d, h, w], channels innermost."""
+    """The slice `part` over the outer axes of `rows` [B, *spatial, C], folded into the batch: [B', C, d, h, w],
+    channels innermost."""
     cut = rows[(slice(None), *part)]
     return cut.reshape(-1, *cut.shape[-1 - INNER_AXES :]).movedim(-1, 1)
 

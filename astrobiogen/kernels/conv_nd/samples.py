@@ -36,7 +36,8 @@ class Size:
         return Geometry(ones, self.padding(), tuple(MODES.index(mode) for mode in self.modes()), ones, 1)
 
 
-# Axes: month, geological epoch, level, latitude, longitude. "stem" and "wide" are a 5-D network's first and inner layers; "space" and "time" are the
+# Axes: month, geological epoch, level, latitude, longitude. "stem" and "wide" are a 5-D network's first and inner
+# layers; "space" and "time" are the
 # factorised pair (1,1,3,3,3) + (3,1,1,1,1).
 BENCHMARK_SIZES = (
     Size("narrow", 16, 16, (12, 4, 10, 16, 32), (3, 3, 3, 3, 3)),
@@ -189,7 +190,8 @@ TRANSPOSED_CASES = (
 
 
 def random_case(seed: int, longest: int = 6) -> dict[str, Any]:
-    """One random valid call of `conv_nd` in fp64, drawn from `seed`: axes of 1 to `longest` rows, kernel, stride, dilation, padding and modes, groups."""
+    """One random valid call of `conv_nd` in fp64, drawn from `seed`: axes of 1 to `longest` rows, kernel, stride,
+    dilation, padding and modes, groups."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(low: int, high: int) -> int:

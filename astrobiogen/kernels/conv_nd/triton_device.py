@@ -1,6 +1,7 @@
 """Device functions that the convolution kernels share: where an output reads along one axis, and the fused epilogue.
 
-An axis is described by one compile-time tuple AXIS = (kernel, stride, padding, dilation, mode). TRANSPOSED selects the adjoint: the kernel
+An axis is described by one compile-time tuple AXIS = (kernel, stride, padding, dilation, mode). TRANSPOSED selects
+the adjoint: the kernel
 then walks the convolution's *input* positions and reads its outputs.
 """
 
@@ -10,7 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def source(q, tap, size, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """(row, inside) that position `q` reads through `tap` on an axis of `size` rows; `row` is only meaningful where `inside`."""
+    """(row, inside) that position `q` reads through `tap` on an axis of `size` rows; `row` is only meaningful where
+    `inside`."""
     if TRANSPOSED:
         shifted = q + AXIS[2] - tap * AXIS[3]
         if AXIS[4] == 1:  # circular, stride 1, output as long as the input: the adjoint wraps too
@@ -40,7 +42,8 @@ def source(q, tap, size, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def first_tap(q, size, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """First tap of position `q` that can reach a row. Taps in [first_tap, end_tap) of a strided adjoint still need `source`'s check."""
+    """First tap of position `q` that can reach a row. Taps in [first_tap, end_tap) of a strided adjoint still need
+    `source`'s check."""
     if AXIS[4] != 0:
         return q * 0
     if TRANSPOSED:
@@ -56,6 +59,14 @@ def end_tap(q, size, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         return tl.minimum(AXIS[0], (q + AXIS[2] + AXIS[3]) // AXIS[3])
     return tl.minimum(AXIS[0], tl.maximum(size - 1 + AXIS[2] - q * AXIS[1] + AXIS[3], 0) // AXIS[3])
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32. "widened" serves the interpreter, whose dot takes bf16 numbers for integers."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -1,13 +1,15 @@
 """Triton kernels of the convolution and of its adjoint: implicit GEMM over channel-last rows.
 
-Tensors are [batch, 1..3 outer axes, H, W, channels], five spatial axes with missing ones of size 1. One program makes BLOCK_M positions of one
-(H, W) plane x BLOCK_N channels of one group, so the three outer coordinates are scalars: a dead outer tap is a trip that its loop does not take.
+Tensors are [batch, 1..3 outer axes, H, W, channels], five spatial axes with missing ones of size 1. One program makes
+BLOCK_M positions of one
+(H, W) plane x BLOCK_N channels of one group, so the three outer coordinates are scalars: a dead outer tap is a trip
+that its loop does not take.
 """
 
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels.conv_nd.triton_device import end_tap, finish, first_tap, outer_position, source
+from astrobiogen.kernels.conv_nd.triton_device import end_tap, finish, first_tap, outer_position, product, source
 
 
 @triton.jit
@@ -21,7 +23,8 @@ def conv_taps(
 ):  # fmt: skip
     """y = epilogue(sum over taps and channels); the K step runs inside one tap, so loads are whole channel rows.
 
-    x [B, D1, D2, D3, H, W, GROUPS * KG], weight [GROUPS, taps, KG, NG], y and kept [B, N1, N2, N3, NH, NW, GROUPS * NG].
+    x [B, D1, D2, D3, H, W, GROUPS * KG], weight [GROUPS, taps, KG, NG], y and kept [B, N1, N2, N3, NH, NW, GROUPS *
+    NG].
     """
     n_tiles: tl.constexpr = (NG + BLOCK_N - 1) // BLOCK_N
     chunks: tl.constexpr = (KG + BLOCK_K - 1) // BLOCK_K
@@ -65,7 +68,7 @@ def conv_taps(
                         position = position.to(tl.int64)
                     a = tl.load(x_plane + position[:, None] * (GROUPS * KG) + c[None, :], mask=x_mask, other=0.0)
                     b = tl.load(w_plane + (tap * KG + c)[:, None] * NG + n[None, :], mask=w_mask, other=0.0)
-                    acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                    acc = product(a, b, acc, PRECISION)
     offset = (plane.to(tl.int64) * (NH * NW) + m)[:, None] * (GROUPS * NG) + (group * NG + n)[None, :]
     finish(acc, y, kept, bias, offset, row_ok, group * NG + n, n_ok, ACTIVATION, KEEP)
 
@@ -79,9 +82,11 @@ def conv_packed(
     TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`conv_taps` for few input channels: the taps of the last three axes and the channels share the K axis of the product.
+    """`conv_taps` for few input channels: the taps of the last three axes and the channels share the K axis of the
+    product.
 
-    With 2 channels and 27 inner taps K is 54, padded to 64; a K step per tap would pad 2 to 16 and waste seven eighths of the product.
+    With 2 channels and 27 inner taps K is 54, padded to 64; a K step per tap would pad 2 to 16 and waste seven
+    eighths of the product.
     """
     n_tiles: tl.constexpr = (NG + BLOCK_N - 1) // BLOCK_N
     packed: tl.constexpr = AXIS3[0] * AXIS4[0] * AXIS5[0] * KG
@@ -121,6 +126,6 @@ def conv_packed(
                 b = tl.load(
                     w_volume + k[:, None] * NG + n[None, :], mask=(k < packed)[:, None] & n_ok[None, :], other=0.0
                 )
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                acc = product(a, b, acc, PRECISION)
     offset = (plane.to(tl.int64) * (NH * NW) + m)[:, None] * (GROUPS * NG) + (group * NG + n)[None, :]
     finish(acc, y, kept, bias, offset, row_ok, group * NG + n, n_ok, ACTIVATION, KEEP)

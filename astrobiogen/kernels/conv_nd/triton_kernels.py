@@ -1,4 +1,5 @@
-"""CUDA launchers of `conv_nd`, `conv_transpose_nd` and `conv_nd_weight_grad`, and their cases for the ahead-of-time compile gate."""
+"""CUDA launchers of `conv_nd`, `conv_transpose_nd` and `conv_nd_weight_grad`, and their cases for the ahead-of-time
+compile gate."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ def conv_nd(
             _target(x),
             activation=activation,
             keep=keep,
-            precision=_precision(x.dtype),
+            precision=_precision(x),
         )
         rows = padded.movedim(1, -1).contiguous()
         launch(x=rows, weight=packed, bias=_bias(bias, x, groups * outputs), y=y, kept=kept if keep else y)
@@ -72,7 +73,8 @@ def conv_transpose_nd(
     if x.dtype == torch.float64:
         return reference.conv_transpose_nd_op(x, weight, bias, stride, padding, mode, dilation, groups, list(size))
     geometry = Geometry.of(stride, padding, mode, dilation, groups)
-    # The adjoint of circular padding wraps inside the kernel where input and output positions are the same ones; other halos are summed up
+    # The adjoint of circular padding wraps inside the kernel where input and output positions are the same ones;
+    # other halos are summed up
     # behind the kernel, from fp32.
     wraps = [kind == CIRCULAR and step == 1 and n == q for kind, step, n, q in zip(mode, stride, size, x.shape[2:])]
     folded = dataclasses.replace(geometry, mode=tuple(ZEROS if wrap else kind for wrap, kind in zip(wraps, mode)))
@@ -91,7 +93,7 @@ def conv_transpose_nd(
             _target(x),
             activation=0,
             keep=False,
-            precision=_precision(x.dtype),
+            precision=_precision(x),
         )
         rows = x.movedim(1, -1).contiguous()
         launch(x=rows, weight=packed, bias=_bias(None if folds else bias, x, groups * outputs), y=y, kept=y)
@@ -122,7 +124,7 @@ def conv_nd_weight_grad(
     if x.shape[0] == 0:
         return x.new_zeros(groups * outputs, inputs, *kernel)
     problem = Problem.of(x.shape[0], padded.shape[2:], grad.shape[2:], kernel, geometry, (inputs, outputs))
-    launch = weight_launch(problem, x.element_size(), _target(x), precision=_precision(x.dtype))
+    launch = weight_launch(problem, x.element_size(), _target(x), precision=_precision(x))
     shape = (launch.constants["SPLITS"], groups, problem.taps, inputs, outputs)
     partial = x.new_empty(shape, dtype=torch.float32)
     launch(x=padded.movedim(1, -1).contiguous(), grad=grad.movedim(1, -1).contiguous(), partial=partial)
@@ -154,9 +156,12 @@ def _target(x: torch.Tensor) -> int:
     return 10 * major + minor
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products follow PyTorch's own switch for convolutions."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+def _precision(x: torch.Tensor) -> str:
+    """fp32 products follow PyTorch's own switch for convolutions; on CPU tensors (the interpreter) operands are
+    widened first."""
+    if x.device.type == "cpu":
+        return "widened"
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 _TYPES = {2: "bf16", 4: "fp32"}
@@ -202,7 +207,8 @@ def _size_cases(size: Size, itemsize: int, targets: tuple[int, ...]) -> list[Com
 
 
 def compile_cases() -> tuple[CompileCase, ...]:
-    """Stem, wide layer and factorised pair in bf16 with the sm_86 tiles; stem and wide layer with the large tiles; the wide layer in fp32 (tf32)."""
+    """Stem, wide layer and factorised pair in bf16 with the sm_86 tiles; stem and wide layer with the large tiles;
+    the wide layer in fp32 (tf32)."""
     cases: list[CompileCase] = []
     for size in BENCHMARK_SIZES:
         if size.name == "narrow":  # the kernels of the wide layer with smaller blocks

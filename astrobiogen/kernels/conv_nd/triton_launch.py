@@ -1,4 +1,5 @@
-"""From a convolution's sizes to one kernel launch: which kernel, tile sizes, grid. Pure arithmetic, so that the compile gate asks the same code.
+"""From a convolution's sizes to one kernel launch: which kernel, tile sizes, grid. Pure arithmetic, so that the
+compile gate asks the same code.
 
 The tile sizes come from shared memory and register counts, not from timings: no GPU was at hand when they were chosen.
 """
@@ -11,9 +12,11 @@ from astrobiogen.kernels.conv_nd.geometry import MAX_AXES, Geometry
 from astrobiogen.kernels.conv_nd.triton_forward import conv_packed, conv_taps
 from astrobiogen.kernels.conv_nd.triton_weight import weight_packed, weight_taps
 
-# Below this many input channels per group a K step per tap would be mostly padding (tensor cores take K = 16 of half precision).
+# Below this many input channels per group a K step per tap would be mostly padding (tensor cores take K = 16 of half
+# precision).
 PACKED_CHANNELS = 16
-# Partials of the weight gradient: enough programs for a few waves on the largest device (132 multiprocessors), at most this much memory.
+# Partials of the weight gradient: enough programs for a few waves on the largest device (132 multiprocessors), at
+# most this much memory.
 WEIGHT_PROGRAMS = 1024
 PARTIAL_BYTES = 32 * 2**20
 INT32_ELEMENTS = 2**31
@@ -30,7 +33,8 @@ class Tile:
     stages: int
 
 
-# Half precision: 128 x 128 of sums over 8 warps are 64 registers per thread. (128 + 128) * 32 * 2 B * 3 stages = 48 KiB: two blocks fit the
+# Half precision: 128 x 128 of sums over 8 warps are 64 registers per thread. (128 + 128) * 32 * 2 B * 3 stages = 48
+# KiB: two blocks fit the
 # 100 KiB of sm_86 and sm_89.
 SMALL_SHARED = {"taps": Tile(128, 128, 32, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 32, 8, 3)}
 # sm_80 (164 KiB) and sm_90 (228 KiB): K = 64 halves the barriers; 96 KiB.
@@ -42,7 +46,8 @@ LARGE_SHARED_TARGETS = (80, 90)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A convolution (or its adjoint) in five axes: what is read, what is written, and each axis' (kernel, stride, padding, dilation, mode)."""
+    """A convolution (or its adjoint) in five axes: what is read, what is written, and each axis' (kernel, stride,
+    padding, dilation, mode)."""
 
     batch: int
     source: tuple[int, ...]
@@ -128,7 +133,8 @@ def adjoint_problem(
     geometry: Geometry,
     channels: tuple[int, int],
 ) -> Problem:
-    """The adjoint of a convolution. With stride 1 it is a convolution with the taps in reverse order and padding d(K - 1) - p; else `transposed`."""
+    """The adjoint of a convolution. With stride 1 it is a convolution with the taps in reverse order and padding d(K
+    - 1) - p; else `transposed`."""
     if any(step != 1 for step in geometry.stride):
         return Problem.of(batch, source, target, kernel, geometry, channels, transposed=True)
     rows = zip(geometry.dilation, kernel, geometry.padding)
@@ -154,7 +160,8 @@ class Launch:
 
 
 def tile_for(family: str, itemsize: int, target: int) -> Tile:
-    """The tile of a kernel family ("taps", "packed", "weight") for an element size and a compute capability such as 86."""
+    """The tile of a kernel family ("taps", "packed", "weight") for an element size and a compute capability such as
+    86."""
     if itemsize == 4:
         return SINGLE[family]
     return (LARGE_SHARED if target in LARGE_SHARED_TARGETS else SMALL_SHARED)[family]
@@ -163,7 +170,8 @@ def tile_for(family: str, itemsize: int, target: int) -> Tile:
 def forward_launch(
     problem: Problem, itemsize: int, target: int, *, activation: int, keep: bool, precision: str
 ) -> Launch:
-    """The launch of a convolution or its adjoint. The bias is always read, zeros if there is none: without that addition ptxas (Triton 3.7) takes 255
+    """The launch of a convolution or its adjoint. The bias is always read, zeros if there is none: without that
+    addition ptxas (Triton 3.7) takes 255
     registers and spills 29 in the 128 x 128 x 64 tile, with it 182 and none.
     """
     tile = tile_for("packed" if problem.packed else "taps", itemsize, target)
@@ -174,8 +182,13 @@ def forward_launch(
     grid = problem.planes * _ceil(problem.plane, m) * _ceil(problem.target_channels, n) * problem.groups
     constants = {
         **problem.constants(),
-        "TRANSPOSED": problem.transposed, "ACTIVATION": activation, "KEEP": keep,
-        "PRECISION": precision, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+        "TRANSPOSED": problem.transposed,
+        "ACTIVATION": activation,
+        "KEEP": keep,
+        "PRECISION": precision,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
     }
     kernel = conv_packed if problem.packed else conv_taps
     return Launch(kernel, grid, problem.integers(), constants, tile.warps, tile.stages)

@@ -1,13 +1,15 @@
-"""Triton kernels of the convolution's weight gradient: per tap a [channels x positions] x [positions x outputs] product.
+"""Triton kernels of the convolution's weight gradient: per tap a [channels x positions] x [positions x outputs]
+product.
 
-The positions are split over SPLITS programs by outer plane; each writes its own fp32 partial and the launcher adds the partials in a fixed
+The positions are split over SPLITS programs by outer plane; each writes its own fp32 partial and the launcher adds
+the partials in a fixed
 order, so the result has the same bits on every run. Planes that a tap cannot reach are skipped.
 """
 
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels.conv_nd.triton_device import outer_position, source
+from astrobiogen.kernels.conv_nd.triton_device import outer_position, product, source
 
 
 @triton.jit
@@ -19,7 +21,8 @@ def weight_taps(
     SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial [SPLITS, GROUPS, taps, KG, NG]: one tap, BLOCK_M input channels x BLOCK_N outputs, over the planes of one split.
+    """partial [SPLITS, GROUPS, taps, KG, NG]: one tap, BLOCK_M input channels x BLOCK_N outputs, over the planes of
+    one split.
 
     x [B, D1, D2, D3, H, W, GROUPS * KG], grad [B, N1, N2, N3, NH, NW, GROUPS * NG], PLANES = B * N1 * N2 * N3.
     """
@@ -67,7 +70,7 @@ def weight_taps(
                 p = p.to(tl.int64)
             a = tl.load(x_plane + position[:, None] * (GROUPS * KG) + c[None, :], mask=x_mask, other=0.0)
             b = tl.load(g_plane + p[:, None] * (GROUPS * NG) + n[None, :], mask=g_mask, other=0.0)
-            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+            acc = product(tl.trans(a), b, acc, PRECISION)
     slot = ((split * GROUPS + group) * taps + tap).to(tl.int64) * (KG * NG)
     tl.store(partial + slot + c[:, None] * NG + n[None, :], acc, mask=(c < KG)[:, None] & (n < NG)[None, :])
 
@@ -120,6 +123,6 @@ def weight_packed(
             b = tl.load(
                 g_plane + p[:, None] * (GROUPS * NG) + n[None, :], mask=p_ok[:, None] & (n < NG)[None, :], other=0.0
             )
-            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+            acc = product(tl.trans(a), b, acc, PRECISION)
     slot = ((split * GROUPS + group) * outer + k12).to(tl.int64) * (packed * NG)
     tl.store(partial + slot + k[:, None] * NG + n[None, :], acc, mask=(k < packed)[:, None] & (n < NG)[None, :])

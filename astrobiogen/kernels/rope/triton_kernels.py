@@ -154,7 +154,7 @@ def column_tiles(columns: int) -> tuple[int, int]:
         return 0, 0
     first = 1 << (columns.bit_length() - 1)
     rest = columns - first
-    return first, triton.next_power_of_2(rest) if rest else 0
+    return first, 1 << (rest - 1).bit_length() if rest else 0
 
 
 def constants_of(heads: int, width: int, half: int) -> dict[str, int]:
@@ -162,7 +162,7 @@ def constants_of(heads: int, width: int, half: int) -> dict[str, int]:
     c0, c1 = column_tiles(half)
     r0, r1 = column_tiles(width - 2 * half)
     widest = max(c0, r0, 1)
-    head_tile = min(MAX_HEADS, triton.next_power_of_2(heads), max(1, PAIRS_PER_PROGRAM // widest))
+    head_tile = min(MAX_HEADS, 1 << (heads - 1).bit_length(), max(1, PAIRS_PER_PROGRAM // widest))
     tokens = max(1, min(16, PAIRS_PER_PROGRAM // (head_tile * widest)))
     tiles = {"TOKENS": tokens, "HEADS": head_tile, "C0": c0, "C1": c1, "R0": r0, "R1": r1}
     return {"WIDTH": width, "HALF": half} | tiles

@@ -166,7 +166,9 @@ def swiglu_packed_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
     """The op `swiglu_packed_backward` on CUDA: the kernel writes both halves of one gradient."""
     packed = gate_up.new_empty(gate_up.shape)
     if packed.numel() > 0:
-        _launch_backward(grad, *gate_up.chunk(2, dim=-1), *packed.chunk(2, dim=-1), None)
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate, grad_up = packed.chunk(2, dim=-1)
+        _launch_backward(grad, gate, up, grad_gate, grad_up, None)
     return packed
 
 
@@ -204,7 +206,7 @@ def _launch_backward(
 
 def tile_of(columns: int) -> tuple[int, int]:
     """Columns and warps of one program, for rows of `columns`."""
-    tile = min(TILE, max(32, triton.next_power_of_2(columns)))
+    tile = min(TILE, max(32, 1 << (columns - 1).bit_length()))
     return tile, max(1, tile // COLUMNS_PER_WARP)
 
 
