@@ -30,67 +30,93 @@ namespace astrobiogen::simd {
 
 constexpr int64_t kLanes = 16;
 
+constexpr int64_t kHalfLanes = 8;
+
 typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
 
-ASTRO_INLINE f32x16 splat(float value) { return f32x16{} + value; }
-
-ASTRO_INLINE f32x16 load(const float* p) {
+#if defined(__clang__) || __GNUC__ >= 12
+ASTRO_INLINE f32x8 low(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+ASTRO_INLINE f32x8 high(f32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+ASTRO_INLINE f32x16 join(f32x8 low, f32x8 high) { return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+#else  // right, but through the stack
+ASTRO_INLINE f32x8 low(f32x16 v) {
+  f32x8 half;
+  std::memcpy(&half, &v, sizeof(half));
+  return half;
+}
+ASTRO_INLINE f32x8 high(f32x16 v) {
+  f32x8 half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof(half), sizeof(half));
+  return half;
+}
+ASTRO_INLINE f32x16 join(f32x8 low, f32x8 high) {
   f32x16 v;
+  std::memcpy(&v, &low, sizeof(low));
+  std::memcpy(reinterpret_cast<char*>(&v) + sizeof(low), &high, sizeof(high));
+  return v;
+}
+#endif
+
+// Loads and stores of eight lanes.
+ASTRO_INLINE f32x8 load8(const float* p) {
+  f32x8 v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
 
-ASTRO_INLINE f32x16 load(const c10::BFloat16* p) {
-  u16x16 half;
-  std::memcpy(&half, p, sizeof(half));
-  u32x16 wide = __builtin_convertvector(half, u32x16) << 16;
-  f32x16 v;
-  std::memcpy(&v, &wide, sizeof(v));
-  return v;
+ASTRO_INLINE u32x8 load8_bits(const void* p) {
+  u16x8 narrow;
+  std::memcpy(&narrow, p, sizeof(narrow));
+  return __builtin_convertvector(narrow, u32x8);
 }
 
-// Exact for all fp16 values, subnormals, infinities and NaN included: shift into the fp32 field, rescale by 2^112, repair the exponent of Inf/NaN.
-ASTRO_INLINE f32x16 load(const c10::Half* p) {
-  u16x16 half;
-  std::memcpy(&half, p, sizeof(half));
-  u32x16 wide = __builtin_convertvector(half, u32x16);
-  u32x16 magnitude = (wide & 0x7fffu) << 13;
-  f32x16 scaled;
-  std::memcpy(&scaled, &magnitude, sizeof(scaled));
-  scaled *= 0x1p112f;
-  u32x16 bits;
-  std::memcpy(&bits, &scaled, sizeof(bits));
-  u32x16 special = (u32x16)((wide & 0x7c00u) == 0x7c00u);
-  bits = (special & (magnitude | 0x7f800000u)) | (~special & bits);
-  bits |= (wide & 0x8000u) << 16;
-  f32x16 v;
-  std::memcpy(&v, &bits, sizeof(v));
-  return v;
+// The interleave with zeros is the shift by 16: 3 AVX2 instructions where GCC 12 makes 6 of a conversion and a shift.
+ASTRO_INLINE f32x8 load8(const c10::BFloat16* p) {
+#if defined(__clang__) || __GNUC__ >= 12
+  u16x8 narrow;
+  std::memcpy(&narrow, p, sizeof(narrow));
+  return (f32x8)__builtin_shufflevector(u16x8{}, narrow, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return (f32x8)(load8_bits(p) << 16);
+#endif
 }
 
-ASTRO_INLINE void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof(v)); }
+ASTRO_INLINE f32x8 load8(const c10::Half* p) {
+  const u32x8 wide = load8_bits(p);
+  const u32x8 magnitude = (wide & 0x7fffu) << 13;
+  const u32x8 special = (u32x8)((wide & 0x7c00u) == 0x7c00u);  // Inf, NaN
+  const u32x8 bits = (u32x8)((f32x8)magnitude * 0x1p112f);
+  return (f32x8)((special & (magnitude | 0x7f800000u)) | (~special & bits) | (wide & 0x8000u) << 16);
+}
+
+ASTRO_INLINE void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof(v)); }
+
+ASTRO_INLINE void store8_bits(void* p, u32x8 bits) {
+  const u16x8 narrow = __builtin_convertvector(bits, u16x8);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
 
 // Round to nearest even; NaN stays NaN.
-ASTRO_INLINE u16x16 round_bfloat16(f32x16 v) {
-  u32x16 bits;
-  std::memcpy(&bits, &v, sizeof(bits));
-  u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  u32x16 nan = (u32x16)(v != v);
-  rounded = (nan & 0x7fc0u) | (~nan & rounded);
-  return __builtin_convertvector(rounded, u16x16);
+ASTRO_INLINE void store8(c10::BFloat16* p, f32x8 v) {
+  const u32x8 bits = (u32x8)v, nan = (u32x8)(v != v);
+  const u32x8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  store8_bits(p, (nan & 0x7fc0u) | (~nan & rounded));
 }
 
-ASTRO_INLINE void store(c10::BFloat16* p, f32x16 v) {
-  const u16x16 half = round_bfloat16(v);
-  std::memcpy(p, &half, sizeof(half));
-}
-
-// fp16 on the CPU exists for correctness, not speed (no native path on the measured machines): the scalar conversion of c10 is exact and enough.
-ASTRO_INLINE void store(c10::Half* p, f32x16 v) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<c10::Half>(static_cast<float>(v[lane]));
+// Round to nearest even. Below 2^-14 adding 0.5 leaves the fp16 subnormal in the low bits; above, the exponent is rebased by 112 before rounding.
+ASTRO_INLINE void store8(c10::Half* p, f32x8 v) {
+  const u32x8 bits = (u32x8)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const u32x8 subnormal = (u32x8)((f32x8)magnitude + 0.5f) - 0x3f000000u;
+  const u32x8 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const u32x8 tiny = (u32x8)((f32x8)magnitude < 0x1p-14f), huge = (u32x8)((f32x8)magnitude >= 65536.0f), nan = (u32x8)(v != v);
+  u32x8 half = (tiny & subnormal) | (~tiny & normal);
+  half = (huge & 0x7c00u) | (~huge & half);
+  half = (nan & 0x7e00u) | (~nan & half);
+  store8_bits(p, half | sign);
 }
 
 // Stores that bypass the cache: a cached store first reads the line it overwrites, a third of the traffic of a kernel that reads once and writes
@@ -103,33 +129,70 @@ ASTRO_INLINE bool can_stream(const T* p, int64_t row, int64_t total) {
   return total * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && reinterpret_cast<uintptr_t>(p) % 16 == 0 && row * sizeof(T) % 16 == 0;
 }
 
-ASTRO_INLINE void stream(float* p, f32x16 v) {
+ASTRO_INLINE void stream8(float* p, f32x8 v) {
 #if defined(__SSE2__)
-  __m128 quarter[4];
-  std::memcpy(quarter, &v, sizeof(v));
-  for (int k = 0; k < 4; ++k) _mm_stream_ps(p + 4 * k, quarter[k]);
+  __m128 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  for (int k = 0; k < 2; ++k) _mm_stream_ps(p + 4 * k, half[k]);
 #else
-  store(p, v);
+  store8(p, v);
 #endif
 }
 
-ASTRO_INLINE void stream(c10::BFloat16* p, f32x16 v) {
+ASTRO_INLINE void stream8(c10::BFloat16* p, f32x8 v) {
 #if defined(__SSE2__)
-  const u16x16 rounded = round_bfloat16(v);
-  __m128i half[2];
-  std::memcpy(half, &rounded, sizeof(rounded));
-  for (int k = 0; k < 2; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + k, half[k]);
+  c10::BFloat16 rounded[8];
+  store8(rounded, v);
+  __m128i bits;
+  std::memcpy(&bits, rounded, sizeof(bits));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
 #else
-  store(p, v);
+  store8(p, v);
 #endif
 }
 
-ASTRO_INLINE void stream(c10::Half* p, f32x16 v) { store(p, v); }
+ASTRO_INLINE void stream8(c10::Half* p, f32x8 v) { store8(p, v); }
 
 ASTRO_INLINE void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
+}
+
+// The first `count` lanes (0 < count < 8); the others are 0. Never touches memory past p + count.
+template <typename T>
+ASTRO_INLINE f32x8 load8_partial(const T* p, int64_t count) {
+  f32x8 v = {};
+  for (int64_t lane = 0; lane < count; ++lane) v[lane] = static_cast<float>(p[lane]);
+  return v;
+}
+
+template <typename T>
+ASTRO_INLINE void store8_partial(T* p, f32x8 v, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane) p[lane] = static_cast<T>(static_cast<float>(v[lane]));
+}
+
+ASTRO_INLINE f32x8 splat8(float value) { return f32x8{} + value; }
+
+ASTRO_INLINE f32x16 splat(float value) { return f32x16{} + value; }
+
+// Sixteen lanes as two halves: GCC 12 lowers comparisons, selects and conversions of a 64-byte vector to scalar code through the stack on AVX2 (a
+// bf16 store took about 150 instructions), those of a 32-byte vector to a few AVX2 ones.
+template <typename T>
+ASTRO_INLINE f32x16 load(const T* p) {
+  return join(load8(p), load8(p + kHalfLanes));
+}
+
+template <typename T>
+ASTRO_INLINE void store(T* p, f32x16 v) {
+  store8(p, low(v));
+  store8(p + kHalfLanes, high(v));
+}
+
+template <typename T>
+ASTRO_INLINE void stream(T* p, f32x16 v) {
+  stream8(p, low(v));
+  stream8(p + kHalfLanes, high(v));
 }
 
 // The first `count` lanes (0 < count < 16); the others are `fill`. Never reads past p + count.

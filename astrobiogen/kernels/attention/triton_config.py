@@ -40,9 +40,9 @@ INTERPRETED = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 
 # (widest MAIN + TAIL, tiles), the first that fits serves. sm_80 has 163 KB of shared memory per block, sm_86 and
 # sm_89 99 KB, sm_90 227 KB.
-# Triton lays the warps of chained dots along the rows, 16 rows each: 8 warps on 64 rows repeat part of the work (1.5x the
-# products in dK, dV). That is still taken at 128 columns, where 128 rows spill. 32 queries in dK, dV spill from 68 columns
-# on (15 spill instructions with all masks on sm_86), 16 do not.
+# Triton lays the warps of chained dots along the rows, 16 rows each: 8 warps on 64 rows repeat part of the work (1.5x
+# the products in dK, dV). That is still taken at 128 columns, where 128 rows spill. 32 queries in dK, dV spill from 68
+# columns on (15 spill instructions with all masks on sm_86), 16 do not.
 _SMALL_SHARED = (
     (64, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 128, 8, 1))),
     (96, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(16, 128, 8, 1))),

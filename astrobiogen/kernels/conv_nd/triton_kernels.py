@@ -2,7 +2,7 @@
 compile gate."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -24,10 +24,10 @@ def conv_nd(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    mode: Sequence[int],
-    dilation: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
     groups: int,
     activation: int,
     keep: bool,
@@ -62,12 +62,12 @@ def conv_transpose_nd(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    mode: Sequence[int],
-    dilation: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
     groups: int,
-    size: Sequence[int],
+    size: list[int],
 ) -> torch.Tensor:
     """The op `conv_transpose_nd` on CUDA. fp64 runs the reference."""
     if x.dtype == torch.float64:
@@ -108,11 +108,11 @@ def conv_transpose_nd(
 def conv_nd_weight_grad(
     grad: torch.Tensor,
     x: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    mode: Sequence[int],
-    dilation: Sequence[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    mode: list[int],
+    dilation: list[int],
     groups: int,
 ) -> torch.Tensor:
     """The op `conv_nd_weight_grad` on CUDA. fp64 runs the reference."""
@@ -189,7 +189,7 @@ def _size_cases(size: Size, itemsize: int, targets: tuple[int, ...]) -> list[Com
     label = f"{size.name}/{kind}/" + "-".join(str(target) for target in targets)
     channels = (size.channels, size.outputs)
     forward = Problem.of(1, size.spatial, out, size.kernel, geometry, channels)
-    adjoint = adjoint_problem(1, out, size.spatial, size.kernel, geometry, channels[::-1])
+    adjoint = adjoint_problem(1, out, size.spatial, size.kernel, geometry, (size.outputs, size.channels))
     half, single = f"*{kind}", "*fp32"
     tensors = dict.fromkeys(("x", "weight", "bias", "y", "kept"), half)
     options = {"keep": False, "precision": precision}

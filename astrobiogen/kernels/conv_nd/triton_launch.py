@@ -52,7 +52,7 @@ class Problem:
     batch: int
     source: tuple[int, ...]
     target: tuple[int, ...]
-    axes: tuple[tuple[int, int, int, int, int], ...]
+    axes: tuple[tuple[int, ...], ...]
     source_channels: int
     target_channels: int
     groups: int
