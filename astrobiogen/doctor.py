@@ -23,6 +23,7 @@ import rich.console
 import rich.table
 import torch
 from packaging.version import Version
+from rich.markup import escape
 
 import astrobiogen
 from astrobiogen import _extension, data, ops
@@ -110,7 +111,9 @@ def run_checks(preflight: bool) -> Iterator[Check]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m astrobiogen.doctor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m astrobiogen.doctor", description="Versions, devices, kernels, and named checks."
+    )
     parser.add_argument(
         "--preflight", action="store_true", help="also check the bundled data, the disk and the memory for a run"
     )
@@ -143,7 +146,7 @@ def _print_report(status: _registry.KernelTable, preflight: bool) -> list[Check]
     checks = []
     for check in run_checks(preflight):
         checks.append(check)
-        console.print(f"[{colours[check.verdict]}]{check.verdict:8}[/] {check.name}: {rich.markup.escape(check.found)}")
+        console.print(f"[{colours[check.verdict]}]{check.verdict:8}[/] {check.name}: {escape(check.found)}")
     counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in colours}
     console.print(f"{counts['ok']} checks ok, {counts['warning']} warnings, {counts['failed']} failed")
     return checks

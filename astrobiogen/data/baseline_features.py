@@ -48,8 +48,8 @@ def _graph_features(organism: OrganismEntry) -> NDArray[np.float32]:
     graph = organism.graph
     if graph is None:
         return np.zeros(131, np.float32)
-    x, reaction = graph.x.numpy(), graph.node_type.numpy() == 1
-    sizes = np.log1p([reaction.sum(), (~reaction).sum(), graph.edge_index.shape[1]])
+    x, reaction = graph["x"].numpy(), graph["node_type"].numpy() == 1
+    sizes = np.log1p([reaction.sum(), (~reaction).sum(), graph["edge_index"].shape[1]])
     return np.concatenate([x[~reaction].mean(axis=0), x[reaction].mean(axis=0), sizes]).astype(np.float32)
 
 

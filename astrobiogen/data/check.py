@@ -112,14 +112,15 @@ def _graphs(pack: Pack) -> Iterator[str]:
         except DataError as error:
             yield str(error)
             continue
-        if not bool(graph.x.isfinite().all()):
+        if not bool(graph["x"].isfinite().all()):
             yield str(DataError(row.graph_file, "x", "non-finite features"))
-        if (row.metabolites + row.reactions, row.edges) != (graph.num_nodes, graph.edge_index.shape[1]):
+        edges = graph["edge_index"].shape[1]
+        if (row.metabolites + row.reactions, row.edges) != (graph.num_nodes, edges):
             yield str(
                 DataError(
                     row.graph_file,
                     "size",
-                    f"{graph.num_nodes} nodes, {graph.edge_index.shape[1]} edges, the table says otherwise",
+                    f"{graph.num_nodes} nodes, {graph['edge_index'].shape[1]} edges, the table says otherwise",
                 )
             )
 

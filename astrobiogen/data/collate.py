@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
+from torch_geometric.data.data import BaseData
 
 from astrobiogen.data.dataset import Sample
 from astrobiogen.data.errors import DataError
@@ -102,7 +103,7 @@ def collate(samples: Sequence[Sample], pad_id: int = 0, cube_shape: Sizes = (2, 
     params_mask = torch.stack([s.planet_params_mask for s in samples])
     spectrum_mask = torch.stack([s.spectrum_mask for s in samples])
     graph_mask = torch.tensor([s.graph is not None for s in samples])
-    graphs = [s.graph if s.graph is not None else empty_graph() for s in samples]
+    graphs: list[BaseData] = [s.graph if s.graph is not None else empty_graph() for s in samples]
     modality = torch.stack(
         [climate_mask.any(1), graph_mask, spectrum_mask.any(1), attention_mask.any(1), params_mask.any(1)], dim=1
     )

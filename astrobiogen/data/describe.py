@@ -61,7 +61,7 @@ def plot_graphs(pack: Pack, folder: Path) -> None:
     left, right = figure.subplots(1, 2)
     for kind, name in ((0, "metabolites"), (1, "reactions")):
         degrees = np.concatenate(
-            [np.bincount(g.edge_index.flatten().numpy())[g.node_type.numpy() == kind] for g in graphs]
+            [np.bincount(g["edge_index"].flatten().numpy())[g["node_type"].numpy() == kind] for g in graphs]
         )
         counts = np.bincount(degrees)
         known = np.flatnonzero(counts)

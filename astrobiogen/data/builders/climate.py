@@ -100,7 +100,7 @@ def read_climate(path: Path, variables: tuple[str, ...]) -> ClimateFile:
                 np.sort(dataset["lon"].values.astype(np.float64)),
                 int(dataset.sizes["time"]),
             )
-            weights = np.cos(np.radians(dataset["lat"]))
+            weights = xr.DataArray(np.cos(np.radians(dataset["lat"])))
             balance = float((dataset["rst"] + dataset["rlut"]).mean(("time", "lon")).weighted(weights).mean("lat"))
             attributes = dict(dataset.attrs)
     except (OSError, KeyError, RuntimeError) as error:

@@ -57,7 +57,7 @@ def random_walk_encoding(edge_index: NDArray[np.int64], n: int, width: int) -> N
     """
     adjacency = _adjacency(edge_index, n)
     degree = np.maximum(np.asarray(adjacency.sum(axis=1)).ravel(), 1.0)
-    step = (scipy.sparse.diags(1.0 / degree) @ adjacency).toarray().astype(np.float32)
+    step = scipy.sparse.csr_matrix(scipy.sparse.diags(1.0 / degree) @ adjacency).toarray().astype(np.float32)
     sparse = scipy.sparse.csr_matrix(step)
     power, out = step, np.zeros((n, width))
     for k in range(width):

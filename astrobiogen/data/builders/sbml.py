@@ -100,7 +100,9 @@ def _bounds(reaction: libsbml.Reaction, model: libsbml.Model, old: dict[tuple[st
 def _old_bounds(model: libsbml.Model) -> dict[tuple[str, str], float]:
     """Bounds of fbc version 1 (``listOfFluxBounds``)."""
     plugin, found = model.getPlugin("fbc"), {}
-    for k in range(plugin.getNumFluxBounds() if plugin is not None else 0):
+    if plugin is None:
+        return found
+    for k in range(plugin.getNumFluxBounds()):
         bound = plugin.getFluxBound(k)
         operation = bound.getOperation()
         for name, words in (("low", ("greaterEqual", "greater", "equal")), ("high", ("lessEqual", "less", "equal"))):
