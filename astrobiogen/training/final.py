@@ -105,7 +105,15 @@ def ablate(
     return result
 
 
-def beats_majority(comparison: Mapping[str, Any]) -> bool:
-    """Whether the model's accuracy is above the majority class's by more than the paired interval allows for chance."""
-    low = comparison["majority class"]["model_minus_baseline"]["accuracy"]["low"]
-    return low is not None and low > 0
+def against_majority(comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The model's paired difference from the majority class in accuracy, AUROC and cross-entropy ("loss"), and whether
+    it is better by more than the 95 % interval of that difference allows for chance.
+    """
+    differences = comparison["majority class"]["model_minus_baseline"]
+    result: dict[str, dict[str, Any]] = {}
+    for name, larger_is_better in (("accuracy", True), ("auroc", True), ("loss", False)):
+        item = differences[name]
+        bound = item["low"] if larger_is_better else item["high"]
+        outside = bound is not None and (bound > 0 if larger_is_better else bound < 0)
+        result[name] = {**item, "better": outside}
+    return result

@@ -147,7 +147,7 @@ def examine(
         _LOG.info("fitting the baselines")
         probabilities = _baseline_probabilities(assembly.bundle, seed)
         result["baselines"] = final.compare(whole.predictions, probabilities, settings.bootstrap, seed)
-        result["beats_majority_class"] = final.beats_majority(result["baselines"])
+        result["against_majority_class"] = final.against_majority(result["baselines"])
         for name, probability in probabilities.items():
             predictions[name] = dataclasses.replace(whole.predictions, probability=probability)
     if settings.ablation:
@@ -193,6 +193,14 @@ def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metr
     run_folder.write_text(folder / run_folder.REPORT, report.render(result, records, dict(predictions)))
 
 
+def _signed(item: dict[str, Any]) -> str:
+    """A paired difference with its interval and verdict."""
+    if None in (item["value"], item["low"], item["high"]):
+        return "undefined"
+    verdict = "better" if item["better"] else "no difference shown"
+    return f"{item['value']:+.3f} [{item['low']:+.3f}, {item['high']:+.3f}] ({verdict})"
+
+
 def show(result: dict[str, Any], folder: Path | None) -> None:
     """Print the closing table on stdout, and where the rest is (`folder`), if it was written."""
     console = rich.console.Console()
@@ -208,8 +216,9 @@ def show(result: dict[str, Any], folder: Path | None) -> None:
     if "ablation" in result:
         readings = ", ".join(f"{name}: {report.verdict(item)}" for name, item in result["ablation"].items())
         console.print(f"Masking a modality at evaluation, by cross-entropy: {readings}")
-    if "beats_majority_class" in result:
-        answer = "yes" if result["beats_majority_class"] else "no"
-        console.print(f"Accuracy above the majority class outside the paired interval: {answer}")
+    if "against_majority_class" in result:
+        words = {"accuracy": "accuracy", "auroc": "AUROC", "loss": "cross-entropy"}
+        readings = ", ".join(f"{words[n]} {_signed(item)}" for n, item in result["against_majority_class"].items())
+        console.print(f"Model minus majority class, paired: {readings}")
     if folder is not None:
         console.print(f"Full figures: {folder / run_folder.METRICS}; plots: {folder / run_folder.REPORT}")

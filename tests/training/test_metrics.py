@@ -116,9 +116,9 @@ def test_baselines_learn_and_compare() -> None:
     )
     assert metrics.figures(item)["accuracy"][0] > 0.85
     comparison = final.compare(item, made, 100, 0)
-    assert final.beats_majority(comparison)
+    assert all(item["better"] for item in final.against_majority(comparison).values())
     same = comparison["logistic regression, planet parameters"]["model_minus_baseline"]["accuracy"]
     assert same["low"] == same["high"] == 0.0
-    assert not final.beats_majority(
-        final.compare(metrics.Predictions(1 - item.probability, *list(vars(item).values())[1:]), made, 100, 0)
-    )
+    wrong = metrics.Predictions(1 - item.probability, *list(vars(item).values())[1:])
+    reversed_verdict = final.against_majority(final.compare(wrong, made, 100, 0))
+    assert not any(item["better"] for item in reversed_verdict.values())
