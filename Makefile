@@ -34,7 +34,7 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.tools
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

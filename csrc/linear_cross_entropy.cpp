@@ -78,6 +78,11 @@ struct Slope {
   Options options;
 };
 
+// Eight lanes at a time in the loops: GCC 12 lowers comparisons of 64-byte vectors to scalar code on AVX2 (6 ns per logit instead of 1).
+ASTRO_INLINE simd::f32x8 capped(simd::f32x8 z, float softcap) {
+  return softcap > 0.0f ? softcap * simd::tanh(z / softcap) : z;
+}
+
 ASTRO_INLINE simd::f32x16 capped(simd::f32x16 z, float softcap) {
   return softcap > 0.0f ? softcap * simd::tanh(z / softcap) : z;
 }
@@ -101,24 +106,25 @@ ASTRO_INLINE void statistics_row(const Statistics<float>& a, int64_t row) {
   const float lowest = -std::numeric_limits<float>::infinity();
   const int64_t whole = a.columns - a.columns % kLanes, rest = a.columns - whole;
   Running<float>& r = a.running[row];
-  f32x16 high = splat(lowest), sum_exp = splat(0.0f), total = splat(0.0f);
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    const f32x16 v = load(z + j);
-    high = v > high ? v : high;
-  }
-  if (rest > 0) {
-    const f32x16 v = load_partial(z + whole, rest, lowest);
-    high = v > high ? v : high;
-  }
+  f32x8 high[2] = {splat8(lowest), splat8(lowest)};
+  for (int64_t j = 0; j < whole; j += kLanes)
+    for (int64_t half = 0; half < 2; ++half) {
+      const f32x8 v = load8(z + j + half * kHalfLanes);
+      high[half] = v > high[half] ? v : high[half];
+    }
   float maximum = lowest;
-  for (int64_t lane = 0; lane < kLanes; ++lane) maximum = high[lane] > maximum ? high[lane] : maximum;
+  for (int64_t lane = 0; lane < kHalfLanes; ++lane) maximum = std::max(maximum, std::max(high[0][lane], high[1][lane]));
+  for (int64_t j = whole; j < a.columns; ++j) maximum = std::max(maximum, z[j]);
   if (a.softcap > 0.0f) maximum = capped(splat(maximum), a.softcap)[0];  // the cap is monotonic
-  const f32x16 shift = splat(shift_to(r, maximum));
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    const f32x16 v = capped(load(z + j), a.softcap);
-    sum_exp += exp(v - shift);
-    total += v;
-  }
+  const float shift = shift_to(r, maximum);
+  f32x8 sums[2] = {}, totals[2] = {};
+  for (int64_t j = 0; j < whole; j += kLanes)
+    for (int64_t half = 0; half < 2; ++half) {
+      const f32x8 v = capped(load8(z + j + half * kHalfLanes), a.softcap);
+      sums[half] += exp_nonpositive(v - shift);
+      totals[half] += v;
+    }
+  f32x16 sum_exp = join(sums[0], sums[1]), total = join(totals[0], totals[1]);
   if (rest > 0) {
     const f32x16 v = capped(load_partial(z + whole, rest), a.softcap);
     f32x16 e = exp(v - shift);
@@ -147,10 +153,10 @@ ASTRO_INLINE void statistics_row(const Statistics<double>& a, int64_t row) {
   if (column >= 0 && column < a.columns) a.target_logit[row] = capped(z[column], a.softcap);
 }
 
-ASTRO_INLINE simd::f32x16 slope(simd::f32x16 v, float lse, float softmax, float uniform, float softcap) {
-  if (!(softcap > 0.0f)) return simd::exp(v - lse) * softmax - uniform;
-  const simd::f32x16 ratio = simd::tanh(v / softcap);
-  return (simd::exp(softcap * ratio - lse) * softmax - uniform) * (1.0f - ratio * ratio);
+ASTRO_INLINE simd::f32x8 slope(simd::f32x8 v, float lse, float softmax, float uniform, float softcap) {
+  if (!(softcap > 0.0f)) return simd::exp_nonpositive(v - lse) * softmax - uniform;
+  const simd::f32x8 ratio = simd::tanh(v / softcap);
+  return (simd::exp_nonpositive(softcap * ratio - lse) * softmax - uniform) * (1.0f - ratio * ratio);
 }
 
 template <typename T>
@@ -173,9 +179,9 @@ ASTRO_INLINE void slope_row(const Slope<T>& a, int64_t row) {
       const float ratio = tanh(splat(z[column] / softcap))[0];
       cap_slope = 1.0f - ratio * ratio;
     }
-    const int64_t whole = a.columns - a.columns % kLanes, rest = a.columns - whole;
-    for (int64_t j = 0; j < whole; j += kLanes) store(z + j, slope(load(z + j), lse, softmax, uniform, softcap));
-    if (rest > 0) store_partial(z + whole, slope(load_partial(z + whole, rest), lse, softmax, uniform, softcap), rest);
+    const int64_t whole = a.columns - a.columns % kHalfLanes, rest = a.columns - whole;
+    for (int64_t j = 0; j < whole; j += kHalfLanes) store8(z + j, slope(load8(z + j), lse, softmax, uniform, softcap));
+    if (rest > 0) store8_partial(z + whole, slope(load8_partial(z + whole, rest), lse, softmax, uniform, softcap), rest);
   } else {
     for (int64_t j = 0; j < a.columns; ++j) {
       const T ratio = softcap > T(0) ? std::tanh(z[j] / softcap) : T(0);
