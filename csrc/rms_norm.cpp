@@ -59,13 +59,13 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   if (a.residual != nullptr) {
     const T* residual = a.residual + row * hidden;
     T* sum = a.sum + row * hidden;
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      const f32x16 value = load(x + j) + load(residual + j);
-      if (a.streamed) stream(sum + j, value);
-      else store(sum + j, value);
-      store(scratch + j, value);
-    }
-    for (int64_t j = whole; j < hidden; ++j) sum[j] = scratch[j] = static_cast<T>(static_cast<float>(x[j]) + static_cast<float>(residual[j]));
+    for (int64_t j = 0; j < whole; j += kLanes) store(scratch + j, load(x + j) + load(residual + j));
+    for (int64_t j = whole; j < hidden; ++j) scratch[j] = static_cast<T>(static_cast<float>(x[j]) + static_cast<float>(residual[j]));
+    if (a.streamed)
+      for (int64_t j = 0; j < whole; j += kLanes) stream(sum + j, load(scratch + j));
+    else
+      std::copy(scratch, scratch + whole, sum);
+    std::copy(scratch + whole, scratch + hidden, sum + whole);
     x = scratch;
   }
   f32x16 squares[4] = {};  // four chains hide the 4-cycle add latency

@@ -176,8 +176,26 @@ ASTRO_INLINE f32x8 splat8(float value) { return f32x8{} + value; }
 
 ASTRO_INLINE f32x16 splat(float value) { return f32x16{} + value; }
 
-// Sixteen lanes as two halves: GCC 12 lowers comparisons, selects and conversions of a 64-byte vector to scalar code through the stack on AVX2 (a
-// bf16 store took about 150 instructions), those of a 32-byte vector to a few AVX2 ones.
+ASTRO_INLINE f32x16 load(const float* p) {
+  f32x16 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+ASTRO_INLINE void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof(v)); }
+
+ASTRO_INLINE void stream(float* p, f32x16 v) {
+#if defined(__SSE2__)
+  __m128 quarter[4];
+  std::memcpy(quarter, &v, sizeof(v));
+  for (int k = 0; k < 4; ++k) _mm_stream_ps(p + 4 * k, quarter[k]);
+#else
+  store(p, v);
+#endif
+}
+
+// Half precision as two halves: GCC 12 lowers comparisons, selects and conversions of a 64-byte vector to scalar code through the stack on AVX2 (a
+// bf16 store took about 150 instructions), those of a 32-byte vector to a few AVX2 ones. fp32 needs none of these.
 template <typename T>
 ASTRO_INLINE f32x16 load(const T* p) {
   return join(load8(p), load8(p + kHalfLanes));
