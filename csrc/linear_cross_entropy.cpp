@@ -78,7 +78,8 @@ struct Slope {
   Options options;
 };
 
-// Eight lanes at a time in the loops: GCC 12 lowers comparisons of 64-byte vectors to scalar code on AVX2 (6 ns per logit instead of 1).
+// Eight lanes at a time in the loops: GCC 12 lowers comparisons of 64-byte vectors to scalar code on AVX2 (forward +
+// backward at 512 x 512 x 32,000: 1.18 s with them, 0.92 s without).
 ASTRO_INLINE simd::f32x8 capped(simd::f32x8 z, float softcap) {
   return softcap > 0.0f ? softcap * simd::tanh(z / softcap) : z;
 }
