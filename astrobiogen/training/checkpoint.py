@@ -29,7 +29,7 @@ import torch
 from astrobiogen.training import packing
 from astrobiogen.training.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d+)(?:-r(\d+))?")

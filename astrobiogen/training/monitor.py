@@ -90,6 +90,7 @@ class Monitor:
             self.logger.addHandler(handler)
             self._stack.callback(handler.close)
             self._stack.callback(self.logger.removeHandler, handler)
+        self._stack.callback(self.logger.setLevel, self.logger.level)
         self.logger.setLevel(self._config.level)
         if self._config.tensorboard:
             self._board = self._open_board()

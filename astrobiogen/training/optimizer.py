@@ -1,6 +1,8 @@
 """Optimizers, weight-decay groups and averaged weights."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -32,9 +34,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = decay_groups(model, config.weight_decay)
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            groups, **options
-        )  # the horizontal (foreach/fused) form is PyTorch's choice per device
+        return torch.optim.AdamW(groups, fused=True, **options)
     try:
         library = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
@@ -64,8 +64,18 @@ class WeightAverage:
         """Take in the model's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.averages[name].lerp_(value, 1 - decay)
-            else:
-                self.averages[name].copy_(value)
+        weights = model.state_dict()
+        moving = [name for name, value in weights.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.averages[name] for name in moving], [weights[name] for name in moving], 1 - decay)
+        for name in weights.keys() - set(moving):
+            self.averages[name].copy_(weights[name])
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The averaged weights in `model`; the raw ones again afterwards."""
+        raw = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(self.averages)
+        try:
+            yield
+        finally:
+            model.load_state_dict(raw)

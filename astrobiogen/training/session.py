@@ -56,14 +56,14 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
         _LOG.info("data: %s", assembly.task.fingerprint)
         trainer = Trainer(assembly.task, config, folder, monitor, interrupt, device=device, dtype=dtype)
         if resume:
-            trainer.resume()
+            trainer.saver.resume()
         monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
         if not trainer.fit():
             _LOG.warning(
                 "stopped by %s at step %d; go on with: --resume %s", interrupt.received, trainer.progress.step, folder
             )
             return 0
-        best = trainer.load_best()
+        best = trainer.saver.load_best()
         _LOG.info("examining the best model, %s", best)
         result, predictions = examine(assembly, trainer.model, config, device, dtype)
         result |= {"run": _describe(trainer), "environment": run_folder.ENVIRONMENT}

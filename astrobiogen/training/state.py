@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -59,3 +60,13 @@ class Progress:
     stopped: str = ""
     epoch_samples: int = 0
     epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Take over what `dataclasses.asdict` gave."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, values[field.name])
+
+    def begin_epoch(self) -> None:
+        """Move to the first batch of the next epoch."""
+        self.epoch += 1
+        self.validating, self.batch, self.epoch_samples, self.epoch_sums = False, 0, 0, {}

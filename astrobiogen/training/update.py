@@ -24,14 +24,26 @@ class Window:
     Attributes:
         batches: micro-batches in it so far.
         samples: samples in it so far.
-        sums: loss and its terms, each summed over samples.
+        names: "loss" and its terms.
+        sums: each of `names` summed over samples, fp64, on the model's device: reading it waits for the device, so that
+            is done once per window.
         ids: sample numbers of each micro-batch, for the report if it turns out not to be finite.
     """
 
     batches: int = 0
     samples: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    names: list[str] = dataclasses.field(default_factory=list)
+    sums: torch.Tensor | None = None
     ids: list[list[int]] = dataclasses.field(default_factory=list)
+
+    def add(self, indices: list[int], values: dict[str, torch.Tensor]) -> None:
+        """Take in the means over the micro-batch `indices`."""
+        self.batches += 1
+        self.samples += len(indices)
+        self.ids.append(indices)
+        self.names = list(values)
+        summed = torch.stack([value.detach().double().reshape(()) for value in values.values()]) * len(indices)
+        self.sums = summed if self.sums is None else self.sums + summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,14 @@ def emphases(counts: list[dict[str, float]], sizes: list[int]) -> list[dict[str,
         {name: count[name] / size / (totals[name] / samples) if totals[name] else 1.0 for name in count}
         for count, size in zip(counts, sizes, strict=True)
     ]
+
+
+def _read(norm: torch.Tensor, sums: torch.Tensor | None) -> list[float]:
+    """Both on the host in one transfer."""
+    if sums is None:
+        raise ValueError("finish: the window has no micro-batch")
+    values: list[float] = torch.cat([norm.double().reshape(1), sums]).tolist()
+    return values
 
 
 class Updater:
@@ -94,6 +114,8 @@ class Updater:
         self._config = config
         self._device = device
         self._dtype = dtype
+        # Fused optimizers skip a step by themselves where `found_inf` is not 0, without a word to the host.
+        self._gated = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._nominal = config.data.batch_size * config.data.accumulation
 
     def add(self, indices: list[int], batch: loading.Batch, emphasis: dict[str, float] | None = None) -> None:
@@ -107,21 +129,14 @@ class Updater:
             loss, parts = (
                 self._loss_function(outputs, batch, emphasis) if emphasis else self._loss_function(outputs, batch)
             )
-        size = len(indices)
-        (loss.float() * (size / self._nominal * self.scaler.scale)).backward()
-        window = self.window
-        window.batches += 1
-        window.samples += size
-        window.ids.append(indices)
-        names = ["loss", *parts]
-        values = torch.stack(
-            [value.detach().double().reshape(()) for value in (loss, *parts.values())]
-        ).tolist()  # one wait for the GPU
-        for name, value in zip(names, values, strict=True):
-            window.sums[name] = window.sums.get(name, 0.0) + value * size
+        (loss.float() * (len(indices) / self._nominal * self.scaler.scale)).backward()
+        self.window.add(indices, {"loss": loss, **parts})
 
     def finish(self) -> UpdateResult:
         """Close the window: rescale, check, clip, step, average.
+
+        The norm decides on the device whether the step is taken where the optimizer can be gated there (PyTorch's fused
+        AdamW); otherwise it is read first. Either way there is one wait for the device per window.
 
         Raises:
             NumericalError: more than `precision.skip_budget` updates in a row were not finite.
@@ -130,21 +145,25 @@ class Updater:
         rate = schedule.apply(
             config.schedule, self.optimizer, config.optimizer.learning_rate, self.updates, self.total_updates
         )
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         factor = self._nominal / window.samples / self.scaler.scale
         if factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         total = torch.nn.utils.get_total_norm(gradients)
-        norm = float(total)
-        means = {name: value / window.samples for name, value in window.sums.items()}
+        if config.optimizer.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, total)
+        if self._gated:
+            self.optimizer.found_inf = (~torch.isfinite(total)).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        norm, *sums = _read(total, window.sums)
+        means = {name: value / window.samples for name, value in zip(window.names, sums, strict=True)}
         skipped = not math.isfinite(norm)
         if skipped:
             self._skip(means, norm)
         else:
-            if config.optimizer.clip_norm:
-                parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, total)
-            self.optimizer.step()
+            if not self._gated:
+                self.optimizer.step()
             self.updates += 1
             self.skipped_in_row = 0
             if self.average is not None:
@@ -183,7 +202,7 @@ class Updater:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average_updates": self.average.updates if self.average else 0,
-            "window": dataclasses.asdict(self.window),
+            "window": dict(vars(self.window)),
             "updates": self.updates,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
@@ -197,5 +216,7 @@ class Updater:
         if self.average is not None:
             self.average.updates = state["average_updates"]
         self.window = Window(**state["window"])
+        if self.window.sums is not None:
+            self.window.sums = self.window.sums.to(self._device)
         self.updates, self.skipped = state["updates"], state["skipped"]
         self.skipped_in_row, self.bad_windows = state["skipped_in_row"], state["bad_windows"]

@@ -58,7 +58,7 @@ def trained(folder: Path, epochs: int, observer: Callable[[str], None] | None) -
             dtype=torch.float32,
             observer=observer,
         )
-        trainer.resume()
+        trainer.saver.resume()
         trainer.fit()
     return trainer
 

@@ -97,8 +97,8 @@ def test_missing_files_and_no_whole_checkpoint(store: CheckpointStore) -> None:
 
 
 def test_other_format_is_refused(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astrobiogen.training.checkpoint.FORMAT", 2)
-    with pytest.raises(CheckpointError, match="format 1, this version reads 2"):
+    monkeypatch.setattr("astrobiogen.training.checkpoint.FORMAT", 99)
+    with pytest.raises(CheckpointError, match="format 2, this version reads 99"):
         verify(store.candidates()[0])
 
 

@@ -33,7 +33,7 @@ def test_it_learns_and_the_best_is_kept(make_run: MakeRun, tmp_path: Path) -> No
     records = read_log(tmp_path / "run" / "log.jsonl")
     losses = [record["validation"]["loss"] for record in records if record["event"] == "epoch"]
     assert run.trainer.progress.best == min(losses) < 0.6 * losses[0]
-    path = run.trainer.load_best()
+    path = run.trainer.saver.load_best()
     assert path.parent.name == "best"
     again = evaluation.evaluate(
         run.trainer.model, toy_loss, run.trainer.task.validation, collate, batch_size=16, device=CPU
@@ -101,7 +101,7 @@ def test_time_limit_ends_inside_an_epoch_and_can_be_raised(make_run: MakeRun) ->
     assert run.trainer.progress.step == 1
     run.monitor.__exit__()
     longer = make_run(toy_config())
-    assert longer.trainer.resume()
+    assert longer.trainer.saver.resume()
     assert longer.trainer.fit()
     whole = make_run(toy_config(), "whole")
     whole.trainer.fit()
@@ -123,14 +123,14 @@ def test_full_disk_is_reported_and_training_goes_on(make_run: MakeRun, tmp_path:
     assert failures
     assert "No space left" in failures[0]["error"]
     run.monitor.__exit__()
-    assert make_run(toy_config(epochs=4)).trainer.resume()
+    assert make_run(toy_config(epochs=4)).trainer.saver.resume()
 
 
 def test_checkpoints_by_epoch_and_pruned(make_run: MakeRun) -> None:
     run = make_run(toy_config(epochs=5, checkpoint=CheckpointConfig(every_epochs=2, every_minutes=0.0, keep=2)))
     run.trainer.fit()
-    assert [path.name for path in run.trainer.store.candidates()] == ["step-00000030", "step-00000024"]
-    assert len(run.trainer.best_store.candidates()) == 1
+    assert [path.name for path in run.trainer.saver.store.candidates()] == ["step-00000030", "step-00000024"]
+    assert len(run.trainer.saver.best_store.candidates()) == 1
 
 
 def test_other_model_or_data_is_refused(make_run: MakeRun) -> None:
@@ -138,10 +138,10 @@ def test_other_model_or_data_is_refused(make_run: MakeRun) -> None:
     make_run(config).trainer.fit()
     other = dataclasses.replace(toy_task(config), fingerprint="other")
     with pytest.raises(CheckpointError, match="made with other data"):
-        make_run(config, task=other).trainer.resume()
+        make_run(config, task=other).trainer.saver.resume()
     wider = dataclasses.replace(toy_task(config), model=torch.nn.Sequential(ToyModel()))
     with pytest.raises(CheckpointError, match="belongs to another model"):
-        make_run(config, task=wider).trainer.resume()
+        make_run(config, task=wider).trainer.saver.resume()
 
 
 def test_averaged_weights_are_validated_but_raw_ones_train(make_run: MakeRun) -> None:
@@ -152,6 +152,6 @@ def test_averaged_weights_are_validated_but_raw_ones_train(make_run: MakeRun) ->
     assert average.updates == run.trainer.updater.updates
     raw = run.trainer.model.state_dict()["first.weight"].clone()
     assert not torch.equal(raw, average.averages["first.weight"])
-    run.trainer.load_best()
+    run.trainer.saver.load_best()
     assert not torch.equal(raw, run.trainer.model.state_dict()["first.weight"])
     assert math.isfinite(evaluated(run.trainer.model).loss)

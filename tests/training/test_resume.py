@@ -71,7 +71,7 @@ def check_resume(
     assert whole.trainer.fit()
     for stop in stops:
         part = make_run(config, "part", dtype)
-        part.trainer.resume()
+        part.trainer.saver.resume()
         stop_after(part, stop)
         assert not part.trainer.fit(), "the run ended before the interrupt"
         part.monitor.__exit__()
@@ -79,7 +79,7 @@ def check_resume(
     resumed = make_run(
         config, "part", dtype, task=dataclasses.replace(toy_task(other_seed), sampler=whole.trainer.task.sampler)
     )
-    assert resumed.trainer.resume()
+    assert resumed.trainer.saver.resume()
     assert resumed.trainer.fit()
     expected, got = final_state(whole), final_state(resumed)
     assert expected.keys() == got.keys()

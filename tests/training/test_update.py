@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from astrobiogen.training import schedule
 from astrobiogen.training.config import DataConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig
@@ -191,3 +192,31 @@ def test_dtype_is_never_replaced() -> None:
     assert choose_dtype(PrecisionConfig(), cpu)[0] == torch.float32
     assert choose_dtype(PrecisionConfig(dtype="fp16"), cpu)[0] == torch.float16
     assert choose_dtype(PrecisionConfig(dtype="bf16"), cpu)[0] == torch.bfloat16
+
+
+def test_micro_batches_never_wait_for_the_device() -> None:
+    """Fake tensors have no values: whatever reads one on the host raises."""
+    made = updater(4, 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = Updater(ToyModel(), toy_loss, made.optimizer, toy_config(), 10, torch.device("cpu"), torch.float32)
+        for start in (0, 4):
+            indices = list(range(start, start + 4))
+            fake.add(indices, collate([SAMPLES[index] for index in indices]))
+        with pytest.raises(DataDependentOutputException):
+            float(fake.window.sums[0])  # type: ignore[index]
+    assert fake.window.batches == 2
+
+
+def test_a_bad_window_is_skipped_on_the_device_and_on_the_host_alike() -> None:
+    """Fused AdamW is gated by `found_inf` without a word to the host; others wait for the norm."""
+    states = []
+    for gated in (True, False):
+        made = updater(4, 1)
+        assert made._gated
+        made._gated = gated
+        for good in (True, False, True):
+            poison(made, good)
+            made.finish()
+        assert (made.updates, made.skipped) == (2, 1)
+        states.append([made.model.state_dict(), made.optimizer.state_dict()["state"]])
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)

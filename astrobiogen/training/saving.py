@@ -1,0 +1,157 @@
+"""What of a run goes into a checkpoint, and how a run is put back from one."""
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from astrobiogen.training import evaluation, packing, runtime
+from astrobiogen.training.checkpoint import CheckpointStore, Content, Observer
+from astrobiogen.training.config import TrainConfig, to_dict
+from astrobiogen.training.errors import CheckpointError
+from astrobiogen.training.monitor import Monitor
+from astrobiogen.training.state import Progress, Task
+from astrobiogen.training.update import Updater
+
+_LOG = logging.getLogger("astrobiogen")
+
+
+class Saver:
+    """Saves and restores the run that consists of `updater` (with its model), `progress` and every random generator.
+
+    Args:
+        folder: the run folder; checkpoints go to `checkpoints/` in it, the best model to `best/`.
+        observer: passed on to the checkpoint stores (tests).
+
+    Raises:
+        CheckpointError: the folders cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        task: Task,
+        config: TrainConfig,
+        updater: Updater,
+        progress: Progress,
+        monitor: Monitor,
+        observer: Observer | None = None,
+    ) -> None:
+        self.store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, observer)
+        self.best_store = CheckpointStore(folder / "best", 1, observer)
+        self._task = task
+        self._config = config
+        self._updater = updater
+        self._model = updater.model
+        self._progress = progress
+        self._monitor = monitor
+        self._saved_at = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether `checkpoint.every_minutes` have passed since the last save, whatever the epoch."""
+        minutes = self._config.checkpoint.every_minutes
+        return bool(minutes) and time.monotonic() - self._saved_at > minutes * 60
+
+    def _content(self) -> Content:
+        tensors: dict[str, torch.Tensor] = {}
+        updater = self._updater
+        state = {
+            "updater": updater.state_dict(),
+            "progress": dataclasses.asdict(self._progress),
+            "rng": runtime.rng_state(),
+            "fingerprint": self._task.fingerprint,
+            "config": to_dict(self._config),
+        }
+        document = packing.pack(state, tensors)
+        files = {"model": dict(self._model.state_dict()), "training": tensors}
+        if updater.average is not None:
+            files["average"] = updater.average.averages
+        if updater.window.batches:
+            files["gradients"] = {
+                name: value.grad for name, value in self._model.named_parameters() if value.grad is not None
+            }
+        return Content(files, {"training": document})
+
+    def save(self, why: str) -> bool:
+        """Store a checkpoint; a full or read-only disk is reported and training goes on with the older ones kept."""
+        started = time.monotonic()
+        self._saved_at = started
+        step = self._progress.step
+        try:
+            path = self.store.save(step, self._content())
+        except OSError as error:
+            _LOG.error("checkpoint NOT saved (%s); the ones before it are untouched", error)
+            self._monitor.record("save_failed", step=step, error=str(error))
+            return False
+        seconds = round(time.monotonic() - started, 3)
+        self._monitor.record("saved", step=step, checkpoint=path.name, why=why, seconds=seconds)
+        return True
+
+    def save_best(self, result: evaluation.Evaluation) -> None:
+        """Store the model's present weights as the best ones so far, with what `result` says of them."""
+        step = self._progress.step
+        document = {"epoch": self._progress.epoch, "validation": result.summary(), "config": to_dict(self._config)}
+        try:
+            self.best_store.save(step, Content({"model": dict(self._model.state_dict())}, {"best": document}))
+        except OSError as error:
+            _LOG.error("best model NOT saved (%s); the one before it is untouched", error)
+            self._monitor.record("save_failed", step=step, error=str(error))
+
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint; False if there is none, and the run starts at its beginning.
+
+        Raises:
+            CheckpointError: no checkpoint is whole, or it belongs to another model or other data.
+        """
+        found = self.store.load_newest()
+        if found is None:
+            self._monitor.record("resumed", step=0, checkpoint="")
+            _LOG.warning("no checkpoint in %s yet: the run starts at its beginning", self.store.root)
+            return False
+        path, content = found
+        state = packing.unpack(content.documents["training"], content.tensors["training"])
+        if state["fingerprint"] != self._task.fingerprint:
+            raise CheckpointError(
+                f"{path} was made with other data ({state['fingerprint']}) than the present ({self._task.fingerprint})"
+            )
+        load_weights(self._model, path, content.tensors["model"])
+        updater = self._updater
+        updater.load_state_dict(state["updater"])
+        if updater.average is not None:
+            for name, value in content.tensors["average"].items():
+                updater.average.averages[name].copy_(value)
+        for name, parameter in self._model.named_parameters():
+            gradient = content.tensors.get("gradients", {}).get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+        self._progress.load(state["progress"])
+        runtime.set_rng_state(state["rng"])
+        self._monitor.record("resumed", step=self._progress.step, checkpoint=path.name)
+        where = (path, self._progress.epoch + 1, self._progress.batch, self._task.sampler.batches_per_epoch)
+        _LOG.info("resumed from %s: epoch %d, batch %d of %d", *where)
+        return True
+
+    def load_best(self) -> Path:
+        """Put the weights of the best validation figure into the model.
+
+        Raises:
+            CheckpointError: there is no whole one.
+        """
+        found = self.best_store.load_newest()
+        if found is None:
+            raise CheckpointError(f"{self.best_store.root} holds no checkpoint")
+        load_weights(self._model, found[0], found[1].tensors["model"])
+        return found[0]
+
+
+def load_weights(model: torch.nn.Module, path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Put `weights`, read from the checkpoint `path`, into `model`.
+
+    Raises:
+        CheckpointError: names or shapes do not fit.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} belongs to another model: {' '.join(str(error).split())[:300]}") from error
