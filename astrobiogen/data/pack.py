@@ -51,9 +51,9 @@ def level_bounds(levels: NDArray[np.float64]) -> NDArray[np.float64]:
     return halves
 
 
-def held_out(climates: Sequence[ClimateRow], organisms: Sequence[OrganismRow]) -> tuple[frozenset[str], frozenset[str]]:
-    """(test star systems, test genera): every third system by mean stellar flux, every fourth genus by the mean middle
-    of its growth ranges.
+def held_out(climates: Sequence[ClimateRow], organisms: Sequence[OrganismRow]) -> splits.HeldOut:
+    """Names held out by ``splits.hold_out``: star systems in the order of their mean stellar flux, genera in the order
+    of the mean middle of their growth ranges.
     """
     flux: dict[str, list[float]] = {}
     middle: dict[str, list[float]] = {}
@@ -63,10 +63,7 @@ def held_out(climates: Sequence[ClimateRow], organisms: Sequence[OrganismRow]) -
         middle.setdefault(organism.genus, []).append((organism.niche_low + organism.niche_high) / 2.0)
     systems = [(float(np.mean(v)), name) for name, v in flux.items()]
     genera = [(float(np.mean(v)), name) for name, v in middle.items()]
-    return (
-        splits.held_out(systems, splits.SYSTEM_STEP, splits.SYSTEM_OFFSET),
-        splits.held_out(genera, splits.GENUS_STEP, splits.GENUS_OFFSET),
-    )
+    return splits.hold_out(systems, genera)
 
 
 def corpus_part(module: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from astrobiogen import data
+from astrobiogen.data import splits
 from astrobiogen.data.builders import __name__ as builders_name
 from astrobiogen.data.features import FEATURE_NAMES
 from astrobiogen.data.load import SAMPLE_FOLDER
@@ -34,6 +35,47 @@ def test_both_classes_in_every_cell(bundle: data.DatasetBundle) -> None:
         assert 0.2 < share < 0.8, part.name
         expected = part.fractions() >= bundle.spec.class_threshold
         assert torch.equal(part.labels().bool(), expected), part.name
+
+
+def test_held_out_names_are_in_no_training_pair(bundle: data.DatasetBundle) -> None:
+    def names(part: data.HabitatDataset) -> tuple[set[str], set[str]]:
+        store = part.store
+        return (
+            {store.planets[pair.climate].metadata["star_system"] for pair in part.pairs},
+            {store.organisms[pair.organism].metadata["genus"] for pair in part.pairs},
+        )
+
+    systems, genera = names(bundle.train)
+    assert "Sun" in systems  # the only planet with land, oxygen and spectra
+    for cell in ("new_planet", "new_both"):
+        assert systems.isdisjoint(names(bundle.test_cells[cell])[0])
+        assert names(bundle.validation)[0].isdisjoint(names(bundle.test_cells[cell])[0])
+    for cell in ("new_organism", "new_both"):
+        assert genera.isdisjoint(names(bundle.test_cells[cell])[1])
+        assert names(bundle.validation)[1].isdisjoint(names(bundle.test_cells[cell])[1])
+    new = [
+        (pair.metadata["star_system"] not in systems, pair.metadata["genus"] not in genera)
+        for pair in bundle.validation
+    ]
+    assert all(planet or organism for planet, organism in new)
+    for kind in ((True, False), (False, True), (True, True)):
+        assert new.count(kind) >= 30, kind
+
+
+def test_the_test_set_does_not_depend_on_the_validation_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    systems = [(float(k), f"star {k}") for k in range(14)]
+    genera = [(float(k), f"genus {k}") for k in range(39)]
+
+    def cells() -> list[str]:
+        held = splits.hold_out(systems, genera)
+        keys = [splits.PairKey(s, g, f"{g} species") for _, s in systems for _, g in genera]
+        found = [splits.cell(key, held) for key in keys]
+        assert splits.leakage(list(zip(keys, found, strict=True)), held) == []
+        return [name if name in splits.TEST_CELLS else "rest" for name in found]
+
+    before = cells()
+    monkeypatch.setattr(splits, "VALIDATION_OFFSET", 0)
+    assert cells() == before
 
 
 def test_batch_layout(bundle: data.DatasetBundle) -> None:

@@ -48,6 +48,11 @@ def test_leaks_are_found(pack_copy: Path, reseal: Reseal, capsys: pytest.Capture
     def move(row: dict[str, str]) -> None:  # one epoch of a test planet into training
         if row["planet"] == "trappist1e" and row["epoch"] == "1" and row["cell"] == "new_planet":
             row["cell"] = "train"
+        # and one of a validation planet
+        if row["planet"] == "lp8909c" and row["epoch"] == "2" and row["cell"] == "validation":
+            row["cell"] = "train"
+        if row["planet"] == "earth" and row["cell"] == "train":  # validation that is not new in anything
+            row["cell"] = "validation"
 
     edit_csv(pack_copy / "pairs.csv", move)
     reseal(pack_copy, "pairs.csv")
@@ -73,6 +78,10 @@ def test_leaks_are_found(pack_copy: Path, reseal: Reseal, capsys: pytest.Capture
     problems = check(pack_copy)
     text = "\n".join(problems)
     assert "star systems in both new_planet and train: ['TRAPPIST-1']" in text
+    assert "validation star systems in train: ['LP 890-9']" in text
+    assert "validation genera in train: ['Dinoroseobacter'" in text
+    assert "validation pair of system Sun and species" in text
+    assert "is of no validation system or genus" in text
     assert "cube_mean or cube_std is not that of the training climates" in text
     assert "proximab_g1.bin [ta level 9]: equals the surface temperature of the label segment" in text
     assert "proximab_g1.bin [ta]: lowest-level mean" in text

@@ -223,7 +223,7 @@ def build_pairs(
     output: Path, climates: list[ClimateRow], organisms: list[OrganismRow], grid: climate.Grid
 ) -> list[PairRow]:
     """Label and split every (climate, organism)."""
-    test_systems, test_genera = pack.held_out(climates, organisms)
+    held = pack.held_out(climates, organisms)
     weights = labels.latitude_weights(pack.latitude_bounds(grid.latitudes))
     done: list[PairRow] = []
     for place in climates:
@@ -236,7 +236,7 @@ def build_pairs(
             opened = labels.gate(bool(organism.grows), bool(organism.grows_without_o2), p_o2)
             s = niche * opened
             key = splits.PairKey(place.star_system, organism.genus, organism.species)
-            cell = splits.cell(key, test_systems, test_genera)
+            cell = splits.cell(key, held)
             done.append(
                 PairRow(
                     place.planet,
