@@ -227,6 +227,30 @@ class RuntimeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, started by torchrun; without effect on one. What makes an update (data.batch_size x
+    data.accumulation samples) does not depend on their number.
+    """
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """`ddp`: every process holds the whole model; `fsdp2`: parameters, gradients and optimizer state are sharded."""
+    cpu_offload: bool = False
+    """fsdp2: keep the shards in host memory and update them there."""
+    reshard_after_forward: bool = True
+    """fsdp2: free a block's whole parameters between its forward and its backward pass; off: faster, needs more
+    memory."""
+    reduce_every_round: bool = True
+    """fsdp2: sum gradients over processes after each micro-batch, which keeps only shards of them; off: once per
+    update, which needs memory for whole gradients. (ddp always sums once per update.)
+    """
+    timeout_minutes: float = 10.0
+    """An exchange between processes that takes longer ends the run with an error."""
+
+    def __post_init__(self) -> None:
+        _require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
@@ -256,6 +280,8 @@ class TrainConfig:
     """Final test."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Machine."""
+    distributed: DistributedConfig = DistributedConfig()
+    """Several processes."""
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -302,6 +328,7 @@ def preset(name: str) -> TrainConfig:
             schedule=ScheduleConfig(warmup_fraction=0.3),
             precision=PrecisionConfig(dtype="fp16"),
             checkpoint=CheckpointConfig(every_epochs=10, keep=5),
+            distributed=DistributedConfig(strategy="ddp" if name == "a5000" else "fsdp2"),
         )
     raise ValueError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
 
@@ -357,7 +384,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Keys that may change when a run is resumed, since no weight depends on them.
-FREE_ON_RESUME = ("checkpoint.", "monitor.", "stop.", "evaluation.")
+FREE_ON_RESUME = ("checkpoint.", "monitor.", "stop.", "evaluation.", "distributed.")
 
 
 def changed_on_resume(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
