@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -60,6 +61,7 @@ class Parallel:
         dtype: torch.dtype,
     ) -> None:
         self.model = model
+        self.world = world
         self.strategy = config.strategy if world.distributed else "single"
         self._every_round = config.reduce_every_round
         objective = Objective(model, loss_function)
@@ -72,6 +74,11 @@ class Parallel:
                 objective, find_unused_parameters=True, gradient_as_bucket_view=True
             )
 
+    @classmethod
+    def alone(cls, model: nn.Module, loss_function: LossFunction) -> "Parallel":
+        """The model in one process."""
+        return cls(model, loss_function, World(), DistributedConfig(), torch.device("cpu"), torch.float32)
+
     @property
     def sharded(self) -> bool:
         """Whether the parameters are shards."""
@@ -81,6 +88,16 @@ class Parallel:
     def local_gradients(self) -> bool:
         """Whether gradients in the middle of an update differ between processes."""
         return self.strategy == "ddp"
+
+    def may_stop(self, closes: bool) -> bool:
+        """Whether a checkpoint after this round would hold all that a resumed run needs."""
+        return closes or not self.sharded or self._every_round
+
+    def anywhere(self, flag: torch.Tensor) -> torch.Tensor:
+        """1.0 where `flag` is 1.0 in any process; on its device and without a wait for it."""
+        if self.world.distributed:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag
 
     def accumulating(self, closes: bool) -> contextlib.AbstractContextManager[Any]:
         """Context of a forward and backward pass; gradients are exchanged in it if it `closes` an update."""

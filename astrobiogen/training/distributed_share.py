@@ -27,6 +27,11 @@ class Round:
     window: tuple[int, ...]
     closes: bool
 
+    @classmethod
+    def alone(cls, indices: Sequence[int], closes: bool = True) -> "Round":
+        """A micro-batch of a single process."""
+        return cls((tuple(indices),), 1, tuple(indices), closes)
+
     @property
     def samples(self) -> int:
         """Samples of all processes."""

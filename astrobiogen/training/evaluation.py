@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from astrobiogen.training import loading, metrics, precision, runtime
+from astrobiogen.training.distributed import World
+from astrobiogen.training.distributed_share import shared_order
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
-# (outputs, batch[, factors of the terms]) -> (loss, terms); see `update.emphases` for the factors.
+# (outputs, batch[, factors of the terms]) -> (loss, terms); see `update.emphasis` for the factors.
 LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -122,6 +124,18 @@ class _Collected:
         for name, value in {"loss": loss, **parts}.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value) * size
 
+    @classmethod
+    def merged(cls, parts: Sequence["_Collected"]) -> "_Collected":
+        """All of `parts` together."""
+        whole = cls()
+        for part in parts:
+            for field in dataclasses.fields(cls):
+                if field.name != "sums":
+                    getattr(whole, field.name).extend(getattr(part, field.name))
+            for name, value in part.sums.items():
+                whole.sums[name] = whole.sums.get(name, 0.0) + value
+        return whole
+
     def finish(self) -> Evaluation:
         count = max(len(self.metadata), 1)
         means = {name: value / count for name, value in self.sums.items()}
@@ -173,6 +187,7 @@ def evaluate(
     masked: str = "",
     order: Sequence[list[int]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> Evaluation | None:
     """Run `model` over all of `samples`; the result is in their order.
 
@@ -180,7 +195,8 @@ def evaluate(
         order: the batches, each sample once; default: consecutive ones of `batch_size`.
         dtype: format of the forward pass.
         masked: name of a modality to hide, or empty.
-        should_stop: polled before each batch; True ends the pass.
+        should_stop: polled before each batch; True in any process ends the pass.
+        world: the processes that share the batches; each gets the whole result. Default: this one alone.
 
     Returns:
         the evaluation, or None if it was stopped.
@@ -191,14 +207,18 @@ def evaluate(
     if not len(samples):
         raise ValueError("samples: got an empty data set, expected at least one sample")
     collected = _Collected()
+    world = world or World()
     batches = loading.in_order(len(samples), batch_size) if order is None else order
+    shares = shared_order(batches, world.rank, world.size)
     with _frozen(model):
-        for indices, batch in loading.load_batches(samples, collate, batches, device):
-            if should_stop():
+        loaded = loading.load_batches(samples, collate, [indices for indices, _ in shares], device)
+        for (_, counts), (indices, batch) in zip(shares, loaded, strict=True):
+            if world.any(should_stop()):
                 return None
             shown = mask_modality(batch, masked) if masked else batch
             with precision.autocast(device, dtype):
                 outputs = model(shown)
                 loss, parts = loss_function(outputs, shown)
-            collected.add(indices, outputs, shown, loss, parts)
-    return collected.finish()
+            if counts:
+                collected.add(indices, outputs, shown, loss, parts)
+    return _Collected.merged(world.gather(collected)).finish()

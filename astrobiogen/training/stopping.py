@@ -33,9 +33,12 @@ def reason(progress: Progress, config: TrainConfig, predictions: metrics.Predict
     return ""
 
 
-def time_limit(progress: Progress, config: TrainConfig) -> str:
-    """The same for the wall-clock limit inside an epoch."""
-    if progress.seconds <= config.stop.max_hours * 3600:
-        return ""
+def time_limit(progress: Progress, config: TrainConfig) -> bool:
+    """Whether the wall-clock limit has passed."""
+    return progress.seconds > config.stop.max_hours * 3600
+
+
+def describe_limit(progress: Progress, config: TrainConfig) -> str:
+    """Why training ends at the wall-clock limit."""
     limit = f"{TIME_LIMIT} (stop.max_hours {config.stop.max_hours:g})"
     return f"{limit} in epoch {progress.epoch + 1} of {config.epochs}"

@@ -11,11 +11,14 @@ import torch
 from astrobiogen.training import evaluation, loading, runtime, stopping
 from astrobiogen.training.checkpoint import Observer
 from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.distributed import World
+from astrobiogen.training.distributed_model import Parallel
+from astrobiogen.training.distributed_share import Round, rounds
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.optimizer import build_optimizer
 from astrobiogen.training.saving import Saver
 from astrobiogen.training.state import Progress, Task
-from astrobiogen.training.update import Updater, UpdateResult, emphases
+from astrobiogen.training.update import Updater, UpdateResult, emphasis
 
 _LOG = logging.getLogger("astrobiogen")
 
@@ -24,7 +27,8 @@ class Trainer:
     """Trains `task` in the run folder `folder`.
 
     Args:
-        interrupt: its flag ends the run at the next micro-batch, after a save.
+        interrupt: its flag, in any process, ends the run at the next micro-batch, after a save.
+        world: the processes that train together; default: this one alone.
         observer: passed on to the checkpoint stores (tests).
 
     Raises:
@@ -42,6 +46,7 @@ class Trainer:
         device: torch.device,
         dtype: torch.dtype,
         observer: Observer | None = None,
+        world: World | None = None,
     ) -> None:
         self.task = task
         self.config = config
@@ -50,11 +55,14 @@ class Trainer:
         self._interrupt = interrupt
         self._device = device
         self._dtype = dtype
+        self._world = world or World()
         self._batches = task.sampler.batches_per_epoch
         updates = math.ceil(self._batches / config.data.accumulation) * config.epochs
         self.model = task.model.to(device)
+        parallel = Parallel(self.model, task.loss_function, self._world, config.distributed, device, dtype)
         optimizer = build_optimizer(self.model, config.optimizer)
-        self.updater = Updater(self.model, task.loss_function, optimizer, config, updates, device, dtype)
+        self.updater = Updater(parallel, optimizer, config, updates, device, dtype)
+        self._counted: tuple[tuple[int, ...], dict[str, float]] = ((), {})
         self.saver = Saver(folder, task, config, self.updater, self.progress, monitor, observer)
 
     def fit(self) -> bool:
@@ -84,50 +92,59 @@ class Trainer:
 
     def _train_epoch(self) -> bool:
         """The rest of the current epoch; False if interrupted."""
-        progress, accumulation = self.progress, self.config.data.accumulation
+        progress, world = self.progress, self._world
         self.model.train()
         order = list(self.task.sampler.batches(progress.epoch))
-        rest = order[progress.batch :]
-        factors: list[dict[str, float] | None] = []
-        for indices, batch in loading.load_batches(
-            self.task.train, self.task.collate, rest, self._device, self.config.data.workers
-        ):
+        todo = rounds(order, progress.batch, self.config.data.accumulation, world.size)
+        shares = [shared.share(world.rank) for shared in todo]
+        loaded = loading.load_batches(
+            self.task.train, self.task.collate, shares, self._device, self.config.data.workers
+        )
+        for shared, (indices, batch) in zip(todo, loaded, strict=True):
             started = time.monotonic()
-            place = progress.batch % accumulation
-            if not factors or place == 0:
-                first = progress.batch - place
-                factors = self._factors(order[first : first + accumulation])
-            self.updater.add(indices, batch, factors[place])
-            progress.batch += 1
-            progress.step += 1
-            if place + 1 == accumulation or progress.batch == self._batches:
+            self.updater.add(shared, batch, self._emphasis(shared, indices))
+            progress.batch += shared.batches
+            progress.step += shared.batches
+            if shared.closes:
                 self._log_update(self.updater.finish(), time.monotonic() - started)
             progress.seconds += time.monotonic() - started
-            if self._interrupted():
+            if not self.updater.parallel.may_stop(shared.closes):
+                continue
+            # The clock is that of process 0; a signal counts in whichever process it arrives.
+            interrupted, ended, due = world.maximum(
+                [
+                    bool(self._interrupt.received),
+                    world.main and stopping.time_limit(progress, self.config),
+                    world.main and self.saver.due(),
+                ]
+            )
+            if interrupted:
+                self._save_interrupted()
                 return False
-            if limit := stopping.time_limit(progress, self.config):
+            if ended:
                 # Saved before the end is written down, so that the run can be resumed from here with a higher limit.
                 self.saver.save(stopping.TIME_LIMIT)
-                progress.stopped = limit
+                progress.stopped = stopping.describe_limit(progress, self.config)
                 break
-            if self.saver.due():
+            if due:
                 self.saver.save("time")
         progress.validating = True
         return True
 
-    def _factors(self, window: list[list[int]]) -> list[dict[str, float] | None]:
-        """Factors of the loss's terms for each micro-batch of `window`, so that the window equals the full batch."""
-        counts = self.task.counts
-        if counts is None or self.config.data.accumulation == 1:
-            return [None] * len(window)
-        return [*emphases([counts(indices) for indices in window], [len(indices) for indices in window])]
+    def _emphasis(self, shared: Round, indices: list[int]) -> dict[str, float] | None:
+        """Factors of the loss's terms for this process's share, so that the window equals the full batch."""
+        counts, window = self.task.counts, shared.window
+        if counts is None or len(indices) == len(window):
+            return None
+        if self._counted[0] != window:
+            self._counted = (window, counts(list(window)))
+        return emphasis(counts(indices), len(indices), self._counted[1], len(window))
 
-    def _interrupted(self) -> bool:
-        if not self._interrupt.received:
-            return False
+    def _save_interrupted(self) -> None:
+        """Save, after a signal in some process."""
+        self._interrupt.received = next(name for name in self._world.gather(self._interrupt.received) if name)
         saved = self.saver.save(self._interrupt.received)
         self._monitor.record("interrupted", step=self.progress.step, signal=self._interrupt.received, saved=saved)
-        return True
 
     def _log_update(self, result: UpdateResult, seconds: float) -> None:
         progress, updater = self.progress, self.updater
@@ -173,12 +190,13 @@ class Trainer:
                 dtype=self._dtype,
                 order=self.task.validation_order,
                 should_stop=lambda: bool(self._interrupt.received),
+                world=self._world,
             )
             better = result is not None and stopping.judge(self.progress, self.config.stop, result)
             if result is not None and better:
                 self.saver.save_best(result)
         if result is None:  # outside the block above: the checkpoint must hold the raw weights
-            self._interrupted()
+            self._save_interrupted()
             return False
         self._finish_epoch(result, better, time.monotonic() - started)
         return True

@@ -5,12 +5,12 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from astrobiogen.training import loading, precision, schedule
 from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.distributed_model import Parallel, total_norm
+from astrobiogen.training.distributed_share import Round
 from astrobiogen.training.errors import NumericalError
-from astrobiogen.training.evaluation import LossFunction
 from astrobiogen.training.optimizer import WeightAverage
 
 # Skipped windows that the report of a numerical stop lists.
@@ -22,11 +22,11 @@ class Window:
     """The open accumulation window.
 
     Attributes:
-        batches: micro-batches in it so far.
-        samples: samples in it so far.
+        batches: micro-batches in it so far, of all processes.
+        samples: samples in it so far, of all processes.
         names: "loss" and its terms.
-        sums: each of `names` summed over samples, fp64, on the model's device: reading it waits for the device, so that
-            is done once per window.
+        sums: each of `names` summed over this process's samples, fp64, on the model's device: reading it waits for the
+            device, so that is done once per window.
         ids: sample numbers of each micro-batch, for the report if it turns out not to be finite.
     """
 
@@ -36,13 +36,13 @@ class Window:
     sums: torch.Tensor | None = None
     ids: list[list[int]] = dataclasses.field(default_factory=list)
 
-    def add(self, indices: list[int], values: dict[str, torch.Tensor]) -> None:
-        """Take in the means over the micro-batch `indices`."""
-        self.batches += 1
-        self.samples += len(indices)
-        self.ids.append(indices)
+    def add(self, shared: Round, own: int, values: dict[str, torch.Tensor]) -> None:
+        """Take in a round: `values` are means over the `own` samples of this process."""
+        self.batches += shared.batches
+        self.samples += shared.samples
+        self.ids.append([index for part in shared.parts for index in part])
         self.names = list(values)
-        summed = torch.stack([value.detach().double().reshape(()) for value in values.values()]) * len(indices)
+        summed = torch.stack([value.detach().double().reshape(()) for value in values.values()]) * own
         self.sums = summed if self.sums is None else self.sums + summed
 
 
@@ -58,26 +58,25 @@ class UpdateResult:
     skipped: bool
 
 
-def emphases(counts: list[dict[str, float]], sizes: list[int]) -> list[dict[str, float]]:
-    """Factors e[b][k] that make a window's loss the one of its full batch, for terms that are not means over samples.
+def emphasis(part: dict[str, float], size: int, window: dict[str, float], samples: int) -> dict[str, float]:
+    """Factors e[k] that make a window's loss the one of its full batch, for terms that are not means over samples.
 
-    Term k is a mean over count[b][k] things (tokens, samples that have a graph) in micro-batch b, and `Updater` weighs
-    micro-batches by their n_b samples: sum_b n_b / N * e[b][k] * mean_b = sum_b count[b][k] * mean_b / sum_b
-    count[b][k] for e[b][k] = (count[b][k] / n_b) / (sum count[k] / N).
+    Term k is a mean over part[k] things (tokens, samples that have a graph) in a micro-batch b of n_b samples, and
+    `Updater` weighs micro-batches by n_b of the N samples of the window: sum_b n_b / N * e_b[k] * mean_b =
+    sum_b count_b[k] * mean_b / sum_b count_b[k] for e_b[k] = (count_b[k] / n_b) / (sum_b count_b[k] / N).
+
+    Args:
+        part, size: counts and number of samples of the micro-batch.
+        window, samples: of the whole window.
     """
-    samples = sum(sizes)
-    totals = {name: sum(count[name] for count in counts) for name in counts[0]}
-    return [
-        {name: count[name] / size / (totals[name] / samples) if totals[name] else 1.0 for name in count}
-        for count, size in zip(counts, sizes, strict=True)
-    ]
+    return {name: part[name] / size / (window[name] / samples) if window[name] else 1.0 for name in part}
 
 
-def _read(norm: torch.Tensor, sums: torch.Tensor | None) -> list[float]:
-    """Both on the host in one transfer."""
+def _read(norm: torch.Tensor, bad: torch.Tensor, sums: torch.Tensor | None) -> list[float]:
+    """All on the host in one transfer."""
     if sums is None:
         raise ValueError("finish: the window has no micro-batch")
-    values: list[float] = torch.cat([norm.double().reshape(1), sums]).tolist()
+    values: list[float] = torch.cat([norm.double().reshape(1), bad.double().reshape(1), sums.to(norm.device)]).tolist()
     return values
 
 
@@ -87,20 +86,21 @@ class Updater:
     The gradient of a window with micro-batches b of n_b samples and mean losses L_b is that of `sum_b n_b L_b / sum_b
     n_b`, which is the mean over all samples of the window, whatever the sizes; also for a short last window.
     Micro-batch gradients are summed in fp32 with the weight n_b / nominal (nominal = batch_size x accumulation) and
-    rescaled once by nominal / sum_b n_b, which is exactly 1 for a full window.
+    rescaled once by nominal / sum_b n_b, which is exactly 1 for a full window. With several processes the window is
+    that of all of them together; each weighs its share by their number, since the exchange averages.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_function: LossFunction,
+        parallel: Parallel,
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         total_updates: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.model = model
+        self.parallel = parallel
+        self.model = model = parallel.model
         self.optimizer = optimizer
         self.scaler = precision.LossScaler(config.precision, dtype)
         self.average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
@@ -110,27 +110,27 @@ class Updater:
         self.skipped_in_row = 0
         self.bad_windows: list[dict[str, Any]] = []
         self.total_updates = total_updates
-        self._loss_function = loss_function
         self._config = config
         self._device = device
         self._dtype = dtype
         # Fused optimizers skip a step by themselves where `found_inf` is not 0, without a word to the host.
-        self._gated = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._gated = bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and not parallel.sharded
         self._nominal = config.data.batch_size * config.data.accumulation
 
-    def add(self, indices: list[int], batch: loading.Batch, emphasis: dict[str, float] | None = None) -> None:
-        """Forward and backward of one micro-batch; its weighted gradient is added to the window's.
+    def add(self, shared: Round, batch: loading.Batch, emphasis: dict[str, float] | None = None) -> None:
+        """Forward and backward of this process's share of a round; its weighted gradient is added to the window's.
 
         Args:
-            emphasis: factors of the loss's terms, see `emphases`.
+            batch: the samples `shared.share(rank)`.
+            emphasis: factors of the loss's terms, see `emphasis`.
         """
-        with precision.autocast(self._device, self._dtype):
-            outputs = self.model(batch)
-            loss, parts = (
-                self._loss_function(outputs, batch, emphasis) if emphasis else self._loss_function(outputs, batch)
-            )
-        (loss.float() * (len(indices) / self._nominal * self.scaler.scale)).backward()
-        self.window.add(indices, {"loss": loss, **parts})
+        world = self.parallel.world
+        own = len(shared.parts[world.rank])
+        with self.parallel.accumulating(shared.closes):
+            with precision.autocast(self._device, self._dtype):
+                loss, parts = self.parallel.objective(batch, emphasis)
+            (loss.float() * (own * world.size / self._nominal * self.scaler.scale)).backward()
+        self.window.add(shared, own, {"loss": loss, **parts})
 
     def finish(self) -> UpdateResult:
         """Close the window: rescale, check, clip, step, average.
@@ -150,15 +150,17 @@ class Updater:
         factor = self._nominal / window.samples / self.scaler.scale
         if factor != 1.0:
             torch._foreach_mul_(gradients, factor)
-        total = torch.nn.utils.get_total_norm(gradients)
+        total = total_norm(gradients)
         if config.optimizer.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, total)
+        bad = self.parallel.anywhere((~torch.isfinite(total)).float())
         if self._gated:
-            self.optimizer.found_inf = (~torch.isfinite(total)).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.optimizer.step()
-        norm, *sums = _read(total, window.sums)
+        norm, flag, *sums = _read(total, bad, window.sums)
+        sums = self.parallel.world.sum(sums)
         means = {name: value / window.samples for name, value in zip(window.names, sums, strict=True)}
-        skipped = not math.isfinite(norm)
+        skipped = flag > 0
         if skipped:
             self._skip(means, norm)
         else:

@@ -15,7 +15,7 @@ import torch
 from astrobiogen import data, evaluate, train
 from astrobiogen.training import assemble, blocks, config
 from astrobiogen.training.monitor import read_log
-from astrobiogen.training.update import emphases
+from astrobiogen.training.update import emphasis
 
 OPTIONS = ["--smoke", "--monitor.progress", "plain", "--monitor.level", "WARNING", "--evaluation.bootstrap", "20"]
 
@@ -194,11 +194,10 @@ def test_accumulation_over_ragged_batches_equals_the_full_batch(bundle: data.Dat
 
     def gradients(split: list[list[int]]) -> dict[str, torch.Tensor]:
         model.zero_grad()
-        factors = emphases(
-            [assemble.term_counts(ragged, indices) for indices in split], [len(indices) for indices in split]
-        )
-        for indices, factor in zip(split, factors, strict=True):
+        whole = assemble.term_counts(ragged, list(range(15)))
+        for indices in split:
             batch = data.collate([ragged[index] for index in indices])
+            factor = emphasis(assemble.term_counts(ragged, indices), len(indices), whole, 15)
             loss, _ = task.loss_function(model(batch), batch, factor)
             (loss * len(indices) / 15).backward()
         return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}

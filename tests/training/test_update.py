@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from astrobiogen.training import schedule
 from astrobiogen.training.config import DataConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig
+from astrobiogen.training.distributed_model import Parallel
+from astrobiogen.training.distributed_share import Round
 from astrobiogen.training.errors import NumericalError, UserError
 from astrobiogen.training.optimizer import build_optimizer, decay_groups
 from astrobiogen.training.precision import LossScaler, choose_dtype
@@ -22,7 +24,14 @@ def updater(batch_size: int, accumulation: int, dtype: torch.dtype = torch.float
     config = toy_config(data=DataConfig(batch_size=batch_size, accumulation=accumulation), **changes)
     torch.manual_seed(0)
     model = ToyModel(dropout=0.0)
-    return Updater(model, toy_loss, build_optimizer(model, config.optimizer), config, 10, torch.device("cpu"), dtype)
+    return Updater(
+        Parallel.alone(model, toy_loss),
+        build_optimizer(model, config.optimizer),
+        config,
+        10,
+        torch.device("cpu"),
+        dtype,
+    )
 
 
 def run_window(made: Updater, sizes: list[int]) -> tuple[dict[str, torch.Tensor], float]:
@@ -42,7 +51,7 @@ def run_window(made: Updater, sizes: list[int]) -> tuple[dict[str, torch.Tensor]
     made.optimizer.step = spy  # type: ignore[method-assign]
     for size in sizes:
         indices = list(range(start, start + size))
-        made.add(indices, collate([SAMPLES[index] for index in indices]))
+        made.add(Round.alone(indices), collate([SAMPLES[index] for index in indices]))
         start += size
     return seen, made.finish().norm
 
@@ -67,7 +76,7 @@ def test_short_last_window_is_not_divided_by_the_full_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_are_summed_in_fp32(dtype: torch.dtype) -> None:
     made = updater(4, 2, dtype)
-    made.add([0, 1, 2, 3], collate([SAMPLES[index] for index in range(4)]))
+    made.add(Round.alone([0, 1, 2, 3]), collate([SAMPLES[index] for index in range(4)]))
     assert {value.grad.dtype for value in made.model.parameters() if value.grad is not None} == {torch.float32}
     assert {value.dtype for value in made.model.parameters()} == {torch.float32}
 
@@ -86,7 +95,7 @@ def poison(made: Updater, good: bool = False) -> None:
     batch = collate([SAMPLES[index] for index in range(4)])
     if not good:
         batch["planet_params"][2, 1] = math.nan
-    made.add([0, 1, 2, 3], batch)
+    made.add(Round.alone([0, 1, 2, 3]), batch)
 
 
 def test_nan_updates_are_skipped_then_the_run_stops_with_the_batches() -> None:
@@ -198,10 +207,11 @@ def test_micro_batches_never_wait_for_the_device() -> None:
     """Fake tensors have no values: whatever reads one on the host raises."""
     made = updater(4, 2)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = Updater(ToyModel(), toy_loss, made.optimizer, toy_config(), 10, torch.device("cpu"), torch.float32)
+        parallel = Parallel.alone(ToyModel(), toy_loss)
+        fake = Updater(parallel, made.optimizer, toy_config(), 10, torch.device("cpu"), torch.float32)
         for start in (0, 4):
             indices = list(range(start, start + 4))
-            fake.add(indices, collate([SAMPLES[index] for index in indices]))
+            fake.add(Round.alone(indices), collate([SAMPLES[index] for index in indices]))
         with pytest.raises(DataDependentOutputException):
             float(fake.window.sums[0])  # type: ignore[index]
     assert fake.window.batches == 2
