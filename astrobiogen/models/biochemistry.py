@@ -1,8 +1,8 @@
 """Balances of a metabolic network, as differentiable violations that are zero on a network that satisfies them.
 
-Every violation is relative: squared imbalance over squared turnover, so it lies in [0, 1] and has no unit. S [E]
-    holds one signed
-stoichiometric coefficient per (metabolite, reaction) pair, negative at substrates.
+Every violation is relative: squared imbalance over squared turnover, so it lies in [0, 1] and has no unit. S [E] holds
+one signed stoichiometric coefficient per edge, negative at substrates and 0 at edges that do not join a metabolite and
+a reaction.
 """
 
 import dataclasses
@@ -20,16 +20,14 @@ class Network:
     """The fixed part of a batch of networks: which edge joins what, and what may be checked.
 
     Attributes:
-        edges: int64 [E'] the metabolite-reaction edges among the graph's edges.
-        metabolite: int64 [E'] node index of the metabolite end.
-        reaction: int64 [E'] node index of the reaction end.
-        sign: float [E'] −1 at substrates, +1 at products, from the edge's direction.
+        metabolite: int64 [E] node index of the metabolite end.
+        reaction: int64 [E] node index of the reaction end.
+        sign: float [E] −1 at substrates, +1 at products, from the edge's direction; 0 at any other edge.
         irreversible: bool [N] reaction nodes that run forwards only.
         element_checked: bool [N] reactions whose participants all have formulas and that balance in the input.
         charge_checked: bool [N] the same for charges.
     """
 
-    edges: torch.Tensor
     metabolite: torch.Tensor
     reaction: torch.Tensor
     sign: torch.Tensor
@@ -42,30 +40,30 @@ def network_of(graph: GraphTensors) -> Network:
     """Read the network off a batch of graphs.
 
     Reactions that do not balance in the input themselves (biomass, exchange with the outside, lumped reactions) are
-    not checked: asking a decoded network to balance what nature's own record does not balance would teach it
-        something false.
+    not checked: asking a decoded network to balance what nature's own record does not balance would teach it something
+    false.
     """
-    edges = graph.is_bipartite_edge.nonzero()[:, 0]
-    metabolite, reaction = graph.metabolite_of_edge[edges], graph.reaction_of_edge[edges]
-    into_reaction = graph.target[edges] == reaction
-    sign = torch.where(into_reaction, -1.0, 1.0)
-    nodes = graph.x.shape[0]
     is_reaction = graph.node_type == REACTION
-    reversible = segment_max(graph.edge_attr[edges, 1:2].float(), reaction, nodes)[:, 0] > 0.5
-    stoichiometry = graph.stoichiometry[edges]
+    starts, ends = is_reaction[graph.source], is_reaction[graph.target]
+    joins = starts != ends
+    metabolite = torch.where(starts, graph.target, graph.source)
+    reaction = torch.where(starts, graph.source, graph.target)
+    sign = torch.where(starts, 1.0, -1.0) * joins
+    nodes = graph.x.shape[0]
+    reversible = segment_max(torch.where(joins, graph.edge_attr[:, 1].float(), 0.0)[:, None], reaction, nodes)[:, 0]
+    stoichiometry = graph.stoichiometry * joins
 
     def checked(known: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
-        unknown = segment_sum((~known[metabolite]).float(), reaction, nodes)
+        unknown = segment_sum((joins & ~known[metabolite]).float(), reaction, nodes)
         imbalance, turnover = _imbalance(stoichiometry, content, metabolite, reaction, nodes)
         balanced = (imbalance <= SOURCE_TOLERANCE * turnover) & (turnover > 0)
         return is_reaction & (unknown == 0) & balanced
 
     return Network(
-        edges=edges,
         metabolite=metabolite,
         reaction=reaction,
         sign=sign,
-        irreversible=is_reaction & ~reversible,
+        irreversible=is_reaction & ~(reversible > 0.5),
         element_checked=checked(graph.formula_known, graph.elements),
         charge_checked=checked(graph.charge_known, graph.charge[:, None]),
     )
@@ -85,7 +83,7 @@ def mass_balance_violation(
     """Steady state of internal metabolites, S v = 0: sum of (S v)² over internal metabolites / sum of (|S| |v|)².
 
     Args:
-        stoichiometry: float [E'] signed.
+        stoichiometry: float [E] signed.
         flux: float [N], read at reaction nodes.
         network: of the batch.
         graph: of the batch; `is_internal` says what must balance.
@@ -144,9 +142,7 @@ def _content_violation(
     stoichiometry: torch.Tensor, content: torch.Tensor, checked: torch.Tensor, network: Network, graph: GraphTensors
 ) -> torch.Tensor:
     imbalance, turnover = _imbalance(stoichiometry, content, network.metabolite, network.reaction, graph.x.shape[0])
-    relative = imbalance / (turnover + TINY)
-    chosen = checked.nonzero()[:, 0]
-    return segment_mean(relative[chosen], graph.graph_of_node[chosen], graph.n_graphs)
+    return segment_mean(imbalance / (turnover + TINY), graph.graph_of_node, graph.n_graphs, checked)
 
 
 def _ratio_per_graph(numerator: torch.Tensor, denominator: torch.Tensor, graph: GraphTensors) -> torch.Tensor:

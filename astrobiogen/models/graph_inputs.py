@@ -49,21 +49,6 @@ class GraphTensors:
     graph_of_node: torch.Tensor
     n_graphs: int
 
-    @property
-    def metabolite_of_edge(self) -> torch.Tensor:
-        """int64 [E]: the metabolite end of each edge."""
-        return torch.where(self.node_type[self.source] == REACTION, self.target, self.source)
-
-    @property
-    def reaction_of_edge(self) -> torch.Tensor:
-        """int64 [E]: the reaction end of each edge."""
-        return torch.where(self.node_type[self.source] == REACTION, self.source, self.target)
-
-    @property
-    def is_bipartite_edge(self) -> torch.Tensor:
-        """bool [E]: the edge joins a metabolite and a reaction."""
-        return self.node_type[self.source] != self.node_type[self.target]
-
 
 def graph_tensors(data: Any, node_features: int, laplacian_dim: int, random_walk_dim: int) -> GraphTensors:
     """Read a `torch_geometric` `Data` or `Batch`.
@@ -117,8 +102,8 @@ def graph_tensors(data: Any, node_features: int, laplacian_dim: int, random_walk
         graph_of_node=graph_of_node,
         n_graphs=n_graphs,
     )
-    if edges and not torch.compiler.is_compiling():
-        low, high = int(edge_index.min()), int(edge_index.max())
+    if not torch.compiler.is_compiling() and edges:  # reads values, which would break a compiled graph
+        low, high = (int(bound) for bound in torch.aminmax(edge_index))
         require(
             low >= 0 and high < nodes, f"metabolic_graph.edge_index: nodes {low} to {high}, expected 0 to {nodes - 1}"
         )
@@ -130,10 +115,19 @@ def segment_sum(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.T
     return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
 
 
-def segment_mean(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
-    """Mean of the rows of `values` [M, ...] that share an `index`; 0 where there is none."""
-    counts = torch.bincount(index, minlength=size).clamp(min=1).to(values.dtype)
-    return segment_sum(values, index, size) / counts.view(-1, *([1] * (values.dim() - 1)))
+def segment_mean(
+    values: torch.Tensor, index: torch.Tensor, size: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean of the rows of `values` [M, ...] that share an `index` and, if given, are in `mask` (bool [M]); 0 where
+    there is none.
+
+    Rows are masked and not picked: no shape depends on values, so `torch.compile` sees one graph and no GPU is waited
+    for.
+    """
+    weights = torch.ones_like(index, dtype=values.dtype) if mask is None else mask.to(values.dtype)
+    shape = (-1, *([1] * (values.dim() - 1)))
+    kept = values if mask is None else values * weights.view(shape)
+    return segment_sum(kept, index, size) / segment_sum(weights, index, size).clamp(min=1.0).view(shape)
 
 
 def segment_max(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from astrobiogen.layers import RMSNorm, SwiGLU
 from astrobiogen.models._common import maybe_checkpoint, require, resolve_config
 from astrobiogen.models.biochemistry import network_of, normalise_flux, violations
 from astrobiogen.models.graph_attention import GlobalPool, GraphLayer, StructuralEmbedding, laplacian_products
-from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors, segment_mean
+from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors, segment_mean, segment_sum
 
 SMALLEST_COEFFICIENT = 1e-6  # stoichiometric coefficients below this count as this in log space
 
@@ -122,7 +122,8 @@ class RebuiltGraphVAE(nn.Module):
 
         Returns:
             ``features`` [B, hidden_dim], ``mu``, ``logvar``, ``z`` [B, latent_dim], ``node_reconstruction`` [N, F],
-            ``edge_logits`` [E] of the given edges, ``negative_edge_index`` [2, M], ``negative_edge_logits`` [M],
+            ``edge_logits`` [E] of the given edges, ``negative_edge_index`` [2, E], ``negative_edge_logits`` [E] and
+            ``negative_edge_mask`` [E] (which of them are absent edges and count),
             ``constraints`` (name -> [B]; empty when off), and per graph [B]: ``node_loss``, ``edge_loss``,
             ``stoichiometry_loss``, ``kl`` (nats per latent dimension), ``loss_per_sample``; ``loss`` their mean.
         """
@@ -186,7 +187,7 @@ class GraphDecoder(nn.Module):
         nodes = self.to_nodes(slots)
         starts, ends = self.to_ends(slots).chunk(2, dim=-1)
         logits, pairs = self._edge_logits(starts, ends, graph.source, graph.target, products)
-        sources, targets = sample_negatives(graph, self.training)
+        sources, targets, absent = sample_negatives(graph, self.training)
         negative_products = laplacian_products(graph, sources, targets)
         negatives, _ = self._edge_logits(starts, ends, sources, targets, negative_products)
         log_magnitude = self.to_magnitude(pairs)[:, 0].float()
@@ -195,8 +196,9 @@ class GraphDecoder(nn.Module):
             "edge_logits": logits,
             "negative_edge_index": torch.stack([sources, targets]),
             "negative_edge_logits": negatives,
+            "negative_edge_mask": absent,
             "node_loss": segment_mean((nodes - graph.x).float().square().mean(1), graph.graph_of_node, graph.n_graphs),
-            "edge_loss": _edge_loss(logits, negatives, graph, sources),
+            "edge_loss": _edge_loss(logits, negatives, absent, graph, sources),
             "stoichiometry_loss": _stoichiometry_loss(log_magnitude, graph),
             "constraints": self._constraints(slots, logits, log_magnitude, graph),
         }
@@ -220,7 +222,7 @@ class GraphDecoder(nn.Module):
         if not self.config.use_biochemical_constraints:
             return {}
         network = network_of(graph)
-        decoded = (logits.sigmoid() * log_magnitude.clamp(max=10.0).exp()).index_select(0, network.edges)
+        decoded = logits.sigmoid() * log_magnitude.clamp(max=10.0).exp()
         flux = normalise_flux(self.to_flux(slots)[:, 0].float(), graph)
         return violations(network.sign * decoded, flux, network, graph)
 
@@ -232,9 +234,9 @@ def beta_schedule(step: int, warmup_steps: int, beta: float) -> float:
     return beta * min(1.0, step / warmup_steps)
 
 
-def sample_negatives(graph: GraphTensors, random: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """One absent edge per present edge, where there is one to be had: same source, target of another edge of the same
-    graph and target type.
+def sample_negatives(graph: GraphTensors, random: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One candidate for an absent edge per present edge: same source, target of another edge of the same graph and
+    target type.
 
     Within such a group of n edges the i-th takes the target of edge (i + shift) mod n, 1 <= shift < n: random in
     training, else a fixed function of i, so the result of a graph depends on neither the call nor its neighbours in
@@ -245,11 +247,11 @@ def sample_negatives(graph: GraphTensors, random: bool) -> tuple[torch.Tensor, t
         random: draw the shifts from PyTorch's generator.
 
     Returns:
-        (sources, targets) int64 [M], M <= E.
+        (sources, targets, absent): int64 [E] each and bool [E], False where the candidate is an edge after all.
     """
     groups = graph.graph_of_node[graph.target] * 2 + graph.node_type[graph.target]
     order = torch.argsort(groups, stable=True)
-    sizes = torch.bincount(groups, minlength=2 * graph.n_graphs)
+    sizes = segment_sum(torch.ones_like(groups), groups, 2 * graph.n_graphs)
     starts = sizes.cumsum(0) - sizes
     size, start = sizes[groups[order]], starts[groups[order]]
     place = torch.arange(order.shape[0], device=order.device) - start
@@ -263,23 +265,21 @@ def sample_negatives(graph: GraphTensors, random: bool) -> tuple[torch.Tensor, t
     keys = (graph.source * nodes + graph.target).sort().values
     candidates = sources * nodes + targets
     found = torch.searchsorted(keys, candidates).clamp(max=max(keys.shape[0] - 1, 0))
-    keep = (keys[found] != candidates) & (size > 1)
-    return sources[keep], targets[keep]
+    return sources, targets, (keys[found] != candidates) & (size > 1)
 
 
 def _edge_loss(
-    logits: torch.Tensor, negatives: torch.Tensor, graph: GraphTensors, sources: torch.Tensor
+    logits: torch.Tensor, negatives: torch.Tensor, counts: torch.Tensor, graph: GraphTensors, sources: torch.Tensor
 ) -> torch.Tensor:
     """Binary cross-entropy per graph: mean over present edges plus mean over absent ones, halved."""
     owner = graph.graph_of_node
     present = segment_mean(F.softplus(-logits), owner[graph.source], graph.n_graphs)
-    absent = segment_mean(F.softplus(negatives), owner[sources], graph.n_graphs)
+    absent = segment_mean(F.softplus(negatives), owner[sources], graph.n_graphs, counts)
     return 0.5 * (present + absent)
 
 
 def _stoichiometry_loss(log_magnitude: torch.Tensor, graph: GraphTensors) -> torch.Tensor:
     """Smooth L1 distance of log |S| per graph, over the edges whose coefficient is known."""
-    known = (graph.stoichiometry != 0).nonzero()[:, 0]
-    target = graph.stoichiometry[known].abs().clamp(min=SMALLEST_COEFFICIENT).log()
-    losses = F.smooth_l1_loss(log_magnitude[known], target, reduction="none")
-    return segment_mean(losses, graph.graph_of_node[graph.source[known]], graph.n_graphs)
+    target = graph.stoichiometry.abs().clamp(min=SMALLEST_COEFFICIENT).log()
+    losses = F.smooth_l1_loss(log_magnitude, target, reduction="none")
+    return segment_mean(losses, graph.graph_of_node[graph.source], graph.n_graphs, graph.stoichiometry != 0)
