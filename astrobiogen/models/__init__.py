@@ -6,7 +6,6 @@ from astrobiogen.models.datacube_cnn import cube_from_legacy as cube_from_legacy
 from astrobiogen.models.datacube_config import DatacubeConfig as DatacubeConfig
 from astrobiogen.models.graph_vae import GraphVAEConfig as GraphVAEConfig
 from astrobiogen.models.graph_vae import RebuiltGraphVAE as RebuiltGraphVAE
-from astrobiogen.models.graph_vae import beta_schedule as beta_schedule
 from astrobiogen.models.llm_config import LLMConfig as LLMConfig
 from astrobiogen.models.llm_integration import RebuiltLLMIntegration as RebuiltLLMIntegration
 from astrobiogen.models.multimodal_integration import FusionConfig as FusionConfig
@@ -38,7 +37,6 @@ __all__ = [
     "SpectrumConfig",
     "SpectrumEncoder",
     "UnifiedMultiModalSystem",
-    "beta_schedule",
     "compute_multimodal_loss",
     "cube_from_legacy",
     "presets",

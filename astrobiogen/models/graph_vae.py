@@ -33,6 +33,8 @@ class GraphVAEConfig:
         dropout: in training only.
         use_biochemical_constraints: decode fluxes and add the balances of `models.biochemistry` to the loss.
         beta: weight of the KL divergence (per latent dimension).
+        beta_warmup_steps: training calls over which the weight rises linearly from 0 to `beta`; 0: `beta` from the
+            start. Evaluation always takes `beta`.
         constraint_weight: weight of the summed violations.
         use_gradient_checkpointing: recompute each block in the backward pass.
     """
@@ -49,6 +51,7 @@ class GraphVAEConfig:
     dropout: float = 0.1
     use_biochemical_constraints: bool = True
     beta: float = 1.0
+    beta_warmup_steps: int = 1000
     constraint_weight: float = 0.1
     use_gradient_checkpointing: bool = False
 
@@ -65,6 +68,8 @@ class GraphVAEConfig:
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("beta", "beta_warmup_steps", "constraint_weight"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
 
 
 class RebuiltGraphVAE(nn.Module):
@@ -79,6 +84,9 @@ class RebuiltGraphVAE(nn.Module):
     graph and direction; in training drawn at random, in evaluation a fixed rule of the edge's place within its graph.
     Real edges hit by accident are left out.
 
+    The weight of the KL divergence is warmed up: the buffer `beta_steps` counts training calls and is part of the state
+    dict, so a resumed run goes on where it was.
+
     Args:
         config: a `GraphVAEConfig`; default `GraphVAEConfig()`.
         **overrides: any of its fields.
@@ -87,6 +95,8 @@ class RebuiltGraphVAE(nn.Module):
         TypeError: an override is no field of `GraphVAEConfig`.
         ValueError: sizes do not fit together.
     """
+
+    beta_steps: torch.Tensor
 
     def __init__(self, config: GraphVAEConfig | None = None, **overrides: Any) -> None:
         super().__init__()
@@ -107,6 +117,8 @@ class RebuiltGraphVAE(nn.Module):
         self.to_mu = nn.Linear(width, config.latent_dim)
         self.to_logvar = nn.Linear(width, config.latent_dim)
         self.decoder = GraphDecoder(config)
+        if config.beta_warmup_steps:
+            self.register_buffer("beta_steps", torch.zeros((), dtype=torch.long))
 
     @property
     def feature_dim(self) -> int:
@@ -118,14 +130,15 @@ class RebuiltGraphVAE(nn.Module):
 
         Args:
             data: `torch_geometric` `Batch` (or `Data`), see `graph_tensors`.
-            beta: weight of the KL divergence for this call; default the configured one.
+            beta: weight of the KL divergence for this call; default the configured one, warmed up in training.
 
         Returns:
             ``features`` [B, hidden_dim], ``mu``, ``logvar``, ``z`` [B, latent_dim], ``node_reconstruction`` [N, F],
             ``edge_logits`` [E] of the given edges, ``negative_edge_index`` [2, E], ``negative_edge_logits`` [E] and
             ``negative_edge_mask`` [E] (which of them are absent edges and count),
             ``constraints`` (name -> [B]; empty when off), and per graph [B]: ``node_loss``, ``edge_loss``,
-            ``stoichiometry_loss``, ``kl`` (nats per latent dimension), ``loss_per_sample``; ``loss`` their mean.
+            ``stoichiometry_loss``, ``kl`` (nats per latent dimension), ``loss_per_sample``; ``loss`` their mean and
+            ``beta`` (the weight in force).
         """
         config = self.config
         graph = graph_tensors(data, config.node_features, config.laplacian_dim, config.random_walk_dim)
@@ -138,10 +151,19 @@ class RebuiltGraphVAE(nn.Module):
         mean, log_variance = mu.float(), logvar.float()
         outputs["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean(1)
         loss = outputs["node_loss"] + outputs["edge_loss"] + outputs["stoichiometry_loss"]
-        loss = loss + (config.beta if beta is None else beta) * outputs["kl"]
+        outputs["beta"] = self._next_beta() if beta is None else beta
+        loss = loss + outputs["beta"] * outputs["kl"]
         for violation in outputs["constraints"].values():
             loss = loss + config.constraint_weight * violation
         return outputs | {"loss_per_sample": loss, "loss": loss.mean()}
+
+    def _next_beta(self) -> torch.Tensor | float:
+        """Weight of the KL divergence of this call; a training call moves the schedule on by one step."""
+        if not self.training or not self.config.beta_warmup_steps:
+            return self.config.beta
+        share = (self.beta_steps / self.config.beta_warmup_steps).clamp(max=1.0)
+        self.beta_steps += 1
+        return self.config.beta * share
 
     def _encode(self, graph: GraphTensors, products: torch.Tensor) -> torch.Tensor:
         """Graph features [B, hidden_dim]."""
@@ -225,13 +247,6 @@ class GraphDecoder(nn.Module):
         decoded = logits.sigmoid() * log_magnitude.clamp(max=10.0).exp()
         flux = normalise_flux(self.to_flux(slots)[:, 0].float(), graph)
         return violations(network.sign * decoded, flux, network, graph)
-
-
-def beta_schedule(step: int, warmup_steps: int, beta: float) -> float:
-    """KL weight that rises linearly from 0 to `beta` over `warmup_steps` optimizer steps, then stays."""
-    if warmup_steps <= 0:
-        return beta
-    return beta * min(1.0, step / warmup_steps)
 
 
 def sample_negatives(graph: GraphTensors, random: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -27,8 +27,8 @@ class RebuiltLLMIntegration(nn.Module):
     * A modality token is type_vector + present · projection(features); an absent modality still has its type vector,
       so the sequence has one fixed length and no sample needs a mask for it.
 
-    Text is padded on the right. Under the causal mask real tokens never see padding, so no padding mask enters
-    attention. Parameter names follow Hugging Face Llama (`embed_tokens`, `layers.N.self_attn.q_proj`, `norm`,
+    Text is padded on the right, which is checked. Under the causal mask real tokens never see padding, so no padding
+    mask enters attention. Parameter names follow Hugging Face Llama (`embed_tokens`, `layers.N.self_attn.q_proj`, `norm`,
     `lm_head`).
 
     Args:
@@ -86,9 +86,11 @@ class RebuiltLLMIntegration(nn.Module):
 
         Returns:
             ``hidden_states`` [B, L, H] after the final norm, ``features`` [B, H] their mean over real tokens (0 for
-            an empty text), with labels ``loss_per_sample`` [B] (mean negative log-likelihood of a sample's tokens in
-            nats, 0 where none counts), ``token_count`` [B] and ``loss`` (mean over all counted tokens), on request
-            ``logits``.
+            an empty text), with labels ``loss`` (negative log-likelihood in nats, mean over all counted tokens; 0 if
+            there is none) and ``token_count``, on request ``logits``.
+
+        Raises:
+            ValueError: an axis has the wrong size, a modality or domain is unknown, or a text is padded on the left.
         """
         check_axes("input_ids", input_ids, ("batch", "sequence"))
         batch, length = input_ids.shape
@@ -99,6 +101,12 @@ class RebuiltLLMIntegration(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         check_axes("attention_mask", attention_mask, ("batch", "sequence"), {"batch": batch, "sequence": length})
+        if not torch.compiler.is_compiling():  # reads values, which would break a compiled graph
+            mask = attention_mask.bool()
+            require(
+                not bool((mask[:, 1:] & ~mask[:, :-1]).any()),
+                "attention_mask: a real token follows padding, expected padding on the right only",
+            )
         prefix = self._prefix(batch, input_ids.device, modality_features or {}, modality_present or {}, domain)
         hidden = self._trunk(torch.cat([*prefix, self.embed_tokens(input_ids)], dim=1))
         text = hidden[:, len(prefix) :]
@@ -123,7 +131,8 @@ class RebuiltLLMIntegration(nn.Module):
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Continue `input_ids` [B, L] (no padding) by up to `max_new_tokens` tokens, with a key/value cache.
+        """Continue `input_ids` [B, L] (no padding) by up to `max_new_tokens` tokens, with a key/value cache and without
+        dropout, whatever mode the model is in.
 
         Args:
             input_ids: int64 [B, L], L >= 1.
@@ -145,12 +154,31 @@ class RebuiltLLMIntegration(nn.Module):
             length + max_new_tokens <= self.config.max_length,
             f"sequence {length} + max_new_tokens {max_new_tokens} exceeds max_length = {self.config.max_length}",
         )
-        prefix = self._prefix(batch, input_ids.device, modality_features or {}, modality_present or {}, domain)
-        x = torch.cat([*prefix, self.embed_tokens(input_ids)], dim=1)
-        capacity = x.shape[1] + max_new_tokens
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            prefix = self._prefix(batch, input_ids.device, modality_features or {}, modality_present or {}, domain)
+            return self._continue(prefix, input_ids, max_new_tokens, temperature, eos_token_id, generator)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _continue(
+        self,
+        prefix: list[torch.Tensor],
+        tokens: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        eos_token_id: int | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """`tokens` with up to `max_new_tokens` more, each from the cached keys and values of those before it."""
+        batch = tokens.shape[0]
+        x = torch.cat([*prefix, self.embed_tokens(tokens)], dim=1)
         attentions = [module for module in self.modules() if isinstance(module, GroupedQueryAttention)]
+        capacity = x.shape[1] + max_new_tokens
         caches = [one.new_cache(batch, capacity, device=x.device, dtype=x.dtype) for one in attentions]
-        tokens, finished = input_ids, torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        finished = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             token = _pick(self.lm_head(self._trunk(x, caches)[:, -1]), temperature, generator)
             if eos_token_id is not None:
@@ -228,14 +256,9 @@ class RebuiltLLMIntegration(nn.Module):
         """Negative log-likelihood of token t + 1 given everything up to t."""
         targets = labels[:, 1:].contiguous()
         states, weight = autocast_tensors(text[:, :-1].reshape(-1, text.shape[-1]), self.lm_head.weight)
-        losses = ops.linear_cross_entropy(states, weight, targets.reshape(-1), reduction="none").view(targets.shape)
-        counts = (targets != -100).sum(1)
-        totals = losses.float().sum(1)
-        return {
-            "loss_per_sample": totals / counts.clamp(min=1),
-            "token_count": counts,
-            "loss": totals.sum() / counts.sum().clamp(min=1),
-        }
+        total = ops.linear_cross_entropy(states, weight, targets.reshape(-1), reduction="sum")
+        count = (targets != -100).sum()
+        return {"loss": total / count.clamp(min=1), "token_count": count}
 
 
 class DecoderLayer(nn.Module):

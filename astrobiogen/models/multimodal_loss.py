@@ -19,7 +19,7 @@ def compute_multimodal_loss(
     * physics: violations of the decoded cube's water and energy budgets
     * consistency: KL(fused prediction || single-modality prediction), mean over a sample's modalities; the fused side
       is held fixed
-    * llm: negative log-likelihood of the next token, mean over all tokens
+    * llm: negative log-likelihood of the next token, mean over all tokens of the samples whose text is present
     * graph: reconstruction, KL divergence and balances of the graph autoencoder
 
     Args:
@@ -41,7 +41,7 @@ def compute_multimodal_loss(
     parts["reconstruction"] = _mean(cnn["reconstruction_loss"], present["climate"]) if cnn else zero
     parts["physics"] = _mean(cnn["physics_loss"], present["climate"]) if cnn else zero
     parts["consistency"] = _consistency(logits, outputs["fusion_outputs"])
-    parts["llm"] = _language(text, present["text"]) if "loss" in text else zero
+    parts["llm"] = text.get("loss", zero)
     parts["graph"] = _mean(graph["loss_per_sample"], present["graph"]) if graph else zero
     total = zero
     for name, value in parts.items():
@@ -53,13 +53,6 @@ def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `values` [B] over `mask`; 0 where nothing is. Hidden entries may hold NaN."""
     kept = torch.where(mask, values.float(), 0.0)
     return kept.sum() / mask.sum().clamp(min=1)
-
-
-def _language(text: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood over the tokens of samples whose text is present."""
-    counts = torch.where(mask, text["token_count"], 0)
-    totals = torch.where(mask, text["loss_per_sample"] * text["token_count"], 0.0)
-    return totals.sum() / counts.sum().clamp(min=1)
 
 
 def _consistency(logits: torch.Tensor, fusion: dict[str, torch.Tensor]) -> torch.Tensor:

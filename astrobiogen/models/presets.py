@@ -58,7 +58,7 @@ def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
         ),
         graph_config=GraphVAEConfig(
             hidden_dim=32, latent_dim=16, num_layers=2, heads=4, global_tokens=1, edge_dim=16, dropout=0.0, beta=0.01,
-            **_nodes(spec),
+            beta_warmup_steps=50, **_nodes(spec),
         ),
         cnn_config=DatacubeConfig(
             base_channels=16, max_channels=32, depth=2, feature_dim=64, dropout=0.1, embed_dim=32, num_heads=2,

@@ -160,10 +160,14 @@ class UnifiedMultiModalSystem(nn.Module):
         for name, value in features.items():
             check_axes(f"{name} features", value, ("batch", "feature"), {"batch": size})
         if "text" in present:
+            labels = batch.get("labels")
+            if labels is not None:  # the words of an absent text are no targets
+                check_axes("labels", labels, ("batch", "sequence"), {"batch": size})
+                labels = labels.masked_fill(~present["text"][:, None], -100)
             text = self.text(
                 batch["input_ids"],
                 batch.get("attention_mask"),
-                batch.get("labels"),
+                labels,
                 modality_features=dict(features),
                 modality_present={name: present[name] for name in features},
             )

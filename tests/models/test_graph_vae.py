@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
-from astrobiogen.models import GraphVAEConfig, RebuiltGraphVAE, beta_schedule
+from astrobiogen.models import GraphVAEConfig, RebuiltGraphVAE
 from astrobiogen.models._common import trainable_parameters
 from astrobiogen.models.graph_inputs import graph_tensors
 from astrobiogen.models.graph_vae import sample_negatives
@@ -153,8 +153,23 @@ def test_beta_weighs_the_divergence(make_graph: MakeGraph) -> None:
     batch = Batch.from_data_list(graphs(make_graph, (9, 7)))
     low, high = model(batch, beta=0.0), model(batch, beta=2.0)
     torch.testing.assert_close(high["loss"] - low["loss"], 2.0 * low["kl"][0])
-    assert [beta_schedule(step, 10, 0.5) for step in (0, 5, 10, 99)] == [0.0, 0.25, 0.5, 0.5]
-    assert beta_schedule(0, 0, 0.5) == 0.5
+
+
+def test_beta_rises_over_training_calls_only_and_survives_a_restart(make_graph: MakeGraph) -> None:
+    model = RebuiltGraphVAE(CONFIG, beta=0.5, beta_warmup_steps=4)
+    batch = Batch.from_data_list(graphs(make_graph, (9, 7)))
+    first = [float(model(batch)["beta"]) for _ in range(3)]
+    assert model.eval()(batch)["beta"] == 0.5
+    resumed = RebuiltGraphVAE(CONFIG, beta=0.5, beta_warmup_steps=4)
+    resumed.load_state_dict(model.state_dict())
+    assert [*first, *(float(resumed(batch)["beta"]) for _ in range(3))] == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
+    outputs = resumed.train()(batch)
+    parts = outputs["node_loss"] + outputs["edge_loss"] + outputs["stoichiometry_loss"] + 0.5 * outputs["kl"]
+    balances = sum(outputs["constraints"].values())
+    torch.testing.assert_close(outputs["loss_per_sample"], parts + CONFIG.constraint_weight * balances)
+    constant = RebuiltGraphVAE(CONFIG, beta_warmup_steps=0)
+    assert constant(batch)["beta"] == CONFIG.beta
+    assert "beta_steps" not in constant.state_dict()
 
 
 def test_checkpointing_changes_nothing(make_graph: MakeGraph) -> None:

@@ -100,7 +100,7 @@ def test_loss_is_shifted_cross_entropy() -> None:
     outputs = model(ids, labels=labels, return_logits=True)
     expected = F.cross_entropy(outputs["logits"][:, :-1].reshape(-1, 50), labels[:, 1:].reshape(-1))
     torch.testing.assert_close(outputs["loss"], expected)
-    assert outputs["token_count"].tolist() == [3, 8]
+    assert outputs["token_count"].item() == 3 + 8
 
 
 def test_empty_labels_give_zero_not_nan() -> None:
@@ -151,6 +151,29 @@ def test_cached_generation_equals_full_forward(use_rope: bool) -> None:
         assert torch.equal(logits.argmax(-1), generated[:, position])
 
 
+def test_generation_has_no_dropout_and_keeps_the_mode() -> None:
+    model = RebuiltLLMIntegration(SMALL, dropout=0.5).train()
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    ids = tokens(2, 4)
+    assert torch.equal(model.generate(ids, 6), model.generate(ids, 6))
+    assert all(module.training for module in model.modules())
+
+
+def test_generation_reads_the_prefix_and_the_batch_rows_on_their_own() -> None:
+    model = RebuiltLLMIntegration(SMALL).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    ids = tokens(2, 4)
+    features = {"climate": 20.0 * torch.randn(2, 6)}
+    both = model.generate(ids, 8, modality_features=features)
+    alone = [model.generate(ids[i : i + 1], 8, modality_features={"climate": features["climate"][i : i + 1]})
+             for i in range(2)]  # fmt: skip
+    assert torch.equal(both, torch.cat(alone))
+    assert not torch.equal(both, model.generate(ids, 8))
+    for position in range(4, 12):
+        logits = model(both[:, :position], modality_features=features, return_logits=True)["logits"][:, -1]
+        assert torch.equal(logits.argmax(-1), both[:, position])
+
+
 def test_sampling_is_repeatable_and_stops_at_the_end_token() -> None:
     model = RebuiltLLMIntegration(SMALL).eval()
     ids = tokens(3, 4)
@@ -182,6 +205,8 @@ def test_checkpointing_is_bitwise_equal_and_saves_fewer_bytes(saved_bytes: Calla
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, "must have 2 axes"),
         ({"input_ids": torch.zeros(2, 17, dtype=torch.long)}, "axis 'sequence' has size 17"),
         ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 5)}, "axis 'sequence'"),
+        ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "attention_mask": torch.tensor([[False, True, True]])},
+        "padding on the right"),
         ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "modality_features": {"climate": torch.zeros(2, 5)}},
         "axis 'feature'"), ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "modality_features": {"sound":
         torch.zeros(2, 5)}}, "sound"), ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "domain": "cooking"},
