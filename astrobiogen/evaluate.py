@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import astrobiogen
-from astrobiogen.training import assemble, checkpoint, cli, precision, run_folder, runtime, session
+from astrobiogen.training import assemble, checkpoint, cli, precision, run_folder, runtime, saving, session
 from astrobiogen.training.config import TrainConfig, from_dict
 from astrobiogen.training.errors import CheckpointError, UserError
 
@@ -22,7 +22,12 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("source", help="folder of a run (its best model is taken) or of one checkpoint")
     parser.add_argument("--data", default="", help="folder of another data set; default: the one of the run")
     parser.add_argument("--output", default="", help="new folder for metrics.json and report.html; default: print only")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default=None, help="format of the forward pass; default: the run's"
+    )
     parser.add_argument(
         "--bootstrap", type=int, default=None, help="replicates of the intervals; default: as in the run"
     )
@@ -62,6 +67,7 @@ def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespa
             evaluation=evaluation,
             data=dataclasses.replace(config.data, path=arguments.data or config.data.path),
             runtime=dataclasses.replace(config.runtime, device=arguments.device),
+            precision=dataclasses.replace(config.precision, dtype=arguments.dtype or config.precision.dtype),
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: its configuration does not fit this version: {error}") from error
@@ -77,12 +83,13 @@ def _run(given: Sequence[str]) -> int:
     runtime.prepare(config.runtime, config.seed)
     with astrobiogen.use_kernels(config.runtime.kernels):
         assembly = assemble.assemble(config, assemble.load_bundle(config))
-        weights = content.tensors.get("average", content.tensors["model"])
-        try:
-            assembly.task.model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"{path} belongs to another model: {' '.join(str(error).split())[:300]}") from error
-        result, predictions = session.examine(assembly, assembly.task.model.to(device), config, device, dtype)
+        saving.load_weights(assembly.task.model, path, content.tensors.get("average", content.tensors["model"]))
+        with runtime.Interrupt() as interrupt:
+            model = assembly.task.model.to(device)
+            examined = session.examine(assembly, model, config, device, dtype, lambda: bool(interrupt.received))
+    if examined is None:
+        raise UserError(f"stopped by {interrupt.received}: nothing was written", exit_code=1)
+    result, predictions = examined
     result |= {"checkpoint": str(path), "run": _run_facts(assembly.task.model, content)}
     if output:
         session.publish(output, result, predictions)

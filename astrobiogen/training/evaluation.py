@@ -80,7 +80,7 @@ def mask_modality(batch: loading.Batch, name: str) -> loading.Batch:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards the mode and every random generator are as before, so that evaluating does not change
     training.
     """
@@ -210,7 +210,7 @@ def evaluate(
     world = world or World()
     batches = loading.in_order(len(samples), batch_size) if order is None else order
     shares = shared_order(batches, world.rank, world.size)
-    with _frozen(model):
+    with frozen(model):
         loaded = loading.load_batches(samples, collate, [indices for indices, _ in shares], device)
         for (_, counts), (indices, batch) in zip(shares, loaded, strict=True):
             if world.any(should_stop()):

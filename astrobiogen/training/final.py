@@ -1,15 +1,12 @@
 """The closing examination of a trained model: test cells, intervals, baselines, ablation."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from astrobiogen.training import evaluation, loading, metrics
-from astrobiogen.training.config import EvaluationConfig
+from astrobiogen.training import evaluation, metrics
 
 _LOG = logging.getLogger("astrobiogen")
 INTERVAL_METHOD = (
@@ -66,36 +63,20 @@ def compare(
 
 
 def ablate(
-    model: nn.Module,
-    loss_function: evaluation.LossFunction,
-    test: loading.Samples,
-    collate: loading.Collate,
-    order: Sequence[list[int]] | None,
-    whole: metrics.Predictions,
-    config: EvaluationConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
-) -> dict[str, Any]:
-    """Figures on `test` with each modality masked at evaluation, and the paired difference from `whole`, the
-    predictions on the same samples with nothing masked; the model is not retrained.
+    run: Callable[..., evaluation.Evaluation | None], whole: metrics.Predictions, replicates: int, seed: int
+) -> dict[str, Any] | None:
+    """Figures with each modality masked at evaluation, and the paired difference from `whole`, the predictions on the
+    same samples with nothing masked; the model is not retrained. None if `run` was stopped.
+
+    Args:
+        run: `run(masked=modality)` evaluates the model with this modality hidden.
     """
     result: dict[str, Any] = {}
     for name in evaluation.MODALITIES:
-        masked = evaluation.evaluate(
-            model,
-            loss_function,
-            test,
-            collate,
-            batch_size=config.batch_size,
-            device=device,
-            dtype=dtype,
-            masked=name,
-            order=order,
-        )
+        masked = run(masked=name)
         if masked is None:
-            continue
-        change = metrics.differences(masked.predictions, whole, config.bootstrap, seed)
+            return None
+        change = metrics.differences(masked.predictions, whole, replicates, seed)
         result[name] = {
             "samples": len(whole.label),
             "figures": {key: float(value[0]) for key, value in metrics.figures(masked.predictions).items()},

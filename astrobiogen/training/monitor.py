@@ -1,12 +1,11 @@
-"""What a run tells: log.jsonl (a record of each step and event), train.log, the console, and optional TensorBoard
-events."""
+"""What a run tells: log.jsonl (a record of each step and event), train.log, the console, and optional trackers."""
 
 import contextlib
-import importlib
 import json
 import logging
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,7 @@ import rich.console
 import rich.logging
 import rich.progress
 
+from astrobiogen.training import trackers
 from astrobiogen.training.config import MonitorConfig
 from astrobiogen.training.errors import UserError
 
@@ -59,9 +59,10 @@ class Monitor:
     Args:
         folder: the run folder; log.jsonl and train.log there are appended to.
         config: what to show.
+        settings: the run's configuration, for the trackers' records.
     """
 
-    def __init__(self, folder: Path, config: MonitorConfig) -> None:
+    def __init__(self, folder: Path, config: MonitorConfig, settings: dict[str, Any] | None = None) -> None:
         self._config = config
         self._folder = folder
         self.logger = logging.getLogger(LOG_NAME)
@@ -70,15 +71,24 @@ class Monitor:
         self._stack = contextlib.ExitStack()
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
-        self._board: Any = None
+        self._settings = settings or {}
+        self._trackers = trackers.Trackers({})
+        self._lock = threading.Lock()
+        self._step = 0
 
     def __enter__(self) -> Self:
+        with self._stack:
+            self._open()
+            self._stack = self._stack.pop_all()  # closed here only if something above has failed
+        return self
+
+    def _open(self) -> None:
         path = self._folder / "log.jsonl"
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._records = self._stack.enter_context(path.open("a", encoding="utf-8"))
         if torn:
             self._records.write("\n")
-        file = logging.FileHandler(self._folder / "train.log", encoding="utf-8")
+        file = self._log_file()
         file.setFormatter(logging.Formatter(_FORMAT))
         console: logging.Handler
         if self.rich:
@@ -92,19 +102,16 @@ class Monitor:
             self._stack.callback(self.logger.removeHandler, handler)
         self._stack.callback(self.logger.setLevel, self.logger.level)
         self.logger.setLevel(self._config.level)
-        if self._config.tensorboard:
-            self._board = self._open_board()
-        return self
+        self._trackers = trackers.Trackers(trackers.open_trackers(self._folder, self._config, self._settings))
+        self._stack.callback(self._trackers.close)
 
-    def _open_board(self) -> Any:
+    def _log_file(self) -> logging.Handler:
+        path = Path(self._config.log_file) if self._config.log_file else self._folder / "train.log"
         try:
-            writer = importlib.import_module("tensorboardX").SummaryWriter(str(self._folder / "tensorboard"))
-        except ImportError as error:
-            raise UserError(
-                "monitor.tensorboard: needs tensorboardX: pip install 'astrobiogen[tensorboard]'"
-            ) from error
-        self._stack.callback(writer.close)
-        return writer
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"monitor.log_file: {path} cannot be written: {error.strerror or error}") from error
 
     def __exit__(self, *_: object) -> None:
         self.end_progress()
@@ -113,12 +120,15 @@ class Monitor:
     def record(self, event: str, **values: Any) -> None:
         """Append one record to log.jsonl and flush it to the operating system."""
         record = _finite({"event": event, "time": round(time.time(), 3), **values})
-        self._records.write(json.dumps(record) + "\n")
-        self._records.flush()
-        if self._board is not None and "step" in values:
-            for key, value in values.items():
-                if isinstance(value, int | float) and key != "step":
-                    self._board.add_scalar(f"{event}/{key}", value, values["step"])
+        with self._lock:  # the GPU statistics come from a thread of their own
+            self._step = values.get("step", self._step)
+            self._records.write(json.dumps(record) + "\n")
+            self._records.flush()
+            self._trackers.log(event, values)
+
+    def record_gpu(self, cards: dict[str, dict[str, float]]) -> None:
+        """Readings of the GPUs, filed under the step that was recorded last."""
+        self.record("gpu", step=self._step, cards=cards)
 
     def begin_progress(self, total: int, done: int) -> None:
         """Start the progress bar over all micro-batches of the run."""

@@ -1,8 +1,9 @@
 """A whole run: prepare, train, examine the best model, report."""
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,21 @@ import yaml
 
 import astrobiogen
 from astrobiogen import data
-from astrobiogen.training import assemble, baselines, evaluation, final, metrics, precision, report, run_folder, runtime
+from astrobiogen.training import (
+    assemble,
+    baselines,
+    evaluation,
+    final,
+    metrics,
+    precision,
+    report,
+    run_folder,
+    runtime,
+    throughput,
+)
 from astrobiogen.training.config import TrainConfig, to_dict
 from astrobiogen.training.errors import UserError
+from astrobiogen.training.gpu import GpuSampler
 from astrobiogen.training.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
 
@@ -34,13 +47,15 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
     device = runtime.choose_device(config.runtime.device)
     dtype, reason = precision.choose_dtype(config.precision, device)
     done = runtime.prepare(config.runtime, config.seed)
+    config = precision.resolved(config, dtype)
     if not resume:
         run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
     facts = run_folder.environment(done | {"device": str(device), "dtype": str(dtype)})
     run_folder.write_json(folder / _environment_name(folder), facts)
     with (
-        Monitor(folder, config.monitor) as monitor,
+        Monitor(folder, config.monitor, to_dict(config)) as monitor,
         runtime.Interrupt() as interrupt,
+        GpuSampler(device, config.monitor.gpu_seconds, monitor.record_gpu),
         astrobiogen.use_kernels(config.runtime.kernels),
     ):
         _LOG.info(
@@ -54,7 +69,15 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
         )
         assembly = assemble.assemble(config, assemble.load_bundle(config))
         _LOG.info("data: %s", assembly.task.fingerprint)
-        trainer = Trainer(assembly.task, config, folder, monitor, interrupt, device=device, dtype=dtype)
+        assembly.task.model.to(device)
+        speed = throughput.measure(assembly.task, device, dtype)
+        _LOG.info(
+            "%.3g GFLOP per sample; matrix products reach %.3g GFLOP/s in %s",
+            *(speed.flops_per_sample / 1e9, speed.peak / 1e9, dtype),
+        )
+        trainer = Trainer(
+            *(assembly.task, config, folder, monitor, interrupt), device=device, dtype=dtype, throughput=speed
+        )
         if resume:
             trainer.saver.resume()
         monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
@@ -65,7 +88,12 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
             return 0
         best = trainer.saver.load_best()
         _LOG.info("examining the best model, %s", best)
-        result, predictions = examine(assembly, trainer.model, config, device, dtype)
+        examined = examine(assembly, trainer.model, config, device, dtype, lambda: bool(interrupt.received))
+        if examined is None:
+            text = "stopped by %s while examining the trained model; do that again with: --resume %s"
+            _LOG.warning(text, interrupt.received, folder)
+            return 0
+        result, predictions = examined
         result |= {"run": _describe(trainer), "environment": run_folder.ENVIRONMENT}
         publish(folder, result, predictions)
         monitor.record("final", step=trainer.progress.step, test=result["model"][final.ALL_CELLS])
@@ -106,9 +134,15 @@ def _baseline_probabilities(bundle: data.DatasetBundle, seed: int) -> dict[str, 
 
 
 def examine(
-    assembly: assemble.Assembly, model: torch.nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
-    """Test figures of `model` with intervals, baselines and ablation as JSON data, and the predictions behind them.
+    assembly: assemble.Assembly,
+    model: torch.nn.Module,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, Any], dict[str, metrics.Predictions]] | None:
+    """Test figures of `model` with intervals, baselines and ablation as JSON data, and the predictions behind them;
+    None if `should_stop`, polled before each batch, said so.
 
     Raises:
         UserError: the data set has no test samples.
@@ -117,19 +151,18 @@ def examine(
     if not len(test):
         raise UserError("data: got 0 test samples, expected at least one", exit_code=1)
     task, settings, seed = assembly.task, config.evaluation, config.seed
-    order = assemble.evaluation_order(test, config)
-    whole = evaluation.evaluate(
-        model,
-        task.loss_function,
-        test,
-        task.collate,
+    run = functools.partial(
+        evaluation.evaluate,
+        *(model, task.loss_function),
+        collate=task.collate,
         batch_size=settings.batch_size,
         device=device,
         dtype=dtype,
-        order=order,
+        should_stop=should_stop,
     )
+    whole = run(test, order=assemble.evaluation_order(test, config))
     if whole is None:
-        raise UserError("the examination was stopped", exit_code=1)
+        return None
     predictions = {"model": whole.predictions}
     result: dict[str, Any] = {
         "preset": config.preset,
@@ -151,38 +184,16 @@ def examine(
         for name, probability in probabilities.items():
             predictions[name] = dataclasses.replace(whole.predictions, probability=probability)
     if settings.ablation:
-        result["ablation"] = _ablation(assembly, model, whole, config, device, dtype)
-    return result, predictions
-
-
-def _ablation(
-    assembly: assemble.Assembly,
-    model: torch.nn.Module,
-    whole: evaluation.Evaluation,
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Each modality masked on `evaluation.ablation_limit` test samples."""
-    test, limit = assembly.bundle.test, config.evaluation.ablation_limit
-    chosen = assemble.spread(len(test), limit or len(test))
-    keep = np.isin(np.arange(len(test)), chosen)
-    part = assemble.limited(test, limit or len(test))
-    _LOG.info("masking one modality after the other on %d test samples", len(part))
-    order = assemble.evaluation_order(part, config)
-    task = assembly.task
-    return final.ablate(
-        model,
-        task.loss_function,
-        part,
-        task.collate,
-        order,
-        whole.predictions.select(keep),
-        config.evaluation,
-        device,
-        dtype,
-        config.seed,
-    )
+        limit = settings.ablation_limit or len(test)
+        keep = np.isin(np.arange(len(test)), assemble.spread(len(test), limit))
+        part = assemble.limited(test, limit)
+        _LOG.info("masking one modality after the other on %d test samples", len(part))
+        masked = functools.partial(run, part, order=assemble.evaluation_order(part, config))
+        ablation = final.ablate(masked, whole.predictions.select(keep), settings.bootstrap, seed)
+        if ablation is None:
+            return None
+        result["ablation"] = ablation
+    return None if should_stop() else (result, predictions)
 
 
 def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metrics.Predictions]) -> None:

@@ -18,9 +18,11 @@ from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.optimizer import build_optimizer
 from astrobiogen.training.saving import Saver
 from astrobiogen.training.state import Progress, Task
+from astrobiogen.training.throughput import Throughput
 from astrobiogen.training.update import Updater, UpdateResult, emphasis
 
 _LOG = logging.getLogger("astrobiogen")
+_UNITS = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s", "mfu": "MFU"}
 
 
 class Trainer:
@@ -28,6 +30,7 @@ class Trainer:
 
     Args:
         interrupt: its flag, in any process, ends the run at the next micro-batch, after a save.
+        throughput: turns seconds into the rates of the log.
         world: the processes that train together; default: this one alone.
         observer: passed on to the checkpoint stores (tests).
 
@@ -45,6 +48,7 @@ class Trainer:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        throughput: Throughput | None = None,
         observer: Observer | None = None,
         world: World | None = None,
     ) -> None:
@@ -56,6 +60,8 @@ class Trainer:
         self._device = device
         self._dtype = dtype
         self._world = world or World()
+        self._throughput = throughput or Throughput()
+        self._clock = self._window_clock = time.monotonic()
         self._batches = task.sampler.batches_per_epoch
         updates = math.ceil(self._batches / config.data.accumulation) * config.epochs
         self.model = task.model.to(device)
@@ -69,6 +75,7 @@ class Trainer:
         """Train until an end is reached; False if a signal stopped it (a checkpoint has then been saved, if the disk
         allowed it).
         """
+        self._clock = self._window_clock = time.monotonic()
         self._monitor.begin_progress(self._batches * self.config.epochs, self.progress.step)
         try:
             return self._fit()
@@ -101,13 +108,12 @@ class Trainer:
             self.task.train, self.task.collate, shares, self._device, self.config.data.workers
         )
         for shared, (indices, batch) in zip(todo, loaded, strict=True):
-            started = time.monotonic()
             self.updater.add(shared, batch, self._emphasis(shared, indices))
             progress.batch += shared.batches
             progress.step += shared.batches
             if shared.closes:
-                self._log_update(self.updater.finish(), time.monotonic() - started)
-            progress.seconds += time.monotonic() - started
+                self._log_update(self.updater.finish())
+            self._tick()
             if not self.updater.parallel.may_stop(shared.closes):
                 continue
             # The clock is that of process 0; a signal counts in whichever process it arrives.
@@ -131,6 +137,13 @@ class Trainer:
         progress.validating = True
         return True
 
+    def _tick(self) -> float:
+        """Count the wall-clock time since the last call as time of the run; returns the present time."""
+        now = time.monotonic()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+        return now
+
     def _emphasis(self, shared: Round, indices: list[int]) -> dict[str, float] | None:
         """Factors of the loss's terms for this process's share, so that the window equals the full batch."""
         counts, window = self.task.counts, shared.window
@@ -146,8 +159,11 @@ class Trainer:
         saved = self.saver.save(self._interrupt.received)
         self._monitor.record("interrupted", step=self.progress.step, signal=self._interrupt.received, saved=saved)
 
-    def _log_update(self, result: UpdateResult, seconds: float) -> None:
+    def _log_update(self, result: UpdateResult) -> None:
         progress, updater = self.progress, self.updater
+        now = self._tick()
+        speed = self._throughput.rates(now - self._window_clock, result.samples, result.tokens)
+        self._window_clock = now
         if not result.skipped:
             progress.epoch_samples += result.samples
             for name, value in result.means.items():
@@ -163,7 +179,7 @@ class Trainer:
             gradient_norm=result.norm,
             skipped=result.skipped,
             loss_scale=updater.scaler.scale,
-            seconds=round(seconds, 4),
+            speed=speed,
         )
         text = f"epoch {progress.epoch + 1}/{self.config.epochs}  loss {result.means['loss']:.4f}"
         self._monitor.advance(progress.step, text)
@@ -171,7 +187,8 @@ class Trainer:
             bad = updater.bad_windows[-1]
             _LOG.warning("update skipped: gradient norm %s; samples %s", result.norm, bad["batches"])
         if not self._monitor.rich and updater.updates % self.config.monitor.log_every == 0:
-            _LOG.info("%s  step %d  lr %.2e  norm %.2f", text, progress.step, result.rate, result.norm)
+            rates = "  ".join(f"{speed[name]:.3g} {unit}" for name, unit in _UNITS.items() if name in speed)
+            _LOG.info("%s  step %d  lr %.2e  norm %.2f  %s", text, progress.step, result.rate, result.norm, rates)
 
     def _validate(self) -> bool:
         """Validate, keep the best, advance to the next epoch; False if interrupted (it is then repeated on
@@ -198,7 +215,8 @@ class Trainer:
         if result is None:  # outside the block above: the checkpoint must hold the raw weights
             self._save_interrupted()
             return False
-        self._finish_epoch(result, better, time.monotonic() - started)
+        self._window_clock = self._tick()
+        self._finish_epoch(result, better, self._window_clock - started)
         return True
 
     def _finish_epoch(self, result: evaluation.Evaluation, better: bool, seconds: float) -> None:

@@ -25,8 +25,8 @@ class Window:
         batches: micro-batches in it so far, of all processes.
         samples: samples in it so far, of all processes.
         names: "loss" and its terms.
-        sums: each of `names` summed over this process's samples, fp64, on the model's device: reading it waits for the
-            device, so that is done once per window.
+        sums: each of `names` summed over this process's samples, then their text tokens; fp64, on the model's device:
+            reading it waits for the device, so that is done once per window.
         ids: sample numbers of each micro-batch, for the report if it turns out not to be finite.
     """
 
@@ -36,23 +36,26 @@ class Window:
     sums: torch.Tensor | None = None
     ids: list[list[int]] = dataclasses.field(default_factory=list)
 
-    def add(self, shared: Round, own: int, values: dict[str, torch.Tensor]) -> None:
-        """Take in a round: `values` are means over the `own` samples of this process."""
+    def add(self, shared: Round, own: int, values: dict[str, torch.Tensor], tokens: torch.Tensor | None) -> None:
+        """Take in a round: `values` are means over the `own` samples of this process, which have `tokens` tokens."""
         self.batches += shared.batches
         self.samples += shared.samples
         self.ids.append([index for part in shared.parts for index in part])
         self.names = list(values)
-        summed = torch.stack([value.detach().double().reshape(()) for value in values.values()]) * own
+        means = [value.detach().double().reshape(()) for value in values.values()]
+        count = torch.zeros_like(means[0]) if tokens is None else tokens.double()
+        summed = torch.stack([*(mean * own for mean in means), count])
         self.sums = summed if self.sums is None else self.sums + summed
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateResult:
-    """What one update did: means over the window's samples, the gradient norm before clipping, the rate, and whether it
-    was skipped."""
+    """What one update did: means over the window's samples, how many these were, their text tokens, the gradient norm
+    before clipping, the rate, and whether it was skipped."""
 
     means: dict[str, float]
     samples: int
+    tokens: int
     norm: float
     rate: float
     skipped: bool
@@ -130,7 +133,8 @@ class Updater:
             with precision.autocast(self._device, self._dtype):
                 loss, parts = self.parallel.objective(batch, emphasis)
             (loss.float() * (own * world.size / self._nominal * self.scaler.scale)).backward()
-        self.window.add(shared, own, {"loss": loss, **parts})
+        mask = batch.get("attention_mask")
+        self.window.add(shared, own, {"loss": loss, **parts}, None if mask is None else mask.sum())
 
     def finish(self) -> UpdateResult:
         """Close the window: rescale, check, clip, step, average.
@@ -158,7 +162,7 @@ class Updater:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.optimizer.step()
         norm, flag, *sums = _read(total, bad, window.sums)
-        sums = self.parallel.world.sum(sums)
+        *sums, tokens = self.parallel.world.sum(sums)
         means = {name: value / window.samples for name, value in zip(window.names, sums, strict=True)}
         skipped = flag > 0
         if skipped:
@@ -175,7 +179,7 @@ class Updater:
         self.window = Window()
         if self.skipped_in_row > config.precision.skip_budget:
             raise NumericalError(self._report())
-        return UpdateResult(means, window.samples, norm, rate, skipped)
+        return UpdateResult(means, window.samples, int(tokens), norm, rate, skipped)
 
     def _skip(self, means: dict[str, float], norm: float) -> None:
         self.skipped += 1

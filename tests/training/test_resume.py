@@ -13,7 +13,7 @@ from astrobiogen.training.loading import Batch
 from astrobiogen.training.monitor import read_log
 from tests.training.conftest import Run, collate, toy_config, toy_task
 
-VOLATILE = ("time", "seconds", "checkpoint")
+VOLATILE = ("time", "seconds", "speed", "checkpoint")
 
 
 def final_state(run: Run) -> dict[str, torch.Tensor]:

@@ -198,7 +198,6 @@ def test_missing_bitsandbytes_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_dtype_is_never_replaced() -> None:
     cpu = torch.device("cpu")
-    assert choose_dtype(PrecisionConfig(), cpu)[0] == torch.float32
     assert choose_dtype(PrecisionConfig(dtype="fp16"), cpu)[0] == torch.float16
     assert choose_dtype(PrecisionConfig(dtype="bf16"), cpu)[0] == torch.bfloat16
 

@@ -1,0 +1,160 @@
+"""Optional trackers: TensorBoard events, Weights & Biases, trackio. log.jsonl stays the record, these are copies."""
+
+import importlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from astrobiogen.training.config import MonitorConfig
+from astrobiogen.training.errors import UserError
+
+_LOG = logging.getLogger("astrobiogen")
+
+
+class Tracker(Protocol):
+    """What a tracker must do."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Take in numbers by name for micro-batch `step`."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+def _library(key: str, module: str, extra: str) -> ModuleType:
+    """Import `module`.
+
+    Raises:
+        UserError: it is not installed; names the key that asked for it and the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"monitor.{key}: needs {module}: pip install 'astrobiogen[{extra}]'; the import said: {error}"
+        ) from error
+
+
+class TensorBoard:
+    """Event files in `<run>/tensorboard`, appended to by a resumed run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = _library("tensorboard", "tensorboardX", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """One scalar per name."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class Wandb:
+    """A W&B run under `<run>/wandb`. Offline runs cannot be resumed there, so each part of a resumed run is a run of
+    its own in the group of the run folder; `wandb sync` uploads offline ones later.
+    """
+
+    def __init__(self, folder: Path, config: MonitorConfig, settings: dict[str, Any]) -> None:
+        library = _library("wandb", "wandb", "wandb")
+        try:
+            self._run = library.init(
+                project=config.project,
+                group=folder.name,
+                dir=str(folder),
+                mode=config.wandb,
+                config=settings,
+            )
+        except Exception as error:  # wandb has no common base class: usage, communication and start-up errors differ
+            raise UserError(
+                f"monitor.wandb: {config.wandb!r} could not start: {' '.join(str(error).split())[:200]}; "
+                "use --monitor.wandb offline, which needs neither network nor key"
+            ) from error
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """One history row."""
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """End the run; offline, nothing is sent."""
+        self._run.finish()
+
+
+class Trackio:
+    """A trackio run in its local SQLite store; nothing leaves the machine."""
+
+    def __init__(self, folder: Path, config: MonitorConfig, settings: dict[str, Any]) -> None:
+        self._library = _library("trackio", "trackio", "trackio")
+        self._library.init(project=config.project, name=folder.name, config=settings, resume="allow")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """One row."""
+        self._library.log(values, step=step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._library.finish()
+
+
+def open_trackers(folder: Path, config: MonitorConfig, settings: dict[str, Any]) -> dict[str, Tracker]:
+    """The trackers that `config` asks for, by name; `settings` is the run's configuration for their records.
+
+    Raises:
+        UserError: a library is not installed, or W&B does not start.
+    """
+    trackers: dict[str, Tracker] = {}
+    if config.tensorboard:
+        trackers["tensorboard"] = TensorBoard(folder)
+    if config.wandb != "off":
+        trackers["wandb"] = Wandb(folder, config, settings)
+    if config.trackio:
+        trackers["trackio"] = Trackio(folder, config, settings)
+    return trackers
+
+
+def scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
+    """The numbers in a record, nested ones too, as `event/key/inner` (an event never replaces another's curve)."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+        if isinstance(value, int | float):
+            yield prefix, float(value)
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(f"{prefix}/{key}", inner)
+
+    return dict(walk(event, {key: value for key, value in values.items() if key != "step"}))
+
+
+class Trackers:
+    """All trackers of a run. One that fails while the run goes on is dropped with a warning: a tracker must not end a
+    four-week run.
+    """
+
+    def __init__(self, trackers: dict[str, Tracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, event: str, values: dict[str, Any]) -> None:
+        """Send the numbers of one record."""
+        if not self._trackers:
+            return
+        numbers, step = scalars(event, values), int(values.get("step", 0))
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, lambda tracker=tracker: tracker.log(numbers, step))
+
+    def close(self) -> None:
+        """Close every tracker that is still in use."""
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, tracker.close)
+
+    def _guarded(self, name: str, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # other people's code, network and disk: anything may come
+            del self._trackers[name]
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            _LOG.warning("%s failed and is switched off (%s); log.jsonl goes on", name, what)
