@@ -11,7 +11,8 @@ from typing import Any
 
 import astrobiogen
 from astrobiogen.training import assemble, checkpoint, cli, precision, run_folder, runtime, saving, session
-from astrobiogen.training.config import TrainConfig, from_dict
+from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.config_dict import from_dict
 from astrobiogen.training.errors import CheckpointError, UserError
 
 

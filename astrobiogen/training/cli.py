@@ -11,7 +11,8 @@ import jsonargparse
 import torch
 
 from astrobiogen.training import run_folder
-from astrobiogen.training.config import PRESETS, TrainConfig, changed_on_resume, flatten, preset, smoke, to_dict
+from astrobiogen.training.config import PRESETS, TrainConfig, preset, smoke
+from astrobiogen.training.config_dict import changed_on_resume, flatten, to_dict
 from astrobiogen.training.errors import UserError
 
 _DESCRIPTION = """Train the multi-modal model. Without any option: the tiny preset on the bundled data, on the CPU, in a

@@ -9,7 +9,8 @@ import torch
 
 from astrobiogen.training import evaluation, packing, runtime
 from astrobiogen.training.checkpoint import CheckpointStore, Content, Observer
-from astrobiogen.training.config import TrainConfig, to_dict
+from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.config_dict import to_dict
 from astrobiogen.training.errors import CheckpointError
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.state import Progress, Task

@@ -28,7 +28,8 @@ from astrobiogen.training import (
     runtime,
     throughput,
 )
-from astrobiogen.training.config import TrainConfig, to_dict
+from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.config_dict import to_dict
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.gpu import GpuSampler
 from astrobiogen.training.monitor import Monitor, read_log

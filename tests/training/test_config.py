@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import astrobiogen.training as package
-from astrobiogen.training import cli, config
+from astrobiogen.training import cli, config, config_dict
 from astrobiogen.training.assemble import override
 from astrobiogen.training.errors import UserError
 
@@ -36,7 +36,7 @@ def test_every_key_is_read_and_documented() -> None:
 def test_presets_survive_a_round_trip(name: str) -> None:
     made = config.preset(name)
     assert made.preset == name
-    assert config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict(made)))) == made
+    assert config_dict.from_dict(yaml.safe_load(yaml.safe_dump(config_dict.to_dict(made)))) == made
     assert cli.parse(["--preset", name]).config == made
 
 
@@ -94,7 +94,7 @@ def test_unknown_yaml_key_and_broken_yaml(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         cli.parse(["--config", str(file)])
     with pytest.raises(ValueError, match=r"optimizer\.lr: unknown key"):
-        config.from_dict({"optimizer": {"lr": 1}})
+        config_dict.from_dict({"optimizer": {"lr": 1}})
 
 
 def test_every_group_rejects_what_it_says() -> None:
@@ -144,7 +144,7 @@ def test_model_overrides() -> None:
 
 def test_resume_takes_the_runs_configuration_and_refuses_other_courses(tmp_path: Path) -> None:
     saved = dataclasses.replace(config.preset("tiny"), seed=5, model={"graph_weight": 0.1})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict(saved)))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_dict.to_dict(saved)))
     same = cli.parse(["--resume", str(tmp_path), "--stop.max_hours", "9", "--monitor.log_every", "1"])
     assert same.resume == str(tmp_path)
     assert same.config == dataclasses.replace(
