@@ -54,6 +54,11 @@ def maybe_checkpoint(enabled: bool, function: Callable[..., Any], *args: Any) ->
     return function(*args)
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision as fp32; fp32 and fp64 as they are. For softmaxes, sums and losses."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int) -> torch.Tensor:
     """Mean of `values` over `axis` where `mask` (same leading axes up to `axis`) is true; 0 where nothing is."""
     weights = mask.to(values.dtype)

@@ -48,7 +48,7 @@ def network_of(graph: GraphTensors) -> Network:
     joins = starts != ends
     metabolite = torch.where(starts, graph.target, graph.source)
     reaction = torch.where(starts, graph.source, graph.target)
-    sign = torch.where(starts, 1.0, -1.0) * joins
+    sign = joins * torch.where(starts, 1.0, -1.0).to(graph.stoichiometry.dtype)
     nodes = graph.x.shape[0]
     reversible = segment_max(torch.where(joins, graph.edge_attr[:, 1].float(), 0.0)[:, None], reaction, nodes)[:, 0]
     stoichiometry = graph.stoichiometry * joins

@@ -86,6 +86,10 @@ class DatacubeConfig:
             self.latitude_padding in ("zeros", "pole"),
             f"latitude_padding must be 'zeros' or 'pole', got {self.latitude_padding!r}",
         )
+        require(
+            self.latitude_padding != "pole" or self.stem_grid[4] % 2 == 0,
+            f"latitude_padding 'pole' needs an even number of longitudes behind the stem, got {self.stem_grid[4]}",
+        )
         require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
@@ -95,11 +99,13 @@ class DatacubeConfig:
 
     @property
     def stage_strides(self) -> tuple[Ints5, ...]:
-        """Stride in front of each stage: 2 on an axis that is even and at least 4 long, else 1."""
+        """Stride in front of each stage: 2 on an axis that is even and at least 4 long, else 1; longitude stays even
+        under "pole" padding, which continues a meridian on the opposite one."""
         strides: list[Ints5] = [(1, 1, 1, 1, 1)]
         grid = list(self.stem_grid)
+        factors = (2, 0, 2, 2, 4 if self.latitude_padding == "pole" else 2)
         for _ in range(self.depth - 1):
-            step = [2 if axis != 1 and size % 2 == 0 and size >= 4 else 1 for axis, size in enumerate(grid)]
+            step = [2 if by and size % by == 0 and size >= 4 else 1 for by, size in zip(factors, grid)]
             grid = [size // by for size, by in zip(grid, step)]
             strides.append(tuple(step))  # pyright: ignore[reportArgumentType]
         return tuple(strides)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from astrobiogen.layers import RMSNorm
+from astrobiogen.models._common import at_least_float32
 from astrobiogen.models.datacube_config import DatacubeConfig, Ints5
 from astrobiogen.models.physics import LATENT_HEAT, AtmosphereBudgets
 
@@ -68,13 +69,13 @@ class PatchDecoder(nn.Module):
         """(h with a trailing 1, W with the bias as its last column), fp32: decoded patch = W h."""
         ones = hidden.new_ones(*hidden.shape[:-1], 1)
         weight = torch.cat([self.decode.weight, self.decode.bias[:, None]], dim=1)
-        return torch.cat([hidden, ones], dim=-1).float(), weight.float()
+        return at_least_float32(torch.cat([hidden, ones], dim=-1)), at_least_float32(weight)
 
     def squared_error(self, hidden: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Mean squared error of each decoded patch against `patches` [B, *stem grid, K], fp32 [B, *stem grid]."""
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = self.augmented(hidden)
-            target = patches.float()
+            target = at_least_float32(patches)
             own = ((rows @ (weight.t() @ weight)) * rows).sum(-1)
             cross = ((target @ weight) * rows).sum(-1)
             power = torch.linalg.vector_norm(target, dim=-1).square()  # no field of squares in memory
@@ -132,7 +133,7 @@ class PatchBudgets(nn.Module):
             rows, weight = decoder.augmented(hidden)
             through = torch.einsum("zykmq,kc->zycmq", self.weights, weight)
             decoded = torch.einsum("btgzyxc,zycmq->btgzyxmq", rows, through)
-            given = torch.einsum("btgzyxk,zykmq->btgmq", patches.detach().float(), self.weights)
+            given = torch.einsum("btgzyxk,zykmq->btgmq", at_least_float32(patches.detach()), self.weights)
             difference = decoded.sum((3, 4, 5)) - given
             missing = (decoded[..., 0] + self.dry_limit[:, :, None, None]).clamp(max=0.0).sum((3, 4, 5))
         return self._months(difference[..., 0]), self._months(difference[..., 1]), self._months(missing)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from astrobiogen.layers import RMSNorm, SwiGLU
+from astrobiogen.models._common import at_least_float32
 from astrobiogen.models.graph_inputs import GraphTensors, segment_max, segment_sum
 
 
@@ -33,7 +34,7 @@ class EdgeAttention(nn.Module):
         per_head = (-1, self.heads, width // self.heads)
         q = (self.q_proj(x) * per_head[2] ** -0.5).index_select(0, receiver).view(per_head)
         k, v = self.kv_proj(x).index_select(0, sender).chunk(2, dim=-1)
-        scores = (q * k.view(per_head)).sum(-1).float() + bias.float()
+        scores = at_least_float32((q * k.view(per_head)).sum(-1)) + bias
         highest = segment_max(scores, receiver, nodes)
         weights = (scores - highest.index_select(0, receiver)).exp()
         total = segment_sum(weights, receiver, nodes).clamp(min=torch.finfo(torch.float32).tiny)
@@ -58,7 +59,7 @@ class GlobalPool(nn.Module):
 
     def forward(self, x: torch.Tensor, graph_of_node: torch.Tensor, n_graphs: int) -> torch.Tensor:
         """Pool x [N, C] into [B, slots · C]; 0 for a graph without nodes."""
-        scores = self.score(x).float()
+        scores = at_least_float32(self.score(x))
         highest = segment_max(scores, graph_of_node, n_graphs)
         weights = (scores - highest.index_select(0, graph_of_node)).exp()
         total = segment_sum(weights, graph_of_node, n_graphs).clamp(min=torch.finfo(torch.float32).tiny)

@@ -85,19 +85,20 @@ def graph_tensors(data: Any, node_features: int, laplacian_dim: int, random_walk
         return value.to(dtype)
 
     real = x.dtype
+    exact = torch.promote_types(real, torch.float32)
     graph = GraphTensors(
         x=x,
         source=edge_index[0],
         target=edge_index[1],
         edge_attr=read("edge_attr", (edges, 2), real, ("edge", "attribute")),
-        stoichiometry=read("stoichiometry", (edges,), torch.float32, ("edge",)),
+        stoichiometry=read("stoichiometry", (edges,), exact, ("edge",)),
         node_type=read("node_type", (nodes,), torch.long, ("node",)),
         laplacian_pe=read("laplacian_pe", (nodes, laplacian_dim), real, ("node", "eigenvector")),
         random_walk_pe=read("random_walk_pe", (nodes, random_walk_dim), real, ("node", "step")),
         is_internal=read("is_internal", (nodes,), torch.bool, ("node",)),
-        elements=read("elements", (nodes, N_ELEMENTS), torch.float32, ("node", "element")),
+        elements=read("elements", (nodes, N_ELEMENTS), exact, ("node", "element")),
         formula_known=read("formula_known", (nodes,), torch.bool, ("node",)),
-        charge=read("charge", (nodes,), torch.float32, ("node",)),
+        charge=read("charge", (nodes,), exact, ("node",)),
         charge_known=read("charge_known", (nodes,), torch.bool, ("node",)),
         graph_of_node=graph_of_node,
         n_graphs=n_graphs,

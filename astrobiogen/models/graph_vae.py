@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen.layers import RMSNorm, SwiGLU
-from astrobiogen.models._common import maybe_checkpoint, require, resolve_config
+from astrobiogen.models._common import at_least_float32, maybe_checkpoint, require, resolve_config
 from astrobiogen.models.biochemistry import network_of, normalise_flux, violations
 from astrobiogen.models.graph_attention import GlobalPool, GraphLayer, StructuralEmbedding, laplacian_products
 from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors, segment_mean, segment_sum
@@ -148,7 +148,7 @@ class RebuiltGraphVAE(nn.Module):
         z = mu + torch.randn_like(mu) * (0.5 * logvar).exp() if self.training else mu
         outputs: dict[str, Any] = {"features": features, "mu": mu, "logvar": logvar, "z": z}
         outputs |= self.decoder(z, graph, products)
-        mean, log_variance = mu.float(), logvar.float()
+        mean, log_variance = at_least_float32(mu), at_least_float32(logvar)
         outputs["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean(1)
         loss = outputs["node_loss"] + outputs["edge_loss"] + outputs["stoichiometry_loss"]
         outputs["beta"] = self._next_beta() if beta is None else beta
@@ -212,14 +212,16 @@ class GraphDecoder(nn.Module):
         sources, targets, absent = sample_negatives(graph, self.training)
         negative_products = laplacian_products(graph, sources, targets)
         negatives, _ = self._edge_logits(starts, ends, sources, targets, negative_products)
-        log_magnitude = self.to_magnitude(pairs)[:, 0].float()
+        log_magnitude = at_least_float32(self.to_magnitude(pairs)[:, 0])
         return {
             "node_reconstruction": nodes,
             "edge_logits": logits,
             "negative_edge_index": torch.stack([sources, targets]),
             "negative_edge_logits": negatives,
             "negative_edge_mask": absent,
-            "node_loss": segment_mean((nodes - graph.x).float().square().mean(1), graph.graph_of_node, graph.n_graphs),
+            "node_loss": segment_mean(
+                at_least_float32(nodes - graph.x).square().mean(1), graph.graph_of_node, graph.n_graphs
+            ),
             "edge_loss": _edge_loss(logits, negatives, absent, graph, sources),
             "stoichiometry_loss": _stoichiometry_loss(log_magnitude, graph),
             "constraints": self._constraints(slots, logits, log_magnitude, graph),
@@ -235,7 +237,7 @@ class GraphDecoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = starts.index_select(0, source) * ends.index_select(0, target)
         logits = pairs.sum(-1) + self.edge_structure(products)[:, 0]
-        return logits.float(), pairs
+        return at_least_float32(logits), pairs
 
     def _constraints(
         self, slots: torch.Tensor, logits: torch.Tensor, log_magnitude: torch.Tensor, graph: GraphTensors
@@ -245,7 +247,7 @@ class GraphDecoder(nn.Module):
             return {}
         network = network_of(graph)
         decoded = logits.sigmoid() * log_magnitude.clamp(max=10.0).exp()
-        flux = normalise_flux(self.to_flux(slots)[:, 0].float(), graph)
+        flux = normalise_flux(at_least_float32(self.to_flux(slots)[:, 0]), graph)
         return violations(network.sign * decoded, flux, network, graph)
 
 

@@ -28,8 +28,8 @@ class RebuiltLLMIntegration(nn.Module):
       so the sequence has one fixed length and no sample needs a mask for it.
 
     Text is padded on the right, which is checked. Under the causal mask real tokens never see padding, so no padding
-    mask enters attention. Parameter names follow Hugging Face Llama (`embed_tokens`, `layers.N.self_attn.q_proj`, `norm`,
-    `lm_head`).
+    mask enters attention. Parameter names follow Hugging Face Llama (`embed_tokens`, `layers.N.self_attn.q_proj`,
+    `norm`, `lm_head`).
 
     Args:
         config: an `LLMConfig`; default `LLMConfig()`, the original's sizes.

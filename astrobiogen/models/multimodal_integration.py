@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen.layers import RMSNorm, SwiGLU
-from astrobiogen.models._common import check_axes, require, resolve_config
+from astrobiogen.models._common import at_least_float32, check_axes, require, resolve_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,9 @@ class RebuiltMultimodalIntegration(nn.Module):
     def _weights(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Weights [B, M]: softmax over present modalities; all 0 if there is none."""
         if self.config.use_adaptive_weighting:
-            scores = self.score(tokens)[..., 0].float()
+            scores = at_least_float32(self.score(tokens)[..., 0])
         else:
-            scores = tokens.new_zeros(mask.shape, dtype=torch.float32)
+            scores = at_least_float32(tokens.new_zeros(mask.shape))
         weights = scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
         return weights.masked_fill(~mask, 0.0).to(tokens.dtype)
 

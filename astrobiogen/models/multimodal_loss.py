@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from astrobiogen.models._common import at_least_float32
 from astrobiogen.models.unified_system import MODALITIES, MultiModalTrainingConfig
 
 
@@ -32,11 +33,12 @@ def compute_multimodal_loss(
         (loss, parts): a scalar to differentiate, and the seven unweighted terms plus ``total``, detached.
     """
     present = dict(zip(MODALITIES, outputs["present"].unbind(1)))
-    logits = outputs["logits"].float()
+    logits = at_least_float32(outputs["logits"])
     zero = logits.sum() * 0.0
     parts = {"classification": F.cross_entropy(logits, batch["habitability_label"])}
     fraction = batch.get("habitability_fraction")
-    parts["regression"] = zero if fraction is None else F.mse_loss(outputs["regression"].float(), fraction.float())
+    regression = at_least_float32(outputs["regression"])
+    parts["regression"] = zero if fraction is None else F.mse_loss(regression, fraction.to(regression.dtype))
     cnn, graph, text = outputs["cnn_outputs"], outputs["graph_vae_outputs"], outputs["llm_outputs"]
     parts["reconstruction"] = _mean(cnn["reconstruction_loss"], present["climate"]) if cnn else zero
     parts["physics"] = _mean(cnn["physics_loss"], present["climate"]) if cnn else zero
@@ -51,14 +53,14 @@ def compute_multimodal_loss(
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `values` [B] over `mask`; 0 where nothing is. Hidden entries may hold NaN."""
-    kept = torch.where(mask, values.float(), 0.0)
+    kept = torch.where(mask, at_least_float32(values), 0.0)
     return kept.sum() / mask.sum().clamp(min=1)
 
 
 def _consistency(logits: torch.Tensor, fusion: dict[str, torch.Tensor]) -> torch.Tensor:
     """KL(fused || modality) in nats, mean over the modalities of a sample, then over samples that have one."""
     target = logits.detach().log_softmax(-1)
-    single = fusion["modality_logits"].float().log_softmax(-1)
+    single = at_least_float32(fusion["modality_logits"]).log_softmax(-1)
     divergence = (target.exp()[:, None] * (target[:, None] - single)).sum(-1)
     mask = fusion["present"]
     per_sample = torch.where(mask, divergence, 0.0).sum(1) / mask.sum(1).clamp(min=1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from astrobiogen.models._common import check_axes, require
+from astrobiogen.models._common import at_least_float32, check_axes, require
 
 HEAT_CAPACITY = 1004.64  # J kg⁻¹ K⁻¹, dry air at constant pressure
 LATENT_HEAT = 2.501e6  # J kg⁻¹, vaporisation of water at 0 °C
@@ -96,8 +96,8 @@ class AtmosphereBudgets(nn.Module):
     def anomaly(self, field: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Budgets less those of the mean field; linear in `field`, so differences lose no digits."""
         check_axes("field", field, AXES, self.sizes)
-        water = field[:, self.humidity].flatten(3).to(torch.float32) @ self.water_weight
-        heat = field[:, self.temperature].flatten(3).to(torch.float32) @ self.heat_weight
+        water = at_least_float32(field[:, self.humidity].flatten(3)) @ self.water_weight
+        heat = at_least_float32(field[:, self.temperature].flatten(3)) @ self.heat_weight
         return water, heat + LATENT_HEAT * water
 
     def violations(
@@ -119,7 +119,7 @@ class AtmosphereBudgets(nn.Module):
             water, energy = (budget - budget.mean(1, keepdim=True) for budget in self.anomaly(field))
         else:
             water, energy = self.anomaly(field - reference)
-        humidity = field[:, self.humidity].to(torch.float32) + self.dry_limit[:, None, None]
+        humidity = at_least_float32(field[:, self.humidity]) + self.dry_limit[:, None, None]
         missing = humidity.clamp(max=0.0).flatten(3) @ self.water_weight
         return {
             "water": over_epochs((water / self.water_scale).square(), epoch_mask),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from astrobiogen.layers import RMSNorm, SwiGLU
-from astrobiogen.models._common import check_axes, require, resolve_config
+from astrobiogen.models._common import at_least_float32, check_axes, require, resolve_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class SpectrumEncoder(nn.Module):
         products = (values[..., :, None] * waves[..., None, :]).flatten(2)
         points = self.embed(torch.cat([values, waves, products], dim=-1))
         points = points + self.mlp(self.norm(points))
-        scores = self.score(points).float().masked_fill(~mask[..., None], torch.finfo(torch.float32).min)
+        scores = at_least_float32(self.score(points)).masked_fill(~mask[..., None], torch.finfo(torch.float32).min)
         weights = scores.softmax(1).masked_fill(~mask[..., None], 0.0).to(points.dtype)
         pooled = torch.einsum("bwq,bwc->bqc", weights, points).flatten(1)
         return self.feature_norm(self.to_features(self.dropout(pooled)))
@@ -102,7 +102,7 @@ class SpectrumEncoder(nn.Module):
     def _waves(self, wavelength: torch.Tensor) -> torch.Tensor:
         """sin and cos of k·π·position, k = 1 … frequencies, position 0 to 1 in log wavelength over the range."""
         low, high = self.config.wavelength_range
-        position = (wavelength.float().clamp(min=low, max=high) / low).log() / math.log(high / low)
-        orders = torch.arange(1, self.config.frequencies + 1, device=wavelength.device, dtype=torch.float32)
+        position = (at_least_float32(wavelength).clamp(min=low, max=high) / low).log() / math.log(high / low)
+        orders = torch.arange(1, self.config.frequencies + 1, device=wavelength.device, dtype=position.dtype)
         angles = math.pi * position[..., None] * orders
         return torch.cat([angles.sin(), angles.cos()], dim=-1).to(wavelength.dtype)

@@ -1,10 +1,17 @@
 """The balances: zero on a network that satisfies them, positive and differentiable where it does not."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
+from scipy.sparse import coo_matrix
 from torch_geometric.data import Batch, Data
 
-from astrobiogen.models.biochemistry import network_of, normalise_flux, violations
+from astrobiogen import data as bundled
+from astrobiogen.models import GraphVAEConfig, RebuiltGraphVAE
+from astrobiogen.models.biochemistry import Network, network_of, normalise_flux, violations
 from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors
 
 # Combustion of methane in three reactions with exchange of every species:
@@ -152,3 +159,70 @@ def test_gradients_against_finite_differences() -> None:
         return tuple(violations(amounts, flows, fixed, exact).values())
 
     assert torch.autograd.gradcheck(function, (stoichiometry, flux))
+
+
+# Genome-scale models of the bundled data that record formulas and charges: 692 to 1,025 reactions.
+REAL = ("BIOMD0000001092", "BIOMD0000001095", "BIOMD0000001099")
+
+
+@pytest.fixture(scope="module")
+def store() -> Any:
+    return bundled.load_bundled().train.store
+
+
+def steady_flux(graph: GraphTensors, network: Network) -> torch.Tensor:
+    """A flux with S v = 0 at internal metabolites and forward through irreversible reactions: a random linear program,
+    as flux-balance analysis solves."""
+    nodes, reactions = graph.x.shape[0], (graph.node_type == 1).numpy()
+    coefficients = graph.stoichiometry.double().numpy()
+    matrix = coo_matrix((coefficients, (network.metabolite.numpy(), network.reaction.numpy())), (nodes, nodes)).tocsr()
+    internal = matrix[graph.is_internal.numpy()][:, reactions]
+    lowest = np.where(network.irreversible.numpy()[reactions], 0.0, -1.0)
+    objective = np.random.default_rng(1).normal(size=internal.shape[1])
+    solved = linprog(objective, A_eq=internal, b_eq=np.zeros(internal.shape[0]),
+                     bounds=np.stack([lowest, np.ones_like(lowest)], axis=1))  # fmt: skip
+    assert solved.success
+    assert (np.abs(solved.x) > 1e-6).mean() > 0.1  # a network at rest would satisfy everything
+    flux = torch.zeros(nodes, dtype=torch.float64)
+    flux[torch.from_numpy(reactions)] = torch.from_numpy(solved.x)
+    return flux
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_network_at_steady_state_has_no_violation(store: Any, name: str) -> None:
+    graph = prepared(store.organisms[name].graph)
+    fixed = network_of(graph)
+    reactions = graph.node_type == 1
+    assert fixed.element_checked[reactions].float().mean() > 0.7
+    assert fixed.charge_checked[reactions].float().mean() > 0.7
+    flux = normalise_flux(steady_flux(graph, fixed), graph)
+    stoichiometry = graph.stoichiometry.double().requires_grad_()
+    flux.requires_grad_()
+    found = violations(stoichiometry, flux, fixed, graph)
+    # 1e-8: charges that the record leaves unbalanced by less than the tolerance of `network_of`
+    assert all(value.item() < 1e-8 for value in found.values()), found
+    wrong = violations(stoichiometry * (1.0 + 0.5 * torch.rand_like(stoichiometry)), -flux, fixed, graph)
+    assert all(value.item() > 1e-4 for value in wrong.values()), wrong
+    by_stoichiometry, by_flux = torch.autograd.grad(sum(wrong.values()).sum(), (stoichiometry, flux))
+    assert (by_stoichiometry != 0).float().mean() > 0.7
+    assert (by_flux[reactions] != 0).float().mean() > 0.7
+
+
+def test_a_real_network_decoded_by_the_autoencoder_improves_in_training(store: Any) -> None:
+    """The violations are those of the decoded coefficients and fluxes: they start above zero and training lowers
+    them."""
+    graph = store.organisms[REAL[0]].graph
+    model = RebuiltGraphVAE(
+        GraphVAEConfig(hidden_dim=16, latent_dim=8, num_layers=1, heads=2, global_tokens=1, edge_dim=8, dropout=0.0,
+                       beta=1e-3, constraint_weight=1.0)
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    totals = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        outputs = model(graph)
+        outputs["loss"].backward()
+        optimizer.step()
+        totals.append(sum(value.item() for value in outputs["constraints"].values()))
+    assert model.decoder.to_flux.weight.grad.abs().max() > 0
+    assert totals[-1] < 0.7 * totals[0]

@@ -175,6 +175,13 @@ def test_wrong_input_names_the_axis(shape: tuple[int, ...], message: str) -> Non
         RebuiltDatacubeCNN(CONFIG)(torch.zeros(shape))
 
 
+def test_pole_padding_keeps_longitude_even() -> None:
+    with pytest.raises(ValueError, match="even number of longitudes behind the stem, got 1"):
+        DatacubeConfig(grid=(4, 3, 4, 8, 16), patch_size=(2, 1, 2, 2, 16), latitude_padding="pole")
+    config = DatacubeConfig(grid=(4, 3, 4, 8, 24), patch_size=(2, 1, 2, 1, 2), latitude_padding="pole")
+    assert config.deepest_grid[4] == 6  # 12 behind the stem; halved again it would be odd
+
+
 def test_wrong_patch_names_the_axis() -> None:
     with pytest.raises(ValueError, match="axis 'lev': 3 does not divide"):
         DatacubeConfig(patch_size=(3, 1, 3, 4, 4))
