@@ -1,22 +1,25 @@
 """Kill a training process with SIGKILL again and again, many times inside a save, and show that nothing is ever lost.
 
-    python tests/reliability/kill_while_training.py --kills 200
+    python -m tests.reliability.kill_while_training --kills 200
 
-One parent forks a child that trains (or resumes) a small model, saving after every window; the parent kills it after a
-random time, or the child kills itself at a random stage of a save. After each kill the newest whole checkpoint is
-looked for; in the end the run is finished without a kill and its weights are compared, bit by bit, with those of a run
-that was never killed. Prints a table; exit code 1 on any loss.
+One parent, which has imported everything, forks a child that trains (or resumes) a small model and saves after every
+micro-batch. Every second child is killed by the parent after a random time; the others kill themselves at a random
+stage of a save. After each kill the newest whole checkpoint is looked for, and the steps that log.jsonl knows beyond it
+are what was lost. In the end the run is finished without a kill, and its weights and its loss log are compared with
+those of a run that was never killed. Prints JSON; exit code 1 on any loss.
 """
 
 import argparse
-import importlib.util
+import collections
 import json
+import mmap
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,76 +29,117 @@ from astrobiogen.training import runtime
 from astrobiogen.training.checkpoint import CheckpointStore
 from astrobiogen.training.config import CheckpointConfig, ScheduleConfig, StopConfig
 from astrobiogen.training.errors import CheckpointError
-from astrobiogen.training.monitor import Monitor
+from astrobiogen.training.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
-
-_spec = importlib.util.spec_from_file_location("toy", Path(__file__).parents[1] / "training" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-toy = importlib.util.module_from_spec(_spec)
-sys.modules["toy"] = toy
-_spec.loader.exec_module(toy)
+from tests.training import conftest as toy
 
 EPOCHS = 100_000  # never reached by the killed children
-STAGES_PER_SAVE = 9
+BATCHES_PER_EPOCH = 6
+RESUMED = "resumed"
+MOST_STAGES = 40  # stages of about four saves
 
 
 def trained(folder: Path, epochs: int, observer: Callable[[str], None] | None) -> Trainer:
-    """Train or resume in `folder`, saving as often as the loop allows."""
-    config = toy.toy_config(epochs=epochs, checkpoint=CheckpointConfig(every_minutes=1e-9))
-    config = toy.dataclasses.replace(
-        config, schedule=ScheduleConfig(name="constant"), stop=StopConfig(patience=0, target_accuracy=1.0)
+    """Train or resume in `folder`, saving after every micro-batch."""
+    config = toy.toy_config(
+        epochs=epochs,
+        checkpoint=CheckpointConfig(every_minutes=1e-9),
+        schedule=ScheduleConfig(name="constant"),
+        stop=StopConfig(patience=0, target_accuracy=1.0),
     )
     folder.mkdir(exist_ok=True)
     with Monitor(folder, config.monitor) as monitor:
+        places = {"device": torch.device("cpu"), "dtype": torch.float32}
         trainer = Trainer(
-            toy.toy_task(config),
-            config,
-            folder,
-            monitor,
-            runtime.Interrupt(),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            observer=observer,
+            toy.toy_task(config), config, folder, monitor, runtime.Interrupt(), observer=observer, **places
         )
         trainer.saver.resume()
+        if observer is not None:
+            observer(RESUMED)
         trainer.fit()
     return trainer
 
 
-def child(folder: Path, generator: random.Random, inside: bool) -> None:
-    """Train until killed; with `inside`, by itself at a random stage of one of the next saves."""
-    remaining = generator.randrange(1, 4 * STAGES_PER_SAVE)
-
-    def observer(_stage: str) -> None:
-        nonlocal remaining
-        remaining -= 1
-        if inside and remaining <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    trained(folder, EPOCHS, observer)
-
-
-def one_kill(folder: Path, generator: random.Random, inside: bool) -> None:
-    """Fork a child and have it killed."""
+def one_kill(folder: Path, stages: int, seconds: float) -> str:
+    """Fork a child that trains, and have it killed: by itself after `stages` stages of saving, or, if that is 0, by us
+    `seconds` after it began to train. Returns the stage that it had reached.
+    """
+    board = mmap.mmap(-1, 64)
     process = os.fork()
     if process == 0:
         try:
-            child(folder, generator, inside)
+            seen = 0
+
+            def observer(stage: str) -> None:
+                nonlocal seen
+                seen += 1
+                board[:64] = stage.encode().ljust(64)
+                if seen == stages:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            trained(folder, EPOCHS, observer)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(3)  # a child that ends by itself is a failure of this script
-    if not inside:
-        time.sleep(generator.uniform(0.02, 0.5))
+    if not stages:
+        end = time.monotonic() + 60
+        while board[0] == 0 and time.monotonic() < end:  # until it trains: a kill while it imports would prove little
+            time.sleep(0.01)
+        time.sleep(seconds)
         os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
     if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
         raise SystemExit(f"the child ended with status {status}, expected SIGKILL")
+    return board[:64].decode().strip("\0 ")
 
 
 def newest_step(folder: Path) -> int:
-    """Step of the newest whole checkpoint; -1 for none yet."""
+    """Step of the newest whole checkpoint; 0 for none yet."""
     found = CheckpointStore(folder / "checkpoints", keep=3).load_newest()
-    return -1 if found is None else int(found[1].documents["training"]["progress"]["step"])
+    return 0 if found is None else int(found[1].documents["training"]["progress"]["step"])
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every update as if nothing had happened."""
+    records = read_log(folder / "log.jsonl")
+    return [(record["step"], record["loss"]) for record in records if record["event"] == "step"]
+
+
+def experiment(base: Path, kills: int, generator: random.Random) -> dict[str, object]:
+    """The figures of one experiment."""
+    folder = base / "killed"
+    unreadable, half_written, lost, steps = 0, 0, 0, [0]
+    stages: collections.Counter[str] = collections.Counter()
+    for number in range(kills):
+        inside = generator.randrange(1, MOST_STAGES) if number % 2 == 0 else 0
+        stages[one_kill(folder, inside, generator.uniform(0.0, 0.3))] += 1
+        saved = folder / "checkpoints"
+        half_written += any(".tmp-" in path.name or path.name.startswith("deleting-") for path in saved.glob("*"))
+        try:
+            step = newest_step(folder)
+        except CheckpointError as error:
+            sys.stderr.write(f"kill {number}: {error}\n")
+            unreadable += 1
+            continue
+        done = max((step for step, _ in losses(folder)), default=0) if (folder / "log.jsonl").exists() else 0
+        lost = max(lost, steps[-1] - step, done - step)
+        steps.append(step)
+    epochs = steps[-1] // BATCHES_PER_EPOCH + 2
+    resumed, whole = trained(folder, epochs, None), trained(base / "whole", epochs, None)
+    expected = whole.model.state_dict()
+    return {
+        "kills": kills,
+        "half_written_saves_found": half_written,
+        "unrecoverable": unreadable,
+        "most_micro_batches_lost": lost,
+        "last_step": steps[-1],
+        "weights_equal_to_never_killed": all(
+            torch.equal(value, expected[key]) for key, value in resumed.model.state_dict().items()
+        ),
+        "loss_log_equal_to_never_killed": losses(folder) == losses(base / "whole"),
+        "last_stage_before_the_kill": dict(stages.most_common()),
+    }
 
 
 def main() -> int:
@@ -105,36 +149,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    generator = random.Random(arguments.seed)
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        folder, lost, torn, steps = Path(name) / "killed", 0, 0, [-1]
-        for number in range(arguments.kills):
-            inside = number % 2 == 0
-            one_kill(folder, generator, inside)
-            torn += any(
-                ".tmp-" in path.name or path.name.startswith("deleting-") for path in (folder / "checkpoints").glob("*")
-            )
-            try:
-                step = newest_step(folder)
-            except CheckpointError as error:
-                sys.stderr.write(f"kill {number}: {error}\n")
-                lost += 1
-                continue
-            lost += step < steps[-1]
-            steps.append(step)
-        epochs = max(steps[-1], 0) // 6 + 2
-        resumed, whole = trained(folder, epochs, None), trained(Path(name) / "whole", epochs, None)
-        expected = whole.model.state_dict()
-        equal = all(torch.equal(value, expected[key]) for key, value in resumed.model.state_dict().items())
-    result = {
-        "kills": arguments.kills,
-        "half_written_saves_found": torn,
-        "lost_or_unreadable": lost,
-        "last_step": steps[-1],
-        "equal_to_never_killed": equal,
-    }
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0 if equal and not lost else 1
+        result = experiment(Path(name), arguments.kills, random.Random(arguments.seed))
+    sys.stdout.write(json.dumps(result | {"seconds": round(time.monotonic() - started)}) + "\n")
+    good = result["weights_equal_to_never_killed"] and result["loss_log_equal_to_never_killed"]
+    return 0 if good and not result["unrecoverable"] and result["most_micro_batches_lost"] in (0, 1) else 1
 
 
 if __name__ == "__main__":

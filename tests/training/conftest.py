@@ -82,12 +82,12 @@ class ToySampler:
 class ToyModel(nn.Module):
     """Two layers, dropout, a tied weight and a fusion weight per modality."""
 
-    def __init__(self, dropout: float = 0.2) -> None:
+    def __init__(self, dropout: float = 0.2, width: int = 16) -> None:
         super().__init__()
-        self.first = nn.Linear(FEATURES, 16)
-        self.norm = nn.LayerNorm(16)
-        self.head = nn.Linear(16, 2)
-        self.tied = nn.Linear(16, 2)
+        self.first = nn.Linear(FEATURES, width)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 2)
+        self.tied = nn.Linear(width, 2)
         self.tied.weight = self.head.weight
         self.dropout = nn.Dropout(dropout)
         self.mixing = nn.Parameter(torch.zeros(5))
@@ -122,10 +122,10 @@ def toy_config(**changes: Any) -> TrainConfig:
     return dataclasses.replace(base, **changes)
 
 
-def toy_task(config: TrainConfig, dropout: float = 0.2, train_samples: int = 23) -> Task:
+def toy_task(config: TrainConfig, dropout: float = 0.2, train_samples: int = 23, width: int = 16) -> Task:
     """Seeds everything, then builds the task."""
     runtime.seed_everything(config.seed)
-    model = ToyModel(dropout)
+    model = ToyModel(dropout, width)
     train = ToySamples(train_samples, seed=1)
     sampler = ToySampler(len(train), config.data.batch_size, config.seed)
     return Task(model, toy_loss, train, ToySamples(12, seed=2), sampler, collate, "toy")
