@@ -22,11 +22,13 @@ class _Place:
 def _run(arguments: Sequence[str], place: _Place) -> int:
     options = cli.parse(arguments)
     if options.plan:
-        return plan.show(options.config)
+        return plan.show(options.config, options.memory)
     if options.resume:
         place.folder = run_folder.find(options.resume)
     else:
         place.folder = run_folder.create(options.output, options.config.preset)
+    if options.find_lr:
+        return session.find_learning_rate(options.config, place.folder)
     return session.train(options.config, place.folder, bool(options.resume))
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import torch
 
-from astrobiogen.training import run_folder
+from astrobiogen.training import memory, run_folder
 from astrobiogen.training.config import PRESETS, TrainConfig, preset, smoke
 from astrobiogen.training.config_dict import changed_on_resume, flatten, to_dict
 from astrobiogen.training.errors import UserError
@@ -28,12 +27,16 @@ class Options:
         output: run folder to make; empty for `runs/<date>-<preset>`.
         resume: run folder to go on with; empty for a new run.
         plan: print the memory plan instead of training.
+        memory: GiB that the plan is compared with; 0: this machine's.
+        find_lr: run the learning-rate range test instead of training.
     """
 
     config: TrainConfig
     output: str
     resume: str
-    plan: bool
+    plan: bool = False
+    memory: float = 0.0
+    find_lr: bool = False
 
 
 def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
@@ -54,6 +57,17 @@ def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
         help="Two epochs on a few samples: checks that everything runs, in under a minute.",
     )
     parser.add_argument("--plan", action="store_true", help="Print the memory plan and exit; trains nothing.")
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=0.0,
+        help="GiB that --plan compares with (default: the GPU's or this machine's).",
+    )
+    parser.add_argument(
+        "--find-lr",
+        action="store_true",
+        help="Learning-rate range test: raise the rate until the loss diverges, print and plot a suggestion, and exit.",
+    )
     parser.add_class_arguments(TrainConfig)
     parser.set_defaults({key: value for key, value in flatten(defaults).items() if not key.startswith("model.")})
     parser.set_defaults({"model": defaults["model"]})
@@ -96,7 +110,8 @@ def parse(arguments: Sequence[str]) -> Options:
         parser = _parser(to_dict(preset(values.preset)))
         values = _parsed(parser, arguments)
     config = _as_config(parser, values)
-    return Options(smoke(config) if values.smoke else config, values.output, "", values.plan)
+    wanted = smoke(config) if values.smoke else config
+    return Options(wanted, values.output, "", values.plan, values.memory, values.find_lr)
 
 
 def _early_preset(arguments: Sequence[str]) -> str:
@@ -125,7 +140,7 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> Options:
             f"{key}: the run has {before!r}, asked for {after!r}" for key, (before, after) in changed.items()
         )
         raise UserError(f"--resume: these would change the course of the run, so start a new one for them: {text}")
-    return Options(config, "", str(folder), False)
+    return Options(config, "", str(folder))
 
 
 def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
@@ -138,10 +153,8 @@ def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
         message, code = str(error), error.exit_code
     except KeyboardInterrupt:
         message, code = "interrupted before there was anything to save", 130
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        message, code = _memory_advice(error), 1
     except Exception as error:  # the outermost frame: whatever it is, the user gets one line and a file
-        if "can't allocate memory" in str(error):
+        if memory.is_out_of_memory(error):
             message, code = _memory_advice(error), 1
         else:
             path = crash_log()
@@ -156,8 +169,8 @@ def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
 
 
 def _memory_advice(error: BaseException) -> str:
+    """For what happens outside training, which has a report of its own."""
     return (
-        f"out of memory: {' '.join(str(error).split())[:200]}; halve --data.batch_size "
-        "and double --data.accumulation (the same update), "
-        "or take a smaller --preset; --plan shows where the bytes go"
+        f"out of memory: {' '.join(str(error).split())[:200]}; a smaller --evaluation.batch_size, --data.batch_size or "
+        "--preset needs less; --plan shows where the bytes go"
     )

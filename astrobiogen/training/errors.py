@@ -1,5 +1,7 @@
 """Errors that a command reports in one line instead of a traceback."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """Something the user can put right: a wrong value, a missing folder, a corrupt file.
@@ -22,7 +24,12 @@ class CheckpointError(UserError):
 
 
 class NumericalError(UserError):
-    """Too many updates in a row with NaN or Inf; the report names the batches."""
+    """Too many updates in a row with NaN or Inf.
 
-    def __init__(self, message: str) -> None:
+    Args:
+        windows: the last of them, with sample numbers, gradient norm and terms of the loss.
+    """
+
+    def __init__(self, message: str, windows: list[dict[str, Any]]) -> None:
         super().__init__(message, exit_code=1)
+        self.windows = windows

@@ -80,17 +80,28 @@ def mask_modality(batch: loading.Batch, name: str) -> loading.Batch:
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards the mode and every random generator are as before, so that evaluating does not change
-    training.
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Afterwards the mode, the buffers and every random generator are as before, so that a pass made inside does not
+    change training.
     """
     training, state = model.training, runtime.rng_state()
-    model.eval()
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         model.train(training)
         runtime.set_rng_state(state)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """`untouched`, in evaluation mode."""
+    with untouched(model):
+        model.eval()
+        yield
 
 
 @dataclasses.dataclass

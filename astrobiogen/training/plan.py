@@ -2,6 +2,7 @@
 pass."""
 
 import dataclasses
+import os
 import resource
 from typing import Any
 
@@ -20,6 +21,8 @@ from astrobiogen.training.config import TrainConfig
 _BLOCK, _SMALLEST = 256, 4096
 # Above this the plan does not run a forward pass on this machine.
 MEASURE_UP_TO = 200_000_000
+# Share of the memory that is left for what the plan does not count (temporaries, fragmentation, CUDA's context).
+_MARGIN = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +79,25 @@ def saved_bytes(model: nn.Module, run: Any) -> int:
     return total
 
 
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(_tensor_bytes(item) for item in value.values())
-    if hasattr(value, "to_dict"):
-        return _tensor_bytes(value.to_dict())
-    return 0
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the distinct storages of all tensors inside `value` (dictionaries, lists, graph batches)."""
+    found: dict[int, int] = {}
+
+    def walk(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            for inner in item.values():
+                walk(inner)
+        elif isinstance(item, list | tuple):
+            for inner in item:
+                walk(inner)
+        elif hasattr(item, "to_dict"):
+            walk(item.to_dict())
+
+    walk(value)
+    return sum(found.values())
 
 
 def state_plan(model: nn.Module, config: TrainConfig) -> Plan:
@@ -118,12 +132,38 @@ def measured_plan(assembly: assemble.Assembly, config: TrainConfig) -> Plan:
             return task.loss_function(task.model(batch), batch)[0]
 
     return dataclasses.replace(
-        state_plan(task.model, config), batch=_tensor_bytes(batch), saved_for_backward=saved_bytes(task.model, run)
+        state_plan(task.model, config), batch=tensor_bytes(batch), saved_for_backward=saved_bytes(task.model, run)
     )
 
 
-def show(config: TrainConfig) -> int:
-    """Print the plan of `config`; returns the exit code."""
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a plan fits into `budget` bytes, and the largest micro-batch that would (0: not even one sample)."""
+
+    text: str
+    batch_size: int
+
+
+def judge(plan: Plan, config: TrainConfig, budget: int) -> Verdict:
+    """Compare `plan` with `budget`, of which a tenth is left for what is not counted. Batch and saved tensors are taken
+    as proportional to the micro-batch.
+    """
+    room = budget * (1 - _MARGIN)
+    size, moving = config.data.batch_size, (plan.batch or 0) + (plan.saved_for_backward or 0)
+    total = plan.states + moving
+    fitting = size if not moving else max(min(int((room - plan.states) * size / moving), size), 0)
+    if plan.saved_for_backward is None:
+        text = "does not fit" if plan.states > budget else "the states fit; activations are not in this figure"
+        return Verdict(text, 0 if plan.states > budget else size)
+    if total <= room:
+        return Verdict("fits", size)
+    if total <= budget:
+        return Verdict("too close to call: less than a tenth is left for what is not counted", fitting)
+    return Verdict("does not fit", fitting)
+
+
+def show(config: TrainConfig, memory_gib: float = 0.0) -> int:
+    """Print the plan of `config` and whether it fits into `memory_gib` (0: this machine's); returns the exit code."""
     runtime.prepare(config.runtime, config.seed)
     bundle = assemble.load_bundle(config)
     with torch.device("meta"):
@@ -133,7 +173,21 @@ def show(config: TrainConfig) -> int:
     if measured:
         plan = measured_plan(assemble.assemble(config, bundle), config)
     _print(plan, config, bundle, measured)
+    budget = int(memory_gib * 2**30) or _machine_memory()
+    verdict = judge(plan, config, budget)
+    console = rich.console.Console(highlight=False)
+    console.print(f"In {budget / 2**30:,.1f} GiB: {verdict.text}.")
+    if 0 < verdict.batch_size < config.data.batch_size:
+        parts = -(-config.data.batch_size * config.data.accumulation // verdict.batch_size)
+        console.print(f"The same update fits with --data.batch_size {verdict.batch_size} --data.accumulation {parts}.")
     return 0
+
+
+def _machine_memory() -> int:
+    """Bytes of the GPU, if there is one, else of the main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _print(plan: Plan, config: TrainConfig, bundle: data.DatasetBundle, measured: bool) -> None:

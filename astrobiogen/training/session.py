@@ -21,6 +21,8 @@ from astrobiogen.training import (
     baselines,
     evaluation,
     final,
+    lr_finder,
+    memory,
     metrics,
     precision,
     report,
@@ -30,13 +32,14 @@ from astrobiogen.training import (
 )
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.config_dict import to_dict
-from astrobiogen.training.errors import UserError
+from astrobiogen.training.errors import NumericalError, UserError
 from astrobiogen.training.gpu import GpuSampler
 from astrobiogen.training.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
 
 _LOG = logging.getLogger("astrobiogen")
 _PLAIN_WIDTH = 150
+_NOT_FINITE = "nonfinite_report.json"
 
 
 def train(config: TrainConfig, folder: Path, resume: bool) -> int:
@@ -82,7 +85,7 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
         if resume:
             trainer.saver.resume()
         monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
-        if not trainer.fit():
+        if not _fit(trainer, folder, config, device):
             _LOG.warning(
                 "stopped by %s at step %d; go on with: --resume %s", interrupt.received, trainer.progress.step, folder
             )
@@ -99,6 +102,49 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
         publish(folder, result, predictions)
         monitor.record("final", step=trainer.progress.step, test=result["model"][final.ALL_CELLS])
     show(result, folder)
+    return 0
+
+
+def _fit(trainer: Trainer, folder: Path, config: TrainConfig, device: torch.device) -> bool:
+    """`trainer.fit()`; what ends it for want of memory or of finite numbers is written down."""
+    try:
+        return trainer.fit()
+    except NumericalError as error:
+        run_folder.write_json(folder / _NOT_FINITE, {"updates": error.windows})
+        raise UserError(f"{error}; details: {folder / _NOT_FINITE}", exit_code=1) from error
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        report = memory.examine(error, trainer.updater, config, device)
+        report.write(folder)
+        raise UserError(report.line(folder), exit_code=1) from error
+
+
+def find_learning_rate(config: TrainConfig, folder: Path) -> int:
+    """The range test: lr_finder.json and lr_finder.png in `folder`, the suggestion on stdout; the exit code.
+
+    Raises:
+        UserError: the loss never falls, or diverges at once.
+    """
+    device = runtime.choose_device(config.runtime.device)
+    dtype, _ = precision.choose_dtype(config.precision, device)
+    runtime.prepare(config.runtime, config.seed)
+    console = rich.console.Console(highlight=False)
+    with Monitor(folder, config.monitor) as monitor, astrobiogen.use_kernels(config.runtime.kernels):
+        assembly = assemble.assemble(config, assemble.load_bundle(config))
+        monitor.begin_progress(lr_finder.UPDATES, 0)
+
+        def advance(update: int, rate: float, loss: float) -> None:
+            monitor.advance(update, f"rate {rate:.1e}  loss {loss:.3f}")
+            if not monitor.rich and update % config.monitor.log_every == 0:
+                _LOG.info("update %d of %d  rate %.2e  loss %.4f", update, lr_finder.UPDATES, rate, loss)
+
+        result = lr_finder.find(assembly.task, config, device, dtype, advance)
+    lr_finder.publish(result, folder)
+    console.print(
+        f"Suggested peak: --optimizer.learning_rate {result.suggestion:.1e} (steepest fall of the loss at "
+        f"{result.steepest:.1e}); plot: {folder / 'lr_finder.png'}"
+    )
     return 0
 
 

@@ -13,13 +13,14 @@ from astrobiogen.training.checkpoint import Observer
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.distributed import World
 from astrobiogen.training.distributed_model import Parallel
-from astrobiogen.training.distributed_share import Round, rounds
+from astrobiogen.training.distributed_share import rounds
+from astrobiogen.training.memory import MemoryProbe
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.optimizer import build_optimizer
 from astrobiogen.training.saving import Saver
 from astrobiogen.training.state import Progress, Task
 from astrobiogen.training.throughput import Throughput
-from astrobiogen.training.update import Updater, UpdateResult, emphasis
+from astrobiogen.training.update import Updater, UpdateResult, WindowFactors
 
 _LOG = logging.getLogger("astrobiogen")
 _UNITS = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s", "mfu": "MFU"}
@@ -68,7 +69,8 @@ class Trainer:
         parallel = Parallel(self.model, task.loss_function, self._world, config.distributed, device, dtype)
         optimizer = build_optimizer(self.model, config.optimizer)
         self.updater = Updater(parallel, optimizer, config, updates, device, dtype)
-        self._counted: tuple[tuple[int, ...], dict[str, float]] = ((), {})
+        self._factors = WindowFactors(task.counts)
+        self._probe = MemoryProbe(folder, self.updater, config, device, dtype)
         self.saver = Saver(folder, task, config, self.updater, self.progress, monitor, observer)
 
     def fit(self) -> bool:
@@ -108,11 +110,12 @@ class Trainer:
             self.task.train, self.task.collate, shares, self._device, self.config.data.workers
         )
         for shared, (indices, batch) in zip(todo, loaded, strict=True):
-            self.updater.add(shared, batch, self._emphasis(shared, indices))
-            progress.batch += shared.batches
-            progress.step += shared.batches
-            if shared.closes:
-                self._log_update(self.updater.finish())
+            with self._probe.watching(batch) if self._probe.due(shared.closes) else contextlib.nullcontext():
+                self.updater.add(shared, batch, self._factors(shared, indices))
+                progress.batch += shared.batches
+                progress.step += shared.batches
+                if shared.closes:
+                    self._log_update(self.updater.finish())
             self._tick()
             if not self.updater.parallel.may_stop(shared.closes):
                 continue
@@ -143,15 +146,6 @@ class Trainer:
         self.progress.seconds += now - self._clock
         self._clock = now
         return now
-
-    def _emphasis(self, shared: Round, indices: list[int]) -> dict[str, float] | None:
-        """Factors of the loss's terms for this process's share, so that the window equals the full batch."""
-        counts, window = self.task.counts, shared.window
-        if counts is None or len(indices) == len(window):
-            return None
-        if self._counted[0] != window:
-            self._counted = (window, counts(list(window)))
-        return emphasis(counts(indices), len(indices), self._counted[1], len(window))
 
     def _save_interrupted(self) -> None:
         """Save, after a signal in some process."""

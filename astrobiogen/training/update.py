@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,6 +76,27 @@ def emphasis(part: dict[str, float], size: int, window: dict[str, float], sample
     return {name: part[name] / size / (window[name] / samples) if window[name] else 1.0 for name in part}
 
 
+class WindowFactors:
+    """`emphasis` for each round, with the counts of a window computed once.
+
+    Args:
+        counts: see `Task.counts`.
+    """
+
+    def __init__(self, counts: Callable[[list[int]], dict[str, float]] | None) -> None:
+        self._counts = counts
+        self._window: tuple[int, ...] = ()
+        self._totals: dict[str, float] = {}
+
+    def __call__(self, shared: Round, indices: list[int]) -> dict[str, float] | None:
+        """Factors for this process's share `indices` of a round; None where they are all 1."""
+        if self._counts is None or len(indices) == len(shared.window):
+            return None
+        if self._window != shared.window:
+            self._window, self._totals = shared.window, self._counts(list(shared.window))
+        return emphasis(self._counts(indices), len(indices), self._totals, len(shared.window))
+
+
 def _read(norm: torch.Tensor, bad: torch.Tensor, sums: torch.Tensor | None) -> list[float]:
     """All on the host in one transfer."""
     if sums is None:
@@ -113,6 +135,7 @@ class Updater:
         self.skipped_in_row = 0
         self.bad_windows: list[dict[str, Any]] = []
         self.total_updates = total_updates
+        self.peak_rate = config.optimizer.learning_rate
         self._config = config
         self._device = device
         self._dtype = dtype
@@ -146,9 +169,7 @@ class Updater:
             NumericalError: more than `precision.skip_budget` updates in a row were not finite.
         """
         window, config = self.window, self._config
-        rate = schedule.apply(
-            config.schedule, self.optimizer, config.optimizer.learning_rate, self.updates, self.total_updates
-        )
+        rate = schedule.apply(config.schedule, self.optimizer, self.peak_rate, self.updates, self.total_updates)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         factor = self._nominal / window.samples / self.scaler.scale
@@ -178,7 +199,7 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         self.window = Window()
         if self.skipped_in_row > config.precision.skip_budget:
-            raise NumericalError(self._report())
+            raise NumericalError(self._report(), self.bad_windows)
         return UpdateResult(means, window.samples, int(tokens), norm, rate, skipped)
 
     def _skip(self, means: dict[str, float], norm: float) -> None:

@@ -1,4 +1,4 @@
-"""A short form of the kill experiment; `python -m tests.reliability.kill_while_training --kills 200` is the long one."""
+"""A short form of `python -m tests.reliability.kill_while_training --kills 200`."""
 
 import json
 import os

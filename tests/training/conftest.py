@@ -171,5 +171,5 @@ def make_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         return Run(trainer, interrupt, monitor)
 
     yield build
-    for monitor in monitors:
+    for monitor in reversed(monitors):
         monitor.__exit__(None, None, None)

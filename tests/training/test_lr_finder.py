@@ -1,0 +1,45 @@
+"""The learning-rate range test."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from astrobiogen.training import lr_finder
+from astrobiogen.training.config import DataConfig, OptimizerConfig
+from astrobiogen.training.errors import UserError
+from tests.training.conftest import toy_config, toy_task
+
+CPU = torch.device("cpu")
+
+
+def test_the_suggestion_trains_and_the_highest_rate_does_not(tmp_path: Path) -> None:
+    config = toy_config(data=DataConfig(batch_size=8, accumulation=2), optimizer=OptimizerConfig())
+    seen: list[tuple[int, float, float]] = []
+    task = toy_task(config, dropout=0.0, train_samples=64)
+    result = lr_finder.find(task, config, CPU, torch.float32, lambda *values: seen.append(values))
+    assert [number for number, _, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[0][1] == pytest.approx(lr_finder.LOWEST)
+    ratios = [after[1] / before[1] for before, after in itertools.pairwise(seen)]
+    assert max(ratios) == pytest.approx(min(ratios))
+    assert 1e-4 < result.suggestion <= result.steepest < 0.5
+    lr_finder.publish(result, tmp_path)
+    assert json.loads((tmp_path / "lr_finder.json").read_text())["suggestion"] == result.suggestion
+    assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_analysis_of_a_known_curve() -> None:
+    rates = [10 ** (-7 + 7 * number / 99) for number in range(100)]
+    # Flat at 1, falls most at 1e-4, lowest near 1e-2, explodes at 1e-1.
+    losses = [1 - 0.8 / (1 + math.exp(-3 * math.log(rate / 1e-4))) + (rate / 5e-2) ** 3 for rate in rates]
+    result = lr_finder.analyse(rates, losses)
+    assert 5e-5 < result.steepest < 5e-4  # the smoothing lags by some updates
+    assert result.suggestion <= result.steepest
+    assert len(result.losses) < 100
+    with pytest.raises(UserError, match="never fell"):
+        lr_finder.analyse(rates, [1 + 0.01 * number for number in range(100)])
+    with pytest.raises(UserError, match="diverged after 3 updates"):
+        lr_finder.analyse(rates, [1.0, 1.0, 1.0, math.nan])

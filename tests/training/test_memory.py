@@ -1,0 +1,120 @@
+"""The memory plan against a measured update, and the report when memory runs out."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from astrobiogen.training import memory, plan, session
+from astrobiogen.training.config import DataConfig, OptimizerConfig, TrainConfig
+from astrobiogen.training.errors import UserError
+from tests.training.conftest import Run, ToyModel, collate, toy_config, toy_loss, toy_task
+
+MakeRun = Callable[..., Run]
+WIDTH = 20_000  # 1 MiB of weights: the fixed few kB of bookkeeping then do not count
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.filterwarnings("ignore:.*[Pp]rofiler.*")
+def test_the_plan_is_the_measured_peak(make_run: MakeRun, tmp_path: Path, accumulation: int) -> None:
+    config = toy_config(
+        epochs=1,
+        data=DataConfig(batch_size=8, accumulation=accumulation),
+        optimizer=OptimizerConfig(name="adamw", ema_decay=0.9),
+    )
+    run = make_run(config, task=toy_task(config, train_samples=48, width=WIDTH))
+    assert run.trainer.fit()
+    report = json.loads((tmp_path / "run" / memory.REPORT).read_text())
+    assert report["measured_bytes"].keys() == report["planned_bytes"].keys()
+    weights = 4 * sum(value.numel() for value in run.trainer.model.parameters())
+    for side in ("planned_bytes", "measured_bytes"):
+        assert report[side]["weights"] == weights
+        assert report[side]["averaged weights"] in (weights, weights + 8 * WIDTH)  # the tied head twice
+        assert report[side]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+        assert report[side]["gradients"] == (weights if accumulation > 1 else 0)
+        assert report[side]["total"] == sum(value for name, value in report[side].items() if name != "total")
+    assert 0.95 < report["measured_over_planned"] < 1.3  # the update of a window of one holds gradients and moments
+
+
+def test_measuring_leaves_the_run_alone(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for name, due in (("with", None), ("without", lambda *_: False)):
+        if due is not None:
+            monkeypatch.setattr(memory.MemoryProbe, "due", due)
+        run = make_run(toy_config(), name)
+        run.trainer.fit()
+        states.append(run.trainer.model.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def hungry_loss(outputs: dict[str, Any], batch: dict[str, Any]) -> Any:
+    """More than any machine has."""
+    loss, parts = toy_loss(outputs, batch)
+    return loss + torch.empty(2**55).sum(), parts
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_out_of_memory_is_a_report_with_settings(make_run: MakeRun, tmp_path: Path, optimizer: Any) -> None:
+    config = toy_config(
+        preset="a5000",
+        data=DataConfig(batch_size=3, accumulation=2),
+        optimizer=OptimizerConfig(name=optimizer, ema_decay=0.9),
+    )
+    run = make_run(config, task=dataclasses.replace(toy_task(config), loss_function=hungry_loss))
+    with pytest.raises(UserError) as caught:
+        session._fit(run.trainer, tmp_path, config, torch.device("cpu"))
+    assert caught.value.exit_code == 1
+    line = str(caught.value)
+    assert line.startswith("out of memory on cpu: ")
+    assert "\n" not in line
+    assert "--data.batch_size 1 --data.accumulation 6 (the same update from smaller parts)" in line
+    assert "--model.llm_config.use_gradient_checkpointing true" in line
+    assert ("--optimizer.name adamw8bit" in line) == (optimizer == "adamw")
+    assert "--optimizer.ema_decay 0" in line
+    report = json.loads((tmp_path / memory.OUT_OF_MEMORY).read_text())
+    assert report["bytes_held"]["weights"] == 4 * sum(value.numel() for value in run.trainer.model.parameters())
+    assert report["peak"] > 2**20
+    assert report["settings"]
+    other = RuntimeError("shapes do not fit")
+    assert not memory.is_out_of_memory(other)
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_advice_names_only_what_helps() -> None:
+    lean = TrainConfig(
+        data=DataConfig(batch_size=1),
+        model={
+            "cnn_config.use_gradient_checkpointing": True,
+            "graph_config": {"use_gradient_checkpointing": True},
+            "llm_config.use_gradient_checkpointing": True,
+        },
+        optimizer=OptimizerConfig(name="adamw8bit"),
+    )
+    lean = dataclasses.replace(lean, precision=dataclasses.replace(lean.precision, dtype="bf16"))
+    assert memory.advice(lean, {}) == []
+
+
+def test_verdict_and_the_micro_batch_that_fits() -> None:
+    mib = 2**20
+    made = plan.Plan(1, 10 * mib, 10 * mib, 20 * mib, 0, 16 * mib, 144 * mib)
+    config = TrainConfig(data=DataConfig(batch_size=16))
+    assert plan.judge(made, config, 300 * mib) == plan.Verdict("fits", 16)
+    assert plan.judge(made, config, 210 * mib).text.startswith("too close to call")
+    assert plan.judge(made, config, 100 * mib) == plan.Verdict("does not fit", 5)
+    assert plan.judge(made, config, 40 * mib) == plan.Verdict("does not fit", 0)
+    counted = dataclasses.replace(made, batch=None, saved_for_backward=None)
+    assert plan.judge(counted, config, 100 * mib).text.startswith("the states fit")
+    assert plan.judge(counted, config, 30 * mib) == plan.Verdict("does not fit", 0)
+
+
+def test_bytes_are_counted_once() -> None:
+    base = torch.zeros(100)
+    nested = {"a": base, "b": [base[:10], (torch.zeros(5), None)], "c": 3}
+    assert plan.tensor_bytes(nested) == 400 + 20
+    model = ToyModel()
+    assert plan.tensor_bytes(list(model.parameters())) == 4 * sum(value.numel() for value in model.parameters())
+    assert plan.tensor_bytes(collate([(torch.zeros(6), torch.tensor(0), 0)])) > 0
