@@ -1,6 +1,7 @@
 """Command line of `python -m astrobiogen.train`, and the way commands end: one line, never a traceback."""
 
 import dataclasses
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from astrobiogen.training.config import PRESETS, TrainConfig, preset, smoke
 from astrobiogen.training.config_dict import changed_on_resume, flatten, to_dict
 from astrobiogen.training.errors import UserError
 
+# Full, over quota, read-only, larger than allowed, broken: the disk's trouble, not the program's.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _DESCRIPTION = """Train the multi-modal model. Without any option: the tiny preset on the bundled data, on the CPU, in a
 few minutes. Values come from the preset, then --config FILE.yaml, then single options."""
 
@@ -156,6 +159,9 @@ def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
     except Exception as error:  # the outermost frame: whatever it is, the user gets one line and a file
         if memory.is_out_of_memory(error):
             message, code = _memory_advice(error), 1
+        elif isinstance(error, OSError) and error.errno in _DISK:
+            place = f"{error.filename}: " if error.filename else ""
+            message, code = f"{place}{error.strerror}; checkpoints saved before are untouched", 1
         else:
             path = crash_log()
             with path.open("a", encoding="utf-8") as file:

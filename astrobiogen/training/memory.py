@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ REPORT, OUT_OF_MEMORY = "memory_report.json", "oom_report.json"
 # Outside this band of measured / planned the log says so.
 _BAND = (0.9, 1.1)
 _MIB = 2**20
+_NATIVE_MESSAGES = (b"SyncActivityProfilerHandler.cpp", b"CPUAllocator.cpp")
 
 
 def held(updater: Updater, batch: loading.Batch | None = None) -> dict[str, int]:
@@ -109,13 +111,8 @@ class MemoryProbe:
             result[0] = torch.cuda.max_memory_allocated(self._device)
             return
         recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        with _without_native_messages():
-            recorded.start()
-        try:
+        with _without_profiler_messages(), recorded:
             yield result
-        finally:
-            with _without_native_messages():
-                recorded.stop()
         now = highest = start
         for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
             if event.name() == "[memory]":
@@ -146,17 +143,23 @@ class MemoryProbe:
 
 
 @contextlib.contextmanager
-def _without_native_messages() -> Iterator[None]:
-    """PyTorch's profiler prints two lines of its own on stderr from C++, whatever its log level."""
+def _without_profiler_messages() -> Iterator[None]:
+    """PyTorch's profiler prints lines of its own on stderr from C++, whatever its log level. Everything else that is
+    printed meanwhile appears afterwards.
+    """
     sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+    with tempfile.TemporaryFile() as aside:
+        kept = os.dup(2)
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            aside.seek(0)
+            lines = aside.read().splitlines(keepends=True)
+            os.write(2, b"".join(line for line in lines if not any(name in line for name in _NATIVE_MESSAGES)))
 
 
 def advice(config: TrainConfig, bytes_held: Mapping[str, int]) -> list[str]:

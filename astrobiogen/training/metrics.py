@@ -59,6 +59,10 @@ class Interval:
     high: float
     replicates: int
 
+    def __str__(self) -> str:
+        interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.3f}{interval}"
+
     def as_dict(self) -> dict[str, float | int | None]:
         """JSON data; NaN becomes null."""
         return {

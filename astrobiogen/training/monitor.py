@@ -53,6 +53,54 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return list(records.values())
 
 
+class _Records:
+    """log.jsonl: each record reaches the operating system at once. On a full disk records are lost, not the run: it is
+    said once, and a record "log_gap" with their number follows as soon as there is room.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("ab", buffering=0)
+        self._lost = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write `record`, or count it as lost."""
+        lines = ["", json.dumps(record), ""] if self._torn else [json.dumps(record), ""]
+        if self._lost:
+            lines.insert(-1, json.dumps({"event": "log_gap", "step": record.get("step", 0), "lost": self._lost}))
+        data = "\n".join(lines).encode()
+        try:
+            written = self._file.write(data)
+            reason = "the disk is full"
+        except OSError as error:
+            written, reason = 0, error.strerror or str(error)
+        if written == len(data):
+            self._torn, self._lost = False, 0
+            return
+        self._torn = self._torn or written > 0
+        self._lost += 1
+        if self._lost == 1:
+            logging.getLogger(LOG_NAME).error("log.jsonl cannot be written (%s); training goes on without it", reason)
+
+
+class _LogFile(logging.FileHandler):
+    """train.log; on a full disk its lines are on the console only, instead of a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: the console has the line too."""
+
+    def close(self) -> None:
+        """Close; what a full disk kept from being written is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class Monitor:
     """Writes records and progress of one run; a context manager.
 
@@ -83,11 +131,7 @@ class Monitor:
         return self
 
     def _open(self) -> None:
-        path = self._folder / "log.jsonl"
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._records = self._stack.enter_context(path.open("a", encoding="utf-8"))
-        if torn:
-            self._records.write("\n")
+        self._records = self._stack.enter_context(_Records(self._folder / "log.jsonl"))
         file = self._log_file()
         file.setFormatter(logging.Formatter(_FORMAT))
         console: logging.Handler
@@ -109,7 +153,7 @@ class Monitor:
         path = Path(self._config.log_file) if self._config.log_file else self._folder / "train.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return logging.FileHandler(path, encoding="utf-8")
+            return _LogFile(path, encoding="utf-8")
         except OSError as error:
             raise UserError(f"monitor.log_file: {path} cannot be written: {error.strerror or error}") from error
 
@@ -122,8 +166,7 @@ class Monitor:
         record = _finite({"event": event, "time": round(time.time(), 3), **values})
         with self._lock:  # the GPU statistics come from a thread of their own
             self._step = values.get("step", self._step)
-            self._records.write(json.dumps(record) + "\n")
-            self._records.flush()
+            self._records.append(record)
             self._trackers.log(event, values)
 
     def record_gpu(self, cards: dict[str, dict[str, float]]) -> None:

@@ -82,6 +82,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` has written there; None if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file that we wrote.
 

@@ -248,7 +248,9 @@ def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metr
     run_folder.write_json(folder / run_folder.METRICS, result)
     log = folder / "log.jsonl"
     records = read_log(log) if log.exists() else []
-    run_folder.write_text(folder / run_folder.REPORT, report.render(result, records, dict(predictions)))
+    facts, used = (run_folder.read_json(folder / name) for name in (run_folder.ENVIRONMENT, memory.REPORT))
+    page = report.render(result, records, predictions, memory=used, environment=facts)
+    run_folder.write_text(folder / run_folder.REPORT, page)
 
 
 def _signed(item: dict[str, Any]) -> str:

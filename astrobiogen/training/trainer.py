@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from astrobiogen.training import evaluation, loading, runtime, stopping
+from astrobiogen.training import evaluation, loading, metrics, runtime, stopping
 from astrobiogen.training.checkpoint import Observer
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.distributed import World
@@ -23,6 +23,8 @@ from astrobiogen.training.throughput import Throughput
 from astrobiogen.training.update import Updater, UpdateResult, WindowFactors
 
 _LOG = logging.getLogger("astrobiogen")
+# Of the bootstrap after each epoch; the closing examination takes as many as `evaluation.bootstrap` says.
+_REPLICATES = 200
 _UNITS = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s", "mfu": "MFU"}
 
 
@@ -216,7 +218,9 @@ class Trainer:
     def _finish_epoch(self, result: evaluation.Evaluation, better: bool, seconds: float) -> None:
         progress = self.progress
         train = {name: value / max(progress.epoch_samples, 1) for name, value in progress.epoch_sums.items()}
-        summary = result.summary()
+        replicates = min(self.config.evaluation.bootstrap, _REPLICATES)
+        intervals = metrics.with_intervals(result.predictions, replicates, self.config.seed)
+        summary = result.summary() | {"intervals": {name: item.as_dict() for name, item in intervals.items()}}
         self._monitor.record(
             "epoch",
             step=progress.step,
@@ -227,9 +231,9 @@ class Trainer:
             seconds=round(seconds, 3),
         )
         _LOG.info(
-            "epoch %d/%d  train loss %.4f  validation: loss %.4f  cross-entropy %.4f  accuracy %.3f  AUROC %.3f%s",
+            "epoch %d/%d  train loss %.4f  validation: loss %.4f  cross-entropy %.4f  accuracy %s  AUROC %s  ECE %s%s",
             *(progress.epoch + 1, self.config.epochs, train.get("loss", math.nan)),
-            *(summary["loss"], summary["class_loss"], summary["accuracy"], summary["auroc"]),
+            *(summary["loss"], summary["class_loss"], *(str(intervals[name]) for name in ("accuracy", "auroc", "ece"))),
             "  (best)" if better else "",
         )
         progress.begin_epoch()
