@@ -1,6 +1,7 @@
 """The commands end to end, on a small synthetic data set: outputs, resuming, errors in one line."""
 
 import dataclasses
+import html.parser
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from astrobiogen import data, evaluate, train
-from astrobiogen.training import assemble, blocks, config
+from astrobiogen.training import assemble, blocks, config, final, lr_finder
 from astrobiogen.training.monitor import read_log
 from astrobiogen.training.update import emphasis
 
@@ -44,6 +45,28 @@ def run(tmp_path_factory: pytest.TempPathFactory, bundle: data.DatasetBundle) ->
     return folder
 
 
+class _Tags(html.parser.HTMLParser):
+    """The tags that are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:  # noqa: ARG002 - the name is the base class's
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def unbalanced(page: str) -> list[str]:
+    """Tags of `page` that are never closed."""
+    tags = _Tags()
+    tags.feed(page)
+    return tags.open
+
+
 def test_a_run_leaves_everything_behind(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert {
@@ -67,6 +90,9 @@ def test_a_run_leaves_everything_behind(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 7
     assert "http" not in page.replace("http-equiv", "")
+    assert not unbalanced(page)
+    for heading in ("Test figures", "Ablation", "Modality weights", "Training", "Memory", "Environment"):
+        assert f"<h2>{heading}</h2>" in page
     environment = json.loads((run / "environment.json").read_text())
     assert environment["libraries"]["torch"] == torch.__version__
     assert environment["kernels"]
@@ -121,6 +147,49 @@ def test_signal_saves_and_ends_cleanly(
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("ablation", ["true", "false"])
+def test_signal_while_examining_ends_cleanly_and_resuming_examines_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ablation: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    expected = json.loads((copy / "metrics.json").read_text())["model"]
+    (copy / "metrics.json").unlink()
+    name = "ablate" if ablation == "true" else "by_cell"
+    inner = getattr(final, name)
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return inner(*arguments)
+
+    options = ["--resume", str(copy), "--evaluation.baselines", "false", "--evaluation.ablation", ablation]
+    with monkeypatch.context() as patch:
+        patch.setattr(final, name, interrupted)
+        assert train.main(options) == 0
+    assert f"stopped by SIGINT while examining the trained model; do that again with: --resume {copy}" in (
+        capsys.readouterr().err
+    )
+    assert not (copy / "metrics.json").exists()
+    assert train.main([*options[:-1], "false"]) == 0
+    assert json.loads((copy / "metrics.json").read_text())["model"] == expected
+
+
+def test_evaluate_stopped_by_a_signal_writes_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = final.by_cell
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return inner(*arguments)
+
+    monkeypatch.setattr(final, "by_cell", interrupted)
+    options = [str(run), "--output", str(tmp_path / "again"), "--no-ablation", "--no-baselines"]
+    assert evaluate.main(options) == 1
+    assert one_error_line(capsys) == "error: stopped by SIGTERM: nothing was written"
+    assert not list((tmp_path / "again").iterdir())
 
 
 def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -244,3 +313,17 @@ def test_plan_counts_the_states(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "saved for the backward pass" in text
     assert "not measured" not in text
+    assert ": fits." in text
+    assert train.main(["--plan", "--memory", "0.15"]) == 0
+    text = capsys.readouterr().out
+    assert "In 0.1 GiB: does not fit." in text
+    assert "The same update fits with --data.batch_size" in text
+
+
+def test_learning_rate_finder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lr_finder, "UPDATES", 12)
+    assert train.main([*OPTIONS, "--find-lr", "--output", str(tmp_path / "lr")]) == 0
+    assert "Suggested peak: --optimizer.learning_rate" in capsys.readouterr().out
+    assert {"lr_finder.json", "lr_finder.png"} <= {path.name for path in (tmp_path / "lr").iterdir()}
