@@ -91,7 +91,7 @@ def test_climate_reader(tmp_path: Path) -> None:
     hole = np.full((12, 2, 4, 4), 280.0)
     hole[3, 1, 2, 0] = np.nan
     for name, changes, message in (
-        ("units.nc", {"units": "degC"}, r"\[ta\]: units 'degC'"),
+        ("units.nc", {"units": "furlong"}, r"\[ta\]: units 'furlong'"),
         ("nan.nc", {"ta": hole}, r"\[ta\]: 1 values are NaN"),
         ("cold.nc", {"ta": np.zeros((12, 2, 4, 4))}, r"\[ta\]: values 0"),
         ("none.nc", {"drop": "hus"}, r"\[hus\]: variable absent"),
