@@ -127,7 +127,7 @@ def _sigma(dataset: xr.Dataset, array: xr.DataArray, path: Path) -> tuple[Floats
     if unit in _PRESSURE_UNITS:
         scale = _PRESSURE_UNITS[unit][0]
         return levels[None, :, None, None] * scale / _surface_pressure(dataset, path)[:, None], True
-    if unit in _SIGMA_UNITS and 0.0 < levels.min() and levels.max() <= 1.01:
+    if unit in _SIGMA_UNITS and levels.min() > 0.0 and levels.max() <= 1.01:
         return levels, False
     raise DataError(
         path,

@@ -11,20 +11,18 @@ import xarray as xr
 from astrobiogen.data.errors import DataError
 
 VOLUME, SURFACE = ("time", "lev", "lat", "lon"), ("time", "lat", "lon")
-# unit string -> (scale, offset) to the unit of the library
-KELVIN = {"K": (1.0, 0.0), "kelvin": (1.0, 0.0), "degK": (1.0, 0.0)} | {
-    name: (1.0, 273.15) for name in ("C", "degC", "deg C", "celsius", "Celsius", "degrees_C", "deg_C", "°C")
-}
-MASS_RATIO = {name: (1.0, 0.0) for name in ("1", "kg kg-1", "kg/kg", "kg kg**-1", "kg kg^-1", "kg/kg air")} | {
-    name: (1e-3, 0.0) for name in ("g kg-1", "g/kg", "g kg**-1")
-}
-FRACTION = {name: (1.0, 0.0) for name in ("1", "", "fraction", "(0 - 1)", "0-1")} | {
-    name: (0.01, 0.0) for name in ("%", "percent")
-}
-PASCAL = {"Pa": (1.0, 0.0), "pascal": (1.0, 0.0)} | {
-    name: (100.0, 0.0) for name in ("hPa", "mbar", "mb", "millibar", "millibars")
-}
-FLUX = {name: (1.0, 0.0) for name in ("W m-2", "W/m2", "W/m^2", "W m**-2", "Wm-2", "watts/m2")}
+Units = dict[str, tuple[float, float]]  # unit string -> (scale, offset) to the unit of the library
+
+
+def _units(names: str, scale: float = 1.0, offset: float = 0.0) -> Units:
+    return dict.fromkeys(names.split("|"), (scale, offset))
+
+
+KELVIN = _units("K|kelvin|degK") | _units("C|degC|deg C|celsius|Celsius|degrees_C|deg_C|°C", 1.0, 273.15)
+MASS_RATIO = _units("1|kg kg-1|kg/kg|kg kg**-1|kg kg^-1|kg/kg air") | _units("g kg-1|g/kg|g kg**-1", 1e-3)
+FRACTION = _units("1||fraction|(0 - 1)|0-1") | _units("%|percent", 0.01)
+PASCAL = _units("Pa|pascal") | _units("hPa|mbar|mb|millibar|millibars", 100.0)
+FLUX = _units("W m-2|W/m2|W/m^2|W m**-2|Wm-2|watts/m2")
 
 
 @dataclass(frozen=True)
