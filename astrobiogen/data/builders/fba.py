@@ -7,7 +7,7 @@ import scipy.optimize
 import scipy.sparse
 
 from astrobiogen.data import features
-from astrobiogen.data.builders.sbml import Network
+from astrobiogen.data.builders.assemble import Network
 
 GROWTH_THRESHOLD = 1e-6  # 1/h; only "grows or not" is used, since published objectives are scaled differently
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from astrobiogen.data.builders import encodings, fba, sbml
+from astrobiogen.data.builders import cobra_json, encodings, fba, sbml
+from astrobiogen.data.builders.assemble import NONE, Network
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.graphs import LAPLACIAN_DIM, RANDOM_WALK_DIM, pack_graph
 
@@ -26,17 +27,26 @@ class PackedNetwork:
     growth_without_o2_h2: float
 
 
-def pack_network(path: Path) -> PackedNetwork | DataError:
-    """Read, solve and encode one network; a ``DataError`` is returned, not raised, so that one bad file does not end
-    the pool.
+def read_network(path: Path) -> Network:
+    """One network from SBML (``.xml``, ``.sbml``) or cobra JSON (``.json``), plain or ``.gz``, by its suffix."""
+    return (cobra_json if ".json" in path.suffixes else sbml).read_network(path)
+
+
+def pack_network(path: Path) -> PackedNetwork:
+    """Read, solve and encode one network.
+
+    Raises
+    ------
+    DataError
+        The file is bad, the network too large for its 16-bit numbers, or without an objective: nothing says what
+        growth would be.
     """
-    try:
-        network = sbml.read_network(path)
-    except DataError as error:
-        return error
+    network = read_network(path)
+    if network.objective_source == NONE:
+        raise DataError(path, "objective", "absent, and no reaction is called biomass or growth")
     n = network.columns.flags.size
     if n > 65535:
-        return DataError(path, "", f"{n} nodes, at most 65,535 can be packed")
+        raise DataError(path, "", f"{n} nodes, at most 65,535 can be packed")
     laplacian = encodings.laplacian_encoding(network.edge_index, n, LAPLACIAN_DIM)
     walk = encodings.random_walk_encoding(network.edge_index, n, RANDOM_WALK_DIM)
     arrays = pack_graph(
