@@ -1,4 +1,4 @@
-"""``python -m astrobiogen.data build|check|describe``."""
+"""``python -m astrobiogen.data build|check|describe|export|fetch|make-climate``."""
 
 from __future__ import annotations
 
@@ -7,34 +7,53 @@ import sys
 
 from astrobiogen.data.errors import DataError
 
-# Subcommand -> module with ``main(arguments) -> exit status``. Only the chosen one is loaded: ``build`` needs packages
-# that loading does not.
+# Subcommand -> module with ``main(arguments) -> exit status``, and what it does. Only the chosen one is loaded:
+# ``build`` needs packages that loading does not.
 COMMANDS = {
-    "build": "astrobiogen.data.builders.run",
-    "check": "astrobiogen.data.check",
-    "describe": "astrobiogen.data.describe",
+    "build": ("astrobiogen.data.builders.run", "raw files to a packed dataset"),
+    "check": ("astrobiogen.data.check", "verify a packed dataset; with --raw, recompute labels from the raw files"),
+    "describe": ("astrobiogen.data.describe", "plots and tables of a packed dataset"),
+    "export": ("astrobiogen.data.builders.export", "climates of a packed dataset as Zarr or netCDF, in physical units"),
+    "fetch": ("astrobiogen.data.fetch.run", "raw files from public sources (not verified online)"),
+    "make-climate": ("astrobiogen.data.make_climate.run", "run ExoPlaSim, an external program, for catalogue planets"),
 }
-OPTIONAL_PACKAGES = ("xarray", "netCDF4", "libsbml", "scipy", "matplotlib")
-USAGE = "usage: python -m astrobiogen.data build|check|describe [options]; --help after a command lists its options\n"
+OPTIONAL_PACKAGES = ("xarray", "netCDF4", "zarr", "libsbml", "scipy", "matplotlib", "pandas")
+
+
+def usage() -> str:
+    """What ``--help`` shows."""
+    lines = [f"  {name:<14}{what}" for name, (_, what) in COMMANDS.items()]
+    return (
+        "usage: python -m astrobiogen.data COMMAND [options]\n\nCommands:\n"
+        + "\n".join(lines)
+        + "\n\nCOMMAND --help lists its options. Exit status: 0 done, 1 problems found,\n"
+        "2 wrong usage or no usable data, 130 interrupted.\n"
+    )
 
 
 def main(arguments: list[str]) -> int:
     """Run a subcommand; a data problem or a missing optional package is one line on standard error and status 2."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(usage())
+        return 0
     if not arguments or arguments[0] not in COMMANDS:
-        sys.stderr.write(USAGE)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+        found = f"error: unknown command {arguments[0]!r}\n\n" if arguments else ""
+        sys.stderr.write(found + usage())
+        return 2
     try:
-        command = importlib.import_module(COMMANDS[arguments[0]])
+        command = importlib.import_module(COMMANDS[arguments[0]][0])
+        return int(command.main(arguments[1:]))
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL_PACKAGES:
             raise
-        sys.stderr.write(f"'{arguments[0]}' needs the package {error.name}: pip install 'astrobiogen[data]'\n")
+        sys.stderr.write(f"error: '{arguments[0]}' needs the package {error.name}: pip install 'astrobiogen[data]'\n")
         return 2
-    try:
-        return int(command.main(arguments[1:]))
     except DataError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
 
 
 if __name__ == "__main__":

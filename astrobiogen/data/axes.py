@@ -55,7 +55,7 @@ def from_canonical(cube: Tensor, axes: Sequence[str] = ORIGINAL) -> Tensor:
     """
     if cube.ndim != len(CANONICAL):
         raise ValueError(f"cube has shape {tuple(cube.shape)}, expected seven axes {CANONICAL}")
-    names = list(CANONICAL)
+    names: list[str] = list(CANONICAL)
     for name in CANONICAL:
         if name not in axes:
             place = names.index(name)

@@ -8,6 +8,7 @@ segment data among the inputs, label-bearing words and names in the texts.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from astrobiogen.data import cubes, labels, splits
 from astrobiogen.data.container import Contents
-from astrobiogen.data.corpus import load_corpus
+from astrobiogen.data.corpus import CORPUS, load_corpus
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.graphs import unpack_graph
 from astrobiogen.data.load import SAMPLE_FOLDER
@@ -216,6 +217,8 @@ def _inputs(pack: Pack) -> Iterator[str]:
 
 
 def _corpus(root: Path) -> Iterator[str]:
+    if CORPUS not in read_manifest(root)["files"]:  # its absence is in the manifest's list of what was left out
+        return
     for module in load_corpus(root):
         if module.part != corpus_part(module.module):
             yield f"corpus.jsonl.xz {module.module}: part {module.part!r}, expected {corpus_part(module.module)!r}"
@@ -255,12 +258,25 @@ def _collect(part: Callable[[], Iterator[str]]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Command line of ``check``: prints the problems; 1 if there are any, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m astrobiogen.data check", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m astrobiogen.data check",
+        description="Verify a packed dataset: digests, shapes, units, ranges, leakage, labels, statistics, texts. "
+        "Every problem is a line; the exit status is 1 if there is one.",
+    )
     parser.add_argument(
         "folder", type=Path, nargs="?", default=SAMPLE_FOLDER, help="folder of the pack (default: the bundled one)"
     )
-    root = parser.parse_args(arguments).folder
+    parser.add_argument(
+        "--raw", type=Path, help="raw files of the pack: recompute the labels of random pairs from them as well"
+    )
+    parser.add_argument("--pairs", type=int, default=20, help="how many pairs with --raw (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="which pairs with --raw (default 0)")
+    options = parser.parse_args(arguments)
+    root = options.folder
     problems = check(root)
+    if options.raw is not None and not problems:
+        recompute = importlib.import_module("astrobiogen.data.builders.recompute")  # needs astrobiogen[data]
+        problems = recompute.recomputed(open_pack(root), options.raw, options.pairs, options.seed)
     for problem in problems:
         sys.stdout.write(f"PROBLEM {problem}\n")
     if problems:
@@ -268,4 +284,6 @@ def main(arguments: list[str]) -> int:
         return 1
     counts = read_manifest(root).get("counts", {})
     sys.stdout.write(f"{root}: sound ({', '.join(f'{n} {what}' for what, n in counts.items())})\n")
+    if options.raw is not None:
+        sys.stdout.write(f"{options.pairs} pairs recomputed from {options.raw}: S and class agree exactly\n")
     return 0

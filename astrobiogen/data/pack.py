@@ -95,6 +95,8 @@ def spectrum_statistics(
     """Mean and standard deviation of the albedo over the unpaired library and the spectra of training planets."""
     hidden = {name for (planet, _), name in paired.items() if planet not in fitted_on}
     seen = np.array([a for name, a in zip(names, albedo, strict=True) if name not in hidden], np.float64)
+    if seen.size == 0:
+        return 0.0, 1.0
     return float(seen.mean()), float(seen.std())
 
 

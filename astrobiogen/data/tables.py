@@ -32,9 +32,15 @@ class ClimateRow:
     toa_imbalance_input: float  # W/m2, mean of the input segment
     toa_imbalance_label: float
     lowest_ta_input: float  # K, unweighted mean of the lowest level: a fingerprint of the segment
-    ts_label: float  # K, area mean of the label segment
+    ts_input: float  # K, area mean of the surface temperature in the input segment
+    ts_label: float  # the same in the label segment
     params: tuple[float, ...]
     text: str
+
+    @property
+    def ts_drift(self) -> float:
+        """K, change of the mean surface temperature from the input to the label segment; NaN when unknown."""
+        return self.ts_label - self.ts_input
 
 
 @dataclass(frozen=True)

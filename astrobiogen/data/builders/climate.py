@@ -251,7 +251,7 @@ def read_climate(path: Path, names: tuple[str, ...], target: Grid | None = None)
     if grid is None:
         raise DataError(path, "", "no variable was asked for")
     if target is not None:
-        grid = replace(target, levels=grid.levels if grid.same_levels(target) else target.levels)
+        grid = target
     parameters = _parameters(path, attributes)
     return ClimateFile(path, fields, grid, parameters, str(attributes.get("planet", "")), balance, ts_mean)
 

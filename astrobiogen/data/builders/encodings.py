@@ -61,7 +61,7 @@ def random_walk_encoding(edge_index: NDArray[np.int64], n: int, width: int) -> N
     """
     adjacency = _adjacency(edge_index, n)
     degree = np.maximum(np.asarray(adjacency.sum(axis=1)).ravel(), 1.0)
-    step = scipy.sparse.csr_matrix(scipy.sparse.diags(1.0 / degree) @ adjacency).astype(np.float32)
+    step = scipy.sparse.csr_matrix(scipy.sparse.diags(1.0 / degree) @ adjacency, dtype=np.float32)
     step.sort_indices()  # a fixed order of the float32 sums
     out = np.zeros((n, width))
     for start in range(0, n, BLOCK):

@@ -47,7 +47,7 @@ def standard_grid() -> Grid:
     """32 Gaussian latitudes x 64 longitudes x 10 sigma levels x 12 times."""
     nodes, _ = np.polynomial.legendre.leggauss(_N_LATITUDES)
     latitudes = np.degrees(np.arcsin(nodes[::-1]))
-    longitudes = np.arange(_N_LONGITUDES) * (360.0 / _N_LONGITUDES)
+    longitudes = np.arange(_N_LONGITUDES, dtype=np.float64) * (360.0 / _N_LONGITUDES)
     return Grid(np.array(STANDARD_SIGMA), latitudes, longitudes, MONTHS)
 
 

@@ -6,27 +6,35 @@ import csv
 import gzip
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from astrobiogen.data.errors import DataError
 
-# File prefix -> (name in the Open Exoplanet Catalogue, star system). Proxima is catalogued under Alpha Centauri.
-CATALOGUE: dict[str, tuple[str, str]] = {
-    "earth": ("Earth", "Sun"),
-    "proximab": ("Proxima Centauri b", "Alpha Centauri"),
-    "teegardenb": ("Teegarden's Star b", "Teegarden's Star"),
-    "trappist1e": ("TRAPPIST-1 e", "TRAPPIST-1"),
-    "trappist1f": ("TRAPPIST-1 f", "TRAPPIST-1"),
-    "toi700d": ("TOI-700 d", "TOI-700"),
-    "kepler1649c": ("Kepler-1649 c", "Kepler-1649"),
-    "kepler442b": ("Kepler-442 b", "Kepler-442"),
-    "kepler62f": ("Kepler-62 f", "Kepler-62"),
-    "wolf1069b": ("Wolf 1069 b", "Wolf 1069"),
-    "toi715b": ("TOI-715 b", "TOI-715"),
-    "lhs1140b": ("LHS 1140 b", "LHS 1140"),
-    "lp8909c": ("LP 890-9 c", "LP 890-9"),
-    "gj273b": ("GJ 273 b", "GJ 273"),
-    "ross128b": ("Ross 128 b", "Ross 128"),
+
+class Body(NamedTuple):
+    """A planet: its name in the Open Exoplanet Catalogue and its star system."""
+
+    name: str
+    star_system: str
+
+
+# File prefix -> planet. Proxima is catalogued under Alpha Centauri.
+CATALOGUE: dict[str, Body] = {
+    "earth": Body("Earth", "Sun"),
+    "proximab": Body("Proxima Centauri b", "Alpha Centauri"),
+    "teegardenb": Body("Teegarden's Star b", "Teegarden's Star"),
+    "trappist1e": Body("TRAPPIST-1 e", "TRAPPIST-1"),
+    "trappist1f": Body("TRAPPIST-1 f", "TRAPPIST-1"),
+    "toi700d": Body("TOI-700 d", "TOI-700"),
+    "kepler1649c": Body("Kepler-1649 c", "Kepler-1649"),
+    "kepler442b": Body("Kepler-442 b", "Kepler-442"),
+    "kepler62f": Body("Kepler-62 f", "Kepler-62"),
+    "wolf1069b": Body("Wolf 1069 b", "Wolf 1069"),
+    "toi715b": Body("TOI-715 b", "TOI-715"),
+    "lhs1140b": Body("LHS 1140 b", "LHS 1140"),
+    "lp8909c": Body("LP 890-9 c", "LP 890-9"),
+    "gj273b": Body("GJ 273 b", "GJ 273"),
+    "ross128b": Body("Ross 128 b", "Ross 128"),
 }
 # The Sun and Earth by IAU 2015 nominal values; the age is the climate's own.
 _SUN = {"st_mass_sun": 1.0, "st_rad_sun": 1.0, "st_met": 0.0, "pl_period_d": 365.25}
@@ -64,52 +72,82 @@ PARAM_UNITS = (
 )
 
 
-def read_catalogue(path: Path) -> dict[str, dict[str, str]]:
-    """Rows of the catalogue by planet name; an error page saved as CSV (no ``name`` column) is refused."""
+def _rows(path: Path, columns: set[str], what: str) -> list[dict[str, str]]:
+    """Rows of a CSV (``.gz`` too) that must have ``columns``."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as handle:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8", newline="") as handle:
             rows = list(csv.DictReader(handle))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(path, "", f"cannot be read ({error})") from error
-    if not rows or not {"name", "system", "st_teff_k"} <= set(rows[0]):
-        raise DataError(path, "name", f"is not the planet catalogue (columns {list(rows[0])[:5] if rows else []})")
-    return {row["name"]: row for row in rows}
+    if not rows or not columns <= set(rows[0]):
+        header = list(rows[0])[:5] if rows else []
+        raise DataError(path, "header", f"is not {what} (needs {sorted(columns)}, has {header})")
+    return rows
+
+
+def read_catalogue(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of the catalogue by planet name; an error page saved as CSV is refused by its header."""
+    return {row["name"]: row for row in _rows(path, {"name", "system", "st_teff_k"}, "the planet catalogue")}
+
+
+def read_bodies(path: Path) -> dict[str, Body]:
+    """Planets of a user's own by file prefix: a CSV with the columns prefix, name, star_system."""
+    rows = _rows(path, {"prefix", "name", "star_system"}, "a table of planets")
+    return {row["prefix"]: Body(row["name"], row["star_system"]) for row in rows}
 
 
 def _number(value: Any) -> float:
     return float(value) if value not in ("", None) else math.nan
 
 
-def parameters(prefix: str, run: dict[str, Any], catalogue: dict[str, dict[str, str]]) -> dict[str, float]:
+def parameters(
+    path: Path, prefix: str, body: Body, run: dict[str, Any], catalogue: dict[str, dict[str, str]]
+) -> dict[str, float]:
     """The P parameters of one climate in the order ``PARAM_NAMES``; NaN where not measured.
 
     Parameters
     ----------
-    prefix
-        File prefix, a key of ``CATALOGUE``.
+    path
+        The climate's file, for messages.
+    prefix, body
+        File prefix and planet.
     run
-        The climate model's parameters (file attribute).
+        The climate model's parameters (file attribute): flux [W/m2], startemp [K], radius [Earth radii], gravity
+        [m/s2], rotationperiod [d], aquaplanet, pCO2 [bar]; optional synchronous, pO2 [bar], geological_age_gyr.
     catalogue
         Rows of the Open Exoplanet Catalogue by name.
+
+    Raises
+    ------
+    DataError
+        A parameter of the run is absent or no positive number.
     """
-    row: dict[str, Any] = _SUN if prefix == "earth" else catalogue.get(CATALOGUE[prefix][0], {})
-    age = run.get("geological_age_gyr", _number(row.get("st_age_gyr")))
-    period = _number(row.get("pl_period_d"))
+
+    def given(name: str) -> float:
+        value = run.get(name)
+        if not isinstance(value, int | float) or not value > 0:
+            raise DataError(path, f"parameters.{name}", f"is {value!r}, expected a positive number")
+        return float(value)
+
+    if not isinstance(run.get("aquaplanet"), bool):
+        raise DataError(path, "parameters.aquaplanet", f"is {run.get('aquaplanet')!r}, expected true or false")
+    row: dict[str, Any] = _SUN if prefix == "earth" else catalogue.get(body.name, {})
     values = (
-        run["flux"],
-        run["startemp"],
+        given("flux"),
+        given("startemp"),
         _number(row.get("st_mass_sun")),
         _number(row.get("st_rad_sun")),
         _number(row.get("st_met")),
-        age,
-        run["radius"],
-        run["gravity"],
-        math.log10(run["rotationperiod"]),
+        run.get("geological_age_gyr", _number(row.get("st_age_gyr"))),
+        given("radius"),
+        given("gravity"),
+        math.log10(given("rotationperiod")),
         float(run.get("synchronous", False)),
-        math.log10(period),
+        math.log10(_number(row.get("pl_period_d"))),
         float(not run["aquaplanet"]),
         run.get("pO2", 0.0),
-        math.log10(run["pCO2"]),
+        math.log10(given("pCO2")),
     )
     return dict(zip(PARAM_NAMES, map(float, values), strict=True))
 

@@ -1,11 +1,13 @@
-"""Virtual Planetary Laboratory albedo spectra on one wavelength grid."""
+"""Albedo spectra of the Virtual Planetary Laboratory and the Planetary Spectrum Generator on one wavelength grid."""
 
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas
 from numpy.typing import NDArray
 
 from astrobiogen.data.errors import DataError
@@ -28,6 +30,10 @@ LIBRARY: dict[str, tuple[str, int, int]] = {
 }
 # Which climate has which spectrum: the 3.0 Ga Earth (no O2, 50 mbar CO2) and today's. All others have none.
 PAIRED = {("earth", 0): "archean_earth", ("earth", 2): "modern_earth"}
+
+
+# words of a wavelength unit -> factor to micrometres
+_LENGTHS = ((("um", "micron", "microns"), 1.0), (("nm",), 1e-3), (("A", "Angstrom", "Angstroms"), 1e-4))
 
 
 def wavelength_edges() -> NDArray[np.float64]:
@@ -54,14 +60,77 @@ def read_spectrum(folder: Path, name: str) -> tuple[NDArray[np.float32], NDArray
                     rows.append([float(p) for p in parts])
     except (OSError, EOFError, ValueError) as error:
         raise DataError(path, "", f"cannot be read ({error})") from error
-    if not rows or len(rows[0]) <= albedo_column:
-        raise DataError(path, "albedo", f"column {albedo_column} absent")
+    if not rows or len(rows[0]) <= albedo_column or any(len(row) != len(rows[0]) for row in rows):
+        raise DataError(path, "albedo", f"column {albedo_column} absent or lines of different length")
     table = np.array(rows)
-    wave, albedo = table[:, wave_column], table[:, albedo_column]
-    if not np.isfinite(albedo).all():
+    return _binned(path, table[:, wave_column], table[:, albedo_column])
+
+
+def _binned(
+    path: Path, wave: NDArray[np.float64], albedo: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    if not np.isfinite(albedo).all() or not np.isfinite(wave).all():
         raise DataError(path, "albedo", "holds non-finite values")
     place = np.digitize(wave, wavelength_edges()) - 1
     inside = (place >= 0) & (place < BINS)
+    if not inside.any():
+        raise DataError(path, "wavelength", f"{wave.min():.4g} to {wave.max():.4g} um, none in {WAVELENGTH_RANGE}")
     count = np.bincount(place[inside], minlength=BINS)
     total = np.bincount(place[inside], weights=albedo[inside], minlength=BINS)
     return (total / np.maximum(count, 1)).astype(np.float32), count > 0
+
+
+def read_psg(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Bin-mean albedo [256] and mask from an answer of NASA's Planetary Spectrum Generator (text, ``.txt``).
+
+    The header's ``# Spectral unit:`` must be a wavelength, ``# Radiance unit:`` the apparent albedo I/F (configuration
+    ``<GENERATOR-RADUNITS>rif``), and the column ``Total`` is taken.
+
+    Raises
+    ------
+    DataError
+        Unreadable, an error message instead of a spectrum, another unit, or non-finite values.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(path, "", f"cannot be read ({error})") from error
+    notes = {k.strip("# ").lower(): v for k, _, v in (line.partition(":") for line in lines if line.startswith("#"))}
+    header = next((line for line in lines if line.lower().startswith("# wave")), None)
+    if header is None:
+        raise DataError(path, "# Wave/freq", f"no such header line; the file begins with {lines[:1]}")
+    unit, quantity = notes.get("spectral unit", ""), notes.get("radiance unit", "")
+    scale = next((s for names, s in _LENGTHS if any(re.search(rf"\b{n}\b", unit) for n in names)), None)
+    if scale is None:
+        raise DataError(path, "Spectral unit", f"is {unit!r}, expected um, nm or Angstrom")
+    if not re.search(r"\brif\b|I/F|albedo", quantity, re.IGNORECASE):
+        raise DataError(path, "Radiance unit", f"is {quantity!r}, expected the apparent albedo I/F (rif)")
+    names = header.lstrip("# ").split()
+    if "Total" not in names:
+        raise DataError(path, "Total", f"column absent; the columns are {names}")
+    try:
+        rows = [[float(p) for p in line.split()] for line in lines if line.strip() and not line.startswith("#")]
+        table = np.array([[row[0], row[names.index("Total")]] for row in rows])
+    except (ValueError, IndexError) as error:
+        raise DataError(path, "", f"holds a line that is no row of numbers ({error})") from error
+    if not len(table):
+        raise DataError(path, "", "holds no rows")
+    return _binned(path, table[:, 0] * scale, table[:, 1])
+
+
+def read_psg_parquet(path: Path, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Bin-mean albedo [256] and mask of one row of a table of PSG spectra (one spectrum per row, as the geexhp project
+    keeps them): a list column that begins with "wave" [um], and one that begins with "albedo" or "total [I/F". Needs
+    ``pyarrow``.
+    """
+    try:
+        table = pandas.read_parquet(path)
+    except ImportError as error:
+        raise DataError(path, "", "needs the package pyarrow: pip install pyarrow") from error
+    except (OSError, ValueError) as error:
+        raise DataError(path, "", f"cannot be read ({error})") from error
+    wave = next((c for c in table.columns if c.lower().startswith("wave")), None)
+    albedo = next((c for c in table.columns if c.lower().startswith(("albedo", "total [i/f"))), None)
+    if wave is None or albedo is None:
+        raise DataError(path, "wavelength, albedo", f"absent; the columns are {list(table.columns)[:8]}")
+    return _binned(path, np.asarray(table[wave].iloc[row], float), np.asarray(table[albedo].iloc[row], float))

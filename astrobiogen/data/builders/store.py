@@ -51,7 +51,7 @@ def climate_key(planet: str, epoch: int) -> str:
 class _Target(Protocol):
     """What both file formats can do with a variable: take a block."""
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
 
 
 @contextlib.contextmanager
@@ -198,7 +198,9 @@ class ClimateStore:
         for name in names:
             where = f"{climate} segment {segment} {name}"
             if name not in self.dataset:
-                raise DataError(self.path, where, f"variable absent; the store holds {sorted(self.dataset.data_vars)}")
+                raise DataError(
+                    self.path, where, f"variable absent; the store holds {sorted(map(str, self.dataset.data_vars))}"
+                )
             try:
                 values = np.asarray(self.dataset[name].isel(place).values, np.float32)
             except (OSError, RuntimeError, ValueError) as error:
@@ -239,7 +241,7 @@ def export_pack(pack: Pack, path: Path) -> None:
         for row in pack.climates:
             codes = cubes.read_codes(pack.contents(row.cube_file), shape)
             fields = {name: cubes.value_table(name, int(c.max()) + 1)[c] for name, c in codes.items()}
-            yield Entry(row.planet, row.epoch, cubes.INPUT_SEGMENT, fields, row.toa_imbalance_input)
+            yield Entry(row.planet, row.epoch, cubes.INPUT_SEGMENT, fields, row.toa_imbalance_input, row.ts_drift)
             ts, sic = cubes.read_surface(pack.root / row.surface_file, shape[0], *shape[2:])
             label = {"ts": ts, "sic": sic}
             yield Entry(row.planet, row.epoch, cubes.LABEL_SEGMENT, label, row.toa_imbalance_label)

@@ -170,7 +170,7 @@ def pick(dataset: xr.Dataset, path: Path, name: str) -> xr.DataArray:
         raise DataError(path, name, f"variable absent (looked for {rule.all_names}); the file holds {held}")
     array = dataset[alias]
     stated = array.attrs.get("units")
-    if stated not in rule.units:
+    if not isinstance(stated, str) or stated not in rule.units:
         raise DataError(path, alias, f"units {stated!r}, expected {rule.unit!r} or one of {sorted(rule.units)}")
     scale, offset = rule.units[stated]
     return array if (scale, offset) == (1.0, 0.0) else array * scale + offset

@@ -1,0 +1,217 @@
+"""One climate: segments until the energy balance closes, resumable after each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xarray as xr
+
+from astrobiogen.data.builders import climate
+from astrobiogen.data.errors import DataError
+from astrobiogen.data.make_climate.driver import SCRIPT
+from astrobiogen.data.make_climate.parameters import Climate
+
+YEAR = 360.0  # days of the model's year
+KEPT = ("ta", "ua", "va", "hus", "cl", "ts", "tas", "ps", "sic", "pr", "evap", "clt", "prw", "alb", "rst", "rlut")
+_POLL = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to run.
+
+    Attributes
+    ----------
+    segment_days
+        Length of a segment; input and label are the last two.
+    max_years
+        Model years after which a run ends unconverged.
+    max_imbalance
+        W/m2; largest mean net radiation at the top of a balanced segment.
+    max_drift
+        K per year; largest change of the mean surface temperature between balanced segments.
+    timestep, mixed_layer
+        Minutes; metres of slab ocean.
+    """
+
+    segment_days: float = 180.0
+    max_years: float = 40.0
+    max_imbalance: float = 2.0
+    max_drift: float = 0.1
+    timestep: float = 45.0
+    mixed_layer: float = 2.0
+
+    @property
+    def steps(self) -> int:
+        """Time steps of a segment."""
+        return round(self.segment_days * 1440.0 / self.timestep)
+
+    @property
+    def max_segments(self) -> int:
+        """Segments until ``max_years``, at least two."""
+        return max(2, int(self.max_years * YEAR / self.segment_days))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Figures of a finished segment."""
+
+    toa_imbalance: float  # W/m2
+    ts_mean: float  # K
+
+
+def balanced(history: list[Segment], settings: Settings) -> bool:
+    """True when the last two segments are within both limits."""
+    if len(history) < 2:
+        return False
+    before, last = history[-2:]
+    drift = (last.ts_mean - before.ts_mean) * YEAR / settings.segment_days
+    worst = max(abs(before.toa_imbalance), abs(last.toa_imbalance))
+    return worst <= settings.max_imbalance and abs(drift) <= settings.max_drift
+
+
+class Job:
+    """One climate in ``folder``; ``run`` continues from what the folder holds.
+
+    Parameters
+    ----------
+    planned
+        Planet and parameters.
+    folder
+        Work folder of this climate: job.json, driver.py, history.json, restart files, the last two segments.
+    python
+        Interpreter that can import exoplasim.
+    settings
+        How long to run.
+    """
+
+    def __init__(self, planned: Climate, folder: Path, python: str, settings: Settings) -> None:
+        self.planned, self.folder, self.python, self.settings = planned, folder, python, settings
+        self.history: list[Segment] = []
+
+    def _prepare(self) -> None:
+        """Write script and job; a folder of a run with other parameters is refused, not continued."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        job = {
+            "name": self.planned.key,
+            "parameters": self.planned.parameters,
+            "timestep": self.settings.timestep,
+            "steps": self.settings.steps,
+            "mixed_layer": self.settings.mixed_layer,
+        }
+        path = self.folder / "job.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != job:
+            raise DataError(path, "", "holds other parameters; remove the folder or choose another --work")
+        path.write_text(json.dumps(job, indent=1), encoding="utf-8")
+        (self.folder / "driver.py").write_text(SCRIPT, encoding="utf-8")
+        self.history = self._read_history()
+
+    def _read_history(self) -> list[Segment]:
+        path = self.folder / "history.json"
+        if not path.exists():
+            return []
+        history = [Segment(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        if not (self.folder / f"restart-{len(history)}").exists():
+            raise DataError(self.folder, f"restart-{len(history)}", "is missing; remove the folder to start again")
+        return history
+
+    def _segment(self, number: int, stop: threading.Event) -> None:
+        """Run the external program for one segment; its whole process group ends with ``stop``."""
+        log = self.folder / "log.txt"
+        with log.open("ab") as handle:
+            process = subprocess.Popen(
+                [self.python, "driver.py", str(number)],
+                cwd=self.folder,
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            while process.poll() is None:
+                if stop.wait(_POLL):
+                    os.killpg(process.pid, signal.SIGTERM)
+                    process.wait()
+                    raise InterruptedError
+        if process.returncode != 0:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "no output"
+            raise DataError(log, f"segment {number}", f"ExoPlaSim ended with status {process.returncode}: {last}")
+
+    def _figures(self, number: int) -> Segment:
+        """Energy balance and temperature of a segment, from its file."""
+        path = self.folder / f"segment-{number}.nc"
+        beside = path.with_name(path.name + ".json")
+        beside.write_text(json.dumps(self.planned.parameters), encoding="utf-8")
+        found = climate.read_climate(path, ("ta", "hus", "ts", "sic"))
+        return Segment(found.toa_imbalance, found.ts_mean)
+
+    def run(self, output: Path, stop: threading.Event, report: Callable[[list[Segment]], None]) -> bool:
+        """Run until balanced, then write ``<key>_seg1.nc`` and ``_seg2.nc`` into ``output``.
+
+        Parameters
+        ----------
+        output
+            Folder of the two files.
+        stop
+            When set, the running segment is ended and ``InterruptedError`` raised; the next ``run`` repeats it.
+        report
+            Called with the history after each segment.
+
+        Returns
+        -------
+        bool
+            True when balanced; False when ``max_years`` came first (the files are written, marked unconverged).
+
+        Raises
+        ------
+        DataError
+            The program failed or left an unusable file.
+        """
+        self._prepare()
+        report(self.history)
+        while not balanced(self.history, self.settings) and len(self.history) < self.settings.max_segments:
+            number = len(self.history)
+            if not (self.folder / f"segment-{number}.nc").exists():
+                self._segment(number, stop)
+            self.history.append(self._figures(number))
+            part = self.folder / "history.json.part"
+            part.write_text(json.dumps([asdict(s) for s in self.history]), encoding="utf-8")
+            os.replace(part, self.folder / "history.json")
+            self._forget(number - 2)
+            report(self.history)
+        converged = balanced(self.history, self.settings)
+        for segment in (1, 2):
+            self._publish(output, segment, len(self.history) - 3 + segment, converged)
+        return converged
+
+    def _forget(self, number: int) -> None:
+        """Remove what no later step needs: restarts and segments before the last two."""
+        for name in (f"segment-{number}.nc", f"segment-{number}.nc.json", f"restart-{number}"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _publish(self, output: Path, segment: int, number: int, converged: bool) -> None:
+        """Copy the kept variables with their provenance."""
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / f"{self.planned.key}_seg{segment}.nc"
+        part = path.with_suffix(".part")
+        years = (number + 1) * self.settings.segment_days / YEAR
+        with xr.open_dataset(self.folder / f"segment-{number}.nc", decode_times=False, engine="netcdf4") as dataset:
+            chosen = dataset[[name for name in KEPT if name in dataset]]
+            chosen.attrs = {
+                "title": f"{self.planned.key}, segment {segment}, after {years:.1f} model years",
+                "source": "ExoPlaSim T21L10 (external program), run by astrobiogen.data make-climate",
+                "planet": self.planned.body.name,
+                "parameters": json.dumps(self.planned.parameters),
+                "converged": int(converged),
+                "toa_imbalance": self.history[number].toa_imbalance,
+                "acceptance": json.dumps(asdict(self.settings)),
+            }
+            chosen.to_netcdf(part, engine="netcdf4", encoding={n: {"zlib": True, "complevel": 4} for n in chosen})
+        os.replace(part, path)

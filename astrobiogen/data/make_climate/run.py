@@ -1,0 +1,230 @@
+"""``python -m astrobiogen.data make-climate``: climates of catalogue planets by ExoPlaSim, several at a time."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import rich.console
+import rich.progress
+
+from astrobiogen.data.builders.planets import CATALOGUE, read_catalogue
+from astrobiogen.data.errors import DataError
+from astrobiogen.data.make_climate.jobs import Job, Segment, Settings
+from astrobiogen.data.make_climate.parameters import Climate, climate_of
+from astrobiogen.data.progress import say
+
+SECONDS_PER_YEAR = 184.0  # one core, T21L10, 45-minute steps; measured 172 to 196
+
+
+def planned(catalogue: Path, names: Sequence[str], p_co2: Sequence[float]) -> list[Climate]:
+    """One run per planet and CO2 pressure; the epochs of a planet are its pressures in the given order."""
+    rows = read_catalogue(catalogue)
+    if absent := [n for n in names if n not in rows]:
+        raise DataError(catalogue, absent[0], "no such planet")
+    return [climate_of(catalogue, rows[name], k, p) for name in names for k, p in enumerate(p_co2)]
+
+
+def require_exoplasim(python: str) -> None:
+    """Refuse early, and say how to install the external program."""
+    try:
+        done = subprocess.run([python, "-c", "import exoplasim"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise DataError(python, "--python", f"cannot be started ({error.strerror})") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DataError(
+            python,
+            "exoplasim",
+            f"cannot be imported there ({last}). It is an external program (GPL-2.0): install it with "
+            "'pip install exoplasim' in an environment with gfortran, and name that interpreter with --python",
+        )
+
+
+def table(runs: Sequence[Climate], settings: Settings) -> str:
+    """What will be run, for ``--dry-run``."""
+    lines = [f"{'climate':<40}{'flux W/m2':>10}{'star K':>8}{'radius':>8}{'g m/s2':>8}{'day d':>8}"]
+    for run in runs:
+        p = run.parameters
+        lines.append(
+            f"{run.key:<40}{p['flux']:>10.1f}{p['startemp']:>8.0f}{p['radius']:>8.2f}{p['gravity']:>8.2f}"
+            f"{p['rotationperiod']:>8.2f}"
+        )
+    hours = len(runs) * settings.max_years * SECONDS_PER_YEAR / 3600.0
+    lines.append(f"{len(runs)} climates, at most {settings.max_years:g} model years each: up to {hours:.1f} core hours")
+    return "\n".join(lines)
+
+
+class Board:
+    """Where each climate stands: bars on a terminal, a line per segment elsewhere."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.lock = threading.Lock()
+        self.bar: rich.progress.Progress | None = None
+        self.tasks: dict[str, rich.progress.TaskID] = {}
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bars while inside."""
+        console = rich.console.Console(stderr=True)
+        if not console.is_terminal:
+            yield
+            return
+        columns = (
+            rich.progress.TextColumn("{task.description:<36}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[state]}"),
+            rich.progress.TimeElapsedColumn(),
+        )
+        with rich.progress.Progress(*columns, console=console) as self.bar:
+            yield
+        self.bar = None
+
+    def update(self, key: str, history: list[Segment]) -> None:
+        """A segment of ``key`` ended (or was found on disk)."""
+        years = len(history) * self.settings.segment_days / 360.0
+        figures = f", TOA {history[-1].toa_imbalance:+.2f} W/m2, ts {history[-1].ts_mean:.2f} K" if history else ""
+        state = f"{years:5.1f} years{figures}"
+        with self.lock:
+            if self.bar is None:
+                say(f"{key}: {state.strip()}")
+                return
+            if key not in self.tasks:
+                self.tasks[key] = self.bar.add_task(key, total=self.settings.max_segments, state=state)
+            self.bar.update(self.tasks[key], completed=len(history), state=state)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the runs, by key."""
+
+    balanced: list[str]
+    unconverged: list[str]
+    failed: list[str]
+
+
+def run_all(runs: Sequence[Climate], output: Path, work: Path, python: str, settings: Settings, jobs: int) -> Outcome:
+    """Run climates, ``jobs`` at a time, each on one core; a failed one does not stop the others.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After ending the running segments; everything finished stays, the same call continues.
+    """
+    board, stop = Board(settings), threading.Event()
+    outcome = Outcome([], [], [])
+
+    def one(run: Climate) -> bool:
+        job = Job(run, work / run.key, python, settings)
+        return job.run(output, stop, lambda history: board.update(run.key, history))
+
+    with board.shown(), ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(one, run): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                key = futures[future].key
+                try:
+                    (outcome.balanced if future.result() else outcome.unconverged).append(key)
+                except DataError as error:
+                    outcome.failed.append(f"{key}: {error}")
+                    say(f"{key} failed: {error}")
+        except KeyboardInterrupt:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return outcome
+
+
+def name_planets(path: Path, runs: Sequence[Climate]) -> None:
+    """Enter planets that ``build`` does not know into ``tables/planets.csv``; rows already there are kept."""
+    new = {run.prefix: run.body for run in runs if run.prefix not in CATALOGUE}
+    rows: dict[str, tuple[str, str]] = {}
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as handle:
+            rows = {row["prefix"]: (row["name"], row["star_system"]) for row in csv.DictReader(handle)}
+    if set(new) <= set(rows):
+        return
+    rows |= {prefix: tuple(body) for prefix, body in new.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(("prefix", "name", "star_system"))
+        writer.writerows((prefix, *values) for prefix, values in sorted(rows.items()))
+
+
+def _arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m astrobiogen.data make-climate",
+        description="Run ExoPlaSim (an external program, GPL-2.0, not part of this package) for planets of the Open "
+        "Exoplanet Catalogue until the energy balance closes. Interrupted or failed runs continue with the same "
+        "command. Two segments per climate go to RAW/climate for 'build'.",
+        epilog="Parameters follow one rule: see astrobiogen/data/make_climate/parameters.py and --dry-run.",
+    )
+    parser.add_argument("--raw", type=Path, required=True, help="raw folder: files go to RAW/climate")
+    parser.add_argument("--planets", nargs="+", required=True, metavar="NAME", help='catalogue names, "TOI-700 d"')
+    parser.add_argument("--catalogue", type=Path, help="default: RAW/tables/oec_planets.csv.gz")
+    parser.add_argument("--co2", nargs="+", type=float, default=[0.0004, 0.01, 0.1], metavar="BAR")
+    parser.add_argument("--work", type=Path, help="folder of unfinished runs (default: RAW/climate-work)")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has exoplasim (default: this one)")
+    parser.add_argument("--jobs", type=int, default=1, help="climates at a time, one core each (default 1)")
+    defaults = Settings()
+    for name, what in (
+        ("segment_days", "length of a segment, days"),
+        ("max_years", "model years after which a run ends unconverged"),
+        ("max_imbalance", "balanced: net radiation at the top at most this, W/m2"),
+        ("max_drift", "balanced: change of the mean surface temperature at most this, K per year"),
+        ("timestep", "minutes"),
+        ("mixed_layer", "depth of the slab ocean, metres"),
+    ):
+        value = getattr(defaults, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=float, default=value, help=f"{what} (default {value:g})"
+        )
+    parser.add_argument("--dry-run", action="store_true", help="show parameters and cost, run nothing")
+    options = parser.parse_args(arguments)
+    for name in ("jobs", "segment_days", "max_years", "max_imbalance", "max_drift", "timestep", "mixed_layer"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected a positive number")
+    if min(options.co2) <= 0:
+        parser.error(f"--co2: got {min(options.co2)}, expected positive pressures in bar")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of ``make-climate``; 0 all balanced, 1 some failed or unconverged."""
+    options = _arguments(arguments)
+    settings = Settings(
+        options.segment_days,
+        options.max_years,
+        options.max_imbalance,
+        options.max_drift,
+        options.timestep,
+        options.mixed_layer,
+    )
+    catalogue = options.catalogue or options.raw / "tables/oec_planets.csv.gz"
+    runs = planned(catalogue, options.planets, options.co2)
+    if options.dry_run:
+        sys.stdout.write(table(runs, settings) + "\n")
+        return 0
+    require_exoplasim(options.python)
+    output, work = options.raw / "climate", options.work or options.raw / "climate-work"
+    name_planets(options.raw / "tables/planets.csv", runs)
+    outcome = run_all(runs, output, work, options.python, settings, options.jobs)
+    for key in outcome.unconverged:
+        sys.stdout.write(f"not balanced after {settings.max_years:g} years (written, marked): {key}\n")
+    for line in outcome.failed:
+        sys.stdout.write(f"failed: {line}\n")
+    sys.stdout.write(
+        f"{len(outcome.balanced)} balanced, {len(outcome.unconverged)} not balanced, {len(outcome.failed)} failed; "
+        f"files in {output}\n"
+    )
+    return 0 if not outcome.unconverged and not outcome.failed else 1
