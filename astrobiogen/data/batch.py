@@ -97,7 +97,7 @@ def _check_values(batch: HabitatBatch, spec: DataSpec) -> None:
             "batch", "habitability_fraction", f"{fraction.min():.3g} to {fraction.max():.3g}, not in [0, 1]"
         )
     graphs = batch["metabolic_graph"]
-    x: Tensor | None = graphs.to_dict().get("x")
+    x: Tensor | None = getattr(graphs, "x", None)
     if graphs.num_graphs != len(batch["metadata"]) or x is None or x.shape[1] != spec.node_features:
         shape = None if x is None else tuple(x.shape)
         raise DataError("batch", "metabolic_graph", f"{graphs.num_graphs} graphs, x {shape}")

@@ -153,7 +153,7 @@ def name_planets(path: Path, runs: Sequence[Climate]) -> None:
             rows = {row["prefix"]: (row["name"], row["star_system"]) for row in csv.DictReader(handle)}
     if set(new) <= set(rows):
         return
-    rows |= {prefix: tuple(body) for prefix, body in new.items()}
+    rows |= {prefix: (body.name, body.star_system) for prefix, body in new.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle)
