@@ -15,7 +15,9 @@ from benchmarks import peers
 from benchmarks.harness import Work
 from benchmarks.runner import Bench
 
-SIZES = samples.BENCHMARK_SIZES + (samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else ())
+SIZES = (
+    samples.BENCHMARK_SIZES + samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else samples.CPU_BENCHMARK_SIZES
+)
 # Half precision is what GPUs train in; the CPUs at hand have no fast fp16.
 DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, torch.bfloat16)
 

@@ -15,6 +15,7 @@ from benchmarks import peers
 from benchmarks.harness import Work
 from benchmarks.runner import Bench
 
+SIZES = samples.BENCHMARK_SIZES if torch.cuda.is_available() else samples.CPU_BENCHMARK_SIZES
 # Half precision is what GPUs train in; the CPUs at hand have no fast fp16.
 DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, torch.bfloat16)
 
@@ -25,7 +26,7 @@ def plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", samples.BENCHMARK_SIZES, ids=lambda s: f"{s.length}x{s.heads}x{s.width}r{s.rotary}")
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s.length}x{s.heads}x{s.width}r{s.rotary}")
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 def test_rope(
     bench: Bench, make, device: torch.device, size: samples.Size, dtype: torch.dtype, interleaved: bool

@@ -14,12 +14,13 @@ from benchmarks import peers
 from benchmarks.harness import Work
 from benchmarks.runner import Bench
 
+SIZES = samples.BENCHMARK_SIZES if torch.cuda.is_available() else samples.CPU_BENCHMARK_SIZES
 # Half precision is what GPUs train in; the CPUs at hand have no fast fp16.
 DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", samples.BENCHMARK_SIZES, ids=lambda size: f"{size.rows}x{size.columns}")
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size.rows}x{size.columns}")
 def test_swiglu(bench: Bench, make, device: torch.device, size: samples.Size, dtype: torch.dtype) -> None:
     maker: TensorMaker = make(dtype)
     moved = size.rows * size.columns * dtype.itemsize
@@ -37,7 +38,7 @@ def test_swiglu(bench: Bench, make, device: torch.device, size: samples.Size, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", samples.BENCHMARK_SIZES, ids=lambda size: f"{size.rows}x{size.columns}")
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size.rows}x{size.columns}")
 def test_swiglu_packed(bench: Bench, make, size: samples.Size, dtype: torch.dtype) -> None:
     maker: TensorMaker = make(dtype)
     moved = size.rows * size.columns * dtype.itemsize

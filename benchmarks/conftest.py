@@ -39,6 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (default: a GPU if present)"
     )
     group.addoption("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    group.addoption(
+        "--cpu-level",
+        choices=["baseline", "avx2", "avx512"],
+        help="run our C++ kernels at a lower instruction-set level than the CPU has (not attention and convolution)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,10 +51,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     torch.set_num_threads(config.getoption("--threads"))
     keep_freed_pages()
+    if config.getoption("--cpu-level"):
+        set_cpu_level(config.getoption("--cpu-level"))
     # A backward is timed many times over one graph, which compiled code that reuses saved buffers refuses.
     torch._functorch.config.donated_buffer = False
     for setting in config.getoption("--set"):
         set_constant(setting)
+
+
+def set_cpu_level(level: str) -> None:
+    """Apply ``--cpu-level``; the result folder is named after it."""
+    try:
+        importlib.import_module("astrobiogen._C").set_cpu_level(level)
+    except (ImportError, ValueError) as error:
+        raise pytest.UsageError(f"--cpu-level {level}: {error}") from error
 
 
 def set_constant(setting: str) -> None:
@@ -174,7 +189,7 @@ def save(rows: Sequence[Row], facts: dict[str, Any], results: Path) -> list[Path
     for op in dict.fromkeys(row.op for row in rows):
         new = [{k: _plain(v) for k, v in dataclasses.asdict(row).items()} | stamp for row in rows if row.op == op]
         path = folder / f"{op}.csv"
-        keys = {_key(line) for line in new}
+        keys = {_key(line) for line in new}  # rows of another thread count stay
         old: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline="") as file:
@@ -190,7 +205,7 @@ def save(rows: Sequence[Row], facts: dict[str, Any], results: Path) -> list[Path
 
 
 def _key(line: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(line[name]) for name in ("op", "size", "dtype", "mode", "candidate"))
+    return tuple(str(line[name]) for name in ("op", "size", "dtype", "mode", "candidate", "threads"))
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

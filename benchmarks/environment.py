@@ -1,7 +1,9 @@
 """What a figure was measured on: commit, versions, device, date, and how much of a core the run had."""
 
 import datetime
+import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -48,7 +50,16 @@ def device_name(device: torch.device) -> str:
     if path.exists():
         match = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE)
         model = match.group(1) if match else model
-    return f"CPU {model} {os.cpu_count()} cores {torch.backends.cpu.get_cpu_capability()}"
+    return f"CPU {model} {os.cpu_count()} cores {torch.backends.cpu.get_cpu_capability()}{lowered_level()}"
+
+
+def lowered_level() -> str:
+    """ ", ours at avx2" where ``--cpu-level`` lowered our kernels; empty otherwise."""
+    if importlib.util.find_spec("astrobiogen._C") is None:
+        return ""
+    extension = importlib.import_module("astrobiogen._C")
+    level = extension.cpu_capability()
+    return "" if level == extension.cpu_levels()[-1] else f", ours at {level}"
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:

@@ -22,8 +22,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/dispatch.h"
 #include "common/math.h"
 #include "common/simd.h"
+#include "linear_cross_entropy.h"
 
 namespace astrobiogen::linear_cross_entropy {
 
@@ -38,13 +40,6 @@ constexpr int64_t kTile = 512 * 512;
 constexpr int64_t kMaxColumns = 4096;
 // Rows are handed to threads in pieces of at least this many logits; below, waking a thread (~5 us) costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
-
-struct Options {
-  int64_t ignore_index;
-  double label_smoothing;
-  double z_loss;
-  double softcap;  // 0: none
-};
 
 // Running sums of one token over the vocabulary tiles seen so far.
 template <typename T>
@@ -195,13 +190,23 @@ ASTRO_INLINE void slope_row(const Slope<T>& a, int64_t row) {
   if (here) z[column] -= onehot * cap_slope;
 }
 
-ASTRO_MULTIVERSION void statistics_rows(const Statistics<float>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) statistics_row(a, row);
-}
+struct StatisticsRows {
+  template <Level L>
+  static ASTRO_INLINE void run(const Statistics<float>& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) statistics_row(a, row);
+  }
+};
 
-ASTRO_MULTIVERSION void slope_rows(const Slope<float>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) slope_row(a, row);
-}
+struct SlopeRows {
+  template <Level L>
+  static ASTRO_INLINE void run(const Slope<float>& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) slope_row(a, row);
+  }
+};
+
+void statistics_rows(const Statistics<float>& a, int64_t begin, int64_t end) { dispatch<StatisticsRows>(a, begin, end); }
+
+void slope_rows(const Slope<float>& a, int64_t begin, int64_t end) { dispatch<SlopeRows>(a, begin, end); }
 
 void statistics_rows(const Statistics<double>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) statistics_row(a, row);

@@ -1,7 +1,8 @@
 // RMSNorm on the CPU, forward and backward, with the residual addition fused. Formulas: astrobiogen/kernels/rms_norm/reference.py.
 //
-// Memory-bound: forward reads x twice, the second time from L1/L2 (a row of 4352 floats is 17 KB), and writes y once. The weight gradient is
-// summed into one fp32 row per block of rows; the block count depends on the shape only, so any thread count gives the same bits.
+// Memory-bound: forward reads x twice, the second time from L1/L2 (a row of 4352 floats is 17 KB), and writes y once; while it writes, it asks for the
+// next row. The weight gradient is summed into one fp32 row per block of rows; the block count depends on the shape only, so any thread count gives
+// the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
@@ -15,7 +16,8 @@
 #include <tuple>
 #include <vector>
 
-#include "common/simd.h"
+#include "common/dispatch.h"
+#include "common/pairs.h"
 
 namespace astrobiogen::rms_norm {
 
@@ -25,13 +27,19 @@ using at::Tensor;
 constexpr int64_t kMaxBlocks = 16;
 // A block below this many elements costs more to schedule (~5 us) than to compute.
 constexpr int64_t kGrainElements = 16384;
+// Vectors of 8 lanes at every level: 16 lanes gain nothing here (1.60 against 1.55 ms at [2048, 4352] bf16), and one order of the weight serves all.
+constexpr int kLanes = 8;
+constexpr int64_t kPair = 2 * kLanes;
+using Pair = simd::Pair<kLanes>;
+
+int64_t padded(int64_t columns) { return (columns + kPair - 1) / kPair * kPair; }
 
 template <typename T>
 struct Forward {
   const T* x;
   const T* residual;  // null: no addition
   T* sum;             // written only with a residual
-  const float* weight;
+  const float* weight;  // in the order of Pair of T, padded with zeros to a multiple of kPair
   T* y;
   float* rstd;
   int64_t hidden;
@@ -44,120 +52,133 @@ struct Backward {
   const T* grad_y;
   const T* x;
   const T* grad_sum;  // null: no second gradient
-  const float* weight;
+  const float* weight;  // in the order of Pair of T, padded with zeros to a multiple of kPair
   const float* rstd;
   T* grad_x;
   int64_t hidden;
   bool streamed;  // grad_x bypasses the cache
 };
 
+// Calls body(first column, whole pair?, live columns) for a row. The last pair may be partial.
+template <typename Body>
+ASTRO_INLINE void walk(int64_t hidden, Body&& body) {
+  int64_t j = 0;
+  for (; j + kPair <= hidden; j += kPair) body(j, std::true_type{}, kPair);
+  if (j < hidden) body(j, std::false_type{}, hidden - j);
+}
+
+template <typename T, bool Whole>
+ASTRO_INLINE Pair get(const T* p, int64_t live, std::bool_constant<Whole>) {
+  if constexpr (Whole) return simd::load_pair<kLanes>(p);
+  else return simd::load_pair_partial<kLanes>(p, live);
+}
+
+template <bool Streamed, typename T, bool Whole>
+ASTRO_INLINE void put(T* p, Pair v, int64_t live, std::bool_constant<Whole>) {
+  if constexpr (Whole) simd::put_pair<kLanes>(p, v, Streamed);
+  else simd::store_pair_partial<kLanes>(p, v, live);
+}
+
+ASTRO_INLINE float sum(simd::f32x8 a, simd::f32x8 b) { return simd::sum(simd::join(a, b)); }
+
 template <typename T>
+ASTRO_INLINE void prefetch(const T* p) {
+  for (size_t byte = 0; byte < kPair * sizeof(T); byte += 64) simd::prefetch(reinterpret_cast<const char*>(p) + byte);
+}
+
+// `next` rows lie `a.hidden` further on; asking for one past the end does no harm.
+template <typename T, bool Add, bool Streamed>
 ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   using namespace simd;
-  const int64_t hidden = a.hidden, whole = hidden - hidden % kLanes;
-  const T* x = a.x + row * hidden;
-  if (a.residual != nullptr) {
-    const T* residual = a.residual + row * hidden;
-    T* sum = a.sum + row * hidden;
-    for (int64_t j = 0; j < whole; j += kLanes) store(scratch + j, load(x + j) + load(residual + j));
-    for (int64_t j = whole; j < hidden; ++j) scratch[j] = static_cast<T>(static_cast<float>(x[j]) + static_cast<float>(residual[j]));
-    if (a.streamed)
-      for (int64_t j = 0; j < whole; j += kLanes) stream(sum + j, load(scratch + j));
-    else
-      std::copy(scratch, scratch + whole, sum);
-    std::copy(scratch + whole, scratch + hidden, sum + whole);
-    x = scratch;
-  }
-  f32x16 squares[4] = {};  // four chains hide the 4-cycle add latency
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= whole; j += 4 * kLanes)
-    for (int64_t k = 0; k < 4; ++k) {
-      const f32x16 v = load(x + j + k * kLanes);
-      squares[k] += v * v;
+  const int64_t hidden = a.hidden;
+  const T *x = a.x + row * hidden, *residual = Add ? a.residual + row * hidden : nullptr;
+  f32x8 squares[2][2] = {};  // four chains hide the 4-cycle latency of the multiply-add
+  walk(hidden, [&](int64_t j, auto whole, int64_t live) ASTRO_LAMBDA_INLINE {
+    Pair v = get(x + j, live, whole);
+    if constexpr (Add) {
+      const Pair r = get(residual + j, live, whole);
+      store_pair<kLanes>(scratch + j, {v.first + r.first, v.second + r.second});
+      v = load_pair<kLanes>(scratch + j);  // rounded: the norm must see the very numbers the caller gets
     }
-  for (; j < whole; j += kLanes) {
-    const f32x16 v = load(x + j);
-    squares[0] += v * v;
-  }
-  if (whole < hidden) {
-    const f32x16 v = load_partial(x + whole, hidden - whole);
-    squares[1] += v * v;
-  }
-  const float mean = simd::sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(hidden);
+    f32x8* chain = squares[j / kPair & 1];
+    chain[0] += v.first * v.first;
+    chain[1] += v.second * v.second;
+  });
+  const float mean = rms_norm::sum(squares[0][0] + squares[1][0], squares[0][1] + squares[1][1]) / static_cast<float>(hidden);
   const float rstd = 1.0f / std::sqrt(mean + a.eps);
   a.rstd[row] = rstd;
-  T* y = a.y + row * hidden;
-  if (a.streamed)
-    for (j = 0; j < whole; j += kLanes) stream(y + j, load(x + j) * rstd * load(a.weight + j));
-  else
-    for (j = 0; j < whole; j += kLanes) store(y + j, load(x + j) * rstd * load(a.weight + j));
-  if (whole < hidden) {
-    const int64_t rest = hidden - whole;
-    store_partial(y + whole, load_partial(x + whole, rest) * rstd * load_partial(a.weight + whole, rest), rest);
-  }
+  const T* from = Add ? scratch : x;
+  T *y = a.y + row * hidden, *sum = Add ? a.sum + row * hidden : nullptr;
+  walk(hidden, [&](int64_t j, auto whole, int64_t live) ASTRO_LAMBDA_INLINE {
+    if constexpr (Streamed) {
+      prefetch(x + hidden + j);
+      if constexpr (Add) prefetch(residual + hidden + j);
+    }
+    const Pair v = get(from + j, live, whole), w = load_pair<kLanes>(a.weight + j);
+    if constexpr (Add) put<Streamed>(sum + j, v, live, whole);
+    put<Streamed>(y + j, {v.first * rstd * w.first, v.second * rstd * w.second}, live, whole);
+  });
 }
 
-// Adds this row's grad_y * x * rstd to grad_weight while the row is in L1.
-template <typename T>
+// Adds this row's grad_y * x * rstd to grad_weight (in the order of the weight) while the row is in L1.
+template <typename T, bool Add, bool Streamed>
 ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_weight) {
   using namespace simd;
-  const int64_t hidden = a.hidden, whole = hidden - hidden % kLanes, rest = hidden - whole;
-  const T* x = a.x + row * hidden;
-  const T* grad_y = a.grad_y + row * hidden;
+  const int64_t hidden = a.hidden;
+  const T *x = a.x + row * hidden, *grad_y = a.grad_y + row * hidden, *grad_sum = Add ? a.grad_sum + row * hidden : nullptr;
   const float rstd = a.rstd[row];
-  f32x16 dots[2] = {};
-  int64_t j = 0;
-  for (; j < whole; j += kLanes) {
-    const f32x16 normalised = load(x + j) * rstd, grad = load(grad_y + j);
-    const f32x16 product = grad * normalised;
-    dots[(j / kLanes) & 1] += product * load(a.weight + j);
-    store(grad_weight + j, load(grad_weight + j) + product);
-  }
-  if (rest > 0) {
-    const f32x16 product = load_partial(grad_y + whole, rest) * (load_partial(x + whole, rest) * rstd);
-    dots[0] += product * load_partial(a.weight + whole, rest);
-    store_partial(grad_weight + whole, load_partial(grad_weight + whole, rest) + product, rest);
-  }
-  const float correction = simd::sum(dots[0] + dots[1]) / static_cast<float>(hidden) * rstd;
+  f32x8 dots[2] = {};
+  walk(hidden, [&](int64_t j, auto whole, int64_t live) ASTRO_LAMBDA_INLINE {
+    const Pair v = get(x + j, live, whole), g = get(grad_y + j, live, whole);
+    const Pair w = load_pair<kLanes>(a.weight + j), so_far = load_pair<kLanes>(grad_weight + j);
+    const f32x8 first = g.first * (v.first * rstd), second = g.second * (v.second * rstd);
+    dots[0] += first * w.first;
+    dots[1] += second * w.second;
+    store_pair<kLanes>(grad_weight + j, {so_far.first + first, so_far.second + second});
+  });
+  const float correction = rms_norm::sum(dots[0], dots[1]) / static_cast<float>(hidden) * rstd;
   T* grad_x = a.grad_x + row * hidden;
-  const T* grad_sum = a.grad_sum == nullptr ? nullptr : a.grad_sum + row * hidden;
-  for (j = 0; j < whole; j += kLanes) {
-    f32x16 value = (load(grad_y + j) * load(a.weight + j) - load(x + j) * correction) * rstd;
-    if (grad_sum != nullptr) value += load(grad_sum + j);
-    if (a.streamed) stream(grad_x + j, value);
-    else store(grad_x + j, value);
-  }
-  if (rest > 0) {
-    f32x16 value = (load_partial(grad_y + whole, rest) * load_partial(a.weight + whole, rest) - load_partial(x + whole, rest) * correction) * rstd;
-    if (grad_sum != nullptr) value += load_partial(grad_sum + whole, rest);
-    store_partial(grad_x + whole, value, rest);
-  }
+  walk(hidden, [&](int64_t j, auto whole, int64_t live) ASTRO_LAMBDA_INLINE {
+    if constexpr (Streamed) {
+      prefetch(x + hidden + j);
+      prefetch(grad_y + hidden + j);
+      if constexpr (Add) prefetch(grad_sum + hidden + j);
+    }
+    const Pair v = get(x + j, live, whole), g = get(grad_y + j, live, whole), w = load_pair<kLanes>(a.weight + j);
+    Pair value{(g.first * w.first - v.first * correction) * rstd, (g.second * w.second - v.second * correction) * rstd};
+    if constexpr (Add) {
+      const Pair other = get(grad_sum + j, live, whole);
+      value = {value.first + other.first, value.second + other.second};
+    }
+    put<Streamed>(grad_x + j, value, live, whole);
+  });
 }
 
-template <typename T>
-ASTRO_INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
-  // The rounded sum of one row stays here, in L1, for the second walk: what went past the cache cannot be read back cheaply.
-  std::vector<T> scratch(a.residual == nullptr ? 0 : a.hidden);
-  for (int64_t row = begin; row < end; ++row) forward_row(a, row, scratch.data());
-  simd::stream_fence();
-}
-
-template <typename T>
-ASTRO_INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64_t end, float* grad_weight) {
-  for (int64_t row = begin; row < end; ++row) backward_row(a, row, grad_weight);
-  simd::stream_fence();
-}
-
-// One overload per dtype: function multiversioning does not take templates.
-#define ASTRO_RMS_NORM_ENTRY(T)                                                                               \
-  ASTRO_MULTIVERSION void run(const Forward<T>& a, int64_t begin, int64_t end) { forward_rows(a, begin, end); } \
-  ASTRO_MULTIVERSION void run(const Backward<T>& a, int64_t begin, int64_t end, float* grad_weight) {         \
-    backward_rows(a, begin, end, grad_weight);                                                                \
+template <typename T, bool Add>
+struct ForwardRows {
+  template <Level L>
+  static ASTRO_INLINE void run(const Forward<T>& a, int64_t begin, int64_t end) {
+    // The rounded sum of one row stays here, in L1, for the second walk: what went past the cache cannot be read back cheaply.
+    std::vector<T> scratch(Add ? padded(a.hidden) : 0);
+    if (a.streamed)
+      for (int64_t row = begin; row < end; ++row) forward_row<T, Add, true>(a, row, scratch.data());
+    else
+      for (int64_t row = begin; row < end; ++row) forward_row<T, Add, false>(a, row, scratch.data());
+    simd::stream_fence();
   }
-ASTRO_RMS_NORM_ENTRY(float)
-ASTRO_RMS_NORM_ENTRY(c10::BFloat16)
-ASTRO_RMS_NORM_ENTRY(c10::Half)
-#undef ASTRO_RMS_NORM_ENTRY
+};
+
+template <typename T, bool Add>
+struct BackwardRows {
+  template <Level L>
+  static ASTRO_INLINE void run(const Backward<T>& a, int64_t begin, int64_t end, float* grad_weight) {
+    if (a.streamed)
+      for (int64_t row = begin; row < end; ++row) backward_row<T, Add, true>(a, row, grad_weight);
+    else
+      for (int64_t row = begin; row < end; ++row) backward_row<T, Add, false>(a, row, grad_weight);
+    simd::stream_fence();
+  }
+};
 
 // fp64 serves gradient checks: plain loops, one thread.
 std::tuple<Tensor, Tensor> forward_double(const Tensor& x, const Tensor& weight, double eps, Tensor y, Tensor rstd) {
@@ -199,13 +220,22 @@ std::tuple<Tensor, Tensor> backward_double(const Tensor& grad_y, const Tensor& x
   return {grad_x, grad_weight.to(weight.scalar_type())};
 }
 
+// The weight as the kernels read it.
+template <typename T>
+std::vector<float> weight_table(const Tensor& weight) {
+  const Tensor plain = weight.to(at::kFloat).contiguous();
+  std::vector<float> table(padded(plain.numel()));
+  simd::arrange<T>(plain.const_data_ptr<float>(), plain.numel(), table.data());
+  return table;
+}
+
 template <typename T>
 void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const Tensor& weight, double eps, Tensor& y, Tensor& rstd) {
-  const Tensor weight_float = weight.to(at::kFloat).contiguous();
+  const std::vector<float> table = weight_table<T>(weight);
   const Forward<T> args{x.const_data_ptr<T>(),
                         residual == nullptr ? nullptr : residual->const_data_ptr<T>(),
                         sum == nullptr ? nullptr : sum->mutable_data_ptr<T>(),
-                        weight_float.const_data_ptr<float>(),
+                        table.data(),
                         y.mutable_data_ptr<T>(),
                         rstd.mutable_data_ptr<float>(),
                         x.size(-1),
@@ -213,32 +243,41 @@ void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const T
                         simd::can_stream(y.const_data_ptr<T>(), y.size(-1), y.numel()) &&
                             (sum == nullptr || simd::can_stream(sum->const_data_ptr<T>(), y.size(-1), y.numel()))};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / args.hidden);
-  at::parallel_for(0, rstd.numel(), grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, rstd.numel(), grain, [&](int64_t begin, int64_t end) {
+    if (args.residual == nullptr) dispatch<ForwardRows<T, false>>(args, begin, end);
+    else dispatch<ForwardRows<T, true>>(args, begin, end);
+  });
 }
 
 template <typename T>
 Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd, const std::optional<Tensor>& grad_sum,
                       Tensor& grad_x) {
-  const Tensor weight_float = weight.to(at::kFloat).contiguous();
-  const int64_t hidden = x.size(-1), rows = rstd.numel();
+  const std::vector<float> table = weight_table<T>(weight);
+  const int64_t hidden = x.size(-1), rows = rstd.numel(), width = padded(hidden);
   const Backward<T> args{grad_y.const_data_ptr<T>(),
                          x.const_data_ptr<T>(),
                          grad_sum ? grad_sum->const_data_ptr<T>() : nullptr,
-                         weight_float.const_data_ptr<float>(),
+                         table.data(),
                          rstd.const_data_ptr<float>(),
                          grad_x.mutable_data_ptr<T>(),
                          hidden,
                          simd::can_stream(grad_x.const_data_ptr<T>(), hidden, grad_x.numel())};
   const int64_t blocks = std::clamp<int64_t>(rows * hidden / kGrainElements, 1, kMaxBlocks);
-  Tensor partials = at::zeros({blocks, hidden}, weight_float.options());
-  float* partial = partials.mutable_data_ptr<float>();
+  std::vector<float> partials(blocks * width, 0.0f);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block)
-      run(args, block * rows / blocks, (block + 1) * rows / blocks, partial + block * hidden);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * rows / blocks, last = (block + 1) * rows / blocks;
+      float* partial = partials.data() + block * width;
+      if (args.grad_sum == nullptr) dispatch<BackwardRows<T, false>>(args, first, last, partial);
+      else dispatch<BackwardRows<T, true>>(args, first, last, partial);
+    }
   });
   for (int64_t block = 1; block < blocks; ++block)
-    for (int64_t j = 0; j < hidden; ++j) partial[j] += partial[block * hidden + j];
-  return partials[0].to(weight.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+    for (int64_t j = 0; j < width; ++j) partials[j] += partials[block * width + j];
+  Tensor grad_weight = at::empty({hidden}, weight.options().dtype(at::kFloat));
+  float* out = grad_weight.mutable_data_ptr<float>();
+  for (int64_t j = 0; j < hidden; ++j) out[j] = partials[simd::arranged<T>(j)];
+  return grad_weight.to(weight.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor* residual_any, const Tensor& weight, double eps) {

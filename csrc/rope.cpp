@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/dispatch.h"
 #include "common/math.h"
 
 namespace astrobiogen::rope {
@@ -124,14 +125,12 @@ ASTRO_INLINE void rotate_tokens(const Rotation<T>& a, int64_t begin, int64_t end
   }
 }
 
-// One overload per dtype: function multiversioning does not take templates.
-#define ASTRO_ROPE_ENTRY(T) \
-  ASTRO_MULTIVERSION void run(const Rotation<T>& a, int64_t begin, int64_t end) { rotate_tokens(a, begin, end); }
-ASTRO_ROPE_ENTRY(float)
-ASTRO_ROPE_ENTRY(c10::BFloat16)
-ASTRO_ROPE_ENTRY(c10::Half)
-ASTRO_ROPE_ENTRY(double)
-#undef ASTRO_ROPE_ENTRY
+struct RotateTokens {
+  template <Level L, typename T>
+  static ASTRO_INLINE void run(const Rotation<T>& a, int64_t begin, int64_t end) {
+    rotate_tokens(a, begin, end);
+  }
+};
 
 template <typename T>
 void rope_typed(const Tensor& x, const Tensor& cos_any, const Tensor& sin_any, bool interleaved, bool transposed, Tensor& out) {
@@ -154,7 +153,7 @@ void rope_typed(const Tensor& x, const Tensor& cos_any, const Tensor& sin_any, b
                          interleaved,
                          static_cast<Table>(transposed ? -1 : 1)};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (args.heads * args.width));
-  at::parallel_for(0, x.size(0) * length, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, x.size(0) * length, grain, [&](int64_t begin, int64_t end) { dispatch<RotateTokens>(args, begin, end); });
 }
 
 Tensor rope(const Tensor& x_any, const Tensor& cos, const Tensor& sin, bool interleaved, bool transposed) {

@@ -13,7 +13,8 @@
 #include <tuple>
 #include <type_traits>
 
-#include "common/math.h"
+#include "common/dispatch.h"
+#include "common/pairs.h"
 
 namespace astrobiogen::swiglu {
 
@@ -65,16 +66,67 @@ struct Backward {
   bool streamed;  // the outputs bypass the cache
 };
 
+// e^-|g|, 0 from |g| = 104 on. The clamp is an integer one: of two negative floats the larger is the smaller unsigned word. It turns some NaN into
+// numbers; every result below is also multiplied by g.
+template <int N>
+ASTRO_INLINE simd::F<N> exp_negative(simd::F<N> g) {
+  using U = typename simd::Lanes<N>::U;
+  const U bits = (U)g | 0x80000000u, lowest = (U)simd::broadcast<N>(-104.0f);
+  return simd::exp_in_range((simd::F<N>)(bits < lowest ? bits : lowest));
+}
+
+template <int N>
+ASTRO_INLINE simd::F<N> silu(simd::F<N> g) {
+  const simd::F<N> e = exp_negative<N>(g);
+  return g * ((typename simd::Lanes<N>::I)g < 0 ? e : simd::broadcast<N>(1.0f)) / (1.0f + e);
+}
+
 // sigmoid(g) and sigmoid(-g) from one exponential and one division; both keep their relative accuracy on either side of zero.
+template <int N>
 struct Gate {
-  simd::f32x8 open, shut;
+  simd::F<N> open, shut;
 };
 
-ASTRO_INLINE Gate gate_of(simd::f32x8 g) {
-  const simd::f32x8 e = simd::exp_nonpositive(simd::negative_abs(g));
-  const simd::f32x8 large = 1.0f / (1.0f + e);
-  const simd::f32x8 small = e * large;
-  return {simd::select_negative(g, small, large), simd::select_negative(g, large, small)};
+template <int N>
+ASTRO_INLINE Gate<N> gate_of(simd::F<N> g) {
+  const simd::F<N> e = exp_negative<N>(g);
+  const simd::F<N> large = 1.0f / (1.0f + e);
+  const simd::F<N> small = e * large;
+  const auto negative = (typename simd::Lanes<N>::I)g < 0;
+  return {negative ? small : large, negative ? large : small};
+}
+
+// What bf16 needs: 1 + e^-g to a relative 8e-5 (a unit in the last place of bf16 is 8e-3), Inf from g = -88.7 down, where the sigmoid rounds to 0.
+// 2^t = 2^n 2^f with a cubic for 2^f (minimax, relative error 7.5e-5). AVX-512 splits and scales in one instruction each; elsewhere n goes through the
+// rounding constant, and the clamps are integer ones (sign-magnitude order), which leave the two multiply-add pipes alone.
+template <Level L, int N>
+ASTRO_INLINE simd::F<N> one_plus_exp(simd::F<N> g) {
+  using Vector = simd::F<N>;
+  const float kLog2e = 0x1.715476p0f;
+  if constexpr (L == Level::kAvx512) {
+    const Vector t = g * -kLog2e;
+    Vector f, e;
+    asm("vreduceps $9, %1, %0" : "=v"(f) : "v"(t));  // t - floor(t)
+    Vector p = f * 0.07802452f + 0.22606716f;
+    p = p * f + 0.69583354f;
+    p = p * f + 0.99992522f;
+    asm("vscalefps %2, %1, %0" : "=v"(e) : "v"(p), "v"(t));  // p 2^floor(t)
+    return e + 1.0f;
+  } else {
+    using I = typename simd::Lanes<N>::I;
+    using U = typename simd::Lanes<N>::U;
+    const I highest = (I)simd::broadcast<N>(88.02f);
+    const U lowest = (U)simd::broadcast<N>(-88.8f);  // its power of two is Inf
+    const I below = (I)g < highest ? (I)g : highest;
+    const Vector x = (Vector)((U)below < lowest ? (U)below : lowest);
+    const float kRound = 0x1.8p23f + 127.0f;
+    const Vector shifted = x * -kLog2e + kRound;
+    const Vector f = x * -kLog2e - (shifted - kRound);
+    Vector p = f * 0.05517167f + 0.24261112f;
+    p = p * f + 0.69326099f;
+    p = p * f + 0.99992807f;
+    return p * (Vector)((I)shifted << 23) + 1.0f;
+  }
 }
 
 ASTRO_INLINE double sigmoid(double g) {
@@ -82,44 +134,50 @@ ASTRO_INLINE double sigmoid(double g) {
   return (g < 0.0 ? e : 1.0) / (1.0 + e);
 }
 
-template <typename T>
-ASTRO_INLINE void put(T* p, simd::f32x8 v, bool streamed) {
-  if (streamed) simd::stream8(p, v);
-  else simd::store8(p, v);
+template <typename T, Level L, int N>
+ASTRO_INLINE simd::F<N> product_of(simd::F<N> g, simd::F<N> u) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return g / one_plus_exp<L, N>(g) * u;
+  else return silu<N>(g) * u;
 }
 
-template <typename T>
-ASTRO_INLINE void forward_row(const T* gate, const T* up, T* product, int64_t count, bool streamed) {
-  using namespace simd;
+template <typename T, Level L, bool Streamed>
+ASTRO_INLINE void forward_row(const T* gate, const T* up, T* product, int64_t count) {
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t j = 0; j < count; ++j) product[j] = gate[j] * swiglu::sigmoid(gate[j]) * up[j];
   } else {
+    constexpr int N = kWidth<L>;
+    const auto both = [](simd::Pair<N> g, simd::Pair<N> u) ASTRO_LAMBDA_INLINE {
+      return simd::Pair<N>{product_of<T, L, N>(g.first, u.first), product_of<T, L, N>(g.second, u.second)};
+    };
     int64_t j = 0;
-    for (; j + kHalfLanes <= count; j += kHalfLanes) {
-      const f32x8 g = load8(gate + j);
-      put(product + j, g * gate_of(g).open * load8(up + j), streamed);
-    }
+    for (; j + 2 * N <= count; j += 2 * N)
+      simd::put_pair<N>(product + j, both(simd::load_pair<N>(gate + j), simd::load_pair<N>(up + j)), Streamed);
     if (j < count) {
-      const f32x8 g = load8_partial(gate + j, count - j);
-      store8_partial(product + j, g * gate_of(g).open * load8_partial(up + j, count - j), count - j);
+      const int64_t rest = count - j;
+      simd::store_pair_partial<N>(product + j, both(simd::load_pair_partial<N>(gate + j, rest), simd::load_pair_partial<N>(up + j, rest)), rest);
     }
   }
 }
 
+template <typename V>
 struct Gradients {
-  simd::f32x8 gate, up, product;
+  V gate, up, product;
 };
 
-ASTRO_INLINE Gradients gradients_of(simd::f32x8 g, simd::f32x8 u, simd::f32x8 grad) {
-  const Gate s = gate_of(g);
-  const simd::f32x8 silu = g * s.open;
-  return {grad * u * (s.open * (1.0f + g * s.shut)), grad * silu, silu * u};
+template <typename T, Level L, int N>
+ASTRO_INLINE Gradients<simd::F<N>> gradients_of(simd::F<N> g, simd::F<N> u, simd::F<N> grad) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const simd::F<N> open = 1.0f / one_plus_exp<L, N>(g), silu = g * open;
+    return {grad * u * (open + silu * (1.0f - open)), grad * silu, silu * u};
+  } else {
+    const Gate<N> s = gate_of<N>(g);
+    const simd::F<N> silu = g * s.open;
+    return {grad * u * (s.open * (1.0f + g * s.shut)), grad * silu, silu * u};
+  }
 }
 
-template <typename T>
-ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up, T* product, int64_t count,
-                               bool streamed) {
-  using namespace simd;
+template <typename T, Level L, bool Streamed>
+ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up, T* product, int64_t count) {
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t j = 0; j < count; ++j) {
       const double open = swiglu::sigmoid(gate[j]), shut = swiglu::sigmoid(-gate[j]);
@@ -128,55 +186,54 @@ ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* gra
       if (product != nullptr) product[j] = gate[j] * open * up[j];
     }
   } else {
+    constexpr int N = kWidth<L>;
+    const auto both = [](simd::Pair<N> g, simd::Pair<N> u, simd::Pair<N> d) ASTRO_LAMBDA_INLINE {
+      const auto a = gradients_of<T, L, N>(g.first, u.first, d.first), b = gradients_of<T, L, N>(g.second, u.second, d.second);
+      return Gradients<simd::Pair<N>>{{a.gate, b.gate}, {a.up, b.up}, {a.product, b.product}};
+    };
     int64_t j = 0;
-    for (; j + kHalfLanes <= count; j += kHalfLanes) {
-      const Gradients d = gradients_of(load8(gate + j), load8(up + j), load8(grad + j));
-      put(grad_gate + j, d.gate, streamed);
-      put(grad_up + j, d.up, streamed);
-      if (product != nullptr) put(product + j, d.product, streamed);
+    for (; j + 2 * N <= count; j += 2 * N) {
+      const auto d = both(simd::load_pair<N>(gate + j), simd::load_pair<N>(up + j), simd::load_pair<N>(grad + j));
+      simd::put_pair<N>(grad_gate + j, d.gate, Streamed);
+      simd::put_pair<N>(grad_up + j, d.up, Streamed);
+      if (product != nullptr) simd::put_pair<N>(product + j, d.product, Streamed);
     }
     if (j < count) {
       const int64_t rest = count - j;
-      const Gradients d = gradients_of(load8_partial(gate + j, rest), load8_partial(up + j, rest), load8_partial(grad + j, rest));
-      store8_partial(grad_gate + j, d.gate, rest);
-      store8_partial(grad_up + j, d.up, rest);
-      if (product != nullptr) store8_partial(product + j, d.product, rest);
+      const auto d = both(simd::load_pair_partial<N>(gate + j, rest), simd::load_pair_partial<N>(up + j, rest),
+                          simd::load_pair_partial<N>(grad + j, rest));
+      simd::store_pair_partial<N>(grad_gate + j, d.gate, rest);
+      simd::store_pair_partial<N>(grad_up + j, d.up, rest);
+      if (product != nullptr) simd::store_pair_partial<N>(product + j, d.product, rest);
     }
   }
 }
 
-template <typename T>
-ASTRO_INLINE void run_tasks(const Forward<T>& a, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t row = task / a.layout.chunks, column = task % a.layout.chunks * kChunk;
-    const int64_t count = std::min(kChunk, a.layout.columns - column);
-    forward_row(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column, a.product + row * a.layout.out_stride + column, count,
-                a.streamed);
+struct Tasks {
+  template <Level L, bool Streamed, typename T>
+  static ASTRO_INLINE void task(const Forward<T>& a, int64_t row, int64_t column, int64_t count) {
+    forward_row<T, L, Streamed>(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column,
+                                a.product + row * a.layout.out_stride + column, count);
   }
-  simd::stream_fence();
-}
 
-template <typename T>
-ASTRO_INLINE void run_tasks(const Backward<T>& a, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t row = task / a.layout.chunks, column = task % a.layout.chunks * kChunk;
-    const int64_t count = std::min(kChunk, a.layout.columns - column);
+  template <Level L, bool Streamed, typename T>
+  static ASTRO_INLINE void task(const Backward<T>& a, int64_t row, int64_t column, int64_t count) {
     const int64_t out = row * a.layout.out_stride + column;
-    backward_row(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column, a.grad.row(a.layout, row) + column, a.grad_gate + out,
-                 a.grad_up + out, a.product == nullptr ? nullptr : a.product + out, count, a.streamed);
+    backward_row<T, L, Streamed>(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column, a.grad.row(a.layout, row) + column,
+                                 a.grad_gate + out, a.grad_up + out, a.product == nullptr ? nullptr : a.product + out, count);
   }
-  simd::stream_fence();
-}
 
-// One overload per dtype: function multiversioning does not take templates.
-#define ASTRO_SWIGLU_ENTRY(T)                                                                                   \
-  ASTRO_MULTIVERSION void run(const Forward<T>& a, int64_t begin, int64_t end) { run_tasks(a, begin, end); }  \
-  ASTRO_MULTIVERSION void run(const Backward<T>& a, int64_t begin, int64_t end) { run_tasks(a, begin, end); }
-ASTRO_SWIGLU_ENTRY(float)
-ASTRO_SWIGLU_ENTRY(c10::BFloat16)
-ASTRO_SWIGLU_ENTRY(c10::Half)
-ASTRO_SWIGLU_ENTRY(double)
-#undef ASTRO_SWIGLU_ENTRY
+  template <Level L, typename Arguments>
+  static ASTRO_INLINE void run(const Arguments& a, int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index / a.layout.chunks, column = index % a.layout.chunks * kChunk;
+      const int64_t count = std::min(kChunk, a.layout.columns - column);
+      if (a.streamed) task<L, true>(a, row, column, count);
+      else task<L, false>(a, row, column, count);
+    }
+    simd::stream_fence();
+  }
+};
 
 Tensor unit_columns(const Tensor& x) { return x.dim() == 0 || x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
@@ -214,7 +271,7 @@ Layout merge(const std::array<Tensor, N>& tensors, std::array<std::array<int64_t
   return layout;
 }
 
-// Large outputs whose rows all start on a 16-byte line. Chunks are multiples of 16 bytes, so one long row needs only its own start aligned.
+// Large outputs whose rows all start on a cache line. Chunks are multiples of a line, so one long row needs only its own start aligned.
 template <typename T>
 bool can_stream(const Layout& layout, const T* p) {
   return simd::can_stream(p, layout.rows > 1 ? layout.out_stride : 0, layout.rows * layout.columns);
@@ -223,7 +280,7 @@ bool can_stream(const Layout& layout, const T* p) {
 template <typename Args>
 void launch(const Args& args) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::min(kChunk, std::max<int64_t>(1, args.layout.columns)));
-  at::parallel_for(0, args.layout.rows * args.layout.chunks, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  at::parallel_for(0, args.layout.rows * args.layout.chunks, grain, [&](int64_t begin, int64_t end) { dispatch<Tasks>(args, begin, end); });
 }
 
 template <typename T>

@@ -37,22 +37,26 @@ ASTRO_INLINE f32x8 exp(f32x8 x) {
   return p * (f32x8)((half + 127) << 23) * (f32x8)((n - half + 127) << 23);
 }
 
-// e^x for x <= 0 (anything above 0 is undefined), in two thirds of the instructions: n + 191 comes straight out of the rounding constant's low bits
+// e^x for -104 <= x <= 0, on vectors of any width, in two thirds of the instructions: n + 191 comes straight out of the rounding constant's low bits
 // (its high bits leave by the shift), and 2^(n + 64) 2^-64 reaches the subnormals.
-ASTRO_INLINE f32x8 exp_nonpositive(f32x8 x) {
-  x = x < -104.0f ? splat8(-104.0f) : x;
+template <class Vector>
+ASTRO_INLINE Vector exp_in_range(Vector x) {
+  using Words = decltype(x < x);
   const float kRound = 0x1.8p23f + 191.0f;
-  const f32x8 shifted = x * 0x1.715476p0f + kRound;
-  const f32x8 whole = shifted - kRound;
-  f32x8 r = x - whole * 0x1.63p-1f;
+  const Vector shifted = x * 0x1.715476p0f + kRound;
+  const Vector whole = shifted - kRound;
+  Vector r = x - whole * 0x1.63p-1f;
   r = r + whole * 0x1.bd0106p-13f;
-  f32x8 p = r * 1.38138805e-3f + 8.36906396e-3f;
+  Vector p = r * 1.38138805e-3f + 8.36906396e-3f;
   p = p * r + 4.16684225e-2f;
   p = p * r + 1.66665182e-1f;
   p = p * r + 4.99999940e-1f;
   p = (p * r) * r + r + 1.0f;
-  return p * (f32x8)((i32x8)shifted << 23) * 0x1p-64f;
+  return p * (Vector)((Words)shifted << 23) * 0x1p-64f;
 }
+
+// e^x for x <= 0 (anything above 0 is undefined).
+ASTRO_INLINE f32x8 exp_nonpositive(f32x8 x) { return exp_in_range(x < -104.0f ? splat8(-104.0f) : x); }
 
 // 1 / (1 + e^-x), relative accuracy kept on the far negative side too (there it is e^x, not 1 / Inf).
 ASTRO_INLINE f32x8 sigmoid(f32x8 x) {

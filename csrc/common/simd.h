@@ -11,10 +11,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define ASTRO_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -37,6 +33,14 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
+
+// The same in memory, at any address. Not memcpy: GCC 12 copies 64 bytes through the stack in 16-byte pieces before it loads them into AVX2 registers
+// (RMSNorm forward 4 times slower).
+typedef float f32x16_memory __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float f32x8_memory __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t u32x8_memory __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t u32x16_memory __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint16_t u16x8_memory __attribute__((vector_size(16), aligned(2), may_alias));
 
 #if defined(__clang__) || __GNUC__ >= 12
 ASTRO_INLINE f32x8 low(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
@@ -62,23 +66,16 @@ ASTRO_INLINE f32x16 join(f32x8 low, f32x8 high) {
 #endif
 
 // Loads and stores of eight lanes.
-ASTRO_INLINE f32x8 load8(const float* p) {
-  f32x8 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
+ASTRO_INLINE f32x8 load8(const float* p) { return *reinterpret_cast<const f32x8_memory*>(p); }
 
 ASTRO_INLINE u32x8 load8_bits(const void* p) {
-  u16x8 narrow;
-  std::memcpy(&narrow, p, sizeof(narrow));
-  return __builtin_convertvector(narrow, u32x8);
+  return __builtin_convertvector(*reinterpret_cast<const u16x8_memory*>(p), u32x8);
 }
 
 // The interleave with zeros is the shift by 16: 3 AVX2 instructions where GCC 12 makes 6 of a conversion and a shift.
 ASTRO_INLINE f32x8 load8(const c10::BFloat16* p) {
 #if defined(__clang__) || __GNUC__ >= 12
-  u16x8 narrow;
-  std::memcpy(&narrow, p, sizeof(narrow));
+  const u16x8 narrow = *reinterpret_cast<const u16x8_memory*>(p);
   return (f32x8)__builtin_shufflevector(u16x8{}, narrow, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
   return (f32x8)(load8_bits(p) << 16);
@@ -93,11 +90,10 @@ ASTRO_INLINE f32x8 load8(const c10::Half* p) {
   return (f32x8)((special & (magnitude | 0x7f800000u)) | (~special & bits) | (wide & 0x8000u) << 16);
 }
 
-ASTRO_INLINE void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof(v)); }
+ASTRO_INLINE void store8(float* p, f32x8 v) { *reinterpret_cast<f32x8_memory*>(p) = v; }
 
 ASTRO_INLINE void store8_bits(void* p, u32x8 bits) {
-  const u16x8 narrow = __builtin_convertvector(bits, u16x8);
-  std::memcpy(p, &narrow, sizeof(narrow));
+  *reinterpret_cast<u16x8_memory*>(p) = __builtin_convertvector(bits, u16x8);
 }
 
 // Round to nearest even; NaN stays NaN.
@@ -119,46 +115,6 @@ ASTRO_INLINE void store8(c10::Half* p, f32x8 v) {
   store8_bits(p, half | sign);
 }
 
-// Stores that bypass the cache: a cached store first reads the line it overwrites, a third of the traffic of a kernel that reads once and writes
-// once. Worth it for outputs past kStreamBytes, which no later reader would find in L2 anyway. `p` must be 16-byte aligned (`can_stream`), and
-// the writing thread ends with `stream_fence`. Elsewhere than on x86, and for fp16, an ordinary store.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
-template <typename T>
-ASTRO_INLINE bool can_stream(const T* p, int64_t row, int64_t total) {
-  return total * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && reinterpret_cast<uintptr_t>(p) % 16 == 0 && row * sizeof(T) % 16 == 0;
-}
-
-ASTRO_INLINE void stream8(float* p, f32x8 v) {
-#if defined(__SSE2__)
-  __m128 half[2];
-  std::memcpy(half, &v, sizeof(v));
-  for (int k = 0; k < 2; ++k) _mm_stream_ps(p + 4 * k, half[k]);
-#else
-  store8(p, v);
-#endif
-}
-
-ASTRO_INLINE void stream8(c10::BFloat16* p, f32x8 v) {
-#if defined(__SSE2__)
-  c10::BFloat16 rounded[8];
-  store8(rounded, v);
-  __m128i bits;
-  std::memcpy(&bits, rounded, sizeof(bits));
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
-#else
-  store8(p, v);
-#endif
-}
-
-ASTRO_INLINE void stream8(c10::Half* p, f32x8 v) { store8(p, v); }
-
-ASTRO_INLINE void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // The first `count` lanes (0 < count < 8); the others are 0. Never touches memory past p + count.
 template <typename T>
 ASTRO_INLINE f32x8 load8_partial(const T* p, int64_t count) {
@@ -176,23 +132,9 @@ ASTRO_INLINE f32x8 splat8(float value) { return f32x8{} + value; }
 
 ASTRO_INLINE f32x16 splat(float value) { return f32x16{} + value; }
 
-ASTRO_INLINE f32x16 load(const float* p) {
-  f32x16 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
+ASTRO_INLINE f32x16 load(const float* p) { return *reinterpret_cast<const f32x16_memory*>(p); }
 
-ASTRO_INLINE void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof(v)); }
-
-ASTRO_INLINE void stream(float* p, f32x16 v) {
-#if defined(__SSE2__)
-  __m128 quarter[4];
-  std::memcpy(quarter, &v, sizeof(v));
-  for (int k = 0; k < 4; ++k) _mm_stream_ps(p + 4 * k, quarter[k]);
-#else
-  store(p, v);
-#endif
-}
+ASTRO_INLINE void store(float* p, f32x16 v) { *reinterpret_cast<f32x16_memory*>(p) = v; }
 
 // Half precision as two halves: GCC 12 lowers comparisons, selects and conversions of a 64-byte vector to scalar code through the stack on AVX2 (a
 // bf16 store took about 150 instructions), those of a 32-byte vector to a few AVX2 ones. fp32 needs none of these.
@@ -205,12 +147,6 @@ template <typename T>
 ASTRO_INLINE void store(T* p, f32x16 v) {
   store8(p, low(v));
   store8(p + kHalfLanes, high(v));
-}
-
-template <typename T>
-ASTRO_INLINE void stream(T* p, f32x16 v) {
-  stream8(p, low(v));
-  stream8(p + kHalfLanes, high(v));
 }
 
 // The first `count` lanes (0 < count < 16); the others are `fill`. Never reads past p + count.

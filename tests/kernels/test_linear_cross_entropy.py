@@ -16,7 +16,7 @@ from astrobiogen.kernels.linear_cross_entropy.op import linear_cross_entropy
 from astrobiogen.kernels.linear_cross_entropy.samples import CASES
 from astrobiogen.testing import check_battery, check_op, route
 
-OPS = ("linear_cross_entropy", "linear_cross_entropy_backward")
+OPS = ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_cross_entropy_gradients")
 
 
 def fused(**arguments: Any) -> torch.Tensor:

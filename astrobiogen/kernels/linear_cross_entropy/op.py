@@ -32,8 +32,10 @@ def linear_cross_entropy(
     loss = lse - (1 - label_smoothing) z_y - label_smoothing mean_j z_j + z_loss lse^2,
 
     in nats: `F.cross_entropy(F.linear(x, weight), target, ...)` plus the z-loss of PaLM (arXiv:2204.02311) and the soft
-    cap of Gemma 2 (arXiv:2408.00118). Forward: one GEMM, kept as (lse, loss) per token. Backward: recomputes the logits
-    tile by tile; three GEMMs. Under autocast, `x` and `weight` are cast to the autocast dtype, as for `F.linear`.
+    cap of Gemma 2 (arXiv:2408.00118). Forward: one GEMM, kept as (lse, loss) per token; backward: recomputes the logits
+    tile by tile; three GEMMs. On the CPU in float32 with a scalar loss both gradients are computed in the forward pass
+    from the same logits, three GEMMs in all, and kept until the backward pass. Under autocast, `x` and `weight` are
+    cast to the autocast dtype, as for `F.linear`.
 
     Args:
         x: [..., H], float32, bfloat16, float16 or float64.
@@ -64,6 +66,10 @@ def linear_cross_entropy(
     check_same_dtype(x=x, weight=weight)
     rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
+    if _gradients_in_forward(rows, weight, reduction):
+        divisor = _divisor(labels, ignore_index, reduction, num_tokens)
+        need = (rows.requires_grad, weight.requires_grad)
+        return torch.ops.astrobiogen.linear_cross_entropy_gradients(rows, weight, labels, divisor, *options, *need)[0]
     if _registry.reference_selected():
         loss = reference.linear_cross_entropy(rows, weight, labels, *options)
     else:
@@ -73,6 +79,32 @@ def linear_cross_entropy(
     if reduction == "sum":
         return loss.sum()
     return loss.sum() / ((labels != ignore_index).sum() if num_tokens is None else num_tokens)
+
+
+def _gradients_in_forward(x: torch.Tensor, weight: torch.Tensor, reduction: str) -> bool:
+    """Whether the gradients come with the loss: three GEMMs instead of four, for 4 bytes per logit of at most 288
+    tokens. A GPU would have to hold an fp32 [V, H] sum from forward to backward, and half precision one beside its
+    result (README).
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and reduction != "none"
+        and torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+        and not _registry.reference_selected()
+    )
+
+
+def _divisor(
+    labels: torch.Tensor, ignore_index: int, reduction: str, num_tokens: int | torch.Tensor | None
+) -> torch.Tensor:
+    """What the summed loss is divided by, as a 0-d float32 tensor on the device of `labels`."""
+    if reduction == "sum":
+        return torch.ones((), device=labels.device)
+    if num_tokens is None:
+        return (labels != ignore_index).sum().to(torch.float32)
+    return torch.as_tensor(num_tokens, dtype=torch.float32, device=labels.device)
 
 
 def _autocast(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,6 +209,51 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
     return (grad_x if need_x else None, grad_weight if need_weight else None, None, None, None, None, None)
 
 
+def _fake_gradients(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    divisor: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del target, divisor, ignore_index, label_smoothing, z_loss, softcap
+    total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    return total, x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+
+
+def _setup_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.needed = inputs[8:]
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward_gradients(
+    ctx: Any, grad: torch.Tensor | None, grad_of_x: torch.Tensor | None, grad_of_weight: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    if grad_of_x is not None or grad_of_weight is not None:
+        raise RuntimeError(
+            "linear_cross_entropy_gradients has no second derivative; astrobiogen.use_kernels('reference') has one"
+        )
+    if grad is None:
+        return (None,) * 10
+    scaled = [_scaled(saved, grad) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needed)]
+    return (*scaled, *(None,) * 8)
+
+
+def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+    """gradient * upstream; `loss.backward()` passes exactly 1, which needs no second [V, H] matrix. A caller that
+    changes the result in place and runs the graph again is told by autograd's version check.
+    """
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and upstream.item() == 1.0:
+        return gradient
+    return gradient * upstream.to(gradient.dtype)
+
+
 _registry.define(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=reference.linear_cross_entropy_forward,
@@ -192,3 +269,11 @@ _registry.define(
 )
 _registry.differentiable("linear_cross_entropy", backward=_backward, setup_context=_setup)
 _registry.refuse_second_derivative("linear_cross_entropy_backward")
+_registry.define(
+    "linear_cross_entropy_gradients(Tensor x, Tensor weight, Tensor target, Tensor divisor, "
+    f"{_OPTIONS}, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    reference=reference.linear_cross_entropy_gradients,
+    fake=_fake_gradients,
+    triton=f"{_TRITON}:linear_cross_entropy_gradients",
+)
+_registry.differentiable("linear_cross_entropy_gradients", backward=_backward_gradients, setup_context=_setup_gradients)

@@ -89,6 +89,27 @@ def linear_cross_entropy_backward(
     return grad_x, grad_weight
 
 
+def linear_cross_entropy_gradients(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    divisor: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `linear_cross_entropy_gradients`: the summed loss over `divisor` (0-d), and its dx and dweight."""
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    loss, lse = linear_cross_entropy_forward(x, weight, target, *options)
+    divisor = divisor.to(loss.dtype)
+    grad = torch.ones_like(loss) / divisor
+    gradients = linear_cross_entropy_backward(grad, x, weight, target, lse, *options, need_x, need_weight)
+    return loss.sum() / divisor, *gradients
+
+
 def check_targets(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
     """Error unless each target is `ignore_index` or in [0, vocabulary); raises at once on the CPU, stops the device
     on CUDA, never synchronises.

@@ -27,6 +27,9 @@ BENCHMARK_SIZES = (
     Size(2048, 32, 128, 64),
 )
 
+# What a CPU times: the rest tells nothing more there.
+CPU_BENCHMARK_SIZES = (Size(512, 64, 68, 68), Size(2048, 64, 68, 68), Size(2048, 32, 128, 64))
+
 
 def _case(
     shape: tuple[int, int, int, int],

@@ -18,6 +18,8 @@ class Size:
 # 11605 = 8/3 x 4352 rounded down, odd; 11648 is the next multiple of 64; 17408 = 4 x 4352. The first is the `--quick`
 # one.
 BENCHMARK_SIZES = (Size(512, 11605), Size(512, 11648), Size(2048, 11605), Size(2048, 11648), Size(2048, 17408))
+# What a CPU times: the rest tells nothing more there.
+CPU_BENCHMARK_SIZES = (Size(512, 11605), Size(2048, 11605), Size(2048, 17408))
 
 
 def _plain(*shape: int) -> Callable[[TensorMaker], dict[str, Any]]:

@@ -1,0 +1,197 @@
+// 2 N consecutive elements as two vectors of N fp32 lanes (N = 8, or 16 on AVX-512), for kernels that do the same to every element.
+//
+// The two vectors hold the elements in the order that costs least to load and store: first and second half for fp32 and fp16; even and odd elements for
+// bf16, which one shift and one mask widen (2 instructions for 16 elements at any level, no shuffles) and a shift, a mask and an OR narrow. fp32 tables
+// that meet them, such as a norm's weight, are brought into the same order once (`arrange`).
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "math.h"
+#include "simd.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace astrobiogen::simd {
+
+template <int N>
+struct Lanes;
+template <>
+struct Lanes<8> {
+  using F = f32x8;
+  using U = u32x8;
+  using I = i32x8;
+  using FloatMemory = f32x8_memory;
+  using WordMemory = u32x8_memory;
+};
+template <>
+struct Lanes<16> {
+  using F = f32x16;
+  typedef uint32_t U __attribute__((vector_size(64)));
+  typedef int32_t I __attribute__((vector_size(64)));
+  using FloatMemory = f32x16_memory;
+  using WordMemory = u32x16_memory;
+};
+template <int N>
+using F = typename Lanes<N>::F;
+
+template <int N>
+struct Pair {
+  F<N> first, second;
+};
+
+template <int N>
+ASTRO_INLINE F<N> broadcast(float value) {
+  return F<N>{} + value;
+}
+
+template <int N>
+ASTRO_INLINE Pair<N> load_pair(const float* p) {
+  using Memory = typename Lanes<N>::FloatMemory;
+  return {*reinterpret_cast<const Memory*>(p), *reinterpret_cast<const Memory*>(p + N)};
+}
+
+template <int N>
+ASTRO_INLINE Pair<N> load_pair(const c10::BFloat16* p) {
+  using U = typename Lanes<N>::U;
+  const U words = *reinterpret_cast<const typename Lanes<N>::WordMemory*>(p);
+  return {(F<N>)(words << 16), (F<N>)(words & 0xffff0000u)};
+}
+
+template <int N>
+ASTRO_INLINE Pair<N> load_pair(const c10::Half* p) {
+  if constexpr (N == 8) return {load8(p), load8(p + 8)};
+  else return {join(load8(p), load8(p + 8)), join(load8(p + 16), load8(p + 24))};
+}
+
+// Round to nearest even, in the upper half of each lane. NaN must have no bit set below its upper half, else the carry may turn it into a number: true
+// of every NaN that comes from bf16 and of every NaN the processor makes; `arrange` sees to fp32 tables.
+template <int N>
+ASTRO_INLINE typename Lanes<N>::U round_bf16(F<N> v) {
+  const typename Lanes<N>::U bits = (typename Lanes<N>::U)v;
+  return (bits + ((bits >> 16) & 1u)) + 0x7fffu;
+}
+
+template <int N>
+ASTRO_INLINE typename Lanes<N>::U narrow(Pair<N> v) {
+  return (round_bf16<N>(v.first) >> 16) | (round_bf16<N>(v.second) & 0xffff0000u);
+}
+
+template <int N>
+ASTRO_INLINE void store_pair(float* p, Pair<N> v) {
+  using Memory = typename Lanes<N>::FloatMemory;
+  *reinterpret_cast<Memory*>(p) = v.first;
+  *reinterpret_cast<Memory*>(p + N) = v.second;
+}
+
+template <int N>
+ASTRO_INLINE void store_pair(c10::BFloat16* p, Pair<N> v) {
+  *reinterpret_cast<typename Lanes<N>::WordMemory*>(p) = narrow<N>(v);
+}
+
+template <int N>
+ASTRO_INLINE void store_pair(c10::Half* p, Pair<N> v) {
+  if constexpr (N == 8) {
+    store8(p, v.first);
+    store8(p + 8, v.second);
+  } else {
+    store8(p, low(v.first));
+    store8(p + 8, high(v.first));
+    store8(p + 16, low(v.second));
+    store8(p + 24, high(v.second));
+  }
+}
+
+// Stores that bypass the cache: a cached store first reads the line it overwrites, a third of the traffic of a kernel that reads once and writes
+// once. Worth it for outputs past kStreamBytes, which no later reader would find in L2 anyway. `p` must be aligned (`can_stream`), and the writing
+// thread ends with `stream_fence`. Elsewhere than on x86, and for fp16, an ordinary store.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+constexpr int64_t kStreamAlignment = 64;  // of a 64-byte store
+
+template <typename T>
+ASTRO_INLINE bool can_stream(const T* p, int64_t row, int64_t total) {
+  return total * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && reinterpret_cast<uintptr_t>(p) % kStreamAlignment == 0 &&
+         row * sizeof(T) % kStreamAlignment == 0;
+}
+
+#if defined(__SSE2__)
+ASTRO_INLINE void stream_bytes(void* p, u32x8 v) {
+  __m128i* to = static_cast<__m128i*>(p);
+  _mm_stream_si128(to, (__m128i)__builtin_shufflevector(v, v, 0, 1, 2, 3));
+  _mm_stream_si128(to + 1, (__m128i)__builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+
+// Only the AVX-512 level has 16 lanes.
+ASTRO_INLINE void stream_bytes(void* p, Lanes<16>::U v) { asm volatile("vmovntdq %1, %0" : "=m"(*static_cast<Lanes<16>::U*>(p)) : "v"(v)); }
+
+template <int N>
+ASTRO_INLINE void stream_pair(float* p, Pair<N> v) {
+  stream_bytes(p, (typename Lanes<N>::U)v.first);
+  stream_bytes(p + N, (typename Lanes<N>::U)v.second);
+}
+
+template <int N>
+ASTRO_INLINE void stream_pair(c10::BFloat16* p, Pair<N> v) {
+  stream_bytes(p, narrow<N>(v));
+}
+
+template <int N>
+ASTRO_INLINE void stream_pair(c10::Half* p, Pair<N> v) {
+  store_pair<N>(p, v);
+}
+
+ASTRO_INLINE void stream_fence() { _mm_sfence(); }
+#else
+template <int N, typename T>
+ASTRO_INLINE void stream_pair(T* p, Pair<N> v) {
+  store_pair<N>(p, v);
+}
+
+ASTRO_INLINE void stream_fence() {}
+#endif
+
+template <int N, typename T>
+ASTRO_INLINE void put_pair(T* p, Pair<N> v, bool streamed) {
+  if (streamed) stream_pair<N>(p, v);
+  else store_pair<N>(p, v);
+}
+
+// The first `count` of 2 N elements (0 < count < 2 N); the others are 0. Touches nothing past p + count.
+template <int N, typename T>
+ASTRO_INLINE Pair<N> load_pair_partial(const T* p, int64_t count) {
+  alignas(64) T elements[2 * N] = {};
+  std::memcpy(elements, p, count * sizeof(T));
+  return load_pair<N>(elements);
+}
+
+template <int N, typename T>
+ASTRO_INLINE void store_pair_partial(T* p, Pair<N> v, int64_t count) {
+  alignas(64) T elements[2 * N];
+  store_pair<N>(elements, v);
+  std::memcpy(p, elements, count * sizeof(T));
+}
+
+// Where element i of a table stands once the table is in the order of Pair<8> of T.
+template <typename T>
+ASTRO_INLINE int64_t arranged(int64_t i) {
+  if constexpr (!std::is_same_v<T, c10::BFloat16>) return i;
+  const int64_t within = i % 16;
+  return i - within + within % 2 * 8 + within / 2;
+}
+
+// fp32 `table` of `count` elements in the order of Pair<8> of T, with zeros up to a multiple of 16; NaN as the processor's own.
+template <typename T>
+void arrange(const float* table, int64_t count, float* to) {
+  std::fill(to, to + (count + 15) / 16 * 16, 0.0f);
+  for (int64_t i = 0; i < count; ++i) to[arranged<T>(i)] = table[i] == table[i] ? table[i] : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Asks for one line of memory before it is needed, into L2. Never faults.
+ASTRO_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+}  // namespace astrobiogen::simd

@@ -1,0 +1,133 @@
+"""The C++ kernels at every instruction-set level that this CPU offers: AVX2 must be right where AVX-512 runs."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from astrobiogen import ops, use_kernels
+from astrobiogen.kernels._case import Case
+from astrobiogen.kernels.rms_norm import reference as rms_norm_reference
+from astrobiogen.kernels.rms_norm.samples import CASES as RMS_NORM_CASES
+from astrobiogen.kernels.rms_norm.samples import with_residual
+from astrobiogen.kernels.rope import reference as rope_reference
+from astrobiogen.kernels.rope.samples import CASES as ROPE_CASES
+from astrobiogen.kernels.swiglu import reference as swiglu_reference
+from astrobiogen.kernels.swiglu.samples import CASES as SWIGLU_CASES
+from astrobiogen.testing import check_nonfinite, check_op
+
+extension = pytest.importorskip("astrobiogen._C", reason="the C++ extension is not built")
+LEVELS = extension.cpu_levels()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test at one level; the highest comes back after it."""
+    extension.set_cpu_level(request.param)
+    yield request.param
+    extension.set_cpu_level(LEVELS[-1])
+
+
+def plain_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """The definition with the public function's arguments."""
+    return rope_reference.rope(x, cos, sin, interleaved, False)
+
+
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...], tuple[Case, ...]]] = {
+    "rms_norm": (ops.rms_norm, rms_norm_reference.rms_norm, ("rms_norm", "rms_norm_backward"), tuple(RMS_NORM_CASES)),
+    "add_rms_norm": (
+        ops.add_rms_norm,
+        rms_norm_reference.add_rms_norm,
+        ("add_rms_norm", "rms_norm_backward"),
+        tuple(with_residual(case) for case in RMS_NORM_CASES),
+    ),
+    "swiglu": (ops.swiglu, swiglu_reference.swiglu, ("swiglu", "swiglu_backward"), tuple(SWIGLU_CASES)),
+    "rope": (ops.rope, plain_rope, ("rope",), tuple(ROPE_CASES)),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_values_and_gradients(level: str, op: str) -> None:
+    function, reference, names, cases = OPS[op]
+    assert extension.cpu_capability() == level
+    for case in cases:
+        for dtype in DTYPES:
+            check_op(function, reference, case, dtype, ops=names, implementation="cpu")
+        if case.gradcheck:
+            check_nonfinite(function, reference, case, ops=names, implementation="cpu")
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [2**21, 2**21 + 3])
+def test_stores_past_the_cache(columns: int, dtype: torch.dtype) -> None:
+    """Outputs over 4 MiB take other store instructions; rows of 2^20 columns are one more way to get there."""
+    gate, up, grad = torch.randn(3, columns, dtype=dtype).unbind(0)
+    pieces = [slice(start, start + 99_968) for start in range(0, columns, 99_968)]
+    whole = (ops.swiglu(gate, up), *torch.ops.astrobiogen.swiglu_backward(grad, gate, up))
+    parts = [
+        (ops.swiglu(gate[p], up[p]), *torch.ops.astrobiogen.swiglu_backward(grad[p], gate[p], up[p])) for p in pieces
+    ]
+    for large, small in zip(whole, zip(*parts)):
+        assert torch.equal(large, torch.cat(small))
+    x, weight = torch.randn(600, 4352, dtype=dtype), torch.randn(4352, dtype=dtype)
+    y, rstd = torch.ops.astrobiogen.rms_norm(x, weight, 1e-6)
+    assert torch.equal(y, torch.cat([ops.rms_norm(rows, weight) for rows in x.split(50)]))
+    grad_x, _ = torch.ops.astrobiogen.rms_norm_backward(x, x, weight, rstd, None)
+    split = [
+        torch.ops.astrobiogen.rms_norm_backward(a, a, weight, r, None)[0] for a, r in zip(x.split(50), rstd.split(50))
+    ]
+    assert torch.equal(grad_x, torch.cat(split))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary"),
+    [(1, 1, 1), (5, 7, 33), (97, 65, 193), (130, 521, 400), (700, 33, 210)],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.1, "reduction": "sum"},
+        {"z_loss": 1e-2, "softcap": 3.0},
+        {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 5.0, "num_tokens": 11},
+    ],
+    ids=["plain", "smoothing", "cap", "all"],
+)
+def test_loss_with_gradients_in_the_forward(tokens: int, hidden: int, vocabulary: int, options: dict[str, Any]) -> None:
+    """Blocks, panels, chunks and their ends, against the definition in fp64."""
+    x = torch.randn(tokens, hidden, requires_grad=True)
+    weight = (torch.randn(vocabulary, hidden) * hidden**-0.5).requires_grad_()
+    target = torch.randint(0, vocabulary, (tokens,))
+    target[1::4] = -100
+    loss = ops.linear_cross_entropy(x, weight, target, **options)
+    assert "linear_cross_entropy_gradients" in type(loss.grad_fn).__name__
+    gradients = torch.autograd.grad(loss, (x, weight))
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    with use_kernels("reference"):
+        exact = ops.linear_cross_entropy(*wide, target, **options)
+        exact_gradients = torch.autograd.grad(exact, wide)
+    for got, expected in zip((loss, *gradients), (exact, *exact_gradients)):
+        size = expected.abs().max().item()
+        # fp32 products of a few hundred terms: a few units of 6e-8 of the largest value
+        torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=2e-6 * size + 1e-7)
+
+
+@pytest.mark.usefixtures("level")
+def test_loss_does_not_depend_on_threads_or_on_the_run() -> None:
+    x, weight = torch.randn(130, 96, requires_grad=True), torch.randn(500, 96, requires_grad=True)
+    target = torch.randint(0, 500, (130,))
+    found = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        loss = ops.linear_cross_entropy(x, weight, target)
+        found.append((loss.detach(), *torch.autograd.grad(loss, (x, weight))))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+def test_an_unknown_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="level must be 'baseline', 'avx2' or 'avx512', got 'sse9'"):
+        extension.set_cpu_level("sse9")
