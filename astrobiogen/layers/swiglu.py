@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.layers._autocast import autocast_tensors
 
 ALIGNMENT = (
     64  # elements: 128 bytes in 16-bit types, a whole tensor-core tile in every GEMM that touches the intermediate axis
@@ -22,6 +23,9 @@ class SwiGLU(nn.Module):
     extra rows and columns are zero, their gradients are exactly zero (silu(0)·0 = 0 feeds zero weights), so the
     function stays the same, and the state dict keeps the unpadded shapes.
 
+    With `recompute=True` the product silu(gate)·up is not kept for the gradient of `down_proj.weight`: the backward
+    kernel, which reads gate and up anyway, writes it again (48 MB less per layer at [2048, 11605] in half precision).
+
     Source: Shazeer 2020, arXiv:2002.05202.
 
     Args:
@@ -29,6 +33,7 @@ class SwiGLU(nn.Module):
         intermediate_size: I.
         bias: add biases to the three projections.
         pad_intermediate: hold padded weights, for GEMM alignment.
+        recompute: compute the product again in the backward pass instead of keeping it.
 
     Raises:
         ValueError: a size is not positive; from `forward`, the last axis of `x` is not `hidden_size`.
@@ -40,6 +45,7 @@ class SwiGLU(nn.Module):
         intermediate_size: int,
         bias: bool = False,
         pad_intermediate: bool = False,
+        recompute: bool = False,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -51,6 +57,7 @@ class SwiGLU(nn.Module):
             )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.recompute = recompute
         held = -(-intermediate_size // ALIGNMENT) * ALIGNMENT if pad_intermediate else intermediate_size
         self.gate_proj = nn.Linear(hidden_size, held, bias=bias, device=device, dtype=dtype)
         self.up_proj = nn.Linear(hidden_size, held, bias=bias, device=device, dtype=dtype)
@@ -77,11 +84,33 @@ class SwiGLU(nn.Module):
             raise ValueError(
                 f"x: last axis (hidden) has {x.shape[-1]} elements, expected hidden_size = {self.hidden_size}"
             )
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not self.recompute:
+            return self.down_proj(ops.swiglu(gate, up))
+        gate, up, weight = autocast_tensors(gate, up, self.down_proj.weight)
+        out = _Down.apply(gate, up, weight)
+        return out if self.down_proj.bias is None else out + self.down_proj.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""
         return f"{self.hidden_size}, {self.intermediate_size}, padding={self.padding}"
+
+
+class _Down(torch.autograd.Function):
+    """swiglu(gate, up) W^T that saves gate, up and W only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return ops.swiglu(gate, up) @ weight.T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        gate, up, weight = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_gate, grad_up, product = torch.ops.astrobiogen.swiglu_backward_product(grad @ weight, gate, up)
+            return grad_gate, grad_up, grad.flatten(0, -2).T @ product.flatten(0, -2)
 
 
 def _axes(prefix: str, state: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -74,6 +74,31 @@ def test_padded_swiglu_trains_like_the_plain_one() -> None:
         padded.load_state_dict(SwiGLU(12, 41, bias=True).state_dict())
 
 
+# torch.compile warns about what it does itself with autograd functions
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("pad", [False, True])
+def test_swiglu_recomputes_its_product(pad: bool) -> None:
+    """Same values and gradients, and nothing of the product's size is kept but gate and up."""
+    kept, recomputed = (SwiGLU(12, 40, bias=True, pad_intermediate=pad, recompute=flag) for flag in (False, True))
+    recomputed.load_state_dict(kept.state_dict())
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    found = []
+    for layer in (kept, recomputed):
+        sizes: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t)
+        with hooks:
+            out = layer(x)
+        gradients = torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))
+        held = layer.gate_proj.weight.shape[0]
+        found.append((out, gradients, sizes.count(2 * 5 * held)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    torch.testing.assert_close(found[1][1], found[0][1])
+    assert found[1][2] == 2
+    assert found[0][2] == 3
+    compiled = torch.compile(recomputed, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, found[1][0])
+
+
 @pytest.mark.parametrize(("axes", "torch_class"), [(1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)])
 def test_conv_replaces_torch(axes: int, torch_class: Callable[..., nn.Module]) -> None:
     theirs = torch_class(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="circular")
@@ -190,3 +215,7 @@ def test_layers_follow_autocast() -> None:
         assert ConvNd(2, 2, 3, 3)(x).dtype == torch.bfloat16
         assert GroupedQueryAttention(8, 2)(torch.randn(1, 3, 8)).dtype == torch.bfloat16
         assert SwiGLU(8, 12)(torch.randn(3, 8)).dtype == torch.bfloat16
+        layer = SwiGLU(8, 12, recompute=True)
+        layer(torch.randn(3, 8)).sum().backward()
+        assert layer.down_proj.weight.grad is not None
+        assert layer.down_proj.weight.grad.dtype == torch.float32
