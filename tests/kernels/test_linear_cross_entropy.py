@@ -112,6 +112,26 @@ def test_num_tokens_weights_micro_batches_by_token(as_tensor: bool) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_gradients_that_came_with_the_loss_are_scaled_and_stay_right() -> None:
+    """float32 on the CPU: another upstream gradient than 1, two passes over one graph, and a change in place between
+    them.
+    """
+    arguments = draw(7, 5, 19, torch.float32)
+    x, weight, _ = arguments.values()
+    loss = linear_cross_entropy(**arguments)
+    plain = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    tripled = torch.autograd.grad(3.0 * loss, (x, weight), retain_graph=True)
+    torch.testing.assert_close(tripled, tuple(3.0 * gradient for gradient in plain))
+    again = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(again, plain))
+    again[1].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, (x, weight))
+    first = torch.autograd.grad(linear_cross_entropy(**arguments), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="linear_cross_entropy_backward has no second derivative"):
+        torch.autograd.grad(first.sum(), weight)
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "triton"])
 @pytest.mark.parametrize("bad", [-1, 9, 2**40, -(2**62)])
 def test_target_out_of_range(implementation: str, bad: int) -> None:

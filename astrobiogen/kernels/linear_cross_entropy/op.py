@@ -227,29 +227,38 @@ def _fake_gradients(
 
 
 def _setup_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, weight, target, divisor, *options, need_x, need_weight = inputs
     ctx.set_materialize_grads(False)
-    ctx.needed = inputs[8:]
-    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, target, divisor, *output[1:])
+    ctx.options, ctx.needed = options, (need_x, need_weight)
 
 
 def _backward_gradients(
-    ctx: Any, grad: torch.Tensor | None, grad_of_x: torch.Tensor | None, grad_of_weight: torch.Tensor | None
+    ctx: Any, grad: torch.Tensor | None, *of_gradients: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    if grad_of_x is not None or grad_of_weight is not None:
-        raise RuntimeError(
-            "linear_cross_entropy_gradients has no second derivative; astrobiogen.use_kernels('reference') has one"
-        )
+    del of_gradients  # not differentiable
     if grad is None:
         return (None,) * 10
-    scaled = [_scaled(saved, grad) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needed)]
-    return (*scaled, *(None,) * 8)
+    x, weight, target, divisor, *gradients = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # create_graph=True: take the op that refuses a second derivative by name, where constants would pass for one.
+        lse = torch.ops.astrobiogen.linear_cross_entropy(x, weight, target, *ctx.options)[1]
+        upstream = (grad / divisor).expand_as(target)
+        gradients = torch.ops.astrobiogen.linear_cross_entropy_backward(
+            upstream, x, weight, target, lse.detach(), *ctx.options, *ctx.needed
+        )
+        return (*(g if need else None for g, need in zip(gradients, ctx.needed)), *(None,) * 8)
+    return (*(_scaled(g, grad) if need else None for g, need in zip(gradients, ctx.needed)), *(None,) * 8)
 
 
 def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     """gradient * upstream; `loss.backward()` passes exactly 1, which needs no second [V, H] matrix. A caller that
     changes the result in place and runs the graph again is told by autograd's version check.
     """
-    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and upstream.item() == 1.0:
+    if (
+        type(upstream) is torch.Tensor and upstream.item() == 1.0
+    ):  # a traced tensor is of another class and has no value
         return gradient
     return gradient * upstream.to(gradient.dtype)
 
