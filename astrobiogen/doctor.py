@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -28,6 +29,8 @@ from rich.markup import escape
 import astrobiogen
 from astrobiogen import _extension, data, ops
 from astrobiogen.kernels import _registry
+from astrobiogen.training import preflight as preflight_checks
+from astrobiogen.training.errors import UserError
 
 Verdict = Literal["ok", "warning", "failed"]
 
@@ -107,6 +110,9 @@ def run_checks(preflight: bool) -> Iterator[Check]:
         yield _writable(pathlib.Path.cwd())
         yield _disk(pathlib.Path.cwd())
         yield _memory()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for name, check in preflight_checks.checks(device):
+            yield _preflight(name, check)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.ERROR)  # what a check provokes on purpose is not news
     status = astrobiogen.kernel_status()
     if options.json:
         checks = list(run_checks(options.preflight))
@@ -218,6 +225,15 @@ def _agreement(name: str, probe: Callable[[torch.device], torch.Tensor], device:
         "ok" if error <= AGREEMENT else "failed",
         f"differs from the reference by {error:.1e} of the largest value",
     )
+
+
+def _preflight(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", check())
+    except UserError as error:  # an optional library: only the presets that ask for it need it
+        return Check(name, "warning", str(error))
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+        return Check(name, "failed", f"{type(error).__name__}: {error}")
 
 
 def _bundled_data() -> Check:

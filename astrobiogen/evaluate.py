@@ -45,7 +45,9 @@ def _find(source: Path) -> tuple[Path, checkpoint.Content]:
         return source, checkpoint.read(source)
     run_folder.find(str(source))
     for name in ("best", "checkpoints"):
-        if (source / name).is_dir() and (found := checkpoint.CheckpointStore(source / name, keep=2).load_newest()):
+        if (source / name).is_dir() and (
+            found := checkpoint.CheckpointStore(source / name, keep=2, writable=False).load_newest()
+        ):
             return found
     raise CheckpointError(f"{source}: the run has no checkpoint yet")
 

@@ -148,13 +148,16 @@ class CheckpointStore:
         root: folder of the checkpoints; made if it is not there.
         keep: how many verified checkpoints survive pruning.
         observer: told each stage of a save by name, so that a test can fail or kill the process there.
+        writable: False only reads: nothing is made or cleaned up, so that a run which is saving is not disturbed.
     """
 
-    def __init__(self, root: Path, keep: int, observer: Observer | None = None) -> None:
+    def __init__(self, root: Path, keep: int, observer: Observer | None = None, *, writable: bool = True) -> None:
         self.root = root
         self.keep = keep
         self._observer = observer or (lambda _stage: None)
         self._good: set[Path] = set()
+        if not writable:
+            return
         try:
             root.mkdir(parents=True, exist_ok=True)
             self._clean()

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 
@@ -21,9 +23,11 @@ from astrobiogen.training.state import Task
 from astrobiogen.training.update import Updater, WindowFactors
 
 _LOG = logging.getLogger("astrobiogen")
-LOWEST, HIGHEST, UPDATES = 1e-7, 1.0, 100
-_SMOOTHING = 0.9
-_DIVERGED = 3.0  # the test ends when the smoothed loss is this many times its minimum
+LOWEST, HIGHEST, UPDATES = 1e-6, 1.0, 100
+_WIDTH = 4.0  # updates, standard deviation of the smoothing weights
+_DIVERGED = 4.0  # the test ends when the loss is this many times its minimum
+_FEWEST = 10
+_SIGNIFICANT = 3.0  # times the noise of the smoothed loss
 _SAFETY = 10.0
 
 
@@ -32,13 +36,14 @@ class RangeTest:
     """What the test found.
 
     Attributes:
-        rates, losses: of each update taken; the loss is smoothed.
-        steepest: rate at which the loss falls fastest per factor of the rate.
-        suggestion: a tenth of the rate with the lowest loss, or `steepest` if that is less: a peak for the schedule.
+        rates, losses, smooth: of each update up to where the loss diverges, and its smoothed course.
+        steepest: rate at which the smoothed loss falls fastest per factor of the rate.
+        suggestion: a tenth of the rate with the lowest smoothed loss, as a peak for the schedule.
     """
 
     rates: list[float]
     losses: list[float]
+    smooth: list[float]
     steepest: float
     suggestion: float
 
@@ -56,32 +61,43 @@ def _windows(task: Task, config: TrainConfig, device: torch.device) -> Iterator[
         epoch += 1
 
 
+def _smooth(losses: list[float]) -> npt.NDArray[np.float64]:
+    """Mean of the neighbours with Gaussian weights: the loss of single batches is mostly noise."""
+    place = np.arange(len(losses))
+    weights = np.exp(-0.5 * ((place[:, None] - place[None, :]) / _WIDTH) ** 2)
+    return np.asarray(weights @ np.asarray(losses) / weights.sum(axis=1))
+
+
 def analyse(rates: list[float], losses: list[float]) -> RangeTest:
-    """Smooth `losses`, cut them where they diverge, and read off the rates.
+    """Cut `losses` where they diverge, smooth them, and read off the rates.
 
     Raises:
-        UserError: too few points, or the loss never falls.
+        UserError: too few points, or no fall of the loss beyond its noise.
     """
-    smooth: list[float] = []
-    average = 0.0
-    for number, loss in enumerate(losses):
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-        smooth.append(average / (1 - _SMOOTHING ** (number + 1)))
-        if not math.isfinite(loss) or smooth[-1] > _DIVERGED * min(smooth):
-            smooth.pop()
-            break
-    rates = rates[: len(smooth)]
-    if len(smooth) < 10:
-        raise UserError(f"--find-lr: the loss diverged after {len(smooth)} updates, expected at least 10", exit_code=1)
-    lowest = min(range(len(smooth)), key=smooth.__getitem__)
-    slopes = {
-        number: (smooth[number + 1] - smooth[number - 1]) / math.log(rates[number + 1] / rates[number - 1])
-        for number in range(1, min(lowest + 1, len(smooth) - 1))
-    }
-    if not slopes or min(slopes.values()) >= 0:
-        raise UserError("--find-lr: the loss never fell; check the data and the model", exit_code=1)
-    steepest = rates[min(slopes, key=slopes.__getitem__)]
-    return RangeTest(rates, smooth, steepest, min(steepest, rates[lowest] / _SAFETY))
+    count = next((n for n, loss in enumerate(losses) if not math.isfinite(loss) or _diverged(losses[:n], loss)), None)
+    rates, losses = rates[:count], losses[:count]
+    if len(losses) < _FEWEST:
+        raise UserError(
+            f"--find-lr: the loss diverged after {len(losses)} updates, expected at least {_FEWEST}", exit_code=1
+        )
+    smooth = _smooth(losses)
+    lowest = int(smooth.argmin())
+    top = int(smooth[: lowest + 1].argmax())
+    # Of a mean with Gaussian weights: variance / (2 sqrt(pi) width).
+    noise = float(np.std(np.asarray(losses) - smooth)) / math.sqrt(2 * math.sqrt(math.pi) * _WIDTH)
+    fall = float(smooth[top] - smooth[lowest])
+    if fall <= _SIGNIFICANT * noise:
+        raise UserError(
+            f"--find-lr: the loss fell by {fall:.3g} with a noise of {noise:.3g}, which shows nothing; "
+            "take a larger --data.batch_size or --data.accumulation",
+            exit_code=1,
+        )
+    slopes = np.gradient(smooth, np.log(rates))[top : lowest + 1]
+    return RangeTest(rates, losses, smooth.tolist(), rates[top + int(slopes.argmin())], rates[lowest] / _SAFETY)
+
+
+def _diverged(before: list[float], loss: float) -> bool:
+    return len(before) > 0 and loss > _DIVERGED * min(before)
 
 
 def find(
@@ -116,8 +132,7 @@ def find(
         rates.append(result.rate)
         losses.append(math.nan if result.skipped else result.means["loss"])
         advance(len(rates), result.rate, losses[-1])
-        diverged = not math.isfinite(losses[-1]) or losses[-1] > 2 * _DIVERGED * min(losses)
-        if len(rates) == UPDATES or (diverged and len(rates) > 10):
+        if len(rates) == UPDATES or not math.isfinite(losses[-1]) or _diverged(losses[:-1], losses[-1]):
             break
     return analyse(rates, losses)
 
@@ -127,10 +142,11 @@ def publish(result: RangeTest, folder: Path) -> None:
     run_folder.write_json(folder / "lr_finder.json", dataclasses.asdict(result))
     figure = Figure(figsize=(6.4, 4.0))
     axis = figure.add_subplot()
-    axis.plot(result.rates, result.losses, color="#1f6feb")
+    axis.plot(result.rates, result.losses, color="#8c959f", linewidth=0.7, label="each update")
+    axis.plot(result.rates, result.smooth, color="#1f6feb", label="smoothed")
     axis.axvline(result.suggestion, color="#d1661a", linestyle="--", label=f"suggestion {result.suggestion:.1e}")
     axis.axvline(result.steepest, color="#8c959f", linestyle=":", label=f"steepest fall {result.steepest:.1e}")
-    axis.set(xscale="log", xlabel="learning rate", ylabel="total loss, smoothed", title="Learning-rate range test")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="total loss", title="Learning-rate range test")
     axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(folder / "lr_finder.png", dpi=120)

@@ -167,9 +167,8 @@ def advice(config: TrainConfig, bytes_held: Mapping[str, int]) -> list[str]:
     data, optimizer = config.data, config.optimizer
     result = []
     if data.batch_size > 1:
-        size = data.batch_size // 2
-        parts = -(-data.batch_size * data.accumulation // size)
-        result.append(f"--data.batch_size {size} --data.accumulation {parts} (the same update from smaller parts)")
+        options = plan.same_update(config, data.batch_size // 2)
+        result.append(f"{options} (the same update from smaller parts)")
     checkpointing = [
         f"--model.{group}.use_gradient_checkpointing true"
         for group in ("cnn_config", "graph_config", "llm_config")

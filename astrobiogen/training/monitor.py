@@ -59,8 +59,11 @@ class _Records:
     """
 
     def __init__(self, path: Path) -> None:
-        self._torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("ab", buffering=0)
+        try:
+            self._torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}", exit_code=1) from error
         self._lost = 0
 
     def __enter__(self) -> Self:

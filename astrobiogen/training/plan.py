@@ -162,6 +162,13 @@ def judge(plan: Plan, config: TrainConfig, budget: int) -> Verdict:
     return Verdict("does not fit", fitting)
 
 
+def same_update(config: TrainConfig, limit: int) -> str:
+    """Options for the same window cut into micro-batches of at most `limit` samples, at least 1."""
+    window = config.data.batch_size * config.data.accumulation
+    size = next(size for size in range(min(limit, window), 0, -1) if window % size == 0)
+    return f"--data.batch_size {size} --data.accumulation {window // size}"
+
+
 def show(config: TrainConfig, memory_gib: float = 0.0) -> int:
     """Print the plan of `config` and whether it fits into `memory_gib` (0: this machine's); returns the exit code."""
     runtime.prepare(config.runtime, config.seed)
@@ -178,8 +185,7 @@ def show(config: TrainConfig, memory_gib: float = 0.0) -> int:
     console = rich.console.Console(highlight=False)
     console.print(f"In {budget / 2**30:,.1f} GiB: {verdict.text}.")
     if 0 < verdict.batch_size < config.data.batch_size:
-        parts = -(-config.data.batch_size * config.data.accumulation // verdict.batch_size)
-        console.print(f"The same update fits with --data.batch_size {verdict.batch_size} --data.accumulation {parts}.")
+        console.print(f"The same update fits with {same_update(config, verdict.batch_size)}.")
     return 0
 
 

@@ -1,13 +1,16 @@
 """The folder of a run: where everything about it is found afterwards."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import astrobiogen
 from astrobiogen.training.errors import UserError
 
 CONFIG, ENVIRONMENT, METRICS, REPORT = "config.yaml", "environment.json", "metrics.json", "report.html"
+LOCK = ".lock"
 _LIBRARIES = (
     "torch",
     "triton",
@@ -54,6 +58,25 @@ def create(output: str, preset: str) -> Path:
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written: {error.strerror or error}") from error
     return folder
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The run folder for this process alone, until it ends, however it ends.
+
+    Raises:
+        UserError: another process is training in it, or it cannot be written.
+    """
+    try:
+        file = (folder / LOCK).open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}", exit_code=1) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is training in this folder", exit_code=1) from error
+        yield
 
 
 def find(path: str) -> Path:

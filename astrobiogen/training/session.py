@@ -52,57 +52,62 @@ def train(config: TrainConfig, folder: Path, resume: bool) -> int:
     dtype, reason = precision.choose_dtype(config.precision, device)
     done = runtime.prepare(config.runtime, config.seed)
     config = precision.resolved(config, dtype)
-    if not resume:
-        run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
-    facts = run_folder.environment(done | {"device": str(device), "dtype": str(dtype)})
-    run_folder.write_json(folder / _environment_name(folder), facts)
     with (
+        run_folder.held(folder),
         Monitor(folder, config.monitor, to_dict(config)) as monitor,
         runtime.Interrupt() as interrupt,
         GpuSampler(device, config.monitor.gpu_seconds, monitor.record_gpu),
         astrobiogen.use_kernels(config.runtime.kernels),
     ):
-        _LOG.info(
-            "run folder %s; %s; %s (%s); seed %d; %d threads",
-            folder,
-            device,
-            dtype,
-            reason,
-            config.seed,
-            done["threads"],
-        )
-        assembly = assemble.assemble(config, assemble.load_bundle(config))
-        _LOG.info("data: %s", assembly.task.fingerprint)
-        assembly.task.model.to(device)
-        speed = throughput.measure(assembly.task, device, dtype)
-        _LOG.info(
-            "%.3g GFLOP per sample; matrix products reach %.3g GFLOP/s in %s",
-            *(speed.flops_per_sample / 1e9, speed.peak / 1e9, dtype),
-        )
-        trainer = Trainer(
-            *(assembly.task, config, folder, monitor, interrupt), device=device, dtype=dtype, throughput=speed
-        )
-        if resume:
-            trainer.saver.resume()
-        monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
-        if not _fit(trainer, folder, config, device):
-            _LOG.warning(
-                "stopped by %s at step %d; go on with: --resume %s", interrupt.received, trainer.progress.step, folder
-            )
-            return 0
-        best = trainer.saver.load_best()
-        _LOG.info("examining the best model, %s", best)
-        examined = examine(assembly, trainer.model, config, device, dtype, lambda: bool(interrupt.received))
-        if examined is None:
-            text = "stopped by %s while examining the trained model; do that again with: --resume %s"
-            _LOG.warning(text, interrupt.received, folder)
-            return 0
-        result, predictions = examined
-        result |= {"run": _describe(trainer), "environment": run_folder.ENVIRONMENT}
-        publish(folder, result, predictions)
-        monitor.record("final", step=trainer.progress.step, test=result["model"][final.ALL_CELLS])
-    show(result, folder)
+        if not resume:
+            run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+        facts = run_folder.environment(done | {"device": str(device), "dtype": str(dtype)})
+        run_folder.write_json(folder / _environment_name(folder), facts)
+        how = f"{device}; {dtype} ({reason}); seed {config.seed}; {done['threads']} threads"
+        _LOG.info("run folder %s; %s", folder, how)
+        result = _train(config, folder, resume, monitor, interrupt, device, dtype)
+    if result is not None:
+        show(result, folder)
     return 0
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    monitor: Monitor,
+    interrupt: runtime.Interrupt,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any] | None:
+    """Train, examine the best model, publish; what metrics.json holds, or None if a signal came."""
+    assembly = assemble.assemble(config, assemble.load_bundle(config))
+    _LOG.info("data: %s", assembly.task.fingerprint)
+    assembly.task.model.to(device)
+    speed = throughput.measure(assembly.task, device, dtype)
+    rates = (speed.flops_per_sample / 1e9, speed.peak / 1e9, dtype)
+    _LOG.info("%.3g GFLOP per sample; matrix products reach %.3g GFLOP/s in %s", *rates)
+    parts = (assembly.task, config, folder, monitor, interrupt)
+    trainer = Trainer(*parts, device=device, dtype=dtype, throughput=speed)
+    if resume:
+        trainer.saver.resume()
+    monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
+    if not _fit(trainer, folder, config, device):
+        where = (interrupt.received, trainer.progress.step, folder)
+        _LOG.warning("stopped by %s at step %d; go on with: --resume %s", *where)
+        return None
+    best = trainer.saver.load_best()
+    _LOG.info("examining the best model, %s", best)
+    examined = examine(assembly, trainer.model, config, device, dtype, lambda: bool(interrupt.received))
+    if examined is None:
+        text = "stopped by %s while examining the trained model; do that again with: --resume %s"
+        _LOG.warning(text, interrupt.received, folder)
+        return None
+    result, predictions = examined
+    result |= {"run": _describe(trainer), "environment": run_folder.ENVIRONMENT}
+    publish(folder, result, predictions)
+    monitor.record("final", step=trainer.progress.step, test=result["model"][final.ALL_CELLS])
+    return result
 
 
 def _fit(trainer: Trainer, folder: Path, config: TrainConfig, device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """The training loop: epochs, windows, validation, and the places where it may stop."""
 
 import contextlib
+import datetime
 import logging
 import math
 import time
@@ -184,7 +185,15 @@ class Trainer:
             _LOG.warning("update skipped: gradient norm %s; samples %s", result.norm, bad["batches"])
         if not self._monitor.rich and updater.updates % self.config.monitor.log_every == 0:
             rates = "  ".join(f"{speed[name]:.3g} {unit}" for name, unit in _UNITS.items() if name in speed)
-            _LOG.info("%s  step %d  lr %.2e  norm %.2f  %s", text, progress.step, result.rate, result.norm, rates)
+            left = datetime.timedelta(seconds=round(self._seconds_left()))
+            words = (text, progress.step, result.rate, result.norm, rates, left)
+            _LOG.info("%s  step %d  lr %.2e  norm %.2f  %s  at most %s left", *words)
+
+    def _seconds_left(self) -> float:
+        """Until the last epoch ends at the speed so far, or until the time limit if that comes first."""
+        progress, config = self.progress, self.config
+        todo = self._batches * config.epochs - progress.step
+        return min(progress.seconds / progress.step * todo, config.stop.max_hours * 3600 - progress.seconds)
 
     def _validate(self) -> bool:
         """Validate, keep the best, advance to the next epoch; False if interrupted (it is then repeated on

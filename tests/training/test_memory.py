@@ -111,6 +111,18 @@ def test_verdict_and_the_micro_batch_that_fits() -> None:
     assert plan.judge(counted, config, 30 * mib) == plan.Verdict("does not fit", 0)
 
 
+def test_smaller_parts_make_the_same_window() -> None:
+    for size, parts, limit, expected in (
+        (16, 1, 11, (8, 2)),
+        (15, 1, 7, (5, 3)),
+        (1, 32, 1, (1, 32)),
+        (7, 1, 3, (1, 7)),
+    ):
+        config = TrainConfig(data=DataConfig(batch_size=size, accumulation=parts))
+        wanted = "--data.batch_size {} --data.accumulation {}".format(*expected)
+        assert plan.same_update(config, limit) == wanted
+
+
 def test_bytes_are_counted_once() -> None:
     base = torch.zeros(100)
     nested = {"a": base, "b": [base[:10], (torch.zeros(5), None)], "c": 3}

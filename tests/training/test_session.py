@@ -1,6 +1,7 @@
 """The commands end to end, on a small synthetic data set: outputs, resuming, errors in one line."""
 
 import dataclasses
+import functools
 import html.parser
 import json
 import os
@@ -10,13 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from astrobiogen import data, evaluate, train
-from astrobiogen.training import assemble, blocks, config, final, lr_finder
+from astrobiogen.training import assemble, blocks, config, config_dict, final, lr_finder, run_folder
+from astrobiogen.training.distributed_model import Parallel
+from astrobiogen.training.distributed_share import rounds
 from astrobiogen.training.monitor import read_log
-from astrobiogen.training.update import emphasis
+from astrobiogen.training.optimizer import build_optimizer
+from astrobiogen.training.update import Updater, WindowFactors
 
 OPTIONS = ["--smoke", "--monitor.progress", "plain", "--monitor.level", "WARNING", "--evaluation.bootstrap", "20"]
 
@@ -226,6 +231,38 @@ def test_errors_are_one_line(
     assert "Traceback" in (tmp_path / "crash" / "crash.log").read_text()
 
 
+def test_a_folder_in_use_or_not_writable_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_folder.held(run):
+        assert train.main(["--resume", str(run)]) == 1
+    assert "another process is training in this folder" in one_error_line(capsys)
+    assert train.main(["--output", "/proc/run"]) == 2
+    assert "--output: /proc/run cannot be written" in one_error_line(capsys)
+
+    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(30, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:  # root may write anywhere: the refusal of a read-only medium is made here
+        patch.setattr(Path, "open", refuse)
+        patch.setattr(run_folder, "read_yaml", lambda _path: config_dict.to_dict(config.preset("tiny")))
+        assert train.main(["--resume", str(run)]) == 1
+    assert "cannot be written: Read-only file system" in one_error_line(capsys)
+
+
+def test_evaluating_a_run_writes_nothing_into_it(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "best" / "step-00000099.tmp-abc").mkdir()  # a save that is going on
+
+    def listing() -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_mtime_ns) for path in copy.rglob("*"))
+
+    before = listing()
+    assert evaluate.main([str(copy), "--no-ablation", "--no-baselines", "--bootstrap", "0"]) == 0
+    assert listing() == before
+
+
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -244,36 +281,52 @@ def test_shared_batch_equals_the_plain_one(bundle: data.DatasetBundle) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_accumulation_over_ragged_batches_equals_the_full_batch(bundle: data.DatasetBundle) -> None:
-    """Texts of different length and an absent graph: 5 micro-batches of 1 to 5 samples against one batch of 15, all
-    terms on.
+@pytest.mark.parametrize("split", [[1] * 32, [1, 2, 3, 4, 5, 6, 7, 4]], ids=["1 x 32", "uneven"])
+def test_accumulation_over_ragged_samples_equals_the_full_batch(bundle: data.DatasetBundle, split: list[int]) -> None:
+    """Texts of 1 to 32 tokens and an absent graph, all terms on: the gradient that reaches the optimizer after a window
+    of micro-batches against one batch of 32.
     """
     torch.manual_seed(0)
-    assembly = assemble.assemble(config.preset("tiny"), bundle)
-    task, model = assembly.task, assembly.task.model.eval()
-    pairs = bundle.train.pairs[:15]
+    task = assemble.assemble(config.preset("tiny"), bundle).task
+    model = task.model.eval()
+    pairs = [bundle.train.pairs[number % len(bundle.train)] for number in range(32)]
     store = bundle.train.store
-    tokens = {
-        (pair.climate, pair.organism): store.tokens[pair.climate, pair.organism][: 3 + 2 * n]
-        for n, pair in enumerate(pairs)
-    }
+    keys = [(pair.climate, pair.organism) for pair in pairs]
+    tokens = {key: torch.as_tensor(store.tokens[key]).repeat(32)[: 1 + n] for n, key in enumerate(keys)}
     organisms = dict(store.organisms)
     organisms[pairs[4].organism] = dataclasses.replace(organisms[pairs[4].organism], graph=None)
     ragged = data.HabitatDataset(dataclasses.replace(store, tokens=tokens, organisms=organisms), pairs, "ragged")
 
-    def gradients(split: list[list[int]]) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        whole = assemble.term_counts(ragged, list(range(15)))
-        for indices in split:
-            batch = data.collate([ragged[index] for index in indices])
-            factor = emphasis(assemble.term_counts(ragged, indices), len(indices), whole, 15)
-            loss, _ = task.loss_function(model(batch), batch, factor)
-            (loss * len(indices) / 15).backward()
-        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    def gradients(sizes: list[int]) -> dict[str, torch.Tensor]:
+        ends = np.cumsum(sizes)
+        order = [list(range(end - size, end)) for end, size in zip(ends, sizes)]
+        settings = dataclasses.replace(
+            config.preset("tiny"),
+            data=config.DataConfig(batch_size=max(sizes), accumulation=len(sizes)),
+            optimizer=config.OptimizerConfig(clip_norm=0.0),
+        )
+        optimizer = build_optimizer(model, settings.optimizer)
+        seen: dict[str, torch.Tensor] = {}
 
-    full = gradients([list(range(15))])
-    parts = gradients([[0], [1, 2], [3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13, 14]])
+        def step() -> None:
+            seen.update(
+                {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+            )
+
+        optimizer.step = step  # type: ignore[method-assign, assignment]
+        place = torch.device("cpu")
+        updater = Updater(Parallel.alone(model, task.loss_function), optimizer, settings, 1, place, torch.float32)
+        factors = WindowFactors(functools.partial(assemble.term_counts, ragged))
+        for shared in rounds(order, 0, len(sizes), 1):
+            indices = shared.share(0)
+            batch = data.collate([ragged[index] for index in indices])
+            updater.add(shared, batch, factors(shared, indices))
+        updater.finish()
+        return seen
+
+    full, parts = gradients([32]), gradients(split)
     scale = torch.nn.utils.get_total_norm(list(full.values()))
+    assert len(full) > 50
     for name, value in full.items():
         assert float((parts[name] - value).norm() / scale) < 1e-6, name
 
