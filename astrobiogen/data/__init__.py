@@ -10,8 +10,11 @@ build``) needs the optional packages of ``astrobiogen[data]``; they are not impo
 """
 
 from astrobiogen.data import synthetic
+from astrobiogen.data.axes import to_canonical
 from astrobiogen.data.baseline_features import baseline_features
+from astrobiogen.data.batch import HabitatBatch, validate
 from astrobiogen.data.collate import MODALITIES, collate
+from astrobiogen.data.controls import without_near_surface
 from astrobiogen.data.corpus import load_corpus
 from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, Sample
 from astrobiogen.data.errors import DataError
@@ -25,6 +28,7 @@ __all__ = [
     "DataSpec",
     "DatasetBundle",
     "EpochSampler",
+    "HabitatBatch",
     "HabitatDataset",
     "Sample",
     "baseline_features",
@@ -33,4 +37,7 @@ __all__ = [
     "load_bundled",
     "load_corpus",
     "synthetic",
+    "to_canonical",
+    "validate",
+    "without_near_surface",
 ]

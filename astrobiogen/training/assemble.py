@@ -20,6 +20,7 @@ from astrobiogen.training.state import Task
 # Climates and organisms per block of an evaluation: 96 samples then hold about 10 of each, and no item costs more than
 # the text.
 _EVALUATION_BLOCK = 10
+_FEW_PARAMS = ("stellar_flux", "star_temperature", "log10_p_co2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,10 @@ def baseline_inputs(samples: data.HabitatDataset) -> baselines.Features:
         (str(store.planets[pair.climate].metadata["planet"]), str(store.organisms[pair.organism].metadata["organism"]))
         for pair in samples.pairs
     ]
-    return baselines.Features(params, flat, label, np.asarray(groups))
+    names = samples.spec.planet_param_names
+    few = params[:, [names.index(n) for n in _FEW_PARAMS]] if set(_FEW_PARAMS) <= set(names) else None
+    _, control, _, _ = data.baseline_features(data.without_near_surface(samples))
+    return baselines.Features(params, flat, label, np.asarray(groups), few, control)
 
 
 def build_model(

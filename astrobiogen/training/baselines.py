@@ -26,12 +26,16 @@ class Features(NamedTuple):
         flat: flattened coarse features of every modality [n, F].
         label: class [n].
         groups: names of planet and organism of each sample [n, 2].
+        few: stellar flux, star temperature and CO2 [n, 3], where the data have them.
+        control: `flat` without near-surface temperature.
     """
 
     params: npt.NDArray[Any]
     flat: npt.NDArray[Any]
     label: npt.NDArray[Any]
     groups: npt.NDArray[np.str_]
+    few: npt.NDArray[Any] | None = None
+    control: npt.NDArray[Any] | None = None
 
 
 def _best_logistic(
@@ -75,8 +79,9 @@ def predict(train: Features, validation: Features, test: Features, seed: int) ->
     name.
 
     * "majority class": the share of class 1 in training, for every sample;
-    * "logistic regression, planet parameters";
+    * "logistic regression, planet parameters", and "logistic regression, flux + star + CO2" on three of them;
     * "gradient boosting, all features": HistGradientBoostingClassifier with as many trees as `validation` likes best;
+    * "gradient boosting, no near-surface temperature": the same, trained and tested without it;
     * "planet + organism effects": logistic regression on indicators of both; an unseen one adds nothing.
     """
     share = float(train.label.mean())
@@ -89,27 +94,38 @@ def predict(train: Features, validation: Features, test: Features, seed: int) ->
 
     logistic = _best_logistic(train.params, train.label, validation.params, validation.label, scaled)
     result["logistic regression, planet parameters"] = logistic.predict_proba(test.params)[:, 1]
-    result["gradient boosting, all features"] = _boosting(train, validation, test, seed)
+    if train.few is not None and validation.few is not None and test.few is not None:
+        logistic = _best_logistic(train.few, train.label, validation.few, validation.label, scaled)
+        result["logistic regression, flux + star + CO2"] = logistic.predict_proba(test.few)[:, 1]
+    sets = (train, validation, test)
+    result["gradient boosting, all features"] = _boosting([s.flat for s in sets], train, validation, seed)
+    controls = [s.control for s in sets if s.control is not None]
+    if len(controls) == len(sets):
+        name = "gradient boosting, no near-surface temperature"
+        result[name] = _boosting(controls, train, validation, seed)
     known = [sorted(set(train.groups[:, column])) for column in range(2)]
-    sets = [_one_hot(features.groups, known) for features in (train, validation, test)]
+    effects = [_one_hot(features.groups, known) for features in sets]
     additive = _best_logistic(
-        sets[0], train.label, sets[1], validation.label, lambda strength: LogisticRegression(C=strength, max_iter=1000)
+        effects[0],
+        train.label,
+        effects[1],
+        validation.label,
+        lambda strength: LogisticRegression(C=strength, max_iter=1000),
     )
-    result["planet + organism effects"] = additive.predict_proba(sets[2])[:, 1]
+    result["planet + organism effects"] = additive.predict_proba(effects[2])[:, 1]
     return result
 
 
-def _boosting(train: Features, validation: Features, test: Features, seed: int) -> metrics.Floats:
-    """Gradient boosting with the number of trees of the lowest validation cross-entropy."""
+def _boosting(inputs: list[npt.NDArray[Any]], train: Features, validation: Features, seed: int) -> metrics.Floats:
+    """Gradient boosting on the inputs of train, validation and test; trees by the lowest validation cross-entropy."""
     options: dict[str, Any] = {"early_stopping": False}  # ours is below, on the validation set
     model = HistGradientBoostingClassifier(max_iter=200, learning_rate=0.1, random_state=seed, **options)
-    model.fit(train.flat, train.label)
+    model.fit(inputs[0], train.label)
     losses = [
-        metrics.cross_entropy(stage[:, 1], validation.label).mean()
-        for stage in model.staged_predict_proba(validation.flat)
+        metrics.cross_entropy(stage[:, 1], validation.label).mean() for stage in model.staged_predict_proba(inputs[1])
     ]
     best = int(np.argmin(losses))
-    for number, stage in enumerate(model.staged_predict_proba(test.flat)):
+    for number, stage in enumerate(model.staged_predict_proba(inputs[2])):
         if number == best:
             return np.asarray(stage[:, 1])
     raise ValueError("gradient boosting made no trees")

@@ -14,6 +14,8 @@ INTERVAL_METHOD = (
     "differences are paired on the same replicates"
 )
 ALL_CELLS = "all"
+ADDITIVE = "planet + organism effects"
+CONTROL = "model, no near-surface temperature"
 
 
 def _table(predictions: metrics.Predictions, replicates: int, seed: int) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def _hardened(predictions: metrics.Predictions, probability: metrics.Floats) -> 
 def compare(
     model: metrics.Predictions, probabilities: Mapping[str, metrics.Floats], replicates: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Each baseline's figures by cell, and the model's paired difference from it."""
+    """Each baseline's figures by cell, and the model's paired difference from it, over all samples and by cell."""
     result: dict[str, dict[str, Any]] = {}
     for name, probability in probabilities.items():
         other = _hardened(model, probability)
@@ -59,7 +61,30 @@ def compare(
                 key: value.as_dict() for key, value in metrics.differences(model, other, replicates, seed).items()
             },
         }
+        if name == ADDITIVE:
+            result[name]["model_minus_baseline_by_cell"] = differences_by_cell(model, other, replicates, seed)
     return result
+
+
+def differences_by_cell(
+    ours: metrics.Predictions, other: metrics.Predictions, replicates: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """ours - other with intervals for each test cell."""
+    cells = np.asarray(ours.cell)
+    result: dict[str, dict[str, Any]] = {}
+    for cell in sorted(set(ours.cell)):
+        pair = (ours.select(cells == cell), other.select(cells == cell))
+        result[cell] = {key: item.as_dict() for key, item in metrics.differences(*pair, replicates, seed).items()}
+    return result
+
+
+def control(hidden: metrics.Predictions, whole: metrics.Predictions, replicates: int, seed: int) -> dict[str, Any]:
+    """Figures by cell of the model on data without near-surface temperature, and what it loses by that."""
+    change = metrics.differences(hidden, whole, replicates, seed)
+    return {
+        "cells": by_cell(hidden, replicates, seed),
+        "masked_minus_whole": {key: value.as_dict() for key, value in change.items()},
+    }
 
 
 def ablate(
@@ -90,7 +115,19 @@ def against_majority(comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     """The model's paired difference from the majority class in accuracy, AUROC and cross-entropy ("loss"), and whether
     it is better by more than the 95 % interval of that difference allows for chance.
     """
-    differences = comparison["majority class"]["model_minus_baseline"]
+    return verdicts(comparison["majority class"]["model_minus_baseline"])
+
+
+def against_additive(comparison: Mapping[str, Any], cell: str = "new_planet") -> dict[str, dict[str, Any]] | None:
+    """The same against additive planet and organism effects in one test cell; None where the cell or the baseline is
+    absent. A claim for several modalities must be better here.
+    """
+    found = comparison.get(ADDITIVE, {}).get("model_minus_baseline_by_cell", {}).get(cell)
+    return verdicts(found) if found is not None else None
+
+
+def verdicts(differences: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Paired differences in accuracy, AUROC and cross-entropy with whether each is better outside its interval."""
     result: dict[str, dict[str, Any]] = {}
     for name, larger_is_better in (("accuracy", True), ("auroc", True), ("loss", False)):
         item = differences[name]

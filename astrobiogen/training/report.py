@@ -52,7 +52,8 @@ def figures_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """The closing table: a row of model and of each baseline for each test cell."""
     rows: list[list[str]] = []
     for cell, figures in result["model"].items():
-        methods = {"model": figures} | {name: item["cells"][cell] for name, item in result.get("baselines", {}).items()}
+        others = {**result.get("baselines", {}), **({final.CONTROL: result["control"]} if "control" in result else {})}
+        methods = {"model": figures} | {name: item["cells"][cell] for name, item in others.items()}
         for name, item in methods.items():
             values = [interval_text(item[key]) for key in ("accuracy", "auroc", "loss", "ece")]
             rows.append([cell, name, str(item["samples"]), *values])

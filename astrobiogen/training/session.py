@@ -233,6 +233,7 @@ def examine(
         probabilities = _baseline_probabilities(assembly.bundle, seed)
         result["baselines"] = final.compare(whole.predictions, probabilities, settings.bootstrap, seed)
         result["against_majority_class"] = final.against_majority(result["baselines"])
+        result["against_additive_new_planet"] = final.against_additive(result["baselines"])
         for name, probability in probabilities.items():
             predictions[name] = dataclasses.replace(whole.predictions, probability=probability)
     if settings.ablation:
@@ -245,6 +246,10 @@ def examine(
         if ablation is None:
             return None
         result["ablation"] = ablation
+        hidden = run(data.without_near_surface(test), order=assemble.evaluation_order(test, config))
+        if hidden is None:
+            return None
+        result["control"] = final.control(hidden.predictions, whole.predictions, settings.bootstrap, seed)
     return None if should_stop() else (result, predictions)
 
 
@@ -285,5 +290,9 @@ def show(result: dict[str, Any], folder: Path | None) -> None:
         words = {"accuracy": "accuracy", "auroc": "AUROC", "loss": "cross-entropy"}
         readings = ", ".join(f"{words[n]} {_signed(item)}" for n, item in result["against_majority_class"].items())
         console.print(f"Model minus majority class, paired: {readings}")
+    if result.get("against_additive_new_planet"):
+        items = result["against_additive_new_planet"].items()
+        readings = ", ".join(f"{name} {_signed(item)}" for name, item in items)
+        console.print(f"Model minus planet + organism effects on new planets, paired: {readings}")
     if folder is not None:
         console.print(f"Full figures: {folder / run_folder.METRICS}; plots: {folder / run_folder.REPORT}")

@@ -86,3 +86,20 @@ def test_validation_names_the_key(fault: Callable[[dict[str, Any]], None], key: 
     fault(batch)
     with pytest.raises(data.DataError, match=rf"batch \[{key}\]"):
         validate(batch, bundle.spec)
+
+
+def test_near_surface_control_hides_nothing_else(bundle: data.DatasetBundle) -> None:
+    hidden = data.without_near_surface(bundle.validation)
+    levels = [k for k, sigma in enumerate(bundle.spec.levels) if sigma >= 0.8]
+    assert levels == [7, 8, 9]
+    for i in (0, len(hidden) - 1):
+        before, after = bundle.validation[i], hidden[i]
+        assert (before.label, before.metadata) == (after.label, after.metadata)
+        assert torch.equal(before.input_ids, after.input_ids)
+        for old, new in zip(before.epochs, after.epochs, strict=True):
+            assert (old is None) == (new is None)
+            if old is not None:
+                assert not new[0][:, levels].any()
+                assert torch.equal(old[1], new[1])
+                assert torch.equal(old[0][:, :7], new[0][:, :7])
+                assert old[0][:, levels].any()

@@ -87,7 +87,15 @@ def test_a_run_leaves_everything_behind(run: Path) -> None:
     result = json.loads((run / "metrics.json").read_text())
     assert set(result["model"]) == {"all", "seen", "new_planet", "new_organism", "new_both"}
     assert set(result["ablation"]) == {"climate", "graph", "spectrum", "text", "planet_params"}
-    assert len(result["baselines"]) == 4
+    assert {"majority class", "planet + organism effects", "gradient boosting, all features"} <= set(
+        result["baselines"]
+    )
+    assert "gradient boosting, no near-surface temperature" in result["baselines"]
+    assert set(result["control"]["cells"]) == set(result["model"])
+    assert "no near-surface temperature" in (run / "report.html").read_text()
+    gain = result["baselines"]["planet + organism effects"]["model_minus_baseline_by_cell"]["new_planet"]
+    assert gain["auroc"]["low"] <= gain["auroc"]["value"] <= gain["auroc"]["high"]
+    assert set(result["against_additive_new_planet"]) == {"accuracy", "auroc", "loss"}
     assert result["seed"] == 0
     assert result["run"]["epochs"] == 2
     for name in ("accuracy", "auroc", "loss"):
