@@ -1,4 +1,5 @@
-"""`python -m astrobiogen.evaluate RUN_OR_CHECKPOINT`: the closing examination again, for any run or checkpoint."""
+"""`python -m astrobiogen.evaluate RUN_OR_CHECKPOINT ...`: the closing examination again, for any run or checkpoint, or
+for several of them as an ensemble."""
 
 import argparse
 import dataclasses
@@ -9,8 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import astrobiogen
-from astrobiogen.training import assemble, checkpoint, cli, precision, run_folder, runtime, saving, session
+from astrobiogen.training import (
+    assemble,
+    checkpoint,
+    cli,
+    ensemble,
+    metrics,
+    precision,
+    run_folder,
+    runtime,
+    saving,
+    session,
+)
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.config_dict import from_dict
 from astrobiogen.training.errors import CheckpointError, UserError
@@ -20,7 +34,12 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m astrobiogen.evaluate", description="Test figures of a trained model, with intervals."
     )
-    parser.add_argument("source", help="folder of a run (its best model is taken) or of one checkpoint")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="source",
+        help="folder of a run (its best model is taken) or of one checkpoint; several: their averaged probabilities",
+    )
     parser.add_argument("--data", default="", help="folder of another data set; default: the one of the run")
     parser.add_argument("--output", default="", help="new folder for metrics.json and report.html; default: print only")
     parser.add_argument(
@@ -79,25 +98,55 @@ def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespa
 def _run(given: Sequence[str]) -> int:
     arguments = _arguments(given)
     output = run_folder.create(arguments.output, "") if arguments.output else None
-    path, content = _find(Path(arguments.source))
-    config = _config(path, content, arguments)
+    found = [_find(Path(source)) for source in arguments.sources]
+    configs = [_config(path, content, arguments) for path, content in found]
+    config, (path, content) = configs[0], found[0]
+    for (other, _), its in zip(found[1:], configs[1:], strict=True):
+        if (its.preset, its.data.path) != (config.preset, config.data.path):
+            raise UserError(f"{other}: another preset or other data than {path}; members of an ensemble share both")
     device = runtime.choose_device(config.runtime.device)
     dtype, _ = precision.choose_dtype(config.precision, device)
     runtime.prepare(config.runtime, config.seed)
-    with astrobiogen.use_kernels(config.runtime.kernels):
+    with astrobiogen.use_kernels(config.runtime.kernels), runtime.Interrupt() as interrupt:
         assembly = assemble.assemble(config, assemble.load_bundle(config))
-        saving.load_weights(assembly.task.model, path, content.tensors.get("average", content.tensors["model"]))
-        with runtime.Interrupt() as interrupt:
-            model = assembly.task.model.to(device)
-            examined = session.examine(assembly, model, config, device, dtype, lambda: bool(interrupt.received))
-    if examined is None:
-        raise UserError(f"stopped by {interrupt.received}: nothing was written", exit_code=1)
-    result, predictions = examined
-    result |= {"checkpoint": str(path), "run": _run_facts(assembly.task.model, content)}
+        models = [_loaded(assembly, its, *member).to(device) for its, member in zip(configs, found, strict=True)]
+
+        def examine(model: nn.Module, settings: TrainConfig) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
+            examined = session.examine(assembly, model, settings, device, dtype, lambda: bool(interrupt.received))
+            if examined is None:
+                raise UserError(f"stopped by {interrupt.received}: nothing was written", exit_code=1)
+            return examined
+
+        if len(models) == 1:
+            result, predictions = examine(models[0], config)
+        else:
+            brief = dataclasses.replace(config.evaluation, bootstrap=0, baselines=False, ablation=False)
+            alone = dataclasses.replace(config, evaluation=brief)
+            members = {
+                source: examine(model, alone)[1]["model"]
+                for source, model in zip(arguments.sources, models, strict=True)
+            }
+            result, predictions = examine(ensemble.Ensemble(models), config)
+            result["ensemble"] = ensemble.spread(members)
+            del result["total_loss"], result["loss_parts"]  # of the terms but the class's there is no average
+    result |= {"checkpoint": [str(path) for path, _ in found], "run": _run_facts(models[0], content)}
     if output:
         session.publish(output, result, predictions)
     session.show(result, output)
+    if "ensemble" in result:
+        facts = result["ensemble"]
+        sys.stdout.write(
+            f"Ensemble of {len(models)}: P(class 1) differs by {facts['mean_standard_deviation']:.3f} (standard "
+            f"deviation over members, mean over samples); {100 * facts['share_in_dispute']:.1f} % in dispute\n"
+        )
     return 0
+
+
+def _loaded(assembly: assemble.Assembly, config: TrainConfig, path: Path, content: checkpoint.Content) -> nn.Module:
+    """A model of its own with the weights of the checkpoint; the averaged ones, if it has any."""
+    model, _ = assemble.build_model(config, assembly.bundle.spec)
+    saving.load_weights(model, path, content.tensors.get("average", content.tensors["model"]))
+    return model
 
 
 def _run_facts(model: Any, content: checkpoint.Content) -> dict[str, Any]:

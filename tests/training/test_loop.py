@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +157,22 @@ def test_averaged_weights_are_validated_but_raw_ones_train(make_run: MakeRun) ->
     run.trainer.saver.load_best()
     assert not torch.equal(raw, run.trainer.model.state_dict()["first.weight"])
     assert math.isfinite(evaluated(run.trainer.model).loss)
+
+
+def test_the_timer_of_saves_runs_across_epochs(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each micro-batch takes 7 minutes by a clock of our own, an epoch of 6 of them 42: saves are 2 hours apart."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr("astrobiogen.training.saving.time.monotonic", lambda: clock.now)
+    config = toy_config(epochs=8, checkpoint=CheckpointConfig(every_epochs=0, every_minutes=120.0))
+    task = toy_task(config)
+
+    def slow(samples: list[Any]) -> Any:
+        clock.now += 7 * 60 if len(samples) <= 4 else 0
+        return collate(samples)
+
+    run = make_run(config, task=dataclasses.replace(task, collate=slow))
+    assert run.trainer.fit()
+    saved = [record for record in read_log(tmp_path / "run" / "log.jsonl") if record["event"] == "saved"]
+    assert [record["step"] for record in saved if record["why"] == "time"] == [18, 36]  # 126 minutes each

@@ -260,6 +260,17 @@ def test_a_folder_in_use_or_not_writable_is_refused(
     assert "cannot be written: Read-only file system" in one_error_line(capsys)
 
 
+def test_evaluating_an_ensemble(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older = min((run / "checkpoints").glob("step-*"))
+    output = tmp_path / "together"
+    options = ["--output", str(output), "--no-ablation", "--no-baselines", "--bootstrap", "0"]
+    assert evaluate.main([str(run), str(older), *options]) == 0
+    assert "Ensemble of 2: P(class 1) differs by" in capsys.readouterr().out
+    result = json.loads((output / "metrics.json").read_text())
+    assert set(result["ensemble"]["members"]) == {str(run), str(older)}
+    assert "total_loss" not in result
+
+
 def test_evaluating_a_run_writes_nothing_into_it(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
