@@ -1,0 +1,48 @@
+"""Planetary Spectrum Generator (NASA): a spectrum for a configuration file. NOT VERIFIED ONLINE.
+
+https://psg.gsfc.nasa.gov/helpapi.php: the configuration is posted as ``file`` and the answer is a text table. Cite
+Villanueva et al. 2018 (JQSRT 217, 86).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from astrobiogen.data.builders.spectra import read_psg
+from astrobiogen.data.errors import DataError
+from astrobiogen.data.fetch.download import Web, looks_like_a_page
+
+URL = "https://psg.gsfc.nasa.gov/api.php"
+UNITS = "<GENERATOR-RADUNITS>"
+
+
+def answer(body: bytes) -> str:
+    """Content check: a table with its header; a message of the service is quoted."""
+    if b"# Wave" in body or b"# WAVE" in body:
+        return ""
+    return looks_like_a_page(body) or f"holds no spectrum: {body[:120].decode('utf-8', errors='replace')!r}"
+
+
+def configuration(path: Path) -> str:
+    """Text of a PSG configuration that asks for the apparent albedo (``rif``), which the library's spectra are."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(path, "", f"cannot be read ({error.strerror})") from error
+    units = next((line[len(UNITS) :].strip() for line in text.splitlines() if line.startswith(UNITS)), None)
+    if units != "rif":
+        raise DataError(path, UNITS, f"is {units!r}, expected 'rif' (apparent albedo)")
+    return text
+
+
+def fetch(raw: Path, web: Web, configurations: list[Path], url: str = URL) -> list[Path]:
+    """Write ``spectra/psg/<name>.txt`` for each configuration ``<name>.cfg``; name it ``<planet>_g<epoch>`` to pair
+    the spectrum with that climate.
+    """
+    made: list[Path] = []
+    for config in configurations:
+        path = raw / "spectra/psg" / f"{config.stem}.txt"
+        web.save(url, path, answer, form={"type": "rad", "file": configuration(config)})
+        read_psg(path)  # refuses other units before a build would
+        made.append(path)
+    return made
