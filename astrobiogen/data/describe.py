@@ -10,54 +10,73 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from astrobiogen.data import cubes, splits
+from astrobiogen.data import cubes, labels, splits
 from astrobiogen.data.load import SAMPLE_FOLDER, load
 from astrobiogen.data.pack import Pack, open_pack
+from astrobiogen.data.progress import track
 
-_DPI = 90
+_DPI = 100
 _MAPPED = (("earth", 2), ("trappist1e", 1), ("ross128b", 0))
+_COLOURS = {
+    "train": "#4477aa", "validation": "#66ccee", "seen": "#bbbbbb", "new_planet": "#ccbb44", "new_organism": "#ee6677",
+    "new_both": "#aa3377",
+}  # fmt: skip
+_BALANCED = 2.0  # W/m2
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=_DPI, metadata={"Software": None})
 
 
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def plot_maps(pack: Pack, folder: Path) -> None:
-    """Input (lowest-level temperature and humidity, segment 1) and label field (surface temperature, segment 2) of
-    three climates.
+    """Three climates: lowest-level temperature and humidity and the zonal mean section of the input segment, and the
+    surface temperature of the label segment with its ice edge.
     """
     spec = pack.spec
     shape = (spec.months, len(spec.levels), len(spec.latitudes), len(spec.longitudes))
-    rows = [c for c in pack.climates if (c.planet, c.epoch) in _MAPPED]
-    figure = Figure(figsize=(11, 2.6 * len(rows)))
-    axes = figure.subplots(len(rows), 3, squeeze=False)
+    rows = [c for c in pack.climates if (c.planet, c.epoch) in _MAPPED] or list(pack.climates[:3])
+    figure = _figure(15, 2.7 * len(rows))
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    extent = (0.0, 360.0, -90.0, 90.0)
     for line, row in zip(axes, rows, strict=True):
         codes = cubes.read_codes(pack.contents(row.cube_file), shape)
-        tables = {v: cubes.value_table(v, int(codes[v].max()) + 1) for v in cubes.VARIABLES}
-        ta = tables["ta"][codes["ta"][:, -1]].mean(axis=0)
-        hus = 1000.0 * tables["hus"][codes["hus"][:, -1]].mean(axis=0)
+        ta, hus = (cubes.value_table(v, int(codes[v].max()) + 1)[codes[v]].mean(axis=0) for v in cubes.VARIABLES)
         ts, sic = cubes.read_surface(pack.root / row.surface_file, *shape[:1], *shape[2:])
-        extent = (0.0, 360.0, -90.0, 90.0)
-        titles = (
-            "input: lowest-level T [K]",
-            "input: lowest-level humidity [g/kg]",
-            "label segment: surface T [K], ice edge",
-        )
-        for axis, field, title in zip(line, (ta, hus, ts.mean(axis=0)), titles, strict=True):
-            picture = axis.imshow(field, extent=extent, aspect="auto", cmap="viridis")
-            axis.set_title(f"{row.planet} g{row.epoch} {title}", fontsize=8)
+        label = ts.mean(axis=0)
+        low, high = min(ta[-1].min(), label.min()), max(ta[-1].max(), label.max())
+        fields = ((ta[-1], "input: lowest-level T [K]", "magma"),
+                  (1000.0 * hus[-1], "input: humidity [g/kg]", "YlGnBu"),
+                  (label, "label segment: surface T [K]", "magma"))  # fmt: skip
+        for axis, (field, title, colours) in zip((line[0], line[1], line[3]), fields, strict=True):
+            limits = {"vmin": low, "vmax": high} if colours == "magma" else {}
+            picture = axis.imshow(field, extent=extent, aspect="auto", cmap=colours, **limits)
+            axis.set_title(title, fontsize=9)
+            axis.set_xticks((0, 90, 180, 270, 360))
+            axis.set_yticks((-90, -45, 0, 45, 90))
             figure.colorbar(picture, ax=axis)
-        line[2].contour(np.array(spec.longitudes), np.array(spec.latitudes), sic.mean(axis=0), levels=[0.5], colors="w")
+        section = line[2].contourf(spec.latitudes, spec.levels, ta.mean(axis=2), levels=16, cmap="magma")
+        line[2].invert_yaxis()
+        line[2].set_title("input: zonal mean T [K] over latitude and sigma", fontsize=9)
+        figure.colorbar(section, ax=line[2])
+        ice = sic.mean(axis=0)
+        if ice.min() < labels.ICE_LIMIT < ice.max():
+            line[3].contour(spec.longitudes, spec.latitudes, ice, levels=[labels.ICE_LIMIT], colors="w")
+        line[0].set_ylabel(f"{row.catalogue_name}, epoch {row.epoch}")
     _save(figure, folder / "maps.png")
 
 
 def plot_graphs(pack: Pack, folder: Path) -> None:
-    """Degree distribution of metabolites and reactions over all networks, and the sizes of the networks."""
+    """Degree distributions of metabolites and reactions over all networks, and the networks' sizes by domain."""
     graphs = [entry.graph for entry in load(pack.root).train.store.organisms.values() if entry.graph is not None]
-    figure = Figure(figsize=(10, 3.2))
+    figure = _figure(11, 3.8)
     left, right = figure.subplots(1, 2)
     for kind, name in ((0, "metabolites"), (1, "reactions")):
         degrees = np.concatenate(
@@ -66,42 +85,100 @@ def plot_graphs(pack: Pack, folder: Path) -> None:
         counts = np.bincount(degrees)
         known = np.flatnonzero(counts)
         left.loglog(known[known > 0], counts[known[known > 0]] / len(graphs), ".", label=name)
-    left.set_xlabel("degree")
-    left.set_ylabel("nodes per network")
-    left.legend()
-    right.scatter([o.metabolites for o in pack.organisms], [o.reactions for o in pack.organisms], s=12)
-    right.set_xlabel("metabolites")
-    right.set_ylabel("reactions")
+    left.set(xlabel="degree (cofactors: hundreds)", ylabel="nodes per network", title="degree distribution")
+    left.legend(frameon=False)
+    for domain in sorted({o.domain for o in pack.organisms}):
+        chosen = [o for o in pack.organisms if o.domain == domain]
+        name = {"A": "archaea", "B": "bacteria", "E": "eukaryotes"}.get(domain, domain)
+        right.scatter(
+            [o.metabolites for o in chosen], [o.reactions for o in chosen], s=16, label=f"{name} ({len(chosen)})"
+        )
+    right.set(xlabel="metabolites", ylabel="reactions", title=f"{len(graphs)} networks")
+    right.legend(frameon=False)
     _save(figure, folder / "networks.png")
 
 
 def plot_labels(pack: Pack, folder: Path) -> None:
-    """Histogram of S, and the growth ranges of the organisms."""
-    figure = Figure(figsize=(10, 3.6))
-    left, right = figure.subplots(1, 2)
-    left.hist([p.fraction for p in pack.pairs], bins=40)
-    left.axvline(pack.spec.class_threshold, color="k", ls="--")
-    left.set_xlabel("S (dashed: class threshold)")
-    left.set_ylabel("pairs")
-    ordered = sorted(pack.organisms, key=lambda o: (o.niche_low, o.organism))
+    """S of every pair, its histogram by cell, and the growth ranges of the organisms."""
+    figure = _figure(15, 4.4)
+    left, middle, right = figure.subplots(1, 3)
+    warmth = {(c.planet, c.epoch): c.ts_label for c in pack.climates}
+    places = sorted(warmth, key=lambda place: warmth[place])
+    ordered = sorted(pack.organisms, key=lambda o: (o.niche_low + o.niche_high, o.organism))
+    column = {o.organism: k for k, o in enumerate(ordered)}
+    table = np.full((len(places), len(ordered)), math.nan)
+    for p in pack.pairs:
+        table[places.index((p.planet, p.epoch)), column[p.organism]] = p.fraction
+    picture = left.imshow(table, aspect="auto", origin="lower", cmap="viridis", vmin=0.0)
+    left.set(xlabel="organisms, cold- to heat-loving", ylabel="climates, cold to warm", title="S of every pair")
+    figure.colorbar(picture, ax=left)
+    present = [cell for cell in splits.CELLS if any(p.cell == cell for p in pack.pairs)]
+    values = [[p.fraction for p in pack.pairs if p.cell == cell] for cell in present]
+    middle.hist(values, bins=30, stacked=True, color=[_COLOURS[c] for c in present], label=present)
+    middle.axvline(pack.spec.class_threshold, color="k", ls="--", lw=1, label="class 1 from here")
+    middle.set(xlabel="S", ylabel="pairs", title="distribution of S by cell")
+    middle.legend(frameon=False, fontsize=8)
     colours = ["C0" if o.niche_source.startswith("Corkrey") else "C1" for o in ordered]
     right.hlines(range(len(ordered)), [o.niche_low for o in ordered], [o.niche_high for o in ordered], colors=colours)
-    right.set_xlabel("growth range [deg C]; blue: measured, orange: optimum -22/+8")
-    right.set_yticks([])
+    right.plot([], [], "C0", label="measured")
+    right.plot([], [], "C1", label="optimum -22/+8")
+    right.set(xlabel="growth range [degrees C]", ylabel="organisms", title="where they grow", yticks=[])
+    right.legend(frameon=False, loc="lower right")
     _save(figure, folder / "labels.png")
+
+
+def plot_splits(pack: Pack, folder: Path) -> None:
+    """Cell of every (climate, organism), grouped by star system and genus."""
+    places = sorted(pack.climates, key=lambda c: (c.star_system, c.planet, c.epoch))
+    organisms = sorted(pack.organisms, key=lambda o: (o.genus, o.organism))
+    row = {(c.planet, c.epoch): k for k, c in enumerate(places)}
+    column = {o.organism: k for k, o in enumerate(organisms)}
+    table = np.full((len(places), len(organisms)), math.nan)
+    for p in pack.pairs:
+        table[row[p.planet, p.epoch], column[p.organism]] = splits.CELLS.index(p.cell)
+    figure = _figure(12, 6)
+    axis = figure.subplots()
+    colours = ListedColormap([_COLOURS[c] for c in splits.CELLS])
+    axis.imshow(table, aspect="auto", cmap=colours, vmin=-0.5, vmax=len(splits.CELLS) - 0.5, interpolation="nearest")
+    for names, ticks, labels_of in (
+        ([c.star_system for c in places], axis.set_yticks, axis.set_yticklabels),
+        ([o.genus for o in organisms], axis.set_xticks, axis.set_xticklabels),
+    ):
+        groups = sorted(set(names))
+        ticks([float(np.mean([k for k, n in enumerate(names) if n == g])) for g in groups])
+        labels_of(groups, fontsize=7)
+    axis.tick_params(axis="x", rotation=90)
+    marks = [Patch(color=_COLOURS[c], label=f"{c} ({sum(p.cell == c for p in pack.pairs)})") for c in splits.CELLS]
+    axis.legend(handles=marks, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(marks), frameon=False)
+    _save(figure, folder / "splits.png")
+
+
+def plot_climates(pack: Pack, folder: Path) -> None:
+    """Acceptance of the climates: energy balance of the label segment against the drift of surface temperature."""
+    figure = _figure(7.5, 4.6)
+    axis = figure.subplots()
+    axis.axvspan(-_BALANCED, _BALANCED, color="0.9", label=f"|TOA| below {_BALANCED:g} W/m$^2$")
+    axis.axhline(0.0, color="0.6", lw=0.8)
+    flux = [c.params[0] for c in pack.climates]
+    balance, drift = [c.toa_imbalance_label for c in pack.climates], [c.ts_drift for c in pack.climates]
+    picture = axis.scatter(balance, drift, c=flux, cmap="plasma", s=28, edgecolor="k", lw=0.3)
+    figure.colorbar(picture, ax=axis, label="stellar flux [W/m$^2$]")
+    axis.set(xlabel="net radiation at the top, label segment [W/m$^2$]", ylabel="T$_s$, label minus input segment [K]",
+             title="how far the climates are from equilibrium")  # fmt: skip
+    axis.legend(frameon=False)
+    _save(figure, folder / "climates.png")
 
 
 def plot_spectra(pack: Pack, folder: Path) -> None:
     """The albedo spectra; thick ones are paired with a climate."""
     contents = pack.contents("spectra.bin")
-    figure = Figure(figsize=(8, 3.6))
+    figure = _figure(9, 4)
     axis = figure.subplots()
     paired = set(contents.attributes["paired"].values())
     for name, albedo in zip(contents.attributes["names"], contents.arrays["albedo"], strict=True):
         axis.plot(pack.spec.wavelengths, albedo, lw=2.0 if name in paired else 0.6, label=name)
-    axis.set_xlabel("wavelength [um]")
-    axis.set_ylabel("albedo")
-    axis.legend(fontsize=6, ncols=2)
+    axis.set(xlabel="wavelength [um]", ylabel="albedo", title="thick: paired with a climate")
+    axis.legend(fontsize=7, ncols=2, frameon=False)
     _save(figure, folder / "spectra.png")
 
 
@@ -153,30 +230,29 @@ def variance_table(pack: Pack) -> str:
 def climate_table(pack: Pack) -> str:
     """Markdown table of the climates with their acceptance figures."""
     lines = [
-        "| climate | star system | flux W/m2 | CO2 bar | O2 bar | TOA seg 1, seg 2 W/m2 | ts seg 2 K | mean S |",
-        "|---|---|---|---|---|---|---|---|",
+        "| climate | star system | flux W/m2 | CO2 bar | O2 bar | TOA seg 1, 2 W/m2 | ts seg 2 K | drift K | mean S |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     names = pack.spec.planet_param_names
     for c in pack.climates:
         values = dict(zip(names, c.params, strict=True))
         s = [p.fraction for p in pack.pairs if (p.planet, p.epoch) == (c.planet, c.epoch)]
         air = f"{10 ** values['log10_p_co2']:.2g} | {values['p_o2']:.2g}"
-        balance = f"{c.toa_imbalance_input:+.1f}, {c.toa_imbalance_label:+.1f} | {c.ts_label:.1f}"
-        mean = sum(s) / len(s)
+        balance = f"{c.toa_imbalance_input:+.1f}, {c.toa_imbalance_label:+.1f} | {c.ts_label:.1f} | {c.ts_drift:+.1f}"
+        mean = sum(s) / len(s) if s else math.nan
         flux = f"{values['stellar_flux']:.0f}"
         lines.append(f"| {c.planet} g{c.epoch} | {c.star_system} | {flux} | {air} | {balance} | {mean:.3f} |")
     return "\n".join(lines)
 
 
 def describe(root: Path, output: Path) -> str:
-    """Write four plots (``.png``) and ``tables.md`` into ``output``; returns the tables."""
+    """Write six plots (``.png``) and ``tables.md`` into ``output``; returns the tables."""
     mpl.use("Agg")
     pack = open_pack(root)
     output.mkdir(parents=True, exist_ok=True)
-    plot_maps(pack, output)
-    plot_graphs(pack, output)
-    plot_labels(pack, output)
-    plot_spectra(pack, output)
+    plots = (plot_maps, plot_graphs, plot_labels, plot_splits, plot_climates, plot_spectra)
+    for plot in track(plots, "plots", len(plots), lambda p: p.__name__):
+        plot(pack, output)
     oxygen = Counter((o.grows_without_o2, o.grows_without_o2_h2) for o in pack.organisms)
     text = "\n\n".join(
         (
@@ -196,7 +272,10 @@ def describe(root: Path, output: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """Command line of ``describe``."""
-    parser = argparse.ArgumentParser(prog="python -m astrobiogen.data describe", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m astrobiogen.data describe",
+        description="Write the plots (PNG) and tables (tables.md) of a packed dataset, and print the tables.",
+    )
     parser.add_argument(
         "folder", type=Path, nargs="?", default=SAMPLE_FOLDER, help="folder of the pack (default: the bundled one)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,18 +89,44 @@ def _organism(pack: Pack, row: OrganismRow) -> OrganismEntry:
     return OrganismEntry(graph, row.text, {"organism": row.organism, "species": row.species, "genus": row.genus})
 
 
-def load(path: str | Path) -> DatasetBundle:
+def _accepted(pack: Pack, max_toa_imbalance: float | None, max_ts_drift: float | None) -> Pack:
+    """The pack without climates (and their pairs) beyond the limits; an unknown figure fails a limit."""
+
+    def good(row: ClimateRow) -> bool:
+        figures = ((row.toa_imbalance_label, max_toa_imbalance), (row.ts_drift, max_ts_drift))
+        return all(limit is None or abs(value) <= limit for value, limit in figures)  # NaN compares false
+
+    climates = tuple(row for row in pack.climates if good(row))
+    if not climates:
+        limits = f"|TOA| <= {max_toa_imbalance} W/m2, |drift| <= {max_ts_drift} K"
+        raise DataError(pack.root / "climates.csv", "acceptance", f"no climate is within {limits}")
+    kept = {(row.planet, row.epoch) for row in climates}
+    pairs = tuple(pair for pair in pack.pairs if (pair.planet, pair.epoch) in kept)
+    return dataclasses.replace(pack, climates=climates, pairs=pairs)
+
+
+def load(path: str | Path, max_toa_imbalance: float | None = None, max_ts_drift: float | None = None) -> DatasetBundle:
     """Load and verify a packed dataset.
 
     Every file is compared with its SHA-256, every array with its expected shape, dtype, unit and range. All data are
     decoded once into memory (the bundled pack: about 130 MB).
 
+    Parameters
+    ----------
+    path
+        Folder of the pack.
+    max_toa_imbalance
+        W/m2; leave out climates whose label segment is further from balance. None: keep all.
+    max_ts_drift
+        K; leave out climates whose mean surface temperature moved more between the segments. None: keep all. A climate
+        that is left out is also masked in the history of its planet's later epochs.
+
     Raises
     ------
     DataError
-        A file is missing, truncated, changed or out of range; names file and field.
+        A file is missing, truncated, changed or out of range (names file and field), or no climate is accepted.
     """
-    pack = open_pack(Path(path))
+    pack = _accepted(open_pack(Path(path)), max_toa_imbalance, max_ts_drift)
     for name in pack.manifest[
         "files"
     ]:  # all digests first (0.02 s): a damaged file is named before anything is decoded

@@ -217,3 +217,24 @@ def test_corpus() -> None:
     modules = data.load_corpus()
     assert len(modules) == 185
     assert 0.02 < sum(m.part == "validation" for m in modules) / len(modules) < 0.25
+
+
+def test_acceptance_filters_climates_and_their_history() -> None:
+    balanced = data.load(SAMPLE_FOLDER, max_toa_imbalance=2.0, max_ts_drift=2.0)
+    assert set(balanced.train.store.planets) == {"earth_g1", "earth_g2"}
+    epochs = balanced.train.store.planets["earth_g2"].epochs
+    assert [e is not None for e in epochs] == [False, True, True]
+    assert {p.climate for p in (*balanced.train.pairs, *balanced.test.pairs)} <= {"earth_g1", "earth_g2"}
+    with pytest.raises(data.DataError, match=r"\[acceptance\]: no climate is within"):
+        data.load(SAMPLE_FOLDER, max_toa_imbalance=0.0)
+
+
+def test_describe_writes_every_plot_of_the_card(tmp_path: Path) -> None:
+    root = Path(data.__file__).parents[2]
+    command = [sys.executable, "-m", "astrobiogen.data", "describe", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    assert "## Split cells" in done.stdout
+    card = (root / "docs/data.md").read_text()
+    for path in (root / "docs/data").glob("*.png"):
+        assert (tmp_path / path.name).stat().st_size > 10_000
+        assert f"data/{path.name}" in card
