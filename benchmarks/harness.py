@@ -66,7 +66,7 @@ class Settings:
 
     rounds: int = 15
     max_rounds: int = 200
-    seconds: float = 1.0
+    seconds: float = 0.25
     warmup: int = 3
 
 

@@ -28,7 +28,7 @@ BENCHMARK_SIZES = (
 )
 
 # What a CPU times: the rest tells nothing more there.
-CPU_BENCHMARK_SIZES = (Size(512, 64, 68, 68), Size(2048, 64, 68, 68), Size(2048, 32, 128, 64))
+CPU_BENCHMARK_SIZES = (Size(512, 64, 68, 68), Size(2048, 64, 68, 68))
 
 
 def _case(

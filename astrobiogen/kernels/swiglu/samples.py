@@ -19,7 +19,7 @@ class Size:
 # one.
 BENCHMARK_SIZES = (Size(512, 11605), Size(512, 11648), Size(2048, 11605), Size(2048, 11648), Size(2048, 17408))
 # What a CPU times: the rest tells nothing more there.
-CPU_BENCHMARK_SIZES = (Size(512, 11605), Size(2048, 11605), Size(2048, 17408))
+CPU_BENCHMARK_SIZES = (Size(512, 11605), Size(2048, 11605))
 
 
 def _plain(*shape: int) -> Callable[[TensorMaker], dict[str, Any]]:
