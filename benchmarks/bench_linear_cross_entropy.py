@@ -20,8 +20,9 @@ from benchmarks.harness import Candidate, Work
 from benchmarks.runner import Bench
 
 SIZES = samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else samples.BENCHMARK_SIZES
-# On a CPU without bf16 units eager's bf16 GEMMs take minutes here; fp32 is what the CPU trains in.
-DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32,)
+# On a CPU without bf16 units eager's bf16 GEMMs take minutes here.
+BF16_CPU = (torch.bfloat16,) if torch.cpu._is_avx512_bf16_supported() else ()
+DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, *BF16_CPU)
 
 
 def eager(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

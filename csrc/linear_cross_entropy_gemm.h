@@ -1,4 +1,4 @@
-// The three products of the fused loss on tiles of its own: fp32, register-blocked, no packing of the weight beyond what the cache needs.
+// Vector functions of the fused loss, and its three products on tiles of its own: fp32, register-blocked, no packing of the weight beyond what the cache needs.
 //
 // A block of the register: R rows x 2 vectors of N lanes. AVX-512: 12 x 2 accumulators + 2 loads + 1 broadcast = 27 of 32 registers; AVX2: 6 x 2 + 3 = 15
 // of 16. Per step of the depth R x 2 multiply-adds meet 2 vector loads and R broadcasts.
@@ -48,6 +48,18 @@ ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step,
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int n = 0; n < 2; ++n) *reinterpret_cast<Memory*>(c + r * ldc + n * N) = sums[r][n];
+}
+
+// exp(x) for x <= 0 up to rounding; NaN stays NaN.
+template <class Vector>
+ASTRO_INLINE Vector exp_below(Vector x) {
+  return simd::exp_in_range(x < -104.0f ? Vector{} - 104.0f : x);
+}
+
+template <int N>
+ASTRO_INLINE simd::F<N> capped(simd::F<N> z, float softcap) {
+  if constexpr (N == 8) return softcap * simd::tanh(z / softcap);
+  else return simd::join(softcap * simd::tanh(simd::low(z) / softcap), softcap * simd::tanh(simd::high(z) / softcap));
 }
 
 // to[k][0 .. width) = from[k][0 .. live), zeros behind, for `rows` rows.

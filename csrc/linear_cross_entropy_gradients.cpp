@@ -88,18 +88,6 @@ struct PackX {
   }
 };
 
-// exp(x) for x <= 0 up to rounding; NaN stays NaN.
-template <class Vector>
-ASTRO_INLINE Vector exp_below(Vector x) {
-  return simd::exp_in_range(x < -104.0f ? Vector{} - 104.0f : x);
-}
-
-template <int N>
-ASTRO_INLINE simd::F<N> capped(simd::F<N> z, float softcap) {
-  if constexpr (N == 8) return softcap * simd::tanh(z / softcap);
-  else return simd::join(softcap * simd::tanh(simd::low(z) / softcap), softcap * simd::tanh(simd::high(z) / softcap));
-}
-
 // One vocabulary chunk: logits, capped, and its maximum, sum of exponentials and sum per token.
 struct Logits {
   template <Level L>
@@ -332,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Te
   return {total, grad_x, grad_weight};
 }
 
-// fp64 and half precision: the loss and its gradients one after the other.
+// fp64, and half precision without bf16 units: the loss and its gradients one after the other.
 std::tuple<Tensor, Tensor, Tensor> gradients_composed(const Tensor& x, const Tensor& weight, const Tensor& target, const Tensor& divisor,
                                                       const Options& o, bool need_x, bool need_weight) {
   const auto [loss, lse] = forward(x, weight, target, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap);
@@ -348,6 +336,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& weig
   const Tensor target = target_any.contiguous();
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
+  if (x.scalar_type() == at::kBFloat16 && has_bf16_products())
+    return gradients_bf16(x.contiguous(), weight.contiguous(), target, divisor.item<float>(), o, need_x, need_weight);
   if (x.scalar_type() != at::kFloat) return gradients_composed(x, weight, target, divisor, o, need_x, need_weight);
   return gradients_float(x, weight, target, divisor.item<float>(), o, need_x, need_weight);
 }

@@ -33,9 +33,9 @@ def linear_cross_entropy(
 
     in nats: `F.cross_entropy(F.linear(x, weight), target, ...)` plus the z-loss of PaLM (arXiv:2204.02311) and the soft
     cap of Gemma 2 (arXiv:2408.00118). Forward: one GEMM, kept as (lse, loss) per token; backward: recomputes the logits
-    tile by tile; three GEMMs. On the CPU in float32 with a scalar loss both gradients are computed in the forward pass
-    from the same logits, three GEMMs in all, and kept until the backward pass. Under autocast, `x` and `weight` are
-    cast to the autocast dtype, as for `F.linear`.
+    tile by tile; three GEMMs. On the CPU in float32 or bfloat16 with a scalar loss both gradients are computed in the
+    forward pass from the same logits, three GEMMs in all, and kept until the backward pass. Under autocast, `x` and
+    `weight` are cast to the autocast dtype, as for `F.linear`.
 
     Args:
         x: [..., H], float32, bfloat16, float16 or float64.
@@ -82,13 +82,13 @@ def linear_cross_entropy(
 
 
 def _gradients_in_forward(x: torch.Tensor, weight: torch.Tensor, reduction: str) -> bool:
-    """Whether the gradients come with the loss: three GEMMs instead of four, for 4 bytes per logit of at most 288
-    tokens. A GPU would have to hold an fp32 [V, H] sum from forward to backward, and half precision one beside its
-    result (README).
+    """Whether the gradients come with the loss: three GEMMs instead of four, for the logits of some of the tokens (4
+    bytes each for at most 288 tokens; bf16 with hardware products 2 bytes each for a third). A GPU would have to
+    hold an fp32 [V, H] sum from forward to backward (README).
     """
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
         and reduction != "none"
         and torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)
