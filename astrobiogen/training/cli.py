@@ -1,5 +1,6 @@
 """Command line of `python -m astrobiogen.train`, and the way commands end: one line, never a traceback."""
 
+import argparse
 import dataclasses
 import errno
 import sys
@@ -19,6 +20,19 @@ from astrobiogen.training.errors import UserError
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _DESCRIPTION = """Train the multi-modal model. Without any option: the tiny preset on the bundled data, on the CPU, in a
 few minutes. Values come from the preset, then --config FILE.yaml, then single options."""
+
+_EXAMPLES = """examples:
+  python -m astrobiogen.train                                    tiny preset, bundled data, a few minutes
+  python -m astrobiogen.train --smoke                            does everything run?
+  python -m astrobiogen.train --plan --memory 24                 what fits into 24 GiB?
+  python -m astrobiogen.train --find-lr --output lr              which learning rate?
+  python -m astrobiogen.train --preset small --print_config > my.yaml
+  python -m astrobiogen.train --config my.yaml --optimizer.learning_rate 5e-4
+  python -m astrobiogen.train --resume runs/20261124-101500-small"""
+
+
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Options with their defaults; the examples as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +59,13 @@ class Options:
 def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="python -m astrobiogen.train", description=_DESCRIPTION, exit_on_error=False, allow_abbrev=False
+        prog="python -m astrobiogen.train",
+        usage="python -m astrobiogen.train [--preset NAME] [--config FILE.yaml] [--KEY VALUE ...]",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=_Help,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the keys below; unknown keys are refused."
