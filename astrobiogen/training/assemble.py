@@ -12,7 +12,7 @@ import torch
 
 from astrobiogen import data, models
 from astrobiogen.models import presets
-from astrobiogen.training import baselines, blocks, loading
+from astrobiogen.training import augmentation, baselines, blocks, loading
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.state import Task
@@ -169,6 +169,7 @@ def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
         fingerprint=fingerprint(bundle),
         validation_order=evaluation_order(bundle.validation, config),
         counts=functools.partial(term_counts, bundle.train),
+        augment=augmentation.roll_longitude if settings.roll_longitude else None,
     )
     return Assembly(bundle, task, model_config)
 

@@ -32,6 +32,8 @@ class DataConfig:
     """
     limit: int = 0
     """Use only the first N samples of every split; 0 uses all."""
+    roll_longitude: bool = False
+    """Turn each climate cube of a training batch by a random longitude, which changes no label and no budget."""
     workers: int = 0
     """Processes that prepare batches beside the training process; 0 prepares them in it. The order does not depend on
     it."""

@@ -21,6 +21,7 @@ class Task:
             over all samples.
         fingerprint: names the data; a run is only resumed on the same.
         validation_order: batches of the validation set; default: consecutive ones.
+        augment: changes a training batch, drawing from PyTorch's global CPU generator only; None: nothing is changed.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class Task:
     fingerprint: str
     validation_order: Sequence[list[int]] | None = None
     counts: Callable[[list[int]], dict[str, float]] | None = None
+    augment: Callable[[loading.Batch], loading.Batch] | None = None
 
 
 @dataclasses.dataclass

@@ -113,6 +113,8 @@ class Trainer:
             self.task.train, self.task.collate, shares, self._device, self.config.data.workers
         )
         for shared, (indices, batch) in zip(todo, loaded, strict=True):
+            if self.task.augment is not None:
+                batch = self.task.augment(batch)
             with self._probe.watching(batch) if self._probe.due(shared.closes) else contextlib.nullcontext():
                 self.updater.add(shared, batch, self._factors(shared, indices))
                 progress.batch += shared.batches

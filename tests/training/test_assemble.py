@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from astrobiogen import data
-from astrobiogen.training import assemble, blocks, config
+from astrobiogen.training import assemble, augmentation, blocks, config
 from astrobiogen.training.distributed_model import Parallel
 from astrobiogen.training.distributed_share import rounds
 from astrobiogen.training.optimizer import build_optimizer
@@ -109,6 +109,26 @@ def test_block_sampler_is_a_permutation_and_resumes(bundle: data.DatasetBundle) 
     assert sum(climates) / len(climates) < 7  # a random batch of 16 would have about 12
     order = blocks.in_blocks(bundle.test, 10, 3)
     assert sorted(index for batch in order for index in batch) == list(range(len(bundle.test)))
+
+
+def test_rolled_longitudes_change_no_budget_and_are_drawn_from_the_saved_generator(bundle: data.DatasetBundle) -> None:
+    settings = dataclasses.replace(config.preset("tiny"), data=config.DataConfig(roll_longitude=True))
+    torch.manual_seed(0)
+    task = assemble.assemble(settings, bundle).task
+    assert task.augment is augmentation.roll_longitude
+    batch = task.collate([task.train[index] for index in next(iter(task.sampler.batches(0)))])
+    state = torch.get_rng_state()
+    turned, cube = task.augment(batch)["climate_datacube"], batch["climate_datacube"]
+    assert not torch.equal(turned, cube)
+    torch.set_rng_state(state)
+    assert torch.equal(task.augment(batch)["climate_datacube"], turned)
+    torch.set_rng_state(state)
+    shifts = torch.randint(cube.shape[-1], (len(cube),)).tolist()
+    assert len(set(shifts)) > 1
+    for one, other, shift in zip(turned, cube, shifts, strict=True):
+        assert torch.equal(one, other.roll(shift, -1))
+    expected, got = (task.model.climate.budgets.budgets(field) for field in (cube, turned))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0)
 
 
 def test_limit_spreads_over_the_set(bundle: data.DatasetBundle) -> None:

@@ -12,6 +12,7 @@ import torch
 from astrobiogen.training.config import OptimizerConfig, PrecisionConfig, TrainConfig
 from astrobiogen.training.loading import Batch
 from astrobiogen.training.monitor import read_log
+from astrobiogen.training.state import Task
 from tests.training.conftest import Run, collate, toy_config, toy_task
 
 VOLATILE = ("time", "seconds", "speed", "checkpoint")
@@ -84,6 +85,13 @@ def test_resume_is_bitwise_for_every_format_and_optimizer(
     assert (torch.uint8 in formats) == (optimizer != "adamw")
 
 
+def test_resume_is_bitwise_with_augmentation(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    def noisy(batch: Batch) -> Batch:
+        return batch | {"planet_params": batch["planet_params"] + 0.1 * torch.randn(batch["planet_params"].shape)}
+
+    check_resume(make_run, tmp_path, toy_config(), torch.float32, [3, 6], augment=noisy)
+
+
 def check_resume(
     make_run: Callable[..., Run],
     tmp_path: Path,
@@ -91,17 +99,21 @@ def check_resume(
     dtype: torch.dtype,
     stops: list[int],
     width: int = 16,
+    augment: Callable[[Batch], Batch] | None = None,
 ) -> Run:
-    whole = make_run(config, "whole", dtype, task=toy_task(config, width=width))
+    def task_of(config: TrainConfig) -> Task:
+        return dataclasses.replace(toy_task(config, width=width), augment=augment)
+
+    whole = make_run(config, "whole", dtype, task=task_of(config))
     assert whole.trainer.fit()
     for stop in stops:
-        part = make_run(config, "part", dtype, task=toy_task(config, width=width))
+        part = make_run(config, "part", dtype, task=task_of(config))
         part.trainer.saver.resume()
         stop_after(part, stop)
         assert not part.trainer.fit(), "the run ended before the interrupt"
         part.monitor.__exit__()
     other_seed = dataclasses.replace(config, seed=config.seed + 1)  # what is not restored would differ
-    task = dataclasses.replace(toy_task(other_seed, width=width), sampler=whole.trainer.task.sampler)
+    task = dataclasses.replace(task_of(other_seed), sampler=whole.trainer.task.sampler)
     resumed = make_run(config, "part", dtype, task=task)
     assert resumed.trainer.saver.resume()
     assert resumed.trainer.fit()
