@@ -20,14 +20,14 @@ class Nvml:
     """
 
     def __init__(self, library: Any) -> None:
-        self._library = library
+        self.library = library
         library.nvmlInit()
         count = library.nvmlDeviceGetCount()
         self._handles = [library.nvmlDeviceGetHandleByIndex(number) for number in range(count)]
 
     def names(self) -> list[str]:
         """Product name of each card."""
-        found = [self._library.nvmlDeviceGetName(handle) for handle in self._handles]
+        found = [self.library.nvmlDeviceGetName(handle) for handle in self._handles]
         return [name.decode() if isinstance(name, bytes) else str(name) for name in found]
 
     def read(self) -> Cards:
@@ -37,7 +37,7 @@ class Nvml:
         return {str(number): self._card(handle) for number, handle in enumerate(self._handles)}
 
     def _card(self, handle: Any) -> dict[str, float]:
-        library, values = self._library, {}
+        library, values = self.library, {}
 
         def add(read: Callable[[], dict[str, float]]) -> None:
             try:
@@ -62,7 +62,7 @@ class Nvml:
 
     def close(self) -> None:
         """Release the driver."""
-        self._library.nvmlShutdown()
+        self.library.nvmlShutdown()
 
 
 class GpuSampler:
@@ -111,7 +111,7 @@ class GpuSampler:
         return self
 
     def _run(self, nvml: Nvml) -> None:
-        library = nvml._library
+        library = nvml.library
         try:
             while True:
                 self._sink(nvml.read())

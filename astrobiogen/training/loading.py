@@ -1,5 +1,6 @@
 """From sample numbers to batches on the device, in an order that does not depend on how they are prepared."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -45,6 +46,14 @@ def _collated(samples: Samples, collate: Collate, order: Iterable[list[int]]) ->
         yield collate([samples[index] for index in indices])
 
 
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Batch systems and terminals signal the whole process group: a worker that died of it would end the training
+    process before it has saved. Workers end when the parent tells them to, or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load_batches(
     samples: Samples, collate: Collate, order: Sequence[list[int]], device: torch.device, workers: int = 0
 ) -> Iterator[tuple[list[int], Batch]]:
@@ -59,6 +68,7 @@ def load_batches(
             num_workers=workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_parent,
         )
     else:
         source = _collated(samples, collate, order)

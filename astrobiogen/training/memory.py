@@ -42,7 +42,8 @@ def held(updater: Updater, batch: loading.Batch | None = None) -> dict[str, int]
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = any(words in str(error) for words in ("can't allocate memory", "CUDA error: out of memory"))
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 class MemoryProbe:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from astrobiogen.training import evaluation, runtime
+from astrobiogen.training import evaluation, loading, runtime
 from astrobiogen.training.config import CheckpointConfig, OptimizerConfig, StopConfig
 from astrobiogen.training.errors import CheckpointError
 from astrobiogen.training.monitor import read_log
@@ -176,3 +178,20 @@ def test_the_timer_of_saves_runs_across_epochs(
     assert run.trainer.fit()
     saved = [record for record in read_log(tmp_path / "run" / "log.jsonl") if record["event"] == "saved"]
     assert [record["step"] for record in saved if record["why"] == "time"] == [18, 36]  # 126 minutes each
+
+
+def test_workers_outlive_a_signal_to_the_process_group() -> None:
+    """SIGTERM and SIGINT reach loader processes too; every batch must still arrive."""
+    parent = os.getpid()
+
+    def signalled(samples: list[Any]) -> Any:
+        assert os.getpid() != parent
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        return collate(samples)
+
+    order = [[0, 1], [2, 3], [4]]
+    loaded = list(loading.load_batches(ToySamples(5, 1), signalled, order, CPU, workers=1))
+    assert [indices for indices, _ in loaded] == order
+    for indices, batch in loaded:
+        assert torch.equal(batch["planet_params"], ToySamples(5, 1).x[indices])
