@@ -33,6 +33,13 @@ def resident() -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024 / MIB
 
 
+def processor() -> str:
+    """Name and number of the processors."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
 def step_rate(bundle: data.DatasetBundle, order: list[list[int]]) -> float:
     """Samples per second of training steps on one batch, the fastest of ``STEPS``."""
     torch.manual_seed(0)
@@ -68,11 +75,14 @@ def main() -> None:
     torch.set_num_threads(1)
     bundle = data.load_bundled()
     sampler = blocks.BlockSampler(blocks.keys_of(bundle.train), BATCH, 0, BLOCK)
-    endless = itertools.chain.from_iterable(sampler.batches(epoch) for epoch in itertools.count())
-    order = list(itertools.islice(endless, SAMPLES // BATCH))
+    order: list[list[int]] = []
+    for epoch in itertools.count():
+        order += sampler.batches(epoch)
+        if sum(map(len, order)) >= SAMPLES:
+            break
     rate = step_rate(bundle, order)
     write = sys.stdout.write
-    write(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}\n\n")
+    write(f"{datetime.date.today()}, {processor()}, torch {torch.__version__}\n\n")
     write(f"training step, tiny, batch {BATCH}: {rate:.1f} samples/s\n\n")
     write("| collate | workers | samples | samples/s | of the step's rate | MiB after 50 batches | highest MiB |\n")
     write("|---|---|---|---|---|---|---|\n")

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.data.data import BaseData
 
+from astrobiogen.data.batch import IGNORE_INDEX
 from astrobiogen.data.dataset import Sample
 from astrobiogen.data.errors import DataError
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
-IGNORE_INDEX = -100
 # An absent modality still needs tensors of the right rank: a cube of zeros, one lone node without edges, a spectrum of
 # zeros, one pad token.
 GRAPH_WIDTHS = {"x": 64, "laplacian_pe": 16, "random_walk_pe": 8, "elements": 8}
