@@ -112,6 +112,12 @@ def test_batch_layout(bundle: data.DatasetBundle) -> None:
     assert set(batch) == set(layout) | {"metabolic_graph", "metadata", "text_description"}
 
 
+def test_batches_of_every_cell_are_valid(bundle: data.DatasetBundle) -> None:
+    for part in (bundle.train, bundle.validation, *bundle.test_cells.values()):
+        picks = torch.linspace(0, len(part) - 1, 3).long().tolist()
+        data.validate(data.collate([part[i] for i in picks]), bundle.spec)
+
+
 def test_epochs_are_aligned_at_the_end_and_never_repeated(bundle: data.DatasetBundle) -> None:
     planets = bundle.train.store.planets
     for key in ("earth_g0", "earth_g1", "earth_g2"):

@@ -172,7 +172,14 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--raw", type=Path, required=True, help="raw folder: files go to RAW/climate")
     parser.add_argument("--planets", nargs="+", required=True, metavar="NAME", help='catalogue names, "TOI-700 d"')
     parser.add_argument("--catalogue", type=Path, help="default: RAW/tables/oec_planets.csv.gz")
-    parser.add_argument("--co2", nargs="+", type=float, default=[0.0004, 0.01, 0.1], metavar="BAR")
+    parser.add_argument(
+        "--co2",
+        nargs="+",
+        type=float,
+        default=[0.0004, 0.01, 0.1],
+        metavar="BAR",
+        help="CO2 pressures, one epoch each (default 0.0004 0.01 0.1)",
+    )
     parser.add_argument("--work", type=Path, help="folder of unfinished runs (default: RAW/climate-work)")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has exoplasim (default: this one)")
     parser.add_argument("--jobs", type=int, default=1, help="climates at a time, one core each (default 1)")
