@@ -3,6 +3,9 @@
 A checkpoint is a folder `step-<n>` of safetensors and JSON files and a `manifest.json` with their sizes and SHA-256.
 The protocol:
 
+One or several processes save and load together. Files of a process of its own (`process-<rank>.*`) are written by it,
+shards by all (`<stem>/`), the rest by process 0.
+
 1. write every file into `step-<n>.tmp-<random>` and fsync each; 2. write the manifest and fsync it; 3. fsync the
 folder; 4. rename it to `step-<n>` (the moment of commit); 5. fsync the parent; 6. point `latest` at it (write aside,
 fsync, rename); 7. only now prune old ones, and never the newest `keep` that verify. Loading verifies every byte and
@@ -11,6 +14,7 @@ falls back, newest first, to one that is whole. No pickle anywhere.
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -26,17 +30,20 @@ import safetensors
 import safetensors.torch
 import torch
 
-from astrobiogen.training import packing
+from astrobiogen.training import distributed_shards, packing
+from astrobiogen.training.distributed import World
 from astrobiogen.training.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
+PROCESS = "process-"
 _NAME = re.compile(r"step-(\d+)(?:-r(\d+))?")
 _CHUNK = 1 << 20
 _LOG = logging.getLogger("astrobiogen")
 
 Observer = Callable[[str], None]
+Reference = Callable[[str, str], torch.Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +52,9 @@ class Content:
 
     Attributes:
         tensors: file stem -> named tensors, e.g. ``{"model": {...}, "training": {...}}``; each becomes
-            `<stem>.safetensors`.
-        documents: file stem -> JSON data; each becomes `<stem>.json`.
+            `<stem>.safetensors`, or the folder `<stem>` if it holds shards.
+        documents: file stem -> JSON data; each becomes `<stem>.json`. Stems `process-<rank>`, here and in `tensors`,
+            belong to that process; with several processes each gives its own only, and reads those of all.
     """
 
     tensors: Mapping[str, dict[str, torch.Tensor]]
@@ -121,17 +129,27 @@ def verify(folder: Path) -> dict[str, Any]:
     return body
 
 
-def read(folder: Path) -> Content:
+def read(folder: Path, reference: Reference = lambda _stem, _name: None) -> Content:
     """Verify a checkpoint and load all of it onto the CPU.
+
+    Args:
+        reference: see `CheckpointStore.load_newest`.
 
     Raises:
         CheckpointError: it is not whole.
     """
-    body = verify(folder)
+    return _load(folder, verify(folder), reference)
+
+
+def _load(folder: Path, body: dict[str, Any], reference: Reference) -> Content:
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     documents: dict[str, Any] = {}
+    for stem in sorted({name.split("/")[0] for name in body["files"] if "/" in name}):
+        tensors[stem] = distributed_shards.read(folder / stem, functools.partial(reference, stem))
     for name in body["files"]:
         path = folder / name
+        if "/" in name:
+            continue
         if path.suffix == ".json":
             documents[path.stem] = json.loads(path.read_bytes())
             continue
@@ -148,21 +166,33 @@ class CheckpointStore:
         root: folder of the checkpoints; made if it is not there.
         keep: how many verified checkpoints survive pruning.
         observer: told each stage of a save by name, so that a test can fail or kill the process there.
+        world: the processes that save and load together, all on one file system; default: this one alone.
         writable: False only reads: nothing is made or cleaned up, so that a run which is saving is not disturbed.
     """
 
-    def __init__(self, root: Path, keep: int, observer: Observer | None = None, *, writable: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        keep: int,
+        observer: Observer | None = None,
+        world: World | None = None,
+        *,
+        writable: bool = True,
+    ) -> None:
         self.root = root
         self.keep = keep
         self._observer = observer or (lambda _stage: None)
+        self._world = world or World()
         self._good: set[Path] = set()
-        if not writable:
-            return
+        if writable:
+            self._world.on_main(self._open)
+
+    def _open(self) -> None:
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             self._clean()
         except OSError as error:
-            raise CheckpointError(f"{root} cannot be used for checkpoints: {error}") from error
+            raise CheckpointError(f"{self.root} cannot be used for checkpoints: {error}") from error
 
     def _clean(self) -> None:
         """Remove what an interrupted save or prune has left; nothing with a committed name is touched."""
@@ -183,24 +213,40 @@ class CheckpointStore:
         return path
 
     def save(self, step: int, content: Content) -> Path:
-        """Store `content` as the checkpoint of `step` and return its folder.
+        """Store `content` as the checkpoint of `step` and return its folder; every process must call it.
 
         Raises:
-            OSError: the disk is full, read-only, ...; what was stored before is untouched and no partial checkpoint is
-                left.
+            OSError: the disk is full, read-only, ... in some process; raised in all. What was stored before is
+                untouched and no partial checkpoint is left.
         """
-        final = self._free_name(step)
-        temporary = self.root / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+        world = self._world
+        final = world.broadcast(self._free_name(step))
+        temporary = world.broadcast(self.root / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
+        sharded = [stem for stem, tensors in content.tensors.items() if distributed_shards.is_sharded(tensors)]
         try:
-            temporary.mkdir()
-            self._fill(temporary, step, content)
-            self._observer("before commit")
-            temporary.rename(final)
-        except (OSError, safetensors.SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise
-            raise OSError(errno.EIO, f"safetensors could not write: {error}") from error
+            world.on_main(lambda: [path.mkdir() for path in (temporary, *(temporary / stem for stem in sharded))])
+            for stem in sharded:
+                distributed_shards.write(temporary / stem, content.tensors[stem], world)
+            entries = world.together(lambda: self._fill(temporary, content, sharded))
+            files = {name: entry for own in entries for name, entry in own.items()}
+            world.on_main(lambda: self._commit(temporary, final, step, files))
+        except OSError:
+            if world.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return world.on_main(lambda: self._publish(final))
+
+    def _commit(self, temporary: Path, final: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+        """Write the manifest and rename."""
+        body = {"format": FORMAT, "step": step, "files": files, "torch": torch.__version__}
+        _write(temporary / MANIFEST, _sealed(body))
+        for folder in sorted({(temporary / name).parent for name in files} | {temporary}):
+            _fsync(folder)
+        self._observer("before commit")
+        temporary.rename(final)
+
+    def _publish(self, final: Path) -> Path:
+        """What follows the commit."""
         self._observer("after commit")
         _fsync(self.root)
         self._good.add(final)
@@ -210,20 +256,36 @@ class CheckpointStore:
         self._observer("after prune")
         return final
 
-    def _fill(self, folder: Path, step: int, content: Content) -> None:
+    def _fill(self, folder: Path, content: Content, sharded: list[str]) -> dict[str, dict[str, Any]]:
+        """Write the files that are this process's to write; their sizes and hashes."""
+        world = self._world
+        written = [path for stem in sharded for path in distributed_shards.own_files(folder / stem, world.rank)]
+        for path in written:
+            _fsync(path)
         for stem, tensors in content.tensors.items():
+            if stem in sharded or not self._writes(stem):
+                continue
             stored, aliases = packing.unshare(tensors)
             path = folder / f"{stem}.safetensors"
-            safetensors.torch.save_file(stored, path, metadata={"aliases": json.dumps(aliases)})
+            try:
+                safetensors.torch.save_file(stored, path, metadata={"aliases": json.dumps(aliases)})
+            except safetensors.SafetensorError as error:
+                raise OSError(errno.EIO, f"safetensors could not write: {error}") from error
             _fsync(path)
+            written.append(path)
             self._observer(f"wrote {path.name}")
         for stem, document in content.documents.items():
-            _write(folder / f"{stem}.json", _json_bytes(document))
-            self._observer(f"wrote {stem}.json")
-        files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-        body = {"format": FORMAT, "step": step, "files": files, "torch": torch.__version__}
-        _write(folder / MANIFEST, _sealed(body))
-        _fsync(folder)
+            if self._writes(stem):
+                _write(folder / f"{stem}.json", _json_bytes(document))
+                written.append(folder / f"{stem}.json")
+                self._observer(f"wrote {stem}.json")
+        return {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+            for path in written
+        }
+
+    def _writes(self, stem: str) -> bool:
+        return self._world.main or stem == f"{PROCESS}{self._world.rank}"
 
     def _point(self, final: Path) -> None:
         aside = self.root / f"{LATEST}.tmp-{uuid.uuid4().hex[:8]}"
@@ -254,22 +316,30 @@ class CheckpointStore:
             shutil.rmtree(doomed)
             self._good.discard(folder)
 
-    def load_newest(self) -> tuple[Path, Content] | None:
+    def load_newest(self, reference: Reference = lambda _stem, _name: None) -> tuple[Path, Content] | None:
         """The newest checkpoint that verifies, or None if there is no checkpoint at all. Each bad one on the way is
-        named in a warning.
+        named in a warning. Every process must call it; process 0 verifies.
+
+        Args:
+            reference: (file stem, name) -> the tensor that the read one will replace, if known: of a shard only this
+                process's part is read.
 
         Raises:
             CheckpointError: there are checkpoints, but not one is whole.
         """
+        found = self._world.on_main(self._newest_whole)
+        return None if found is None else (found[0], _load(*found, reference))
+
+    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         candidates = self.candidates()
         for folder in candidates:
             try:
-                content = read(folder)
+                body = verify(folder)
             except CheckpointError as error:
                 _LOG.warning("checkpoint skipped: %s; falling back to an older one", error)
                 continue
             self._good.add(folder)
-            return folder, content
+            return folder, body
         if candidates:
             raise CheckpointError(f"none of the {len(candidates)} checkpoints in {self.root} is whole")
         return None

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from astrobiogen.training.errors import UserError
 
@@ -106,6 +107,11 @@ class World:
     def main(self) -> bool:
         """Whether this is the process that logs, writes the run folder and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def control(self) -> dist.ProcessGroup | None:
+        """The group of the control messages: gloo, on the CPU."""
+        return self._control
 
     @property
     def distributed(self) -> bool:
@@ -243,6 +249,11 @@ class World:
             self._store.set(f"{_FAILED}{self.rank}", text)
         except RuntimeError as error:
             _LOG.debug("the other processes could not be told: %s", error)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of `tensor`: its shard, or all of an ordinary tensor. Shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

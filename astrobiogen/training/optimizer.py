@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from astrobiogen.training.config import OptimizerConfig
+from astrobiogen.training.distributed import local_part
+from astrobiogen.training.distributed_optimizer import LocalShardOptimizer
 from astrobiogen.training.errors import UserError
 
 _BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
@@ -42,7 +45,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             f"optimizer.name: got {config.name!r}, which needs bitsandbytes >= 0.50: pip install 'astrobiogen[bnb]' "
             f"(or --optimizer.name adamw); the import said: {error}"
         ) from error
-    optimizer: torch.optim.Optimizer = getattr(library, _BITSANDBYTES[config.name])(groups, **options)
+    make = getattr(library, _BITSANDBYTES[config.name])
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return LocalShardOptimizer(groups, options, make)
+    optimizer: torch.optim.Optimizer = make(groups, **options)
     return optimizer
 
 
@@ -66,7 +72,8 @@ class WeightAverage:
         self.updates += 1
         weights = model.state_dict()
         moving = [name for name, value in weights.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.averages[name] for name in moving], [weights[name] for name in moving], 1 - decay)
+        averages, present = ([local_part(tensors[name]) for name in moving] for tensors in (self.averages, weights))
+        torch._foreach_lerp_(averages, present, 1 - decay)
         for name in weights.keys() - set(moving):
             self.averages[name].copy_(weights[name])
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from astrobiogen.training import evaluation, packing, runtime
-from astrobiogen.training.checkpoint import CheckpointStore, Content, Observer
+from astrobiogen.training import distributed_state, evaluation, packing, runtime
+from astrobiogen.training.checkpoint import PROCESS, CheckpointStore, Content, Observer
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.config_dict import to_dict
 from astrobiogen.training.errors import CheckpointError
@@ -26,6 +26,8 @@ class Saver:
         folder: the run folder; checkpoints go to `checkpoints/` in it, the best model to `best/`.
         observer: passed on to the checkpoint stores (tests).
 
+    With several processes, each of them must call each method.
+
     Raises:
         CheckpointError: the folders cannot be made.
     """
@@ -40,8 +42,9 @@ class Saver:
         monitor: Monitor,
         observer: Observer | None = None,
     ) -> None:
-        self.store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, observer)
-        self.best_store = CheckpointStore(folder / "best", 1, observer)
+        self._world = updater.parallel.world
+        self.store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, observer, self._world)
+        self.best_store = CheckpointStore(folder / "best", 1, observer, self._world)
         self._task = task
         self._config = config
         self._updater = updater
@@ -69,11 +72,14 @@ class Saver:
         files = {"model": dict(self._model.state_dict()), "training": tensors}
         if updater.average is not None:
             files["average"] = updater.average.averages
-        if updater.window.batches:
-            files["gradients"] = {
-                name: value.grad for name, value in self._model.named_parameters() if value.grad is not None
-            }
-        return Content(files, {"training": document})
+        if updater.window.batches and not updater.parallel.local_gradients:
+            files["gradients"] = distributed_state.gradients(self._model)
+        documents = {"training": document}
+        if self._world.distributed:
+            name = f"{PROCESS}{self._world.rank}"
+            files[name] = {}
+            documents[name] = packing.pack(distributed_state.own_part(updater), files[name])
+        return Content(files, documents)
 
     def save(self, why: str) -> bool:
         """Store a checkpoint; a full or read-only disk is reported and training goes on with the older ones kept."""
@@ -106,12 +112,13 @@ class Saver:
         Raises:
             CheckpointError: no checkpoint is whole, or it belongs to another model or other data.
         """
-        found = self.store.load_newest()
+        references = distributed_state.References(self._updater)
+        found = self.store.load_newest(references)
         if found is None:
             self._monitor.record("resumed", step=0, checkpoint="")
             _LOG.warning("no checkpoint in %s yet: the run starts at its beginning", self.store.root)
             return False
-        path, content = found
+        path, content = found[0], references.placed(found[1])
         state = packing.unpack(content.documents["training"], content.tensors["training"])
         if state["fingerprint"] != self._task.fingerprint:
             raise CheckpointError(
@@ -123,11 +130,8 @@ class Saver:
         if updater.average is not None:
             for name, value in content.tensors["average"].items():
                 updater.average.averages[name].copy_(value)
-        for name, parameter in self._model.named_parameters():
-            gradient = content.tensors.get("gradients", {}).get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
         self._progress.load(state["progress"])
-        runtime.set_rng_state(state["rng"])
+        distributed_state.put_back(updater, content, state["rng"], self._config.seed, self._progress.step)
         self._monitor.record("resumed", step=self._progress.step, checkpoint=path.name)
         where = (path, self._progress.epoch + 1, self._progress.batch, self._task.sampler.batches_per_epoch)
         _LOG.info("resumed from %s: epoch %d, batch %d of %d", *where)
@@ -139,10 +143,11 @@ class Saver:
         Raises:
             CheckpointError: there is no whole one.
         """
-        found = self.best_store.load_newest()
+        references = distributed_state.References(self._updater)
+        found = self.best_store.load_newest(references)
         if found is None:
             raise CheckpointError(f"{self.best_store.root} holds no checkpoint")
-        load_weights(self._model, found[0], found[1].tensors["model"])
+        load_weights(self._model, found[0], references.placed(found[1]).tensors["model"])
         return found[0]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from astrobiogen.training import evaluation, loading, metrics, runtime, stopping
+from astrobiogen.training import distributed_state, evaluation, loading, metrics, runtime, stopping
 from astrobiogen.training.checkpoint import Observer
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.distributed import World
@@ -68,9 +68,12 @@ class Trainer:
         self._clock = self._window_clock = time.monotonic()
         self._batches = task.sampler.batches_per_epoch
         updates = math.ceil(self._batches / config.data.accumulation) * config.epochs
-        self.model = task.model.to(device)
+        # FSDP2 moves each block itself, once it is sharded: the whole model need not fit on the device.
+        sharded = self._world.distributed and config.distributed.strategy == "fsdp2"
+        self.model = task.model if sharded else task.model.to(device)
         parallel = Parallel(self.model, task.loss_function, self._world, config.distributed, device, dtype)
         optimizer = build_optimizer(self.model, config.optimizer)
+        distributed_state.seed_process(config.seed, self._world)
         self.updater = Updater(parallel, optimizer, config, updates, device, dtype)
         self._factors = WindowFactors(task.counts)
         self._probe = MemoryProbe(folder, self.updater, config, device, dtype)
