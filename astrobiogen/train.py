@@ -1,6 +1,7 @@
 """`python -m astrobiogen.train`: trains the model and reports what it has learnt.
 
-Without options: the tiny preset on the bundled data, on the CPU, in a few minutes. `--help` lists every option.
+Without options: the tiny preset on the bundled data, on the CPU, in a few minutes. `--help` lists every option. On
+several GPUs or processes: `python -m torch.distributed.run --nproc-per-node N -m astrobiogen.train ...`.
 """
 
 import dataclasses
@@ -9,7 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from astrobiogen.training import cli, plan, run_folder, session
+from astrobiogen.training import cli, plan, run_folder, runtime, session
+from astrobiogen.training.distributed import World, launched_rank
 
 
 @dataclasses.dataclass
@@ -20,16 +22,28 @@ class _Place:
 
 
 def _run(arguments: Sequence[str], place: _Place) -> int:
-    options = cli.parse(arguments)
+    with cli.spoken_once():
+        options = cli.parse(arguments)
     if options.plan:
-        return plan.show(options.config, options.memory)
-    if options.resume:
-        place.folder = run_folder.find(options.resume)
-    else:
-        place.folder = run_folder.create(options.output, options.config.preset)
+        return plan.show(options.config, options.memory) if launched_rank() == 0 else 0
     if options.find_lr:
-        return session.find_learning_rate(options.config, place.folder)
-    return session.train(options.config, place.folder, bool(options.resume))
+        return _find_learning_rate(options, place) if launched_rank() == 0 else 0
+    cuda = runtime.choose_device(options.config.runtime.device).type == "cuda"
+    with World.join(options.config.distributed.timeout_minutes, cuda) as world:
+        place.folder = world.on_main(lambda: _folder(options))
+        return session.train(options.config, place.folder, bool(options.resume), world)
+
+
+def _find_learning_rate(options: cli.Options, place: _Place) -> int:
+    place.folder = _folder(options)
+    return session.find_learning_rate(options.config, place.folder)
+
+
+def _folder(options: cli.Options) -> Path:
+    """The run folder, made or found."""
+    if options.resume:
+        return run_folder.find(options.resume)
+    return run_folder.create(options.output, options.config.preset)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

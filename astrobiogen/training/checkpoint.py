@@ -328,7 +328,10 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, but not one is whole.
         """
         found = self._world.on_main(self._newest_whole)
-        return None if found is None else (found[0], _load(*found, reference))
+        if found is None:
+            return None
+        folder, body = found
+        return folder, _load(folder, body, reference)
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         candidates = self.candidates()

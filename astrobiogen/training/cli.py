@@ -1,11 +1,13 @@
 """Command line of `python -m astrobiogen.train`, and the way commands end: one line, never a traceback."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import jsonargparse
 from astrobiogen.training import memory, run_folder
 from astrobiogen.training.config import PRESETS, TrainConfig, preset, smoke
 from astrobiogen.training.config_dict import changed_on_resume, flatten, to_dict
+from astrobiogen.training.distributed import launched_rank
 from astrobiogen.training.errors import UserError
 
 # Full, over quota, read-only, larger than allowed, broken: the disk's trouble, not the program's.
@@ -164,6 +167,19 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> Options:
         )
         raise UserError(f"--resume: these would change the course of the run, so start a new one for them: {text}")
     return Options(config, "", str(folder))
+
+
+@contextlib.contextmanager
+def spoken_once() -> Iterator[None]:
+    """Let only the first process of a run print: all read the same command line and would say the same."""
+    if launched_rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            yield
+        except UserError as error:
+            raise SystemExit(error.exit_code) from error
 
 
 def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:

@@ -100,7 +100,9 @@ class World:
                 world_size=world.size,
                 timeout=world._timeout,
             )
-            world._control = dist.new_group(backend="gloo", timeout=world._timeout)
+            group = dist.new_group(backend="gloo", timeout=world._timeout)
+            assert isinstance(group, dist.ProcessGroup)  # an integer in processes outside the group; none is
+            world._control = group
         return world
 
     @property

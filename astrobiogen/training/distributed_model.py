@@ -1,6 +1,7 @@
 """One model on several processes: copies whose gradients are averaged (DDP), or shards (FSDP2)."""
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -112,6 +113,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, config: DistributedConfig, dtype: 
     """Apply FSDP2 to `model` in place: one group for each block (outermost member of an `nn.ModuleList`), one for the
     rest.
     """
+    # Said of the root, whose outputs may be views: writing into them would lose gradients; nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # The rest holds embeddings, physical constants and heads, few of the bytes: they stay fp32.

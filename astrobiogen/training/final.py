@@ -1,7 +1,7 @@
 """The closing examination of a trained model: test cells, intervals, baselines, ablation."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -88,17 +88,16 @@ def control(hidden: metrics.Predictions, whole: metrics.Predictions, replicates:
 
 
 def ablate(
-    run: Callable[..., evaluation.Evaluation | None], whole: metrics.Predictions, replicates: int, seed: int
+    results: Mapping[str, evaluation.Evaluation | None], whole: metrics.Predictions, replicates: int, seed: int
 ) -> dict[str, Any] | None:
     """Figures with each modality masked at evaluation, and the paired difference from `whole`, the predictions on the
-    same samples with nothing masked; the model is not retrained. None if `run` was stopped.
+    same samples with nothing masked; the model is not retrained. None if one of `results` is.
 
     Args:
-        run: `run(masked=modality)` evaluates the model with this modality hidden.
+        results: for each modality the evaluation with it hidden; None: stopped.
     """
     result: dict[str, Any] = {}
-    for name in evaluation.MODALITIES:
-        masked = run(masked=name)
+    for name, masked in results.items():
         if masked is None:
             return None
         change = metrics.differences(masked.predictions, whole, replicates, seed)

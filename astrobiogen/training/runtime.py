@@ -72,17 +72,22 @@ def keep_freed_pages() -> bool:
     return bool(no_mapping and no_trimming)
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device.
+def choose_device(name: str, number: int | None = None) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; of several GPUs the one with this number, by default the current one.
 
     Raises:
         UserError: cuda was asked for and there is none.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("runtime.device: got 'cuda', but PyTorch finds no CUDA device here; use --runtime.device cpu")
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if number is not None and number >= torch.cuda.device_count():
+        raise UserError(
+            f"process {number} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
+            "start fewer processes (--nproc-per-node) or use --runtime.device cpu"
+        )
+    return torch.device("cuda") if number is None else torch.device("cuda", number)
 
 
 def prepare(config: RuntimeConfig, seed: int) -> dict[str, Any]:

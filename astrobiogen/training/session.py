@@ -19,6 +19,7 @@ from astrobiogen import data
 from astrobiogen.training import (
     assemble,
     baselines,
+    distributed_session,
     evaluation,
     final,
     lr_finder,
@@ -32,7 +33,9 @@ from astrobiogen.training import (
 )
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.config_dict import to_dict
+from astrobiogen.training.distributed import World
 from astrobiogen.training.errors import NumericalError, UserError
+from astrobiogen.training.evaluation import MODALITIES
 from astrobiogen.training.gpu import GpuSampler
 from astrobiogen.training.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
@@ -42,30 +45,33 @@ _PLAIN_WIDTH = 150
 _NOT_FINITE = "nonfinite_report.json"
 
 
-def train(config: TrainConfig, folder: Path, resume: bool) -> int:
+def train(config: TrainConfig, folder: Path, resume: bool, world: World | None = None) -> int:
     """Train in `folder` (made before) and write metrics.json and report.html there; the process's exit code.
+
+    Args:
+        world: the processes that train together, each of which must call this; default: this one alone. Process 0
+            writes the folder; the others log their warnings in `process-<rank>` of it.
 
     Raises:
         UserError: anything the user can put right.
     """
-    device = runtime.choose_device(config.runtime.device)
-    dtype, reason = precision.choose_dtype(config.precision, device)
-    done = runtime.prepare(config.runtime, config.seed)
+    world = world or World()
+    device = runtime.choose_device(config.runtime.device, world.local_rank if world.distributed else None)
+    dtype, reason = world.on_main(lambda: precision.choose_dtype(config.precision, device))
+    done = runtime.prepare(config.runtime, config.seed) | distributed_session.facts(world, config)
     config = precision.resolved(config, dtype)
     with (
-        run_folder.held(folder),
-        Monitor(folder, config.monitor, to_dict(config)) as monitor,
+        distributed_session.held(world, folder),
+        Monitor(*distributed_session.monitored(world, folder, config)) as monitor,
         runtime.Interrupt() as interrupt,
-        GpuSampler(device, config.monitor.gpu_seconds, monitor.record_gpu),
+        GpuSampler(device, config.monitor.gpu_seconds if world.main else 0.0, monitor.record_gpu),
         astrobiogen.use_kernels(config.runtime.kernels),
     ):
-        if not resume:
-            run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
-        facts = run_folder.environment(done | {"device": str(device), "dtype": str(dtype)})
-        run_folder.write_json(folder / _environment_name(folder), facts)
+        world.on_main(lambda: _begin(config, folder, resume, done | {"device": str(device), "dtype": str(dtype)}))
+        distributed_session.announce(world, config)
         how = f"{device}; {dtype} ({reason}); seed {config.seed}; {done['threads']} threads"
         _LOG.info("run folder %s; %s", folder, how)
-        result = _train(config, folder, resume, monitor, interrupt, device, dtype)
+        result = _train(config, folder, resume, monitor, interrupt, device, dtype, world)
     if result is not None:
         show(result, folder)
     return 0
@@ -79,16 +85,21 @@ def _train(
     interrupt: runtime.Interrupt,
     device: torch.device,
     dtype: torch.dtype,
+    world: World,
 ) -> dict[str, Any] | None:
-    """Train, examine the best model, publish; what metrics.json holds, or None if a signal came."""
+    """Train, examine the best model, publish; what metrics.json holds, or None if a signal came, and in every process
+    but the first.
+    """
     assembly = assemble.assemble(config, assemble.load_bundle(config))
     _LOG.info("data: %s", assembly.task.fingerprint)
-    assembly.task.model.to(device)
-    speed = throughput.measure(assembly.task, device, dtype)
+    if not distributed_session.sharded(world, config):  # a sharded model may not fit on the device as a whole
+        assembly.task.model.to(device)
+    measured = world.on_main(lambda: throughput.measure(assembly.task, device, dtype))
+    speed = dataclasses.replace(measured, peak=measured.peak * world.size)
     rates = (speed.flops_per_sample / 1e9, speed.peak / 1e9, dtype)
     _LOG.info("%.3g GFLOP per sample; matrix products reach %.3g GFLOP/s in %s", *rates)
     parts = (assembly.task, config, folder, monitor, interrupt)
-    trainer = Trainer(*parts, device=device, dtype=dtype, throughput=speed)
+    trainer = Trainer(*parts, device=device, dtype=dtype, throughput=speed, world=world)
     if resume:
         trainer.saver.resume()
     monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
@@ -98,7 +109,9 @@ def _train(
         return None
     best = trainer.saver.load_best()
     _LOG.info("examining the best model, %s", best)
-    examined = examine(assembly, trainer.model, config, device, dtype, lambda: bool(interrupt.received))
+    examined = examine(assembly, trainer.model, config, device, dtype, lambda: bool(interrupt.received), world)
+    if not world.main:
+        return None
     if examined is None:
         text = "stopped by %s while examining the trained model; do that again with: --resume %s"
         _LOG.warning(text, interrupt.received, folder)
@@ -153,6 +166,13 @@ def find_learning_rate(config: TrainConfig, folder: Path) -> int:
     return 0
 
 
+def _begin(config: TrainConfig, folder: Path, resume: bool, done: dict[str, Any]) -> None:
+    """Write down what is run where."""
+    if not resume:
+        run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+    run_folder.write_json(folder / _environment_name(folder), run_folder.environment(done))
+
+
 def _describe(trainer: Trainer) -> dict[str, Any]:
     """Facts about a finished run for metrics.json."""
     progress = trainer.progress
@@ -192,9 +212,11 @@ def examine(
     device: torch.device,
     dtype: torch.dtype,
     should_stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> tuple[dict[str, Any], dict[str, metrics.Predictions]] | None:
     """Test figures of `model` with intervals, baselines and ablation as JSON data, and the predictions behind them;
-    None if `should_stop`, polled before each batch, said so.
+    None if `should_stop`, polled before each batch, said so, and in every process of `world` but the first: all share
+    the passes over the data, the first draws the conclusions.
 
     Raises:
         UserError: the data set has no test samples.
@@ -211,9 +233,18 @@ def examine(
         device=device,
         dtype=dtype,
         should_stop=should_stop,
+        world=world,
     )
     whole = run(test, order=assemble.evaluation_order(test, config))
     if whole is None:
+        return None
+    limit = settings.ablation_limit or len(test)
+    part = assemble.limited(test, limit)
+    masked: dict[str, evaluation.Evaluation | None] = {}
+    if settings.ablation:
+        _LOG.info("masking one modality after the other on %d test samples", len(part))
+        masked = {name: run(part, order=assemble.evaluation_order(part, config), masked=name) for name in MODALITIES}
+    if world is not None and not world.main:
         return None
     predictions = {"model": whole.predictions}
     result: dict[str, Any] = {
@@ -237,11 +268,7 @@ def examine(
         for name, probability in probabilities.items():
             predictions[name] = dataclasses.replace(whole.predictions, probability=probability)
     if settings.ablation:
-        limit = settings.ablation_limit or len(test)
         keep = np.isin(np.arange(len(test)), assemble.spread(len(test), limit))
-        part = assemble.limited(test, limit)
-        _LOG.info("masking one modality after the other on %d test samples", len(part))
-        masked = functools.partial(run, part, order=assemble.evaluation_order(part, config))
         ablation = final.ablate(masked, whole.predictions.select(keep), settings.bootstrap, seed)
         if ablation is None:
             return None

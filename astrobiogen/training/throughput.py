@@ -68,6 +68,7 @@ def count_flops(model: nn.Module, loss_function: evaluation.LossFunction, batch:
 def measure(task: Task, device: torch.device, dtype: torch.dtype) -> Throughput:
     """Count the operations of the first batch of epoch 0 and measure the device's rate in `dtype`."""
     indices = next(iter(task.sampler.batches(0)))
-    batch = loading.to_device(task.collate([task.train[index] for index in indices]), device)
+    here = next(task.model.parameters()).device  # a model that is yet to be sharded is not on `device`
+    batch = loading.to_device(task.collate([task.train[index] for index in indices]), here)
     flops = count_flops(task.model, task.loss_function, batch)
     return Throughput(flops / len(indices), probe.matmul_rate(device, dtype))
