@@ -88,18 +88,16 @@ def control(hidden: metrics.Predictions, whole: metrics.Predictions, replicates:
 
 
 def ablate(
-    results: Mapping[str, evaluation.Evaluation | None], whole: metrics.Predictions, replicates: int, seed: int
-) -> dict[str, Any] | None:
+    results: Mapping[str, evaluation.Evaluation], whole: metrics.Predictions, replicates: int, seed: int
+) -> dict[str, Any]:
     """Figures with each modality masked at evaluation, and the paired difference from `whole`, the predictions on the
-    same samples with nothing masked; the model is not retrained. None if one of `results` is.
+    same samples with nothing masked; the model is not retrained.
 
     Args:
-        results: for each modality the evaluation with it hidden; None: stopped.
+        results: for each modality the evaluation with it hidden.
     """
     result: dict[str, Any] = {}
     for name, masked in results.items():
-        if masked is None:
-            return None
         change = metrics.differences(masked.predictions, whole, replicates, seed)
         result[name] = {
             "samples": len(whole.label),

@@ -42,6 +42,7 @@ from astrobiogen.training.trainer import Trainer
 
 _LOG = logging.getLogger("astrobiogen")
 _PLAIN_WIDTH = 150
+_CONTROL = "near-surface temperature"
 _NOT_FINITE = "nonfinite_report.json"
 
 
@@ -239,12 +240,9 @@ def examine(
     if whole is None:
         return None
     limit = settings.ablation_limit or len(test)
-    part = assemble.limited(test, limit)
-    masked: dict[str, evaluation.Evaluation | None] = {}
-    if settings.ablation:
-        _LOG.info("masking one modality after the other on %d test samples", len(part))
-        masked = {name: run(part, order=assemble.evaluation_order(part, config), masked=name) for name in MODALITIES}
-    if world is not None and not world.main:
+    # All passes over the data come first: the other processes take part in them and are then done.
+    hidden = _hidden(run, test, limit, config) if settings.ablation else {}
+    if None in hidden.values() or (world is not None and not world.main):
         return None
     predictions = {"model": whole.predictions}
     result: dict[str, Any] = {
@@ -269,15 +267,24 @@ def examine(
             predictions[name] = dataclasses.replace(whole.predictions, probability=probability)
     if settings.ablation:
         keep = np.isin(np.arange(len(test)), assemble.spread(len(test), limit))
-        ablation = final.ablate(masked, whole.predictions.select(keep), settings.bootstrap, seed)
-        if ablation is None:
-            return None
-        result["ablation"] = ablation
-        hidden = run(data.without_near_surface(test), order=assemble.evaluation_order(test, config))
-        if hidden is None:
-            return None
-        result["control"] = final.control(hidden.predictions, whole.predictions, settings.bootstrap, seed)
+        control = hidden.pop(_CONTROL)
+        result["ablation"] = final.ablate(hidden, whole.predictions.select(keep), settings.bootstrap, seed)
+        result["control"] = final.control(control.predictions, whole.predictions, settings.bootstrap, seed)
     return None if should_stop() else (result, predictions)
+
+
+def _hidden(
+    run: Callable[..., evaluation.Evaluation | None], test: data.HabitatDataset, limit: int, config: TrainConfig
+) -> dict[str, Any]:
+    """`run` with each modality hidden, on `limit` samples, and with the near-surface temperature hidden, on all; None
+    where it was stopped.
+    """
+    part = assemble.limited(test, limit)
+    _LOG.info("masking one modality after the other on %d test samples", len(part))
+    order = assemble.evaluation_order(part, config)
+    results: dict[str, Any] = {name: run(part, order=order, masked=name) for name in MODALITIES}
+    order = assemble.evaluation_order(test, config)
+    return results | {_CONTROL: run(data.without_near_surface(test), order=order)}
 
 
 def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metrics.Predictions]) -> None:

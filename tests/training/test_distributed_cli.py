@@ -16,7 +16,7 @@ from astrobiogen.training.config import preset
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "astrobiogen.train")
 SHORT = (
-    "--smoke", "--epochs=1", "--data.limit=16", "--evaluation.baselines=false", "--evaluation.ablation=false",
+    "--smoke", "--epochs=1", "--data.limit=16", "--evaluation.baselines=false", "--evaluation.ablation_limit=4",
     "--evaluation.bootstrap=0", "--optimizer.name=adamw8bit",
 )  # fmt: skip
 
@@ -47,6 +47,7 @@ def test_two_processes_train_a_sharded_model_that_one_can_evaluate(
     before = json.loads((folder / "metrics.json").read_text())
     after = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert after["total_loss"] == pytest.approx(before["total_loss"], rel=1e-5)
+    assert before["ablation"].keys() == after["ablation"].keys()
     assert after["model"]["all"]["accuracy"] == before["model"]["all"]["accuracy"]
 
 
