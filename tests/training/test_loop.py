@@ -1,6 +1,7 @@
 """The loop: it learns, stops when it should, keeps the best, survives a full disk, evaluates without side effects."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from astrobiogen.training import evaluation, loading, runtime
-from astrobiogen.training.config import CheckpointConfig, OptimizerConfig, StopConfig
-from astrobiogen.training.errors import CheckpointError
+from astrobiogen.training import evaluation, loading, runtime, session
+from astrobiogen.training.config import CheckpointConfig, OptimizerConfig, PrecisionConfig, StopConfig
+from astrobiogen.training.errors import CheckpointError, UserError
 from astrobiogen.training.monitor import read_log
 from tests.training.conftest import FEATURES, Run, ToyModel, ToySamples, collate, toy_config, toy_loss, toy_task
 
@@ -195,3 +196,21 @@ def test_workers_outlive_a_signal_to_the_process_group() -> None:
     assert [indices for indices, _ in loaded] == order
     for indices, batch in loaded:
         assert torch.equal(batch["planet_params"], ToySamples(5, 1).x[indices])
+
+
+def test_a_numerical_stop_writes_the_samples_down(make_run: MakeRun, tmp_path: Path) -> None:
+    def poisoned(outputs: dict[str, Any], batch: dict[str, Any]) -> Any:
+        loss, parts = toy_loss(outputs, batch)
+        return loss * math.nan, parts
+
+    config = toy_config(precision=PrecisionConfig(skip_budget=1))
+    run = make_run(config, task=dataclasses.replace(toy_task(config), loss_function=poisoned))
+    order = list(run.trainer.task.sampler.batches(0))
+    with pytest.raises(
+        UserError, match=r"2 updates in a row had NaN or Inf gradients.*nonfinite_report\.json"
+    ) as caught:
+        session._fit(run.trainer, tmp_path, config, CPU)
+    assert caught.value.exit_code == 1
+    report = json.loads((tmp_path / "nonfinite_report.json").read_text())
+    assert [update["batches"] for update in report["updates"]] == [order[:4], order[4:]]
+    assert report["updates"][0]["means"]["loss"] == "nan"
