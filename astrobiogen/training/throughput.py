@@ -1,6 +1,7 @@
 """Speed of a run: samples/s, tokens/s, and the share of the machine's own matrix-multiplication rate (MFU)."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import astrobiogen
-from astrobiogen.training import evaluation, loading, probe
+from astrobiogen.training import evaluation, loading, memory, plan, probe
 from astrobiogen.training.state import Task
 
+_LOG = logging.getLogger("astrobiogen")
 # A backward pass costs two forward passes: one product for the input's gradient, one for the weight's.
 _TRAINING_FACTOR = 3
 
@@ -66,9 +68,21 @@ def count_flops(model: nn.Module, loss_function: evaluation.LossFunction, batch:
 
 
 def measure(task: Task, device: torch.device, dtype: torch.dtype) -> Throughput:
-    """Count the operations of the first batch of epoch 0 and measure the device's rate in `dtype`."""
+    """Count the operations of the first batch of epoch 0 and measure the device's rate in `dtype`. A model that would
+    take long or too much memory for this one pass is not counted, which is said.
+    """
+    peak = probe.matmul_rate(device, dtype)
+    weights = next(task.model.parameters())
+    if weights.device.type == "cpu" and sum(value.numel() for value in task.model.parameters()) > plan.MEASURE_UP_TO:
+        _LOG.info("operations not counted, so no MFU: the model is too large for a pass on the CPU")
+        return Throughput(0.0, peak)
     indices = next(iter(task.sampler.batches(0)))
-    here = next(task.model.parameters()).device  # a model that is yet to be sharded is not on `device`
-    batch = loading.to_device(task.collate([task.train[index] for index in indices]), here)
-    flops = count_flops(task.model, task.loss_function, batch)
-    return Throughput(flops / len(indices), probe.matmul_rate(device, dtype))
+    batch = loading.to_device(task.collate([task.train[index] for index in indices]), weights.device)
+    try:
+        flops = count_flops(task.model, task.loss_function, batch)
+    except RuntimeError as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        _LOG.warning("operations not counted, so no MFU: too little memory for the plain implementations")
+        flops = 0
+    return Throughput(flops / len(indices), peak)

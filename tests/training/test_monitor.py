@@ -1,5 +1,6 @@
 """What a run tells: trackers, GPU statistics, rates, log files."""
 
+import dataclasses
 import json
 import logging
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from astrobiogen.training import precision, probe, throughput
+from astrobiogen.training import plan, precision, probe, throughput
 from astrobiogen.training.config import MonitorConfig, PrecisionConfig, TrainConfig
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.gpu import GpuSampler
@@ -260,6 +261,23 @@ def test_operations_are_counted_without_a_trace() -> None:
     assert model.training
     task = toy_task(toy_config())
     assert throughput.measure(task, CPU, torch.float32).flops_per_sample > 0
+
+
+def test_a_model_that_cannot_be_counted_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hungry(*_: Any) -> Any:
+        return torch.empty(2**55)
+
+    task = dataclasses.replace(toy_task(toy_config()), loss_function=hungry)
+    made = throughput.measure(task, CPU, torch.float32)
+    assert made.flops_per_sample == 0
+    assert made.peak > 0
+    assert "too little memory" in caplog.text
+    monkeypatch.setattr(plan, "MEASURE_UP_TO", 10)
+    with caplog.at_level(logging.INFO, "astrobiogen"):
+        assert throughput.measure(toy_task(toy_config()), CPU, torch.float32).flops_per_sample == 0
+    assert "too large for a pass on the CPU" in caplog.text
 
 
 def test_rates_are_in_the_log_and_cover_the_run(make_run: Any, tmp_path: Path) -> None:
