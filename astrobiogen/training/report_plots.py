@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -162,7 +163,8 @@ def gpus(records: Records) -> str:
 def roc(predictions: Mapping[str, metrics.Predictions]) -> str:
     """ROC curves of the model and the baselines."""
     figure, axis = _figure()
-    for (name, item), colour in zip(predictions.items(), (BLUE, GREY, ORANGE, GREEN, PURPLE), strict=False):
+    colours = itertools.cycle((BLUE, GREY, ORANGE, GREEN, PURPLE, "#bf3989", "#1b7c83"))
+    for (name, item), colour in zip(predictions.items(), colours, strict=False):
         order = np.argsort(-item.probability, kind="stable")
         positive = item.label[order] == 1
         if positive.all() or not positive.any():
