@@ -19,7 +19,7 @@ from benchmarks import peers
 from benchmarks.harness import Candidate, Work
 from benchmarks.runner import Bench
 
-SIZES = samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else samples.BENCHMARK_SIZES
+SIZES = samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else samples.BENCHMARK_SIZES[:1]
 # On a CPU without bf16 units eager's bf16 GEMMs take minutes here.
 BF16_CPU = (torch.bfloat16,) if torch.cpu._is_avx512_bf16_supported() else ()
 DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, *BF16_CPU)

@@ -62,15 +62,18 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Repeats: at least `rounds`, then on until `seconds` per candidate are spent or `max_rounds` are done."""
+    """Repeats: at least `rounds` (or `least_rounds`, where these take four times `seconds` per candidate), then on until
+    `seconds` per candidate are spent or `max_rounds` are done.
+    """
 
     rounds: int = 15
+    least_rounds: int = 5
     max_rounds: int = 200
     seconds: float = 0.25
     warmup: int = 3
 
 
-QUICK = Settings(rounds=3, max_rounds=5, seconds=0.05, warmup=1)
+QUICK = Settings(rounds=3, least_rounds=3, max_rounds=5, seconds=0.05, warmup=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +244,8 @@ def time_in_turns(calls: dict[str, Call], settings: Settings, device: torch.devi
     try:
         started = time.perf_counter()
         for done in range(settings.max_rounds):
-            if done >= settings.rounds and time.perf_counter() - started > settings.seconds * len(calls):
+            spent = (time.perf_counter() - started) / (settings.seconds * len(calls))
+            if (done >= settings.rounds and spent > 1.0) or (done >= settings.least_rounds and spent > 4.0):
                 break
             for name, call in calls.items():
                 wall, cpu = measure(call, flush)

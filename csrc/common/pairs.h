@@ -122,8 +122,14 @@ ASTRO_INLINE bool can_stream(const T* p, int64_t row, int64_t total) {
 #if defined(__SSE2__)
 ASTRO_INLINE void stream_bytes(void* p, u32x8 v) {
   __m128i* to = static_cast<__m128i*>(p);
+#if defined(__clang__) || __GNUC__ >= 12
   _mm_stream_si128(to, (__m128i)__builtin_shufflevector(v, v, 0, 1, 2, 3));
   _mm_stream_si128(to + 1, (__m128i)__builtin_shufflevector(v, v, 4, 5, 6, 7));
+#else  // right, but through the stack
+  __m128i half[2];
+  std::memcpy(half, &v, sizeof(v));
+  for (int k = 0; k < 2; ++k) _mm_stream_si128(to + k, half[k]);
+#endif
 }
 
 // Only the AVX-512 level has 16 lanes.
