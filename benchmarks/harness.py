@@ -62,8 +62,8 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Repeats: at least `rounds` (or `least_rounds`, where these take four times `seconds` per candidate), then on until
-    `seconds` per candidate are spent or `max_rounds` are done.
+    """Repeats: at least `rounds` (or `least_rounds`, where these take four times `seconds` per candidate), then on
+    until `seconds` per candidate are spent or `max_rounds` are done.
     """
 
     rounds: int = 15
