@@ -117,7 +117,7 @@ class RebuiltDatacubeCNN(nn.Module):
         if config.use_vit_features:
             pooled = torch.cat([pooled, self.vit(stem)], dim=-1)
         outputs: dict[str, Any] = {"features": self.feature_norm(self.to_features(self.dropout(pooled)))}
-        outputs |= self._score(self.decoder.hidden(deep), patches, epoch_mask)
+        outputs |= self._score(self.decoder.hidden(deep), patches, cube, epoch_mask)
         if return_prediction:
             outputs["prediction"] = self.decoder(deep)
         return outputs
@@ -136,13 +136,15 @@ class RebuiltDatacubeCNN(nn.Module):
         mean = torch.einsum("bcgz,bg->bcz", per_epoch, weights / weights.sum(1, keepdim=True).clamp(min=1.0))
         return torch.cat([per_epoch[:, :, -1].flatten(1), mean.flatten(1)], dim=-1)
 
-    def _score(self, hidden: torch.Tensor, patches: torch.Tensor, epoch_mask: torch.Tensor) -> dict[str, Any]:
+    def _score(
+        self, hidden: torch.Tensor, patches: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor
+    ) -> dict[str, Any]:
         """Reconstruction error and physics violations per sample."""
         error = self.decoder.squared_error(hidden, patches).mean((3, 4, 5))
         blocks = _pool_mask(epoch_mask, self.config.patch_size[1])
         violations: dict[str, torch.Tensor] = {}
         if self.config.use_physics_constraints:
-            water, energy, missing = self.patch_budgets(self.decoder, hidden, patches)
+            water, energy, missing = self.patch_budgets(self.decoder, hidden, *self.budgets.anomaly(cube.detach()))
             violations = {
                 "water": over_epochs(water.square(), epoch_mask),
                 "energy": over_epochs(energy.square(), epoch_mask),

@@ -95,6 +95,8 @@ class PatchBudgets(nn.Module):
 
     weights: torch.Tensor
     dry_limit: torch.Tensor
+    water_scale: torch.Tensor
+    energy_scale: torch.Tensor
 
     def __init__(self, budgets: AtmosphereBudgets, config: DatacubeConfig) -> None:
         super().__init__()
@@ -118,25 +120,32 @@ class PatchBudgets(nn.Module):
         )
         dry = (water * budgets.dry_limit[:, None, None])[..., :pc].reshape(grid[2], pl, grid[3], pr, pc).sum((1, 3, 4))
         self.register_buffer("dry_limit", dry.contiguous(), persistent=False)
+        self.register_buffer("water_scale", budgets.water_scale.clone(), persistent=False)
+        self.register_buffer("energy_scale", budgets.energy_scale.clone(), persistent=False)
 
     def forward(
-        self, decoder: PatchDecoder, hidden: torch.Tensor, patches: torch.Tensor
+        self, decoder: PatchDecoder, hidden: torch.Tensor, water: torch.Tensor, energy: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(water, energy, negative humidity), relative differences [B, months, epochs] in fp32.
 
         Args:
             decoder: the linear decoder.
             hidden: [B, *stem grid, C].
-            patches: the input, [B, *stem grid, K]; no gradient flows to it.
+            water: [B, months, epochs] to agree with, of `AtmosphereBudgets.anomaly`.
+            energy: the same.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = decoder.augmented(hidden)
             through = torch.einsum("zykmq,kc->zycmq", self.weights, weight)
             decoded = torch.einsum("btgzyxc,zycmq->btgzyxmq", rows, through)
-            given = torch.einsum("btgzyxk,zykmq->btgmq", at_least_float32(patches.detach()), self.weights)
-            difference = decoded.sum((3, 4, 5)) - given
+            sums = decoded.sum((3, 4, 5))
             missing = (decoded[..., 0] + self.dry_limit[:, :, None, None]).clamp(max=0.0).sum((3, 4, 5))
-        return self._months(difference[..., 0]), self._months(difference[..., 1]), self._months(missing)
+            given = (water / self.water_scale, energy / self.energy_scale)
+        return (
+            self._months(sums[..., 0]) - given[0],
+            self._months(sums[..., 1]) - given[1],
+            self._months(missing),
+        )
 
     def _months(self, values: torch.Tensor) -> torch.Tensor:
         """[B, t, g, pm · pe] -> [B, months, epochs]."""

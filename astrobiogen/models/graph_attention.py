@@ -31,16 +31,17 @@ class EdgeAttention(nn.Module):
     ) -> torch.Tensor:
         """Attend: x [N, C]; receiver, sender int64 [M] (every edge once per direction); bias [M, heads]."""
         nodes, width = x.shape
-        per_head = (-1, self.heads, width // self.heads)
-        q = (self.q_proj(x) * per_head[2] ** -0.5).index_select(0, receiver).view(per_head)
+        q = (self.q_proj(x) * (width // self.heads) ** -0.5).index_select(0, receiver)
         k, v = self.kv_proj(x).index_select(0, sender).chunk(2, dim=-1)
-        scores = at_least_float32((q * k.view(per_head)).sum(-1)) + bias
+        # Sums over a head's columns, and one number per head spread over them, as products with a 0/1 matrix: a
+        # broadcast over [M, heads, 8] runs eight elements at a time.
+        spread = torch.eye(self.heads, dtype=q.dtype, device=q.device).repeat_interleave(width // self.heads, dim=1)
+        scores = at_least_float32((q * k) @ spread.t()) + bias
         highest = segment_max(scores, receiver, nodes)
         weights = (scores - highest.index_select(0, receiver)).exp()
         total = segment_sum(weights, receiver, nodes).clamp(min=torch.finfo(torch.float32).tiny)
-        messages = (weights.to(x.dtype)[..., None] * v.view(per_head)).flatten(1)
-        mixed = segment_sum(messages, receiver, nodes).view(per_head) / total.to(x.dtype)[..., None]
-        return self.o_proj(mixed.flatten(1))
+        messages = (weights.to(v.dtype) @ spread) * v
+        return self.o_proj(segment_sum(messages, receiver, nodes) * (total.reciprocal().to(v.dtype) @ spread))
 
 
 class GlobalPool(nn.Module):

@@ -171,12 +171,13 @@ class RebuiltGraphVAE(nn.Module):
         receiver = torch.cat([graph.target, graph.source])
         sender = torch.cat([graph.source, graph.target])
         biases = self.attribute_bias(graph.edge_attr) + self.laplacian_bias(products)
-        biases = biases.view(-1, 2, config.num_layers, config.heads).unbind(2)
+        biases = (
+            biases.view(-1, 2, config.num_layers, config.heads).permute(2, 1, 0, 3).flatten(1, 2)
+        )  # [L, 2 E, heads]
         x = self.embed_nodes(graph.x) + self.embed_structure(graph)
-        for layer, bias in zip(self.layers, biases):
-            both = torch.cat([bias[:, 0], bias[:, 1]])
+        for layer, bias in zip(self.layers, biases.unbind(0)):
             x = maybe_checkpoint(
-                config.use_gradient_checkpointing, layer, x, receiver, sender, both, graph.graph_of_node, graph.n_graphs
+                config.use_gradient_checkpointing, layer, x, receiver, sender, bias, graph.graph_of_node, graph.n_graphs
             )
         x = self.final_norm(x)
         pooled = self.readout_pool(x, graph.graph_of_node, graph.n_graphs)

@@ -96,8 +96,14 @@ class AtmosphereBudgets(nn.Module):
     def anomaly(self, field: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Budgets less those of the mean field; linear in `field`, so differences lose no digits."""
         check_axes("field", field, AXES, self.sizes)
-        water = at_least_float32(field[:, self.humidity].flatten(3)) @ self.water_weight
-        heat = at_least_float32(field[:, self.temperature].flatten(3)) @ self.heat_weight
+        with torch.autocast(field.device.type, enabled=False):  # sums of 20,000 cells need fp32
+            water, heat = (
+                # rows of one sample lie together: a batched product reads them in place, a flattened one copies
+                torch.matmul(at_least_float32(field[:, variable].flatten(3).flatten(1, 2)), weight[:, None]).view(
+                    field.shape[0], *field.shape[2:4]
+                )
+                for variable, weight in ((self.humidity, self.water_weight), (self.temperature, self.heat_weight))
+            )
         return water, heat + LATENT_HEAT * water
 
     def violations(

@@ -114,7 +114,7 @@ def test_patch_errors_and_budgets_equal_those_of_the_decoded_field() -> None:
     hidden, patches, field = decoder.hidden(deep), patchify(cube, config.patch_size), decoder(deep)
     error = decoder.squared_error(hidden, patches).mean((1, 2, 3, 4, 5))
     torch.testing.assert_close(error, (field - cube).square().mean((1, 2, 3, 4, 5, 6)))
-    water, energy, _ = summed(decoder, hidden, patches)
+    water, energy, _ = summed(decoder, hidden, *budgets.anomaly(cube))
     found = budgets.violations(field, cube)
     torch.testing.assert_close(water.square().mean((1, 2)), found["water"])
     torch.testing.assert_close(energy.square().mean((1, 2)), found["energy"])
@@ -132,10 +132,10 @@ def test_negative_patches_are_a_violation() -> None:
     decoder, summed = PatchDecoder(6, config), PatchBudgets(budgets, config)
     torch.nn.init.zeros_(decoder.decode.weight)
     hidden = torch.randn(1, 2, 2, 3, 2, 2, 6)
-    patches = torch.zeros(1, 2, 2, 3, 2, 2, 2 * 16)
+    given = torch.zeros(1, 4, 2), torch.zeros(1, 4, 2)
     decoder.decode.bias.data.fill_(0.0)
-    assert summed(decoder, hidden, patches)[2].abs().max() == 0.0
+    assert summed(decoder, hidden, *given)[2].abs().max() == 0.0
     decoder.decode.bias.data.fill_(-3.0)
-    dry = summed(decoder, hidden, patches)[2]
+    dry = summed(decoder, hidden, *given)[2]
     full = budgets.violations(decoder(hidden.new_zeros(1, 6, 2, 2, 3, 2, 2)), torch.zeros(1, 2, 4, 2, 3, 4, 8))
     torch.testing.assert_close(dry.square().mean((1, 2)), full["negative_humidity"])
