@@ -107,7 +107,8 @@ def main() -> int:
         writer.writerow(["update", *names, *(f"fused seed {seed}" for seed in range(len(fused)))])
         writer.writerows([step, *row] for step, row in enumerate(torch.cat([reference, fused]).t().tolist()))
     sys.stdout.write(
-        f"largest difference {difference:.2e}, mean deviation over seeds {spread:.2e}, ratio {difference / spread:.1e}\n"
+        f"largest difference {difference:.2e}, mean deviation over seeds {spread:.2e}, "
+        f"ratio {difference / spread:.1e}\n"
     )
     return int(not difference < 0.1 * spread)
 
