@@ -11,27 +11,39 @@ from astrobiogen import ops
 @dataclasses.dataclass
 class KeyValueCache:
     """Keys and values of the positions seen so far, in buffers of fixed length; filled in place by
-    `GroupedQueryAttention`.
+    `GroupedQueryAttention`. For inference: nothing is differentiated through it.
 
     Attributes:
-        keys: [B, capacity, kv heads, D], already rotated.
+        keys: [B, capacity, kv heads, D], already rotated, so that no key is rotated twice.
         values: [B, capacity, kv heads, D].
-        length: number of filled positions.
+        length: number of filled positions; set it back to drop the last ones (0 empties the cache).
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     length: int = 0
 
+    @property
+    def capacity(self) -> int:
+        """Positions that the buffers hold."""
+        return self.keys.shape[1]
+
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store [B, S, kv heads, D] behind what is there and return views of everything filled.
 
         Raises:
-            ValueError: the capacity is exceeded.
+            ValueError: the capacity is exceeded, or the shapes do not fit the buffers.
+            RuntimeError: `keys` or `values` carries a gradient, which writing into the buffers would lose.
         """
+        batch, capacity, heads, dim = self.keys.shape
+        for name, new in (("keys", keys), ("values", values)):
+            if new.dim() != 4 or (new.shape[0], *new.shape[2:]) != (batch, heads, dim) or new.shape[1] != keys.shape[1]:
+                raise ValueError(f"{name} must be [{batch}, S, {heads}, {dim}] as the cache's, got {tuple(new.shape)}")
+            if torch.is_grad_enabled() and new.requires_grad:
+                raise RuntimeError(f"{name} requires a gradient, but the cache serves inference: use torch.no_grad()")
         end = self.length + keys.shape[1]
-        if end > self.keys.shape[1]:
-            raise ValueError(f"the cache holds {self.keys.shape[1]} positions, {end} are needed")
+        if end > capacity:
+            raise ValueError(f"the cache holds {capacity} positions, {end} are needed")
         self.keys[:, self.length : end] = keys
         self.values[:, self.length : end] = values
         self.length = end
@@ -51,13 +63,18 @@ class GroupedQueryAttention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key/value heads, divides `num_heads`; default `num_heads` (plain multi-head attention).
         head_dim: default hidden_size / num_heads; any size, also 68.
-        bias: biases on q, k and v (as Qwen2); `o_proj` has none.
+        bias: biases on q, k and v (as Qwen2).
         causal: each position sees itself and earlier ones.
         window: each position sees only the last `window` positions, itself included.
         softcap: scores are capped as softcap · tanh(score / softcap).
+        output_bias: a bias on `o_proj` (Llama with `attention_bias` has it together with the other three).
+        interleaved: rotary pairs are columns (2i, 2i + 1) instead of (i, i + rotary/2).
+        scale: factor of the scores; default head_dim^(-1/2).
+
+    There is no attention dropout: see `ops.attention`.
 
     Raises:
-        ValueError: sizes do not divide; from `forward`, the last axis of `x` is not `hidden_size`.
+        ValueError: sizes do not divide; from `forward`, an argument does not fit.
     """
 
     def __init__(
@@ -71,6 +88,9 @@ class GroupedQueryAttention(nn.Module):
         window: int | None = None,
         softcap: float | None = None,
         *,
+        output_bias: bool = False,
+        interleaved: bool = False,
+        scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -89,46 +109,84 @@ class GroupedQueryAttention(nn.Module):
         self.causal = causal
         self.window = window
         self.softcap = softcap
+        self.interleaved = interleaved
+        self.scale = scale
         q_size, kv_size = num_heads * self.head_dim, kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, q_size, bias=bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(hidden_size, kv_size, bias=bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(hidden_size, kv_size, bias=bias, device=device, dtype=dtype)
-        self.o_proj = nn.Linear(q_size, hidden_size, bias=False, device=device, dtype=dtype)
+        self.o_proj = nn.Linear(q_size, hidden_size, bias=output_bias, device=device, dtype=dtype)
 
     def forward(
         self,
         x: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: KeyValueCache | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend within `x` [B, S, hidden]; with `cache`, `x` holds the positions after the cached ones.
 
         Args:
             x: [B, S, hidden_size].
-            position_embeddings: (cos, sin), each [S, rotary/2] or [B, S, rotary/2], the angles of the positions in `x`.
+            position_embeddings: (cos, sin), each [S, rotary/2] or [B, S, rotary/2], the angles of the positions in `x`;
+                with `position_ids` tables [L, rotary/2] of all positions (`ops.rope_frequencies`).
             cache: extended in place; for inference, without gradients.
+            position_ids: int32 or int64 [S] or [B, S], rows of the tables (`ops.rope_positions` for packed sequences).
+            cu_seqlens: int32 or int64 [n + 1], bounds of sequences packed along S; needs B = 1 and no cache.
+
+        Returns:
+            [B, S, hidden_size].
         """
         if x.dim() != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be [batch, sequence, hidden = {self.hidden_size}], got {tuple(x.shape)}")
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("cu_seqlens and cache exclude each other: the cache holds one sequence per batch entry")
+        cos, sin = self._angles(position_embeddings, position_ids)
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
-        cos, sin = (None, None) if position_embeddings is None else position_embeddings
         if cache is not None:  # keys are cached rotated, so the op must not rotate them again
             if cos is not None and sin is not None:
-                q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+                q, k = (ops.rope(heads, cos, sin, self.interleaved) for heads in (q, k))
                 cos = sin = None
             k, v = cache.append(k, v)
-        out = ops.attention(q, k, v, cos=cos, sin=sin, causal=self.causal, window=self.window, softcap=self.softcap)
+        out = ops.attention(
+            q,
+            k,
+            v,
+            cos=cos,
+            sin=sin,
+            causal=self.causal,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            cu_seqlens=cu_seqlens,
+            interleaved=self.interleaved,
+        )
         return self.o_proj(out.reshape(batch, length, self.num_heads * self.head_dim))
 
+    def _angles(
+        self, tables: tuple[torch.Tensor, torch.Tensor] | None, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if position_ids is None:
+            return (None, None) if tables is None else tables
+        if tables is None:
+            raise ValueError("position_ids need position_embeddings: tables [L, rotary/2] whose rows they name")
+        return ops.rope_gather(*tables, position_ids)
+
     def new_cache(self, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
-        """An empty cache for `batch` sequences of at most `capacity` positions."""
-        shape = (batch, capacity, self.num_kv_heads, self.head_dim)
-        return KeyValueCache(
-            torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        )
+        """An empty cache for `batch` sequences of at most `capacity` positions.
+
+        A head starts every 16 bytes, whatever its width (68 columns of bf16 take 72), so that 16 bytes can be
+        loaded at a time.
+        """
+        columns = 16 // dtype.itemsize
+        width = -(-self.head_dim // columns) * columns
+        buffers = torch.zeros((2, batch, capacity, self.num_kv_heads, width), device=device, dtype=dtype)
+        return KeyValueCache(*buffers[..., : self.head_dim])
 
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""
