@@ -1,6 +1,7 @@
 """The catalogue of operators: every public function of `astrobiogen.kernels`, one line each."""
 
 from astrobiogen.kernels.attention.op import attention as attention
+from astrobiogen.kernels.conv_nd.norm import conv_nd_norm as conv_nd_norm
 from astrobiogen.kernels.conv_nd.op import conv_nd as conv_nd
 from astrobiogen.kernels.conv_nd.op import conv_transpose_nd as conv_transpose_nd
 from astrobiogen.kernels.linear_cross_entropy.op import linear_cross_entropy as linear_cross_entropy

@@ -140,10 +140,10 @@ void accumulate(Tensor& total, const Tensor& result, const std::vector<int64_t>&
 
 }  // namespace
 
-Tensor add_halo(Tensor rows, const Geometry& g, bool pole_only) {
+Tensor add_halo(Tensor rows, const Geometry& g, Halo which) {
   for (int64_t axis = 0; axis < g.axes(); ++axis) {
     const int64_t mode = g.mode[axis], pad = g.padding[axis], dim = axis + 1, size = rows.size(dim);
-    if (mode == kZeros || pad == 0 || (pole_only && mode != kPole)) continue;
+    if (mode == kZeros || pad == 0 || (which == Halo::kFarPoles && !far_pole(g, axis))) continue;
     Tensor left, right;
     if (mode == kCircular) {
       left = rows.narrow(dim, size - pad, pad), right = rows.narrow(dim, 0, pad);
@@ -189,7 +189,7 @@ Tensor fold_halo(Tensor grad, const Geometry& g) {
 }
 
 Tensor compose_forward(const Tensor& x, const Tensor& whole_weight, const Geometry& geometry) {
-  const Tensor rows = add_halo(x, geometry, false);
+  const Tensor rows = add_halo(x, geometry, Halo::kAll);
   const Crop cropped = crop(geometry.after_halo(), spatial(rows), whole_weight.sizes().slice(2));
   const Geometry& g = cropped.geometry;
   const Tensor weight = crop_weight(whole_weight, cropped);
@@ -236,7 +236,7 @@ Tensor compose_transpose(const Tensor& grad, const Tensor& whole_weight, const G
 }
 
 Tensor compose_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef kernel, const Geometry& geometry) {
-  const Tensor rows = add_halo(x, geometry, false);
+  const Tensor rows = add_halo(x, geometry, Halo::kAll);
   const Crop cropped = crop(geometry.after_halo(), spatial(rows), kernel);
   const Geometry& g = cropped.geometry;
   const Inner inner(g);

@@ -1,15 +1,15 @@
-// Own CPU forward convolution: one output row at a time, only live taps, bias and activation before the store.
+// Own CPU forward convolution: tiles of output rows, only live taps, pairs of outputs by F(2,3) where axes allow, the epilogue before the store.
 //
-// Register block: 6 positions x 16 channels under AVX2 (12 of 16 registers hold sums), 12 x 16 under AVX-512; per weight vector 6 (12) broadcasts of x.
-// A row's taps are walked in chunks whose weights and input lines stay in L2; between chunks the sums wait in a [blocks, positions, 16] buffer.
+// A unit of work is a few neighbouring tiles and at most kSegment positions of the last axis. Per point and per chunk of outer taps, the input lines
+// are built once (sums of up to four rows, fp32, with the last axis' halo), then register blocks run over taps and channels as one contiguous run.
+// Register block: 8 positions x 32 channels under AVX-512 (16 of 32 registers hold sums; 2 weight loads and 8 broadcasts per 16 FMA), 16 x 16 where a
+// group has at most 16 channels, 6 x 16 under AVX2.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <atomic>
 #include <vector>
 
-#include "common/math.h"
-#include "conv_nd_direct.h"
+#include "conv_nd_norm.h"
 
 namespace astrobiogen::conv_nd {
 
@@ -17,175 +17,266 @@ using at::Tensor;
 
 namespace {
 
-// Weights and input lines of one chunk of taps: half of the 512 KiB L2 of the smallest server cores.
+// Weights of one chunk of taps and the lines they meet: half of the 512 KiB L2 of the smallest server cores.
 constexpr int64_t kChunkBytes = 256 * 1024;
-// Positions of one unit of work: bounds the buffer of sums (128 x 16 x 4 B = 8 KiB per block) and feeds threads when rows are few and long.
+// Positions of one unit along the last axis: bounds the sums and feeds threads when rows are few and long.
 constexpr int64_t kSegment = 128;
+// Weights beyond L2 are streamed once per unit: this many positions share a stream.
+constexpr int64_t kSharePositions = 256;
+constexpr int64_t kSmallWeightBytes = 512 * 1024;
 
 struct Job {
   const Plan* plan;
-  const float* weight;  // [blocks][kernel_rows][row_taps][16]
-  const float* bias;    // [outputs] or null
-  int64_t activation, segments, segment;
-  void *y, *kept;       // kept may be null
-  at::ScalarType dtype;
+  const void* x;
+  at::ScalarType dtype;  // of x, y and kept
+  const float* weight;  // [points][blocks][taps][row_taps][block]
+  Epilogue epilogue;
+  int64_t unit_tiles, segments, segment, chunk;
 };
 
-ASTRO_INLINE simd::f32x16 gelu(simd::f32x16 x) {
-  using namespace simd;
-  // Phi(x) from erfc(z), z = |x| / sqrt 2, by the rational Chebyshev fit of Press et al., Numerical Recipes 2nd ed., 6.2 (relative error 1.2e-7).
-  const f32x16 z = abs(x) * 0.70710678118654752f, t = 1.0f / (1.0f + 0.5f * z);
-  f32x16 p = t * 0.17087277f - 0.82215223f;
-  p = p * t + 1.48851587f;
-  p = p * t - 1.13520398f;
-  p = p * t + 0.27886807f;
-  p = p * t - 0.18628806f;
-  p = p * t + 0.09678418f;
-  p = p * t + 0.37409196f;
-  p = p * t + 1.00002368f;
-  p = p * t - 1.26551223f;
-  const f32x16 tail = 0.5f * t * exp(p - z * z);
-  const f32x16 bounded = z > 14.0f ? splat(0.0f) : tail;  // z = Inf would give Inf - Inf above
-  return x * (x < 0.0f ? bounded : 1.0f - bounded);
-}
+struct Tap {
+  const float* x;
+  int64_t tap;
+};
 
-template <typename Vec, int M>
-ASTRO_INLINE void block(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset, int64_t position, float* sums) {
-  constexpr int64_t kWidth = sizeof(Vec) / sizeof(float);
-  constexpr int kParts = kBlock / kWidth;
-  Vec acc[M][kParts];
+struct Scratch {
+  std::vector<float> lines, sums, outputs;  // outputs: of one tile, before a norm
+  std::vector<Tap> taps;             // [unit_tiles][chunk]
+  std::vector<int64_t> live;         // per tile: taps of this chunk
+  std::vector<char> started;         // per tile: its sums of this point hold numbers
+};
+
+template <typename Vec, int N, int M>
+ASTRO_INLINE void block(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset, float* sums, bool fresh) {
+  constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
+  Vec acc[M][N];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < kParts; ++v) acc[m][v] = load_as<Vec>(sums + m * kBlock + v * kWidth);
+    for (int v = 0; v < N; ++v) acc[m][v] = fresh ? Vec{} : load_as<Vec>(sums + m * kBlock + v * kWidth);
   const int64_t step = plan.position_step;
   for (int64_t at = 0; at < count; ++at) {
-    const float* w = weight + taps[at].kernel_row * plan.row_taps * kBlock;
-    const float* line = taps[at].x + offset + position * step;
+    const float* w = weight + taps[at].tap * plan.row_taps * kBlock;
+    const float* line = taps[at].x + offset;
     for (int64_t run = 0; run < plan.run_count; ++run, line += plan.run_step) {
       const float* x = line;
       for (int64_t i = 0; i < plan.run_length; ++i, ++x, w += kBlock) {
-        Vec value[kParts];
-        for (int v = 0; v < kParts; ++v) value[v] = load_as<Vec>(w + v * kWidth);
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < kParts; ++v) acc[m][v] += value[v] * x[m * step];
+        Vec value[N];
+        for (int v = 0; v < N; ++v) value[v] = load_as<Vec>(w + v * kWidth);
+        for (int m = 0; m < M; ++m) {
+          const float scale = x[m * step];
+          for (int v = 0; v < N; ++v) acc[m][v] += value[v] * scale;
+        }
       }
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < kParts; ++v) store_as<Vec>(sums + m * kBlock + v * kWidth, acc[m][v]);
+    for (int v = 0; v < N; ++v) store_as<Vec>(sums + m * kBlock + v * kWidth, acc[m][v]);
 }
 
-template <typename Vec, int M>
-ASTRO_INLINE void positions(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset, int64_t begin, int64_t end,
-                            float* sums) {
-  int64_t p = begin;
+template <typename Vec, int N, int M>
+ASTRO_INLINE void positions(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count, float* sums, bool fresh) {
+  constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
+  int64_t p = 0;
+  const auto step = [&]<int Size>() ASTRO_INLINE_LAMBDA {
+    block<Vec, N, Size>(plan, taps, live, weight, offset + p * plan.position_step, sums + p * kBlock, fresh);
+    p += Size;
+  };
   // Eight left over: 4 + 4 keeps more registers busy than 6 + 2.
-  for (; end - p >= M && !(M == 6 && end - p == 8); p += M) block<Vec, M>(plan, taps, count, weight, offset, p, sums + (p - begin) * kBlock);
-  for (; end - p >= 4; p += 4) block<Vec, 4>(plan, taps, count, weight, offset, p, sums + (p - begin) * kBlock);
-  for (; end - p >= 2; p += 2) block<Vec, 2>(plan, taps, count, weight, offset, p, sums + (p - begin) * kBlock);
-  for (; p < end; ++p) block<Vec, 1>(plan, taps, count, weight, offset, p, sums + (p - begin) * kBlock);
+  while (count - p >= M && !(M == 6 && count - p == 8)) step.template operator()<M>();
+  if constexpr (M > 8)
+    while (count - p >= 8) step.template operator()<8>();
+  while (count - p >= 4) step.template operator()<4>();
+  while (count - p >= 2) step.template operator()<2>();
+  while (p < count) step.template operator()<1>();
 }
 
-template <typename T>
-ASTRO_INLINE void put(T* p, simd::f32x16 v, int64_t lanes) {
-  if (lanes == kBlock) simd::store(p, v);
-  else simd::store_partial(p, v, lanes);
-}
-
-template <typename T>
-ASTRO_INLINE void epilogue(const Job& job, const float* sums, int64_t first, int64_t count, int64_t channel, int64_t lanes) {
-  using namespace simd;
-  const int64_t outputs = job.plan->outputs;
-  T* y = static_cast<T*>(job.y) + first * outputs + channel;
-  T* kept = job.kept == nullptr ? nullptr : static_cast<T*>(job.kept) + first * outputs + channel;
-  for (int64_t p = 0; p < count; ++p) {
-    f32x16 v = load(sums + p * kBlock);
-    if (kept != nullptr) put(kept + p * outputs, v, lanes);
-    if (job.activation == kSilu) v = v * sigmoid(v);
-    if (job.activation == kGelu) v = gelu(v);
-    put(y + p * outputs, v, lanes);
+// The outputs of one tile at one position and vector from its points, `step` floats apart.
+template <typename Vec, int Pairs>
+ASTRO_INLINE void gather(const float* sums, int64_t step, Vec* out) {
+  if constexpr (Pairs == 0) {
+    out[0] = load_as<Vec>(sums);
+  } else if constexpr (Pairs == 1) {
+    const Vec m1 = load_as<Vec>(sums + step), m2 = load_as<Vec>(sums + 2 * step);
+    out[0] = load_as<Vec>(sums) + m1 + m2;
+    out[1] = m1 - m2 - load_as<Vec>(sums + 3 * step);
+  } else {
+    Vec first[4], second[4];
+    for (int j = 0; j < 4; ++j) {
+      const Vec m1 = load_as<Vec>(sums + (4 + j) * step), m2 = load_as<Vec>(sums + (8 + j) * step);
+      first[j] = load_as<Vec>(sums + j * step) + m1 + m2;
+      second[j] = m1 - m2 - load_as<Vec>(sums + (12 + j) * step);
+    }
+    out[0] = first[0] + first[1] + first[2], out[1] = first[1] - first[2] - first[3];
+    out[2] = second[0] + second[1] + second[2], out[3] = second[1] - second[2] - second[3];
   }
 }
 
-template <typename Vec, int M, typename T>
-ASTRO_INLINE void unit(const Job& job, int64_t index, std::vector<Tap>& taps, float* buffer) {
+// Where a tile's outputs go: row `rows[which]` (none if negative) of `width` positions, from position `begin` on.
+struct Target {
+  const Epilogue* epilogue;
+  at::ScalarType dtype;
+  const int64_t* rows;
+  int64_t width, begin, count;
+};
+
+template <typename Vec, typename T, int Pairs>
+ASTRO_INLINE void store_tile(const Job& job, const Target& t, const float* sums) {
+  constexpr int64_t kWidth = sizeof(Vec) / sizeof(float);
+  constexpr int kRows = 1 << Pairs;
   const Plan& plan = *job.plan;
-  const int64_t row = index / job.segments, begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width);
-  const int64_t stride = job.segment * kBlock;
-  live_taps(plan, row, taps);
+  const Epilogue& e = *t.epilogue;
+  const int64_t block_step = job.segment * plan.block, point_step = job.unit_tiles * plan.blocks * block_step;
   for (int64_t b = 0; b < plan.blocks; ++b) {
-    const int64_t inside = b % plan.group_blocks * kBlock, channel = b / plan.group_blocks * plan.group_outputs + inside;
-    const int64_t lanes = std::min(kBlock, plan.group_outputs - inside);
-    simd::f32x16 bias = simd::splat(0.0f);
-    if (job.bias != nullptr) bias = lanes == kBlock ? simd::load(job.bias + channel) : simd::load_partial(job.bias + channel, lanes);
-    for (int64_t p = 0; p < end - begin; ++p) simd::store(buffer + b * stride + p * kBlock, bias);
-  }
-  const int64_t live = static_cast<int64_t>(taps.size());
-  const int64_t tap_bytes = 4 * (plan.row_taps * kBlock + (end - begin) * plan.position_step);
-  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / tap_bytes);
-  for (int64_t at = 0; at < std::max<int64_t>(1, live); at += chunk) {
-    const int64_t count = std::min(chunk, live - at);
-    for (int64_t b = 0; b < plan.blocks; ++b) {
-      const int64_t group = b / plan.group_blocks, inside = b % plan.group_blocks * kBlock;
-      const float* weight = job.weight + b * plan.kernel_rows * plan.row_taps * kBlock;
-      positions<Vec, M>(plan, taps.data() + at, count, weight, group * plan.group_channels, begin, end, buffer + b * stride);
-      if (at + chunk >= live)
-        epilogue<T>(job, buffer + b * stride, row * plan.out_width + begin, end - begin, group * plan.group_outputs + inside,
-                    std::min(kBlock, plan.group_outputs - inside));
+    const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
+    for (int64_t v = 0; v < plan.block; v += kWidth) {
+      const int64_t at = channel + v, lanes = std::min<int64_t>(kWidth, plan.group_outputs - inside - v);
+      if (lanes <= 0) break;
+      const Vec bias = e.bias == nullptr ? Vec{} : load_lanes<Vec>(e.bias + at, lanes, 0.0f);
+      const float* from = sums + b * block_step + v;
+      for (int64_t p = 0; p < t.count; ++p, from += plan.block) {
+        Vec out[kRows];
+        gather<Vec, Pairs>(from, point_step, out);
+        for (int which = 0; which < kRows; ++which) {
+          if (t.rows[which] < 0) continue;
+          const Vec z = out[which] + bias;
+          const int64_t target = (t.rows[which] * t.width + t.begin + p) * plan.outputs + at;
+          if (e.kept != nullptr) put(static_cast<T*>(e.kept) + target, z, lanes, e.streamed);
+          put(static_cast<T*>(e.y) + target, activate(z, e.activation), lanes, e.streamed);
+        }
+      }
     }
   }
 }
 
-template <typename Vec, int M>
-ASTRO_INLINE void unit_any(const Job& job, int64_t index, std::vector<Tap>& taps, float* buffer) {
-  if (job.dtype == at::kFloat) unit<Vec, M, float>(job, index, taps, buffer);
-  else if (job.dtype == at::kBFloat16) unit<Vec, M, c10::BFloat16>(job, index, taps, buffer);
-  else unit<Vec, M, c10::Half>(job, index, taps, buffer);
+template <typename Vec, typename T>
+ASTRO_INLINE void store_pairs(const Job& job, const Target& t, const float* sums) {
+  if (job.plan->pairs == 0) store_tile<Vec, T, 0>(job, t, sums);
+  else if (job.plan->pairs == 1) store_tile<Vec, T, 1>(job, t, sums);
+  else store_tile<Vec, T, 2>(job, t, sums);
 }
 
-ASTRO_MULTIVERSION void unit_eight(const Job& job, int64_t index, std::vector<Tap>& taps, float* buffer) {
-  unit_any<f32x8, 6>(job, index, taps, buffer);
-}
-ASTRO_MULTIVERSION void unit_sixteen(const Job& job, int64_t index, std::vector<Tap>& taps, float* buffer) {
-  unit_any<simd::f32x16, 12>(job, index, taps, buffer);
+template <typename Vec>
+ASTRO_INLINE void store_any(const Job& job, const Target& t, const float* sums) {
+  if (t.dtype == at::kFloat) store_pairs<Vec, float>(job, t, sums);
+  else if (t.dtype == at::kBFloat16) store_pairs<Vec, c10::BFloat16>(job, t, sums);
+  else store_pairs<Vec, c10::Half>(job, t, sums);
 }
 
-// [O, C / groups, *kernel] -> [blocks][kernel_rows][row_taps][16], absent channels zero.
-Tensor pack(const Tensor& weight, const Plan& plan) {
-  const Tensor rows = weight.to(at::kFloat).reshape({plan.outputs, plan.group_channels, plan.kernel_rows, plan.taps_w}).permute({0, 2, 3, 1}).contiguous();
-  Tensor packed = at::empty({plan.blocks, plan.kernel_rows, plan.row_taps, kBlock}, rows.options());
-  const int64_t span = plan.kernel_rows * plan.row_taps;
-  const float* from = rows.const_data_ptr<float>();
-  float* to = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, plan.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t inside = b % plan.group_blocks * kBlock, channel = b / plan.group_blocks * plan.group_outputs + inside;
-      for (int64_t lane = 0; lane < kBlock; ++lane)
-        for (int64_t k = 0; k < span; ++k)
-          to[(b * span + k) * kBlock + lane] = inside + lane < plan.group_outputs ? from[(channel + lane) * span + k] : 0.0f;
+// The kernels of the two vector widths.
+struct Kernels {
+  void (*positions)(const Plan&, const Tap*, int64_t, const float*, int64_t, int64_t, float*, bool);
+  void (*store)(const Job&, const Target&, const float*);
+};
+
+ASTRO_EIGHT_LANES void positions_eight(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count, float* sums,
+                                       bool fresh) {
+  positions<simd::f32x8, 2, 6>(plan, taps, live, weight, offset, count, sums, fresh);
+}
+ASTRO_SIXTEEN_LANES void positions_sixteen(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count,
+                                           float* sums, bool fresh) {
+  if (plan.block == 16) positions<simd::f32x16, 1, 16>(plan, taps, live, weight, offset, count, sums, fresh);
+  else positions<simd::f32x16, 2, 8>(plan, taps, live, weight, offset, count, sums, fresh);
+}
+ASTRO_EIGHT_LANES void store_eight(const Job& job, const Target& t, const float* sums) { store_any<simd::f32x8>(job, t, sums); }
+ASTRO_SIXTEEN_LANES void store_sixteen(const Job& job, const Target& t, const float* sums) { store_any<simd::f32x16>(job, t, sums); }
+
+void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t point, int64_t tap, int64_t begin, int64_t end, Scratch& s) {
+  const Plan& plan = *job.plan;
+  const int64_t line_size = plan.reach(0, job.segment) * plan.channels, last = std::min(tap + job.chunk, plan.taps);
+  for (int64_t r = 0; r < tiles; ++r) {
+    const Tile tile = tile_at(plan, first + r);
+    s.live[r] = 0;
+    for (int64_t k = tap; k < last; ++k) {
+      Line line;
+      if (!find_line(plan, tile, point, k, line)) continue;
+      const int64_t slot = r * job.chunk + s.live[r]++;
+      float* to = s.lines.data() + slot * line_size;
+      build_line(plan, job.x, job.dtype, line, begin, end, to);
+      s.taps[slot] = {to, k};
     }
-  });
-  return packed;
+  }
+}
+
+// The tile's outputs with all of their channels, in L1 or L2, then the norm over them.
+void normalize_tile(const Job& job, const Kernels& kernels, const int64_t* rows, const float* sums, int64_t begin, int64_t count, Scratch& s) {
+  const Plan& plan = *job.plan;
+  const int64_t local[kMaxTile] = {0, 1, 2, 3};
+  Epilogue plain;
+  plain.y = s.outputs.data();
+  kernels.store(job, {&plain, at::kFloat, local, count, 0, count}, sums);
+  const NormTarget target{plan.outputs, job.dtype, &job.epilogue};
+  for (int64_t which = 0; which < plan.tile_rows; ++which) {
+    if (rows[which] < 0) continue;
+    float* z = s.outputs.data() + which * count * plan.outputs;
+    const int64_t first = rows[which] * plan.out_width + begin;
+    if (job.epilogue.norm == kGroup) partial_groups(target, z, first, count, rows[which] * job.segments + begin / job.segment);
+    else normalize_positions(target, z, first, count);
+  }
+}
+
+void unit(const Job& job, const Kernels& kernels, int64_t index, Scratch& s) {
+  const Plan& plan = *job.plan;
+  const int64_t first = index / job.segments * job.unit_tiles, tiles = std::min(job.unit_tiles, plan.tiles() - first);
+  const int64_t begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width), count = end - begin;
+  const int64_t sums_step = job.segment * plan.block, tile_step = plan.blocks * sums_step, point_step = job.unit_tiles * tile_step;
+  const int64_t tap_floats = plan.row_taps * plan.block, block_floats = plan.taps * tap_floats;
+  for (int64_t point = 0; point < plan.points; ++point) {
+    std::fill(s.started.begin(), s.started.end(), 0);
+    for (int64_t tap = 0; tap < plan.taps; tap += job.chunk) {
+      find_lines(job, first, tiles, point, tap, begin, end, s);
+      for (int64_t b = 0; b < plan.blocks; ++b) {
+        const float* weight = job.weight + (point * plan.blocks + b) * block_floats;
+        const int64_t offset = b / plan.group_blocks * plan.group_channels;
+        for (int64_t r = 0; r < tiles; ++r)
+          if (s.live[r] > 0)
+            kernels.positions(plan, s.taps.data() + r * job.chunk, s.live[r], weight, offset, count,
+                              s.sums.data() + point * point_step + r * tile_step + b * sums_step, !s.started[r]);
+      }
+      for (int64_t r = 0; r < tiles; ++r) s.started[r] |= s.live[r] > 0;
+    }
+    for (int64_t r = 0; r < tiles; ++r)
+      if (!s.started[r]) std::fill_n(s.sums.data() + point * point_step + r * tile_step, tile_step, 0.0f);
+  }
+  for (int64_t r = 0; r < tiles; ++r) {
+    int64_t rows[kMaxTile];
+    tile_outputs(plan, tile_at(plan, first + r), rows);
+    const float* sums = s.sums.data() + r * tile_step;
+    if (job.epilogue.norm == kNoNorm) kernels.store(job, {&job.epilogue, job.dtype, rows, plan.out_width, begin, count}, sums);
+    else normalize_tile(job, kernels, rows, sums, begin, count, s);
+  }
+}
+
+Job make_job(const Plan& plan, const Tensor& rows, const Tensor& packed, const Epilogue& epilogue) {
+  Job job{&plan, rows.const_data_ptr(), rows.scalar_type(), packed.const_data_ptr<float>(), epilogue, 1, 1, 1, 1};
+  job.segment = segment_size(plan.out_width), job.segments = (plan.out_width + job.segment - 1) / job.segment;
+  if (packed.numel() * 4 > kSmallWeightBytes) job.unit_tiles = std::max<int64_t>(1, kSharePositions / job.segment);
+  const int64_t tap_bytes = 4 * (plan.row_taps * plan.blocks * plan.block / plan.groups + job.unit_tiles * plan.reach(0, job.segment) * plan.channels);
+  job.chunk = std::clamp<int64_t>(kChunkBytes / tap_bytes, 1, plan.taps);
+  return job;
 }
 
 }  // namespace
 
-void direct_forward(const Tensor& rows, const Tensor& weight, const float* bias, const Geometry& geometry, int64_t activation, Tensor& y,
-                    Tensor* kept) {
-  if (y.numel() == 0) return;
-  const Plan plan = make_plan(rows, weight.size(0), weight.sizes().slice(2), geometry);
-  const Tensor packed = pack(weight, plan);
-  const int64_t segments = (plan.out_width + kSegment - 1) / kSegment, segment = (plan.out_width + segments - 1) / segments;
-  const Job job{&plan, packed.const_data_ptr<float>(), bias, activation, segments, segment, y.mutable_data_ptr(),
-                kept == nullptr ? nullptr : kept->mutable_data_ptr(), y.scalar_type()};
-  const auto run = wide_registers() ? unit_sixteen : unit_eight;
-  const int64_t units = plan.out_rows() * segments;
-  std::atomic<int64_t> next{0};  // rows differ in live taps and cores in load: threads take the next row when they are free
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), units);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Tap> taps;
-    std::vector<float> buffer(plan.blocks * segment * kBlock);
+int64_t segment_size(int64_t width) {
+  const int64_t segments = std::max<int64_t>(1, (width + kSegment - 1) / kSegment);
+  return (width + segments - 1) / segments;
+}
+
+void direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, bool pairs) {
+  const Plan plan = make_plan(rows, weight.size(0), weight.sizes().slice(2), geometry, pairs);
+  const Tensor packed = pack_weight(weight, plan);
+  const Job job = make_job(plan, rows, packed, epilogue);
+  const Kernels kernels = wide_registers() ? Kernels{positions_sixteen, store_sixteen} : Kernels{positions_eight, store_eight};
+  const int64_t units = (plan.tiles() + job.unit_tiles - 1) / job.unit_tiles * job.segments;
+  std::atomic<int64_t> next{0};  // units differ in live taps and cores in load: threads take the next one when they are free
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), units), 1, [&](int64_t begin, int64_t end) {
+    Scratch s;
+    s.lines.resize(job.unit_tiles * job.chunk * plan.reach(0, job.segment) * plan.channels);
+    s.sums.resize(plan.points * job.unit_tiles * plan.blocks * job.segment * plan.block);
+    if (epilogue.norm != kNoNorm) s.outputs.resize(plan.tile_rows * job.segment * plan.outputs);
+    s.taps.resize(job.unit_tiles * job.chunk), s.live.resize(job.unit_tiles), s.started.resize(job.unit_tiles);
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t index = next++; index < units; index = next++) run(job, index, taps, buffer.data());
+      for (int64_t index = next++; index < units; index = next++) unit(job, kernels, index, s);
+    if (epilogue.streamed) streamed_fence();
   });
 }
 

@@ -1,4 +1,13 @@
-// What the own CPU kernels of the convolution share: the plan of one call, the haloed fp32 copy of the input, vectors of the machine's own width.
+// What the own CPU kernels of the convolution share: the plan of one call, the lines of input that a tile reads, register-wide vectors.
+//
+// A convolution is seen as rows along the last axis; the taps over the (at most four) axes before it are "kernel rows". Where such a row axis has
+// kernel 3, stride 1 and dilation 1, two neighbouring outputs are computed together from four "points" instead of six products (Winograd's F(2,3)):
+//
+//   points  m0 = (d0 - d2) g0,  m1 = (d1 + d2) (g0 + g1 + g2) / 2,  m2 = (d2 - d1) (g0 - g1 + g2) / 2,  m3 = (d1 - d3) g2
+//   outputs y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3
+//
+// with d the four input rows and g the taps. On two axes at once 16 points replace 36 products. Circular axes are never paired: which outputs share
+// a tile would depend on where the circle was cut, and rolling the input could change the output's last bits.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,32 +17,97 @@
 
 namespace astrobiogen::conv_nd {
 
-constexpr int64_t kBlock = 16;  // output channels of one register block
+// Kernels come in two widths, and `wide_registers` chooses: 64-byte vectors for AVX-512, 32-byte ones for AVX2 and the baseline.
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define ASTRO_SIXTEEN_LANES __attribute__((target("arch=x86-64-v4")))
+#define ASTRO_EIGHT_LANES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define ASTRO_SIXTEEN_LANES
+#define ASTRO_EIGHT_LANES
+#endif
+// A lambda inside such a kernel must be inlined too: on its own it would be compiled for the baseline instruction set.
+#define ASTRO_INLINE_LAMBDA __attribute__((always_inline))
+
 constexpr int64_t kRowAxes = kMaxAxes - 1;
+constexpr int64_t kMaxPairs = 2;    // axes computed by pairs of outputs
+constexpr int64_t kMaxPoints = 16;  // 4 per paired axis
+constexpr int64_t kMaxTile = 4;     // output rows of one tile
 
-// A convolution seen as rows: a row is one line along the last axis, `kernel rows` are the taps over the four axes before it.
+// Which two of the four input rows a point combines, and the sign of the second; the first has +1.
+constexpr int64_t kPointRow[4][2] = {{0, 2}, {1, 2}, {2, 1}, {1, 3}};
+constexpr float kPointSign[4] = {-1.0f, 1.0f, -1.0f, -1.0f};
+// The weight of a point from the three taps.
+constexpr float kPointTap[4][3] = {{1.0f, 0.0f, 0.0f}, {0.5f, 0.5f, 0.5f}, {0.5f, -0.5f, 0.5f}, {0.0f, 0.0f, 1.0f}};
+// What a point adds to the two outputs.
+constexpr float kPointOutput[4][2] = {{1.0f, 0.0f}, {1.0f, 1.0f}, {1.0f, -1.0f}, {0.0f, -1.0f}};
+
+struct Axis {
+  int64_t size = 1, out = 1, kernel = 1;
+  bool paired = false;
+  int64_t tiles = 1;            // out, or pairs of outputs
+  int64_t taps = 1;             // kernel, or 1 where paired
+  int64_t reads = 1;            // rows that a tile reads: kernel, or 4 where paired
+  std::vector<int64_t> source;  // [tiles][reads] -> row of the axis, -1: zero
+  std::vector<char> rolled;     // [tiles][reads]: the row lies beyond a pole, seen from the other side
+};
+
 struct Plan {
-  int64_t batch, channels, outputs, groups, group_channels, group_outputs, group_blocks, blocks;
-  std::array<int64_t, kRowAxes> size, out, kernel;      // missing leading axes have size 1
-  std::array<std::vector<int64_t>, kRowAxes> source;    // [out][kernel] -> row of the axis, -1: zero
-  int64_t width, padded_width, out_width, taps_w;       // last axis
+  int64_t batch, channels, outputs, groups, group_channels, group_outputs;
+  int64_t block, group_blocks, blocks;  // output channels of one register block: 16 or 32
+  std::array<Axis, kRowAxes> axes;      // missing leading axes have size 1
+  int64_t pairs = 0, points = 1, taps = 1, tile_rows = 1;
+  std::array<int64_t, kMaxPairs> pair_axis{-1, -1};
+  int64_t width, out_width, taps_w, pad_w, stride_w, dilation_w, mode_w;  // last axis
   int64_t position_step, run_count, run_length, run_step;  // floats: between neighbour outputs; a kernel row is run_count runs of run_length floats
-  int64_t kernel_rows, row_taps;                        // row_taps: floats of x that one kernel row multiplies, taps_w * group_channels
-  at::Tensor input;                                     // fp32 [rows, padded_width, channels]
+  int64_t row_taps;                                        // floats of x that one kernel row multiplies, taps_w * group_channels
 
-  int64_t out_rows() const { return batch * out[0] * out[1] * out[2] * out[3]; }
+  int64_t tiles() const { return batch * axes[0].tiles * axes[1].tiles * axes[2].tiles * axes[3].tiles; }
+  // Rows of x (positions along the last axis) that outputs [begin, end) read, and the floats they take.
+  int64_t reach(int64_t begin, int64_t end) const { return (end - 1 - begin) * stride_w + dilation_w * (taps_w - 1) + 1; }
 };
 
-// One live kernel row of one output row: where its input line starts and which weights it takes.
-struct Tap {
-  const float* x;
-  int64_t kernel_row;
+// The row axes that can be paired save at least this share of the products (dead taps counted as saved by both ways).
+constexpr double kPairGain = 1.2;
+
+Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, const Geometry& geometry, bool pairs);
+
+// Of the products that touch data, the share that pairing leaves: 1 where no axis is paired, at best 4/9.
+double paired_share(const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
+
+// One tile: where it lies.
+struct Tile {
+  int64_t batch;
+  std::array<int64_t, kRowAxes> at;
 };
 
-Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, const Geometry& geometry);
+Tile tile_at(const Plan& plan, int64_t index);
 
-// The live taps of output row `row`, in the order of the kernel.
-void live_taps(const Plan& plan, int64_t row, std::vector<Tap>& taps);
+// The sum of at most four signed input rows that one (point, tap) of a tile multiplies.
+struct Line {
+  int count = 0;
+  int64_t row[kMaxTile];  // row index into x [rows][width][channels]
+  float sign[kMaxTile];
+  bool rolled[kMaxTile];
+  bool any_rolled = false;
+};
+
+// False where every row is zero padding.
+bool find_line(const Plan& plan, const Tile& tile, int64_t point, int64_t tap, Line& line);
+
+// Output rows of a tile: index [0, tile_rows) -> row of y [rows][out_width][outputs], or -1 past the end of a paired axis.
+void tile_outputs(const Plan& plan, const Tile& tile, int64_t* rows);
+
+// Kernel rows (flat over the row axes) of the outer taps, paired axes at tap 0, and the distance of the paired axes' taps (0 where there is none).
+struct KernelRows {
+  std::vector<int64_t> base;
+  std::array<int64_t, kMaxPairs> step{0, 0};
+  int64_t count = 1;
+};
+
+KernelRows kernel_rows(const Plan& plan);
+
+// [O, C / groups, *kernel] -> [points][blocks][taps][row_taps][block] in fp32, absent channels zero.
+at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan);
 
 // True where a 64-byte vector is one register.
 inline bool wide_registers() {
@@ -59,5 +133,8 @@ template <typename Vec>
 ASTRO_INLINE void store_as(float* p, Vec v) {
   std::memcpy(p, &v, sizeof(v));
 }
+
+// Writes the padded line that outputs [begin, end) of the last axis read, from position begin * stride - padding on: [reach][channels], fp32.
+void build_line(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end, float* to);
 
 }  // namespace astrobiogen::conv_nd

@@ -17,6 +17,7 @@ constexpr int64_t kMaxAxes = 5;
 constexpr int64_t kInnerAxes = 3;  // convolutions of ATen and oneDNN stop here
 enum Mode : int64_t { kZeros, kCircular, kReflect, kReplicate, kPole };
 enum Activation : int64_t { kNone, kSilu, kGelu };
+enum Norm : int64_t { kNoNorm, kRms, kLayer, kGroup };
 
 struct Geometry {
   std::vector<int64_t> stride, padding, mode, dilation;
@@ -52,28 +53,36 @@ inline std::pair<int64_t, int64_t> live_range(int64_t out, int64_t size, int64_t
   return {low, std::max(low, high)};
 }
 
-// The row that padded position p of an axis reads, or -1 for a zero. Pole rows are copied beforehand and never reach this.
+// The row that padded position p of an axis reads, or -1 for a zero. Beyond a pole: the mirrored row, whose following axis is rolled.
 inline int64_t source_row(int64_t mode, int64_t p, int64_t size) {
   if (p >= 0 && p < size) return p;
   if (mode == kCircular) return p < 0 ? p + size : p - size;
   if (mode == kReflect) return p < 0 ? -p : 2 * (size - 1) - p;
   if (mode == kReplicate) return p < 0 ? 0 : size - 1;
+  if (mode == kPole) return p < 0 ? -1 - p : 2 * size - 1 - p;
   return -1;
 }
 
 inline at::Tensor to_rows(const at::Tensor& x) { return x.movedim(1, -1).contiguous(); }
 inline at::Tensor from_rows(const at::Tensor& rows) { return rows.movedim(-1, 1); }
 
+// Which halos `add_halo` writes out: of every axis that is not zero-padded, or only of pole axes that lie before a row axis (the own kernels read
+// other halos in place).
+enum class Halo { kAll, kFarPoles };
+
+inline bool far_pole(const Geometry& g, int64_t axis) { return g.mode[axis] == kPole && axis + 2 < g.axes(); }
+
 // conv_nd_compose.cpp: sums of ATen convolutions over the last three axes, fp32 or fp64 rows.
-at::Tensor add_halo(at::Tensor rows, const Geometry& geometry, bool pole_only);
+at::Tensor add_halo(at::Tensor rows, const Geometry& geometry, Halo which);
 at::Tensor fold_halo(at::Tensor rows, const Geometry& geometry);
 at::Tensor compose_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry);
 at::Tensor compose_transpose(const at::Tensor& grad, const at::Tensor& weight, const Geometry& geometry, at::IntArrayRef size);
 at::Tensor compose_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
 
-// conv_nd_direct.cpp, conv_nd_weight.cpp: own kernels; fp32, bf16 or fp16 rows, fp32 arithmetic.
-void direct_forward(const at::Tensor& rows, const at::Tensor& weight, const float* bias, const Geometry& geometry, int64_t activation,
-                    at::Tensor& y, at::Tensor* kept);
-at::Tensor direct_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
+// conv_nd_direct.cpp, conv_nd_weight.cpp: own kernels; fp32, bf16 or fp16 rows, fp32 arithmetic. `pairs`: pairs of outputs by F(2,3).
+struct Epilogue;
+void direct_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, bool pairs);
+int64_t segment_size(int64_t width);  // positions that `direct_forward` finishes together along an output row of `width`
+at::Tensor direct_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry, bool pairs);
 
 }  // namespace astrobiogen::conv_nd

@@ -1,5 +1,4 @@
-// Plan of the own CPU convolution kernels: index tables, and one copy of the input in fp32 with the last axis' halo written out, so that the
-// taps along the last axis read neighbouring memory and need no masks. The copy is one pass over the input, (1 + halo / width) of its fp32 size.
+// Plan of the own CPU convolution kernels: which axes are computed by pairs, which input rows a tile reads, and the packed weight.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -9,96 +8,210 @@ namespace astrobiogen::conv_nd {
 
 namespace {
 
-template <typename T>
-void copy_line(const T* from, float* to, const Plan& plan, int64_t mode, int64_t pad) {
-  const int64_t c = plan.channels;
-  for (int64_t p = 0; p < plan.padded_width; ++p) {
-    const int64_t source = source_row(mode, p - pad, plan.width);
-    for (int64_t i = 0; i < c; ++i) to[p * c + i] = source < 0 ? 0.0f : static_cast<float>(from[source * c + i]);
-    if (source == 0 && p == pad) {  // the body in one go
-      for (int64_t i = 0; i < plan.width * c; ++i) to[p * c + i] = static_cast<float>(from[i]);
-      p += plan.width - 1;
+// Of the live products of an axis, the share that is left when it is paired; 1 where it cannot be.
+double axis_share(int64_t size, int64_t out, int64_t kernel, const Geometry& g, int64_t axis) {
+  if (kernel != 3 || g.stride[axis] != 1 || g.dilation[axis] != 1 || g.mode[axis] == kCircular || out < 2) return 1.0;
+  int64_t live = 3 * out;
+  if (g.mode[axis] == kZeros) {
+    live = 0;
+    for (int64_t k = 0; k < 3; ++k) {
+      const auto [low, high] = live_range(out, size, 1, k - g.padding[axis]);
+      live += high - low;
     }
   }
+  return live == 0 ? 1.0 : static_cast<double>(4 * ((out + 1) / 2)) / static_cast<double>(live);
 }
 
-template <typename T>
-void copy_lines(const at::Tensor& rows, Plan& plan, int64_t mode, int64_t pad) {
-  const int64_t lines = rows.numel() / std::max<int64_t>(1, plan.width * plan.channels);
-  const T* from = rows.const_data_ptr<T>();
-  float* to = plan.input.mutable_data_ptr<float>();
-  at::parallel_for(0, lines, 1 + 16384 / (plan.padded_width * plan.channels), [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line)
-      copy_line(from + line * plan.width * plan.channels, to + line * plan.padded_width * plan.channels, plan, mode, pad);
-  });
+// The best axes to pair, best first; -1 where there is none.
+std::array<int64_t, kMaxPairs> choose_pairs(at::IntArrayRef size, at::IntArrayRef kernel, const Geometry& g, double& share) {
+  std::array<int64_t, kMaxPairs> chosen{-1, -1};
+  share = 1.0;
+  for (int64_t slot = 0; slot < kMaxPairs; ++slot) {
+    double best = 1.0 / kPairGain;
+    for (int64_t axis = 0; axis + 1 < g.axes(); ++axis) {
+      const double left = axis_share(size[axis], g.output_size(axis, size[axis], kernel[axis]), kernel[axis], g, axis);
+      if (left > best || axis == chosen[0]) continue;
+      best = left, chosen[slot] = axis;
+    }
+    if (chosen[slot] < 0) break;
+    share *= best;
+  }
+  if (chosen[1] >= 0 && chosen[1] < chosen[0]) std::swap(chosen[0], chosen[1]);
+  return chosen;
+}
+
+Axis make_axis(const Geometry& g, int64_t axis, int64_t size, int64_t kernel, bool paired) {
+  Axis a;
+  a.size = size, a.kernel = kernel, a.out = g.output_size(axis, size, kernel), a.paired = paired;
+  a.tiles = paired ? (a.out + 1) / 2 : a.out;
+  a.taps = paired ? 1 : kernel, a.reads = paired ? 4 : kernel;
+  a.source.assign(a.tiles * a.reads, -1);
+  a.rolled.assign(a.tiles * a.reads, 0);
+  for (int64_t t = 0; t < a.tiles; ++t)
+    for (int64_t k = 0; k < a.reads; ++k) {
+      const int64_t o = paired ? 2 * t + k : t * g.stride[axis] + k * g.dilation[axis];
+      if (paired && o >= a.out + 2) continue;  // only the absent second output of an odd axis' last pair reads this
+      const int64_t p = o - g.padding[axis];
+      a.source[t * a.reads + k] = source_row(g.mode[axis], p, size);
+      a.rolled[t * a.reads + k] = g.mode[axis] == kPole && (p < 0 || p >= size);
+    }
+  return a;
 }
 
 }  // namespace
 
-Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, const Geometry& g) {
+double paired_share(const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& g) {
+  double share = 1.0;
+  choose_pairs(rows.sizes().slice(1, g.axes()), kernel, g, share);
+  return share;
+}
+
+Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, const Geometry& g, bool pairs) {
   Plan plan;
   const int64_t axes = g.axes(), last = axes - 1, missing = kMaxAxes - axes;
+  const at::IntArrayRef size = rows.sizes().slice(1, axes);
   plan.batch = rows.size(0), plan.channels = rows.size(-1), plan.outputs = outputs, plan.groups = g.groups;
   plan.group_channels = plan.channels / g.groups, plan.group_outputs = outputs / g.groups;
-  plan.group_blocks = (plan.group_outputs + kBlock - 1) / kBlock, plan.blocks = plan.group_blocks * g.groups;
-  plan.kernel_rows = 1;
+  plan.block = wide_registers() && plan.group_outputs > 16 ? 32 : 16;
+  plan.group_blocks = (plan.group_outputs + plan.block - 1) / plan.block, plan.blocks = plan.group_blocks * g.groups;
+  double share = 1.0;
+  std::array<int64_t, kMaxPairs> chosen{-1, -1};
+  if (pairs) chosen = choose_pairs(size, kernel, g, share);
   for (int64_t at = 0; at < kRowAxes; ++at) {
     const int64_t axis = at - missing;
-    const bool real = axis >= 0;
-    const int64_t size = real ? rows.size(1 + axis) : 1, taps = real ? kernel[axis] : 1;
-    plan.size[at] = size, plan.kernel[at] = taps;
-    plan.out[at] = real ? g.output_size(axis, size, taps) : 1;
-    plan.kernel_rows *= taps;
-    plan.source[at].resize(plan.out[at] * taps, 0);
-    for (int64_t o = 0; real && o < plan.out[at]; ++o)
-      for (int64_t k = 0; k < taps; ++k)
-        plan.source[at][o * taps + k] = source_row(g.mode[axis], o * g.stride[axis] + k * g.dilation[axis] - g.padding[axis], size);
+    Axis& a = plan.axes[at];
+    if (axis < 0) {
+      a.source.assign(1, 0), a.rolled.assign(1, 0);
+      continue;
+    }
+    const bool paired = axis == chosen[0] || axis == chosen[1];
+    a = make_axis(g, axis, size[axis], kernel[axis], paired);
+    if (paired) plan.pair_axis[plan.pairs++] = at, plan.points *= 4, plan.tile_rows *= 2;
+    plan.taps *= a.taps;
   }
-  plan.width = rows.size(1 + last), plan.taps_w = kernel[last];
+  plan.width = size[last], plan.taps_w = kernel[last], plan.pad_w = g.padding[last], plan.stride_w = g.stride[last];
+  plan.dilation_w = g.dilation[last], plan.mode_w = g.mode[last];
   plan.out_width = g.output_size(last, plan.width, kernel[last]);
-  plan.padded_width = plan.width + 2 * g.padding[last];
-  plan.position_step = g.stride[last] * plan.channels;
+  plan.position_step = plan.stride_w * plan.channels;
   plan.row_taps = plan.taps_w * plan.group_channels;
-  const bool one_run = g.groups == 1 && g.dilation[last] == 1;
+  const bool one_run = g.groups == 1 && plan.dilation_w == 1;
   plan.run_count = one_run ? 1 : plan.taps_w;
   plan.run_length = one_run ? plan.row_taps : plan.group_channels;
-  plan.run_step = g.dilation[last] * plan.channels;
-  const int64_t pad = g.padding[last], mode = g.mode[last];
-  if (rows.scalar_type() == at::kFloat && pad == 0) {
-    plan.input = rows;
-    return plan;
-  }
-  plan.input = at::empty({rows.numel() / std::max<int64_t>(1, plan.width), plan.padded_width}, rows.options().dtype(at::kFloat));
-  if (rows.scalar_type() == at::kFloat) copy_lines<float>(rows, plan, mode, pad);
-  else if (rows.scalar_type() == at::kBFloat16) copy_lines<c10::BFloat16>(rows, plan, mode, pad);
-  else copy_lines<c10::Half>(rows, plan, mode, pad);
+  plan.run_step = plan.dilation_w * plan.channels;
   return plan;
 }
 
-void live_taps(const Plan& plan, int64_t row, std::vector<Tap>& taps) {
-  std::array<int64_t, kRowAxes> o;
-  int64_t rest = row;
-  for (int64_t at = kRowAxes - 1; at >= 0; --at) o[at] = rest % plan.out[at], rest /= plan.out[at];
-  const int64_t line = plan.padded_width * plan.channels;
-  const float* x = plan.input.const_data_ptr<float>();
-  const auto& [s0, s1, s2, s3] = plan.source;
-  const auto& [k0, k1, k2, k3] = plan.kernel;
-  taps.clear();
-  for (int64_t a = 0; a < k0; ++a) {
-    const int64_t r0 = s0[o[0] * k0 + a];
-    for (int64_t b = 0; r0 >= 0 && b < k1; ++b) {
-      const int64_t r1 = s1[o[1] * k1 + b];
-      for (int64_t c = 0; r1 >= 0 && c < k2; ++c) {
-        const int64_t r2 = s2[o[2] * k2 + c];
-        for (int64_t d = 0; r2 >= 0 && d < k3; ++d) {
-          const int64_t r3 = s3[o[3] * k3 + d];
-          if (r3 < 0) continue;
-          const int64_t at = (((rest * plan.size[0] + r0) * plan.size[1] + r1) * plan.size[2] + r2) * plan.size[3] + r3;
-          taps.push_back({x + at * line, ((a * k1 + b) * k2 + c) * k3 + d});
-        }
-      }
-    }
+Tile tile_at(const Plan& plan, int64_t index) {
+  Tile tile;
+  for (int64_t at = kRowAxes - 1; at >= 0; --at) {
+    tile.at[at] = index % plan.axes[at].tiles;
+    index /= plan.axes[at].tiles;
   }
+  tile.batch = index;
+  return tile;
+}
+
+bool find_line(const Plan& plan, const Tile& tile, int64_t point, int64_t tap, Line& line) {
+  struct Row {
+    int64_t index;
+    float sign;
+    bool rolled;
+  };
+  Row rows[kMaxTile] = {{tile.batch, 1.0f, false}};
+  int count = 1;
+  std::array<int64_t, kRowAxes> taps;
+  for (int64_t at = kRowAxes - 1; at >= 0; --at) taps[at] = tap % plan.axes[at].taps, tap /= plan.axes[at].taps;
+  for (int64_t at = 0; at < kRowAxes; ++at) {
+    const Axis& a = plan.axes[at];
+    const int64_t base = tile.at[at] * a.reads;
+    Row next[kMaxTile];
+    int found = 0;
+    const int64_t pair = at == plan.pair_axis[0] && plan.pairs == 2 ? point / 4 : point % 4;
+    for (int which = 0; which < (a.paired ? 2 : 1); ++which) {
+      const int64_t read = base + (a.paired ? kPointRow[pair][which] : taps[at]);
+      if (a.source[read] < 0) continue;
+      const float sign = which == 1 ? kPointSign[pair] : 1.0f;
+      for (int k = 0; k < count; ++k) next[found++] = {rows[k].index * a.size + a.source[read], rows[k].sign * sign, rows[k].rolled != (a.rolled[read] != 0)};
+    }
+    if (found == 0) return false;
+    std::copy(next, next + found, rows);
+    count = found;
+  }
+  line.count = count, line.any_rolled = false;
+  for (int k = 0; k < count; ++k) {
+    line.row[k] = rows[k].index, line.sign[k] = rows[k].sign, line.rolled[k] = rows[k].rolled;
+    line.any_rolled |= rows[k].rolled;
+  }
+  return true;
+}
+
+void tile_outputs(const Plan& plan, const Tile& tile, int64_t* rows) {
+  for (int64_t which = 0; which < plan.tile_rows; ++which) {
+    int64_t row = tile.batch, bit = plan.tile_rows;
+    for (int64_t at = 0; at < kRowAxes && row >= 0; ++at) {
+      const Axis& a = plan.axes[at];
+      int64_t o = tile.at[at];
+      if (a.paired) {
+        bit /= 2;
+        o = 2 * o + (which / bit) % 2;
+      }
+      row = o < a.out ? row * a.out + o : -1;
+    }
+    rows[which] = row;
+  }
+}
+
+KernelRows kernel_rows(const Plan& plan) {
+  KernelRows rows;
+  std::array<int64_t, kRowAxes> step;
+  for (int64_t at = kRowAxes - 1; at >= 0; --at) step[at] = rows.count, rows.count *= plan.axes[at].kernel;
+  for (int64_t tap = 0; tap < plan.taps; ++tap) {
+    int64_t rest = tap, row = 0;
+    for (int64_t at = kRowAxes - 1; at >= 0; --at) row += rest % plan.axes[at].taps * step[at], rest /= plan.axes[at].taps;
+    rows.base.push_back(row);
+  }
+  for (int64_t pair = 0; pair < plan.pairs; ++pair) rows.step[pair] = step[plan.pair_axis[pair]];
+  return rows;
+}
+
+at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan) {
+  const at::Tensor plain = weight.to(at::kFloat).contiguous();
+  at::Tensor packed = at::empty({plan.points, plan.blocks, plan.taps, plan.row_taps, plan.block}, plain.options());
+  const KernelRows kernel = kernel_rows(plan);
+  const int64_t size = kernel.count * plan.taps_w, b_ = plan.block;
+  const int64_t point_step = plan.blocks * plan.taps * plan.row_taps * b_;
+  const float* from = plain.const_data_ptr<float>();
+  float* to = packed.mutable_data_ptr<float>();
+  at::parallel_for(0, plan.blocks * plan.group_channels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> lanes(size * b_);  // one input channel of one block: [kernel][block]
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / plan.group_channels, c = item % plan.group_channels, inside = block % plan.group_blocks * b_;
+      const int64_t channel = block / plan.group_blocks * plan.group_outputs + inside, present = std::min(b_, plan.group_outputs - inside);
+      std::fill(lanes.begin(), lanes.end(), 0.0f);
+      for (int64_t lane = 0; lane < present; ++lane)
+        for (int64_t k = 0; k < size; ++k) lanes[k * b_ + lane] = from[((channel + lane) * plan.group_channels + c) * size + k];
+      for (int64_t tap = 0; tap < plan.taps; ++tap)
+        for (int64_t w = 0; w < plan.taps_w; ++w)
+          for (int64_t point = 0; point < plan.points; ++point) {
+            float* target = to + point * point_step + ((block * plan.taps + tap) * plan.row_taps + w * plan.group_channels + c) * b_;
+            const auto row = [&](int64_t i, int64_t j) { return lanes.data() + ((kernel.base[tap] + i * kernel.step[0] + j * kernel.step[1]) * plan.taps_w + w) * b_; };
+            if (plan.pairs == 0) {
+              std::copy(row(0, 0), row(0, 0) + b_, target);
+              continue;
+            }
+            const float* outer = kPointTap[plan.pairs == 2 ? point / 4 : point];
+            for (int64_t lane = 0; lane < b_; ++lane) target[lane] = 0.0f;
+            for (int64_t i = 0; i < 3; ++i)
+              for (int64_t j = 0; j < (plan.pairs == 2 ? 3 : 1); ++j) {
+                const float factor = outer[i] * (plan.pairs == 2 ? kPointTap[point % 4][j] : 1.0f);
+                if (factor == 0.0f) continue;
+                const float* source = row(i, j);
+                for (int64_t lane = 0; lane < b_; ++lane) target[lane] += factor * source[lane];
+              }
+          }
+    }
+  });
+  return packed;
 }
 
 }  // namespace astrobiogen::conv_nd

@@ -3,6 +3,7 @@
 from astrobiogen.layers.conv_nd import Conv4d as Conv4d
 from astrobiogen.layers.conv_nd import Conv5d as Conv5d
 from astrobiogen.layers.conv_nd import ConvNd as ConvNd
+from astrobiogen.layers.conv_norm_act import ConvNormAct as ConvNormAct
 from astrobiogen.layers.grouped_query_attention import GroupedQueryAttention as GroupedQueryAttention
 from astrobiogen.layers.grouped_query_attention import KeyValueCache as KeyValueCache
 from astrobiogen.layers.linear_cross_entropy import LinearCrossEntropy as LinearCrossEntropy
@@ -14,6 +15,7 @@ __all__ = [
     "Conv4d",
     "Conv5d",
     "ConvNd",
+    "ConvNormAct",
     "GroupedQueryAttention",
     "KeyValueCache",
     "LinearCrossEntropy",

@@ -56,3 +56,37 @@ def test_adjoint_identity(seed: int) -> None:
     back = ops.conv_transpose_nd(v, weight, output_padding=extra, **options)
     left, right = float((y * v).sum()), float((x * back).sum())
     assert abs(left - right) <= 1e-10 * (float(y.norm() * v.norm()) + 1.0)
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    channels=st.integers(1, 5),
+    outputs=st.sampled_from([8, 11, 16, 33, 40]),
+    size=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    width=st.sampled_from([4, 6, 20]),
+    modes=st.lists(st.sampled_from(["zeros", "circular", "reflect", "replicate", "pole"]), min_size=5, max_size=5),
+)
+def test_pairs_of_outputs_against_fp64(
+    channels: int, outputs: int, size: list[int], width: int, modes: list[str]
+) -> None:
+    """Kernel 3 with padding 1, where the CPU kernels compute two outputs of an axis together, and enough outputs."""
+    spatial = [*size, width]
+    chosen = []
+    for axis, length in enumerate(spatial):
+        mode = modes[axis]
+        last_or_odd = axis + 1 == len(spatial) or spatial[axis + 1] % 2 == 1
+        chosen.append("zeros" if (mode == "pole" and last_or_odd) or (mode == "reflect" and length == 1) else mode)
+    arguments: dict[str, Any] = {
+        "x": torch.randn(2, channels, *spatial).double(),
+        "weight": torch.randn(outputs, channels, *[3] * len(spatial)).double(),
+        "bias": torch.randn(outputs).double(),
+        "padding": 1,
+        "padding_mode": tuple(chosen),
+        "activation": "silu",
+    }
+    with astrobiogen.use_kernels("reference"):
+        exact = evaluate(arguments, torch.float64)
+    y, grads = evaluate(arguments, torch.float32)
+    assert error(y, exact[0]) <= 1e-5 * float(exact[0].norm())
+    for name, grad, right in zip(ARGUMENTS, grads, exact[1]):
+        assert error(grad, right) <= 1e-5 * float(right.norm()) + 1e-5, name

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 import torch
 
 from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape
-from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, CIRCULAR, MAX_AXES, MODES, POLE, REFLECT, Geometry
+from astrobiogen.kernels.conv_nd.geometry import (
+    ACTIVATIONS,
+    CIRCULAR,
+    GROUP,
+    MAX_AXES,
+    MODES,
+    NORMS,
+    POLE,
+    REFLECT,
+    Geometry,
+    Norm,
+)
 
 
 def check_arguments(
@@ -70,6 +81,36 @@ def check_transposed_arguments(
             )
     _check_axes(geometry, size, weight.shape[2:])
     return geometry, size
+
+
+def check_norm(
+    x: torch.Tensor,
+    channels: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: str,
+    groups: int,
+    eps: float,
+) -> Norm:
+    """The norm of a valid `conv_nd_norm` call; raises TypeError or ValueError as its docstring says."""
+    if norm not in NORMS[1:]:
+        raise ValueError(f"norm must be one of {NORMS[1:]}, got {norm!r}")
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"norm_groups must be an integer >= 1, got {groups!r}")
+    kind = NORMS.index(norm)
+    if kind != GROUP and groups != 1:
+        raise ValueError(f"norm_groups must be 1 for norm={norm!r}, got {groups}")
+    if channels % groups:
+        raise ValueError(f"norm_groups = {groups} must divide the {channels} output channels")
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps!r}")
+    for name, tensor in (("norm_weight", weight), ("norm_bias", bias)):
+        if tensor is not None:
+            check_float(name, tensor)
+            check_shape(name, tensor, (channels,), "[O], one per output channel")
+            check_same_dtype(x=x, **{name: tensor})
+            check_same_device(x=x, **{name: tensor})
+    return Norm(kind, groups, float(eps))
 
 
 def _check_common(

@@ -15,6 +15,8 @@ import torch
 MODES = ("zeros", "circular", "reflect", "replicate", "pole")
 ZEROS, CIRCULAR, REFLECT, REPLICATE, POLE = range(5)
 ACTIVATIONS = (None, "silu", "gelu")
+NORMS = (None, "rms", "layer", "group")
+_, RMS, LAYER, GROUP = range(4)
 MAX_AXES = 5
 # Convolutions of PyTorch, oneDNN and cuDNN stop at three spatial axes; the axes before the last three are looped over.
 INNER_AXES = 3
@@ -56,6 +58,35 @@ class Geometry:
         """Spatial size of the transposed convolution's output: (L - 1) s - 2p + d(K - 1) + 1 + extra per axis."""
         rows = zip(size, kernel, self.stride, self.padding, self.dilation, extra)
         return [(n - 1) * s - 2 * p + d * (k - 1) + 1 + e for n, k, s, p, d, e in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A norm over channels: `kind` (index into `NORMS`), and for GROUP the number of channel groups. RMS and LAYER
+    normalise every position over its channels, GROUP every sample over a group's channels and all positions."""
+
+    kind: int
+    groups: int
+    eps: float
+
+    def split(self, z: torch.Tensor) -> torch.Tensor:
+        """`z` [B, C, *spatial] as [B, groups, C / groups, *spatial], one group for the channel norms."""
+        groups = self.groups if self.kind == GROUP else 1
+        return z.reshape(z.shape[0], groups, z.shape[1] // groups, *z.shape[2:])
+
+    def reduced(self, split: torch.Tensor) -> tuple[int, ...]:
+        """The axes of `split(z)` that are averaged."""
+        return tuple(range(2, split.dim())) if self.kind == GROUP else (2,)
+
+    def statistics_shapes(self, shape: Sequence[int], keep: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of mean and 1 / deviation as the op `conv_nd_norm` returns them for z of `shape` [B, C, *spatial]:
+        [B, groups] for GROUP, [B, *spatial] for the others if `keep`; (0,) where there is none."""
+        if self.kind == GROUP:
+            return (shape[0], self.groups), (shape[0], self.groups)
+        if not keep:
+            return (0,), (0,)
+        every = (shape[0], *shape[2:])
+        return every if self.kind == LAYER else (0,), every
 
 
 def live_range(out: int, size: int, stride: int, shift: int) -> tuple[int, int]:

@@ -2,8 +2,7 @@
 functions.
 
 The three are the partial derivatives of one trilinear form <grad, conv(x, weight)>, so each one's gradients are the
-other two: any number
-of derivatives works, with no backward op beside them.
+other two: any number of derivatives works, with no backward op beside them.
 """
 
 from collections.abc import Sequence
@@ -71,10 +70,10 @@ def conv_nd(
     geometry = check_arguments(x, weight, bias, stride, padding, padding_mode, dilation, groups, activation)
     if _registry.reference_selected():
         return reference.conv_nd(x, weight, bias, geometry, activation)
-    keep = activation is not None and _needs_gradient(x, weight, bias)
-    return torch.ops.astrobiogen.conv_nd(
-        x, weight, bias, *_lists(geometry), groups, ACTIVATIONS.index(activation), keep
-    )[0]
+    keep = activation is not None and needs_gradient(x, weight, bias)
+    return torch.ops.astrobiogen.conv_nd(x, weight, bias, *schema_lists(geometry), ACTIVATIONS.index(activation), keep)[
+        0
+    ]
 
 
 def conv_transpose_nd(
@@ -112,76 +111,65 @@ def conv_transpose_nd(
     )
     if _registry.reference_selected():
         return reference.conv_transpose_nd(x, weight, bias, geometry, size)
-    return torch.ops.astrobiogen.conv_transpose_nd(x, weight, bias, *_lists(geometry), groups, size)
+    return torch.ops.astrobiogen.conv_transpose_nd(x, weight, bias, *schema_lists(geometry), size)
 
 
-def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """True where autograd will ask for the gradient of one of `tensors`."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], list[int]]:
-    return list(geometry.stride), list(geometry.padding), list(geometry.mode), list(geometry.dilation)
+def schema_lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], list[int], int]:
+    """The geometry as the ops' schemas list it."""
+    return *map(list, (geometry.stride, geometry.padding, geometry.mode, geometry.dilation)), geometry.groups
 
 
-def _empty_channel_last(like: torch.Tensor, channels: int, spatial: Sequence[int]) -> torch.Tensor:
+def empty_channel_last(like: torch.Tensor, channels: int, spatial: Sequence[int]) -> torch.Tensor:
+    """An empty [B, `channels`, *spatial] like `like`, channels innermost."""
     return like.new_empty(like.shape[0], *spatial, channels).movedim(-1, 1)
 
 
+# The functions below take their geometry as the schema lists it: stride, padding, mode, dilation, groups.
+
+
 def _fake_conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: int,
-    keep: bool,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    del bias, activation
-    out = Geometry.of(stride, padding, mode, dilation, groups).output_size(x.shape[2:], weight.shape[2:])
-    y = _empty_channel_last(x, weight.shape[0], out)
-    return y, _empty_channel_last(x, weight.shape[0], out) if keep else x.new_empty(0)
+    del bias
+    *lists, _, keep = options
+    out = Geometry.of(*lists).output_size(x.shape[2:], weight.shape[2:])
+    y = empty_channel_last(x, weight.shape[0], out)
+    return y, empty_channel_last(x, weight.shape[0], out) if keep else x.new_empty(0)
 
 
-def _fake_transpose(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
-    groups: int,
-    size: list[int],
-) -> torch.Tensor:
-    del bias, stride, padding, mode, dilation
-    return _empty_channel_last(x, weight.shape[1] * groups, size)
+def _fake_transpose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any) -> torch.Tensor:
+    del bias
+    *_, groups, size = options
+    return empty_channel_last(x, weight.shape[1] * groups, size)
 
 
-def _fake_weight_grad(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
-    del stride, padding, mode, dilation
-    return x.new_empty(grad.shape[1], x.shape[1] // groups, *kernel)
+def _fake_weight_grad(grad: torch.Tensor, x: torch.Tensor, kernel: list[int], *lists: Any) -> torch.Tensor:
+    return x.new_empty(grad.shape[1], x.shape[1] // Geometry.of(*lists).groups, *kernel)
 
 
 def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
     return grad.sum([axis for axis in range(grad.dim()) if axis != 1])
 
 
+def conv_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Sequence[Any], needed: Sequence[bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the convolution's x, weight and bias, None where not `needed`; `geometry` as the schema lists it."""
+    ops = torch.ops.astrobiogen
+    grad_x = ops.conv_transpose_nd(grad, weight, None, *geometry, x.shape[2:]) if needed[0] else None
+    grad_weight = ops.conv_nd_weight_grad(grad, x, weight.shape[2:], *geometry) if needed[1] else None
+    return grad_x, grad_weight, _bias_grad(grad) if needed[2] else None
+
+
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, _, *geometry, groups, activation, keep = inputs
+    x, weight, _, *geometry, activation, keep = inputs
     ctx.set_materialize_grads(False)
-    ctx.geometry, ctx.groups, ctx.activation, ctx.keep = geometry, groups, activation, keep
+    ctx.geometry, ctx.activation, ctx.keep = geometry, activation, keep
     ctx.save_for_backward(x, weight, output[1])
 
 
@@ -198,18 +186,14 @@ def _backward_conv(ctx: Any, grad: torch.Tensor | None, grad_kept: torch.Tensor 
     nothing = (None,) * 7
     if grad is None:
         return None, None, None, *nothing
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    ops, geometry = torch.ops.astrobiogen, (*ctx.geometry, ctx.groups)
-    grad_x = ops.conv_transpose_nd(grad, weight, None, *geometry, x.shape[2:]) if need_x else None
-    grad_weight = ops.conv_nd_weight_grad(grad, x, weight.shape[2:], *geometry) if need_weight else None
-    return grad_x, grad_weight, _bias_grad(grad) if need_bias else None, *nothing
+    return *conv_gradients(grad, x, weight, ctx.geometry, ctx.needs_input_grad[:3]), *nothing
 
 
 def _setup_transpose(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     del output
-    x, weight, _, *geometry, groups, _ = inputs
+    x, weight, _, *geometry, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.geometry, ctx.groups = geometry, groups
+    ctx.geometry = geometry
     ctx.save_for_backward(x, weight)
 
 
@@ -219,7 +203,7 @@ def _backward_transpose(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         return None, None, None, *nothing
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    ops, geometry = torch.ops.astrobiogen, (*ctx.geometry, ctx.groups)
+    ops, geometry = torch.ops.astrobiogen, ctx.geometry
     grad_x = ops.conv_nd(grad, weight, None, *geometry, 0, False)[0] if need_x else None
     grad_weight = ops.conv_nd_weight_grad(x, grad, weight.shape[2:], *geometry) if need_weight else None
     return grad_x, grad_weight, _bias_grad(grad) if need_bias else None, *nothing
@@ -245,22 +229,22 @@ def _backward_weight_grad(ctx: Any, grad_weight: torch.Tensor | None) -> tuple[A
     return grad_grad, grad_x, *nothing
 
 
-_GEOMETRY = "int[] stride, int[] padding, int[] mode, int[] dilation, int groups"
+GEOMETRY_SCHEMA = "int[] stride, int[] padding, int[] mode, int[] dilation, int groups"
 
 _registry.define(
-    f"conv_nd(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int activation, bool keep) -> (Tensor, Tensor)",
+    f"conv_nd(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY_SCHEMA}, int activation, bool keep) -> (Tensor, Tensor)",
     reference=reference.conv_nd_op,
     fake=_fake_conv,
     triton=f"{_TRITON}:conv_nd",
 )
 _registry.define(
-    f"conv_transpose_nd(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, SymInt[] size) -> Tensor",
+    f"conv_transpose_nd(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY_SCHEMA}, SymInt[] size) -> Tensor",
     reference=reference.conv_transpose_nd_op,
     fake=_fake_transpose,
     triton=f"{_TRITON}:conv_transpose_nd",
 )
 _registry.define(
-    f"conv_nd_weight_grad(Tensor grad, Tensor x, SymInt[] kernel, {_GEOMETRY}) -> Tensor",
+    f"conv_nd_weight_grad(Tensor grad, Tensor x, SymInt[] kernel, {GEOMETRY_SCHEMA}) -> Tensor",
     reference=reference.conv_nd_weight_grad_op,
     fake=_fake_weight_grad,
     triton=f"{_TRITON}:conv_nd_weight_grad",

@@ -10,13 +10,17 @@ are skipped.
 Sums over outer taps are kept in fp32 for half precision.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
 from astrobiogen.kernels.conv_nd.geometry import (
     ACTIVATIONS,
     INNER_AXES,
+    RMS,
     Geometry,
+    Norm,
     add_halo,
     channel_last,
     fold_halo,
@@ -45,58 +49,106 @@ def conv_transpose_nd(
     return channel_last(total.to(x.dtype))
 
 
-def conv_nd_op(
+def conv_nd_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: int,
-    keep: bool,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    geometry: Geometry,
+    norm: Norm,
+    activation: str | None,
+) -> torch.Tensor:
+    """act(norm(conv_nd(x))); differentiable any number of times. Half precision is normalised in fp32."""
+    z = _accumulated(_convolve(x, weight, bias, geometry))
+    return _activate(_scale(_statistics(z, norm)[0], norm_weight, norm_bias), activation).to(x.dtype)
+
+
+# The ops below take their geometry as the schema lists it: stride, padding, mode, dilation, groups.
+
+
+def conv_nd_op(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `conv_nd`: y, and what went into the activation if `keep` (else an empty tensor). `keep` needs an
     activation."""
-    geometry = Geometry.of(stride, padding, mode, dilation, groups)
-    total = _convolve(x, weight, bias, geometry)
+    *lists, activation, keep = options
+    total = _convolve(x, weight, bias, Geometry.of(*lists))
     y = channel_last(_activate(total, ACTIVATIONS[activation]).to(x.dtype))
     kept = channel_last(total.to(x.dtype)) if keep else x.new_empty(0)
     return y, kept
 
 
-def conv_transpose_nd_op(
+def conv_nd_norm_op(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `conv_nd_norm`: y, and for the backward z, mean and 1 / deviation as `norm.statistics_shape` says."""
+    *lists, kind, groups, eps, activation, keep = options
+    z = _accumulated(_convolve(x, weight, bias, Geometry.of(*lists)))
+    norm = Norm(kind, groups, eps)
+    hat, mean, rstd = _statistics(z, norm)
+    y = channel_last(_activate(_scale(hat, norm_weight, norm_bias), ACTIVATIONS[activation]).to(x.dtype))
+    kept = channel_last(z.to(x.dtype)) if keep else x.new_empty(0)
+    shapes = norm.statistics_shapes(z.shape, keep)
+    mean, rstd = (t.reshape(n).clone() if n != (0,) else z.new_empty(0) for t, n in zip((mean, rstd), shapes))
+    return y, kept, mean, rstd
+
+
+def conv_nd_norm_backward_op(
+    grad: torch.Tensor,
+    kept: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    kind: int,
     groups: int,
-    size: list[int],
+    activation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `conv_nd_norm_backward`: gradients of z, of the norm's weight and of its bias. With h = (z - mean) rstd
+    and e = d L / d h: dz = rstd (e - mean(e) - h mean(e h)), without mean(e) for an RMS norm."""
+    norm = Norm(kind, groups, 0.0)
+    z = norm.split(_accumulated(kept))
+    stats = [n if axis not in norm.reduced(z) else 1 for axis, n in enumerate(z.shape)]
+    rstd = rstd.reshape(stats)
+    hat = (z if kind == RMS else z - mean.reshape(stats)) * rstd
+    u = _scale(hat.reshape(kept.shape), norm_weight, norm_bias)
+    slope = grad.to(u.dtype)
+    if activation == ACTIVATIONS.index("silu"):
+        slope = torch.ops.aten.silu_backward(slope, u)
+    elif activation == ACTIVATIONS.index("gelu"):
+        slope = torch.ops.aten.gelu_backward(slope, u)
+    inner = norm.split(_scale(slope, norm_weight, None))
+    axes = norm.reduced(z)
+    result = inner - hat * (inner * hat).mean(axes, keepdim=True)
+    if kind != RMS:
+        result = result - inner.mean(axes, keepdim=True)
+    positions = [axis for axis in range(kept.dim()) if axis != 1]
+    grad_weight = (slope * hat.reshape(kept.shape)).sum(positions)
+    sums = [total.to(kept.dtype) for total in (grad_weight, slope.sum(positions))]
+    return channel_last((result * rstd).reshape(kept.shape).to(kept.dtype)), *sums
+
+
+def conv_transpose_nd_op(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any
 ) -> torch.Tensor:
     """The op `conv_transpose_nd`."""
-    return conv_transpose_nd(x, weight, bias, Geometry.of(stride, padding, mode, dilation, groups), size)
+    *lists, size = options
+    return conv_transpose_nd(x, weight, bias, Geometry.of(*lists), list(size))
 
 
-def conv_nd_weight_grad_op(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
+def conv_nd_weight_grad_op(grad: torch.Tensor, x: torch.Tensor, kernel: list[int], *lists: Any) -> torch.Tensor:
     """The op `conv_nd_weight_grad`: sum over b, q of grad[b, o, q] * P(x)[b, c, q*stride + k*dilation - padding], [O,
     C / groups, *kernel]."""
-    geometry = Geometry.of(stride, padding, mode, dilation, groups)
+    geometry = Geometry.of(*lists)
     inner = geometry.after_halo()
     padded = add_halo(x, geometry)
-    result = x.new_zeros(grad.shape[1], x.shape[1] // groups, *kernel)
+    result = x.new_zeros(grad.shape[1], x.shape[1] // geometry.groups, *kernel)
     if len(kernel) <= INNER_AXES:
         return _native_weight_grad(channel_last(padded), channel_last(grad), result, inner)
     rows_x, rows_grad = padded.movedim(1, -1).contiguous(), grad.movedim(1, -1).contiguous()
@@ -104,6 +156,26 @@ def conv_nd_weight_grad_op(
         part = result[(slice(None), slice(None), *tap.index)]
         part.copy_(_native_weight_grad(_volume(rows_x, tap.input), _volume(rows_grad, tap.output), part, inner))
     return result
+
+
+def _accumulated(z: torch.Tensor) -> torch.Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _statistics(z: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(z - mean) / deviation, mean and 1 / deviation over the norm's axes (mean 0 for an RMS norm)."""
+    split = norm.split(z)
+    axes = norm.reduced(split)
+    mean = split.mean(axes, keepdim=True) if norm.kind != RMS else split.new_zeros(())
+    rstd = torch.rsqrt((split - mean).square().mean(axes, keepdim=True) + norm.eps)
+    return ((split - mean) * rstd).reshape(z.shape), mean, rstd
+
+
+def _scale(hat: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    shape = (-1, *[1] * (hat.dim() - 2))
+    if weight is not None:
+        hat = hat * weight.to(hat.dtype).reshape(shape)
+    return hat if bias is None else hat + bias.to(hat.dtype).reshape(shape)
 
 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
