@@ -1,6 +1,7 @@
 """Fusion of any subset of modalities by cross-attention, with adaptive weights that take part in the result."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class FusionConfig:
         num_latents: learned queries that read the modalities.
         use_adaptive_weighting: weigh the modalities per sample; off: equal weights over those present.
         modality_dropout: probability of hiding a modality from the fusion, in training only; one always stays.
+        modality_dropouts: the same for single modalities by name, in place of `modality_dropout`.
         dropout: on every branch, in training only.
         modality_dims: feature size of each modality, in order.
     """
@@ -32,6 +34,7 @@ class FusionConfig:
     num_latents: int = 4
     use_adaptive_weighting: bool = True
     modality_dropout: float = 0.0
+    modality_dropouts: dict[str, float] = dataclasses.field(default_factory=dict)
     dropout: float = 0.1
     modality_dims: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -44,6 +47,21 @@ class FusionConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dropout", "modality_dropout"):
             require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name, value in self.modality_dropouts.items():
+            require(0.0 <= value < 1.0, f"modality_dropouts[{name!r}] must be in [0, 1), got {value}")
+
+    @property
+    def hiding(self) -> tuple[float, ...]:
+        """Probability of hiding each of `modality_dims`.
+
+        Raises:
+            ValueError: `modality_dropouts` names a modality that is not there.
+        """
+        unknown = sorted(set(self.modality_dropouts) - set(self.modality_dims))
+        require(
+            not unknown, f"modality_dropouts: unknown modalities {unknown}, expected some of {list(self.modality_dims)}"
+        )
+        return tuple(self.modality_dropouts.get(name, self.modality_dropout) for name in self.modality_dims)
 
 
 class RebuiltMultimodalIntegration(nn.Module):
@@ -69,6 +87,7 @@ class RebuiltMultimodalIntegration(nn.Module):
         config = resolve_config(FusionConfig, config, overrides)
         require(bool(config.modality_dims), "modality_dims must name at least one modality")
         self.config = config
+        self.hiding = config.hiding
         width = config.fusion_dim
         self.projections = nn.ModuleDict({name: nn.Linear(size, width) for name, size in config.modality_dims.items()})
         self.types = nn.Embedding(len(config.modality_dims), width)
@@ -99,8 +118,8 @@ class RebuiltMultimodalIntegration(nn.Module):
             [B, M] as used.
         """
         tokens, mask = self._tokens(features, present or {})
-        if self.training and self.config.modality_dropout > 0.0:
-            mask = _drop_modalities(mask, self.config.modality_dropout)
+        if self.training and max(self.hiding) > 0.0:
+            mask = _drop_modalities(mask, self.hiding)
         tokens = self.token_norm(tokens)
         keys = torch.cat([tokens, self.prior.expand(tokens.shape[0], 1, -1)], dim=1)
         visible = F.pad(mask, (0, 1), value=True)
@@ -190,9 +209,11 @@ class CrossAttentionLayer(nn.Module):
         return latents + self.dropout(self.mlp(normed))
 
 
-def _drop_modalities(mask: torch.Tensor, probability: float) -> torch.Tensor:
-    """Hide each present modality with `probability`; of a sample that would lose all, one drawn at random stays."""
-    draws = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
-    keep = draws >= probability
-    best = draws == draws.max(dim=1, keepdim=True).values
-    return mask & (keep | best)
+def _drop_modalities(mask: torch.Tensor, probabilities: Sequence[float]) -> torch.Tensor:
+    """Hide each present modality with its probability; of a sample that would lose all, the one that was nearest to
+    staying stays.
+    """
+    margin = torch.rand(mask.shape, device=mask.device) - torch.tensor(probabilities, device=mask.device)
+    margin = margin.masked_fill(~mask, -torch.inf)
+    best = margin == margin.max(dim=1, keepdim=True).values
+    return mask & ((margin >= 0.0) | best)

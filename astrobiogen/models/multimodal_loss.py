@@ -14,7 +14,7 @@ def compute_multimodal_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted sum of seven terms, each a mean over the samples that have what it needs (0 if none has).
 
-    * classification: cross-entropy of ``logits`` against ``habitability_label``
+    * classification: cross-entropy of ``logits`` against ``habitability_label``, smoothed by ``label_smoothing``
     * regression: squared error of ``regression`` against ``habitability_fraction``
     * reconstruction: squared error of the decoded cube, in standard deviations
     * physics: violations of the decoded cube's water and energy budgets
@@ -35,7 +35,8 @@ def compute_multimodal_loss(
     present = dict(zip(MODALITIES, outputs["present"].unbind(1)))
     logits = at_least_float32(outputs["logits"])
     zero = logits.sum() * 0.0
-    parts = {"classification": F.cross_entropy(logits, batch["habitability_label"])}
+    label = batch["habitability_label"]
+    parts = {"classification": F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)}
     fraction = batch.get("habitability_fraction")
     regression = at_least_float32(outputs["regression"])
     parts["regression"] = zero if fraction is None else F.mse_loss(regression, fraction.to(regression.dtype))

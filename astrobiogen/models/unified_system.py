@@ -43,6 +43,9 @@ class MultiModalTrainingConfig:
             `modality_dims` of the language model and of the fusion are filled in by the system from the parts'
             feature sizes and must be empty here.
         modalities: which encoders exist, some of `MODALITIES`.
+        text_share: share of a batch's samples, drawn anew each time, whose text is read in training (at least one); the
+            others count as having none. A pair's text is the one input that no two samples share, so it costs most.
+        label_smoothing: of the classification's target, in [0, 1).
         classification_weight, regression_weight, reconstruction_weight, physics_weight, consistency_weight, llm_weight,
             graph_weight: weights of the terms of the loss, >= 0.
         kernels: "auto" (the dispatcher's choice) or "reference" (plain PyTorch for every op).
@@ -55,6 +58,8 @@ class MultiModalTrainingConfig:
     spectrum_config: SpectrumConfig = dataclasses.field(default_factory=SpectrumConfig)
     planet_config: PlanetParameterConfig = dataclasses.field(default_factory=PlanetParameterConfig)
     modalities: tuple[str, ...] = MODALITIES
+    text_share: float = 1.0
+    label_smoothing: float = 0.0
     classification_weight: float = 1.0
     regression_weight: float = 0.5
     reconstruction_weight: float = 0.1
@@ -71,6 +76,8 @@ class MultiModalTrainingConfig:
         for name in WEIGHTS:
             require(getattr(self, name) >= 0.0, f"{name} must not be negative, got {getattr(self, name)}")
         require(self.kernels in ("auto", "reference"), f"kernels must be 'auto' or 'reference', got {self.kernels!r}")
+        require(0.0 < self.text_share <= 1.0, f"text_share must be in (0, 1], got {self.text_share}")
+        require(0.0 <= self.label_smoothing < 1.0, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name in ("llm_config", "fusion_config"):
             require(not getattr(self, name).modality_dims, f"{name}.modality_dims is set by the system; leave it empty")
 
@@ -124,7 +131,7 @@ class UnifiedMultiModalSystem(nn.Module):
 
         Returns:
             ``logits`` [B, 2], ``regression`` [B], ``fused_features`` [B, fusion_dim], ``modality_weights`` [B, 5] in
-            the order of `MODALITIES`, ``present`` bool [B, 5] (what the batch holds), ``fused`` bool [B, 5] (less
+            the order of `MODALITIES`, ``present`` bool [B, 5] (what the batch holds and `text_share` reads), ``fused`` bool [B, 5] (less
             what modality dropout hid), ``climate_features``, ``graph_features``, ``spectral_features``,
             ``planet_features``, ``llm_features`` ([B, size] or None), and the parts' own results ``cnn_outputs``,
             ``graph_vae_outputs``, ``llm_outputs``, ``fusion_outputs`` (empty when the part did not run; per-sample
@@ -164,13 +171,7 @@ class UnifiedMultiModalSystem(nn.Module):
             if labels is not None:  # the words of an absent text are no targets
                 check_axes("labels", labels, ("batch", "sequence"), {"batch": size})
                 labels = labels.masked_fill(~present["text"][:, None], -100)
-            text = self.text(
-                batch["input_ids"],
-                batch.get("attention_mask"),
-                labels,
-                modality_features=dict(features),
-                modality_present={name: present[name] for name in features},
-            )
+            text = self._read(batch | {"labels": labels}, features, present)
             features["text"] = text["features"]
         fusion = self.fusion(features, present)
         absent = torch.zeros(size, dtype=torch.bool, device=fusion["logits"].device)
@@ -191,6 +192,34 @@ class UnifiedMultiModalSystem(nn.Module):
             "llm_outputs": text,
             "fusion_outputs": fusion,
         }
+
+    def _read(
+        self, batch: dict[str, Any], features: dict[str, torch.Tensor], present: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """Results of the language model; ``features`` [B, H] in the order of the batch. Where `text_share` leaves
+        samples out, theirs are 0 and ``present["text"]`` is changed to False.
+        """
+        texts = {name: batch.get(name) for name in ("input_ids", "attention_mask", "labels")}
+        size, others = present["text"].shape[0], {name: present[name] for name in features}
+        rows = self._drawn(size, present["text"].device)
+        if rows is None:
+            return self.text(**texts, modality_features=dict(features), modality_present=others)
+        outputs = self.text(
+            **{name: None if value is None else value[rows] for name, value in texts.items()},
+            modality_features={name: value[rows] for name, value in features.items()},
+            modality_present={name: value[rows] for name, value in others.items()},
+        )
+        read = torch.zeros_like(present["text"]).index_fill(0, rows, True)
+        present["text"] = present["text"] & read
+        few = outputs["features"]
+        return outputs | {"features": few.new_zeros(size, few.shape[1]).index_copy(0, rows, few)}
+
+    def _drawn(self, size: int, device: torch.device) -> torch.Tensor | None:
+        """Sorted numbers of the samples whose text is read; None for all of them."""
+        count = max(1, round(self.config.text_share * size))
+        if not self.training or count >= size:
+            return None
+        return torch.randperm(size, device=device)[:count].sort().values
 
     def _present(self, batch: dict[str, Any], size: int) -> dict[str, torch.Tensor]:
         """bool [B] per modality that this model has and the batch holds."""

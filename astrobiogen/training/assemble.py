@@ -53,6 +53,9 @@ def override(config: Any, changes: dict[str, Any], prefix: str = "model") -> Any
         if key not in names:
             raise UserError(f"{prefix}.{key}: unknown key, expected one of {', '.join(names)}")
         old = getattr(config, key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            new[key] = old | value
+            continue
         new[key] = (
             override(old, value, f"{prefix}.{key}")
             if isinstance(value, dict)

@@ -2,9 +2,9 @@
 
 A climate cube has 1.5 million values and a graph some thousand nodes; the pairs of them are many more than the items.
 In a random batch of
-16 pairs nearly every pair brings its own cube and graph. Here the pairs of an epoch are ordered by blocks of a random
-set of climates and a random set of organisms, so that a batch holds about 5 of each. The gradient of a batch is the
-same; which pairs meet in a batch is not.
+16 pairs nearly every pair brings its own cube and graph. Here the pairs of an epoch are ordered by random groups of
+climates and, within a group, by organism, so that a batch of 16 holds about 4 to 5 of each. The gradient of a batch is
+the same; which pairs meet in a batch is not.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ class BlockSampler:
     """Every pair once per epoch, in batches of exactly `batch_size` (the last may be short); a function of (seed,
     epoch) only.
 
-    Climates and organisms are permuted, cut into groups of `block`, pairs are sorted by (climate group, organism
-    group), cut into batches, and the batches are permuted.
+    Climates are permuted and cut into groups of `block`, pairs are sorted by (climate group, permuted organism), cut
+    into batches, and the batches are permuted.
 
     Args:
         keys: (climate, organism) of each sample.
-        block: items per group, at least 1.
+        block: climates per group, at least 1.
     """
 
     def __init__(self, keys: Sequence[tuple[str, str]], batch_size: int, seed: int, block: int) -> None:
@@ -38,7 +38,7 @@ class BlockSampler:
         """Batches of `epoch` from number `start` on."""
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
         climate = torch.randperm(self._climates, generator=generator)[self._climate] // self._block
-        organism = torch.randperm(self._organisms, generator=generator)[self._organism] // self._block
+        organism = torch.randperm(self._organisms, generator=generator)[self._organism]
         pairs = torch.argsort(climate * self._organisms + organism, stable=True).tolist()
         chunks = [pairs[first : first + self._batch_size] for first in range(0, len(pairs), self._batch_size)]
         order = torch.randperm(len(chunks), generator=generator).tolist()
@@ -57,10 +57,10 @@ def keys_of(samples: data.HabitatDataset) -> list[tuple[str, str]]:
 
 
 def in_blocks(samples: data.HabitatDataset, batch_size: int, block: int) -> list[list[int]]:
-    """All samples in batches by blocks of items in their alphabetical order, for evaluation."""
+    """All samples in batches by groups of climates, then by organism, in their alphabetical order, for evaluation."""
     _, climate = _numbered([key[0] for key in keys_of(samples)])
     organisms, organism = _numbered([key[1] for key in keys_of(samples)])
-    pairs = torch.argsort(climate // block * organisms + organism // block, stable=True).tolist()
+    pairs = torch.argsort(climate // block * organisms + organism, stable=True).tolist()
     return [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
 
 

@@ -84,10 +84,21 @@ def test_a_sample_without_any_modality_is_defined() -> None:
 def test_modality_dropout_keeps_one_and_only_what_is_there() -> None:
     mask = torch.rand(200, 5) > 0.4
     mask[0] = False
-    kept = _drop_modalities(mask, 0.9)
+    kept = _drop_modalities(mask, [0.9] * 5)
     assert not (kept & ~mask).any()
     assert torch.equal(kept.any(1), mask.any(1))
     assert 1.0 <= kept[1:].sum(1).float().mean() < mask.sum(1).float().mean()
+
+
+def test_modality_dropout_by_name() -> None:
+    mask = torch.ones(4000, 2, dtype=torch.bool)
+    share = _drop_modalities(mask, [0.0, 0.7]).float().mean(0)
+    assert share[0] == 1.0
+    assert abs(share[1] - 0.3) < 0.03  # four standard deviations of 4,000 draws
+    model = RebuiltMultimodalIntegration(CONFIG, modality_dropout=0.2, modality_dropouts={"graph": 0.5})
+    assert model.hiding == tuple(0.5 if name == "graph" else 0.2 for name in DIMS)
+    with pytest.raises(ValueError, match="sound"):
+        RebuiltMultimodalIntegration(CONFIG, modality_dropouts={"sound": 0.5})
 
 
 def test_results_are_in_range() -> None:
