@@ -131,7 +131,8 @@ class UnifiedMultiModalSystem(nn.Module):
 
         Returns:
             ``logits`` [B, 2], ``regression`` [B], ``fused_features`` [B, fusion_dim], ``modality_weights`` [B, 5] in
-            the order of `MODALITIES`, ``present`` bool [B, 5] (what the batch holds and `text_share` reads), ``fused`` bool [B, 5] (less
+            the order of `MODALITIES`, ``present`` bool [B, 5] (what the batch holds
+            and `text_share` reads), ``fused`` bool [B, 5] (less
             what modality dropout hid), ``climate_features``, ``graph_features``, ``spectral_features``,
             ``planet_features``, ``llm_features`` ([B, size] or None), and the parts' own results ``cnn_outputs``,
             ``graph_vae_outputs``, ``llm_outputs``, ``fusion_outputs`` (empty when the part did not run; per-sample
