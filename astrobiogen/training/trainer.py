@@ -198,7 +198,8 @@ class Trainer:
         """Until the last epoch ends at the speed so far, or until the time limit if that comes first."""
         progress, config = self.progress, self.config
         todo = self._batches * config.epochs - progress.step
-        return min(progress.seconds / progress.step * todo, config.stop.max_hours * 3600 - progress.seconds)
+        allowed = max(config.stop.max_hours * 3600 - progress.seconds, 0.0)
+        return min(progress.seconds / progress.step * todo, allowed)
 
     def _validate(self) -> bool:
         """Validate, keep the best, advance to the next epoch; False if interrupted (it is then repeated on
