@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies
 
+from astrobiogen import ops
 from astrobiogen.kernels.attention import reference, triton_config
 from astrobiogen.kernels.attention.op import attention
 from astrobiogen.testing import route
@@ -42,8 +43,8 @@ def test_shifting_all_positions_changes_nothing() -> None:
 def test_rotation_inside_equals_rotation_before(interleaved: bool) -> None:
     q, k, v = _tensors(30, 45)
     angle = torch.randn(45, 20)
-    turned_q = reference.rotate(q, angle[15:].cos(), angle[15:].sin(), interleaved)
-    turned_k = reference.rotate(k, angle.cos(), angle.sin(), interleaved)
+    turned_q = ops.rope(q, angle[15:].cos(), angle[15:].sin(), interleaved)
+    turned_k = ops.rope(k, angle.cos(), angle.sin(), interleaved)
     inside = attention(q, k, v, cos=angle.cos(), sin=angle.sin(), interleaved=interleaved)
     torch.testing.assert_close(inside, attention(turned_q, turned_k, v), rtol=1e-5, atol=1e-6)
 

@@ -113,10 +113,7 @@ def attention(
     if cos is not None or sin is not None:
         cos, sin = _check_rotary(q, k, cos, sin)
         cos, sin = cos.detach().to(compute), sin.detach().to(compute)
-    arguments = (
-        q,
-        k,
-        v,
+    options = reference.Options(
         cos,
         sin,
         cu_seqlens,
@@ -128,9 +125,9 @@ def attention(
         bool(interleaved),
     )
     if _registry.reference_selected():
-        out, lse = reference.attention(*arguments)
+        out, lse = reference.attention(q, k, v, *options)
     else:
-        out, lse = torch.ops.astrobiogen.attention(*arguments)
+        out, lse = torch.ops.astrobiogen.attention(q, k, v, *options)
     return (out, lse) if return_lse else out
 
 
@@ -223,13 +220,10 @@ def _fake_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    *rest: Any,
+    *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    del grad_out, grad_lse, out, lse, cos, sin, cu_seqlens, rest
+    del grad_out, grad_lse, out, lse
+    sinks = reference.Options(*options).sinks
     grad_sinks = q.new_empty(0, dtype=torch.float32) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_sinks
 

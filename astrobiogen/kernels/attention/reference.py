@@ -2,33 +2,36 @@
 not fast.
 """
 
+from typing import Any, NamedTuple
+
 import torch
+
+from astrobiogen.kernels.rope.reference import rope
 
 Forward = tuple[torch.Tensor, torch.Tensor]
 Backward = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool = False
-) -> torch.Tensor:
-    """Rotate the first 2R columns of x [B, S, heads, D] by the angles of cos, sin [S, R] or [B, S, R]; the dtype of x
-    is kept.
+class Options(NamedTuple):
+    """What the ops take besides their tensors, in the order of their schema; see `op.attention`."""
 
-    Column pairs (a, b) become (a cos - b sin, a sin + b cos). Pairs: (i, i + R), or (2i, 2i + 1) if `interleaved`.
-    `inverse` turns the other way, which is the gradient of the rotation.
-    """
-    compute = torch.promote_types(x.dtype, torch.float32)
-    rotary = 2 * cos.shape[-1]
-    cos = cos.detach().to(compute).unsqueeze(-2)
-    sin = sin.detach().to(compute).unsqueeze(-2) * (-1.0 if inverse else 1.0)
-    head, rest = x[..., :rotary].to(compute), x[..., rotary:]
-    if interleaved:
-        a, b = head[..., 0::2], head[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    else:
-        a, b = head.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    sinks: torch.Tensor | None
+    causal: bool
+    scale: float
+    window: int  # 0: none
+    softcap: float  # 0: none
+    interleaved: bool
+
+
+def rotate(x: torch.Tensor, o: Options, *, inverse: bool = False) -> torch.Tensor:
+    """Rotate x [B, S, heads, D] by the last S rows of the angles, if there are any; `inverse` is its gradient."""
+    if o.cos is None or o.sin is None:
+        return x
+    first = o.cos.shape[-2] - x.shape[1]
+    return rope(x, o.cos[..., first:, :].detach(), o.sin[..., first:, :].detach(), o.interleaved, inverse)
 
 
 def segment_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,37 +48,27 @@ def segment_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[torch.Tensor,
     return start.to(torch.int32), end.to(torch.int32)
 
 
-def visible(
-    queries: int, keys: int, causal: bool, window: int, cu_seqlens: torch.Tensor | None, device: torch.device
-) -> torch.Tensor:
+def visible(queries: int, keys: int, o: Options, device: torch.device) -> torch.Tensor:
     """Boolean [queries, keys]: which keys each query sees. Query i stands at key position i + keys - queries."""
     position = torch.arange(queries, device=device).unsqueeze(1) + (keys - queries)
     key = torch.arange(keys, device=device).unsqueeze(0)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    if causal:
+    if o.causal:
         mask &= key <= position
-    if window > 0:
-        mask &= key > position - window
-        mask &= key < position + window
-    if cu_seqlens is not None:
-        start, end = segment_bounds(cu_seqlens, queries)
+    if o.window > 0:
+        mask &= key > position - o.window
+        mask &= key < position + o.window
+    if o.cu_seqlens is not None:
+        start, end = segment_bounds(o.cu_seqlens, queries)
         mask &= (key >= start.unsqueeze(1)) & (key < end.unsqueeze(1))
     return mask
 
 
 def _grouped(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    interleaved: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated q as [B, Hkv, G, Sq, D], rotated k and v as [B, Hkv, 1, Sk, D], all in fp32 or wider."""
-    if cos is not None and sin is not None:
-        rows = cos.shape[-2]
-        q = rotate(q, cos[..., rows - q.shape[1] :, :], sin[..., rows - q.shape[1] :, :], interleaved)
-        k = rotate(k, cos[..., rows - k.shape[1] :, :], sin[..., rows - k.shape[1] :, :], interleaved)
+    q, k = rotate(q, o), rotate(k, o)
     compute = torch.promote_types(q.dtype, torch.float32)
     batch, queries, heads, dim = q.shape
     kv_heads = k.shape[2]
@@ -83,32 +76,20 @@ def _grouped(
     return q, k.to(compute).permute(0, 2, 1, 3).unsqueeze(2), v.to(compute).permute(0, 2, 1, 3).unsqueeze(2)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
-    scores = (q @ k.transpose(-1, -2)) * scale
-    return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+def _scores(q: torch.Tensor, k: torch.Tensor, o: Options) -> torch.Tensor:
+    scores = (q @ k.transpose(-1, -2)) * o.scale
+    return o.softcap * torch.tanh(scores / o.softcap) if o.softcap > 0 else scores
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    interleaved: bool,
-) -> Forward:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Forward:
     """(out [B, Sq, Hq, D], lse [B, Hq, Sq]): see `op.attention`. Differentiable twice under plain autograd."""
-    grouped_q, grouped_k, grouped_v = _grouped(q, k, v, cos, sin, interleaved)
-    mask = visible(q.shape[1], k.shape[1], causal, window, cu_seqlens, q.device)
-    scores = _scores(grouped_q, grouped_k, scale, softcap).masked_fill(~mask, -torch.inf)
+    o = Options(*options)
+    grouped_q, grouped_k, grouped_v = _grouped(q, k, v, o)
+    mask = visible(q.shape[1], k.shape[1], o, q.device)
+    scores = _scores(grouped_q, grouped_k, o).masked_fill(~mask, -torch.inf)
     batch, kv_heads, group, queries, dim = grouped_q.shape
-    if sinks is not None:
-        sink = sinks.to(scores.dtype).reshape(kv_heads, group, 1, 1).expand(batch, -1, -1, queries, 1)
+    if o.sinks is not None:
+        sink = o.sinks.to(scores.dtype).reshape(kv_heads, group, 1, 1).expand(batch, -1, -1, queries, 1)
         scores = torch.cat((scores, sink), dim=-1)
     elif scores.shape[-1] == 0:  # no key at all: one column that nobody sees gives the zeros of an empty sum
         scores = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
@@ -122,22 +103,9 @@ def attention(
     return out.to(q.dtype), lse.reshape(batch, kv_heads * group, queries)
 
 
-def attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    interleaved: bool,
-) -> Forward:
+def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Forward:
     """The op's default kernel: `attention` with outputs in contiguous memory of their own, as an op promises."""
-    out, lse = attention(q, k, v, cos, sin, cu_seqlens, sinks, causal, scale, window, softcap, interleaved)
+    out, lse = attention(q, k, v, *options)
     return out.contiguous(), lse.contiguous()
 
 
@@ -149,22 +117,15 @@ def attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    interleaved: bool,
+    *options: Any,
 ) -> Backward:
     """(grad_q, grad_k, grad_v, grad_sinks); grad_sinks has no element without sinks. Formulas: README.md."""
-    grouped_q, grouped_k, grouped_v = _grouped(q, k, v, cos, sin, interleaved)
+    o = Options(*options)
+    grouped_q, grouped_k, grouped_v = _grouped(q, k, v, o)
     batch, kv_heads, group, queries, dim = grouped_q.shape
     shape = (batch, kv_heads, group, queries, 1)
-    mask = visible(queries, k.shape[1], causal, window, cu_seqlens, q.device)
-    scores = _scores(grouped_q, grouped_k, scale, softcap)
+    mask = visible(queries, k.shape[1], o, q.device)
+    scores = _scores(grouped_q, grouped_k, o)
     lse = lse.to(scores.dtype).reshape(shape)
     probability = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)).masked_fill(~mask, 0.0)
     grad = torch.zeros_like(out) if grad_out is None else grad_out
@@ -174,20 +135,15 @@ def attention_backward(
     if grad_lse is not None:
         delta = delta - grad_lse.to(scores.dtype).reshape(shape)
     grad_scores = probability * (grad @ grouped_v.transpose(-1, -2) - delta)
-    if softcap > 0:
-        grad_scores = grad_scores * (1.0 - (scores / softcap).square())
-    grad_q = (grad_scores @ grouped_k * scale).permute(0, 3, 1, 2, 4).reshape(q.shape)
-    grad_k = (grad_scores.transpose(-1, -2) @ grouped_q * scale).sum(dim=2).permute(0, 2, 1, 3)
+    if o.softcap > 0:
+        grad_scores = grad_scores * (1.0 - (scores / o.softcap).square())
+    grad_q = (grad_scores @ grouped_k * o.scale).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    grad_k = (grad_scores.transpose(-1, -2) @ grouped_q * o.scale).sum(dim=2).permute(0, 2, 1, 3)
     grad_v = (probability.transpose(-1, -2) @ grad).sum(dim=2).permute(0, 2, 1, 3)
-    if cos is not None and sin is not None:
-        rows = cos.shape[-2]
-        grad_q = rotate(grad_q, cos[..., rows - queries :, :], sin[..., rows - queries :, :], interleaved, inverse=True)
-        grad_k = rotate(
-            grad_k, cos[..., rows - k.shape[1] :, :], sin[..., rows - k.shape[1] :, :], interleaved, inverse=True
-        )
-    if sinks is None:
+    grad_q, grad_k = rotate(grad_q, o, inverse=True), rotate(grad_k, o, inverse=True)
+    if o.sinks is None:
         grad_sinks = q.new_empty(0, dtype=torch.float32)
     else:
-        sink = sinks.to(scores.dtype).reshape(kv_heads, group, 1, 1)
-        grad_sinks = (-torch.exp(sink - lse) * delta).sum(dim=(0, 3, 4)).reshape(-1).to(sinks.dtype)
+        sink = o.sinks.to(scores.dtype).reshape(kv_heads, group, 1, 1)
+        grad_sinks = (-torch.exp(sink - lse) * delta).sum(dim=(0, 3, 4)).reshape(-1).to(o.sinks.dtype)
     return grad_q.to(q.dtype).contiguous(), grad_k.to(k.dtype).contiguous(), grad_v.to(v.dtype).contiguous(), grad_sinks

@@ -29,7 +29,7 @@ GPU_BENCHMARK_SIZES = (
     Size(4096, 32, 8, 64),
     Size(4096, 32, 8, 128),
 )
-GATE_DIMS = (64, 68, 80, 96, 128)
+GATE_DIMS = (64, 68, 80, 96, 128, 160, 256)
 # Every head dimension that the tests run end to end on the CPU.
 HEAD_DIMS = (8, 16, 40, 64, 67, 68, 72, 80, 96, 100, 128, 160, 256)
 

@@ -1,114 +1,109 @@
-"""Specialisations of the attention kernels for the ahead-of-time gate."""
+"""Specialisations of the attention kernels for the ahead-of-time gate: the launches that the launchers make for tensors
+without memory, with the types and alignments that Triton would specialise on.
+"""
 
 import dataclasses
 import itertools
 from typing import Any
 
-from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels.attention import triton_config
-from astrobiogen.kernels.attention.samples import GATE_DIMS
-from astrobiogen.kernels.attention.triton_backward import delta_kernel, grad_key_kernel, grad_query_kernel
-from astrobiogen.kernels.attention.triton_config import Tile
-from astrobiogen.kernels.attention.triton_forward import combine_kernel, decode_kernel, forward_kernel, pack_kernel
+import torch
 
-_PLAIN = {"CAUSAL": True, "WINDOW": False, "PACKED": False, "SOFTCAP": False, "SINKS": False}
-_ALL = {"CAUSAL": True, "WINDOW": True, "PACKED": True, "SOFTCAP": True, "SINKS": True}
-_FLOATS = ("scale", "softcap", "out_scale")
+from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels.attention import triton_config, triton_launch
+from astrobiogen.kernels.attention.reference import Options
+from astrobiogen.kernels.attention.samples import GATE_DIMS
+from astrobiogen.kernels.attention.triton_launch import Launch, Machine
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_WITH_DOTS = ("forward", "few", "grad_query", "grad_key")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the launcher derives from one head dimension and dtype."""
+    """A training-size problem: 2,048 tokens, 32 query and 8 key/value heads, causal, all columns rotated."""
 
-    target: int
     dim: int
-    dtype: str
-    switches: dict[str, bool]
+    dtype: torch.dtype = torch.bfloat16
+    everything: bool = False  # window, packed sequences, soft cap and sinks together
 
     @property
     def label(self) -> str:
-        return f"{self.dim}/{self.dtype}" + ("/window,packed,softcap,sinks" if self.switches["WINDOW"] else "")
+        extra = "/window,packed,softcap,sinks" if self.everything else ""
+        return f"{self.dim}/{_TYPES[self.dtype]}{extra}"
 
-    @property
-    def aligned_rows(self) -> bool:
-        return self.dim * 2 % 16 == 0
+    def tensors(self, tokens: int, heads: int) -> torch.Tensor:
+        """[1, tokens, heads, dim] on the device without memory."""
+        return torch.empty(1, tokens, heads, self.dim, dtype=self.dtype, device="meta")
 
-    @property
-    def constexprs(self) -> dict[str, Any]:
-        main, tail = triton_config.cut_head(self.dim)
-        width, own = main + tail, self.dim if self.aligned_rows else main + tail
-        head = {"DIM": self.dim, "MAIN": main, "TAIL": tail, "ROTARY": self.dim // 2, "INTERLEAVED": False}
-        widths = {"Q_WIDTH": width, "K_WIDTH": width, "V_WIDTH": own, "G_WIDTH": own, "WIDTH": width}
-        return head | widths | self.switches | {"PRECISION": "tf32", "GRAD_LSE": False}
-
-    def case(
-        self, name: str, kernel: Any, tile: Tile, *, mma: bool = True, wide: bool = True, **more: int
-    ) -> CompileCase:
-        """The case of `kernel`: pointers by their names, tile sizes by the kernel's own argument names."""
-        sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_G": tile.block_m, **more}
-        constexprs = {n: v for n, v in (self.constexprs | sizes).items() if n in kernel.arg_names}
-        rest = [n for n in kernel.arg_names if n not in constexprs]
-        signature = {n: self._type(n) for n in rest}
-        # Rows are packed, and with the benchmarks' head counts every stride is a multiple of 16 elements.
-        strides = [n for n in rest if n.endswith(("_batch", "_token", "_head")) and n != "angle_batch"]
-        aligned = (*(n for n in rest if signature[n].startswith("*")), *strides)
-        return CompileCase(
-            f"{name}/{self.label}",
-            kernel,
-            signature,
-            constexprs,
-            aligned,
-            tile.warps,
-            tile.stages,
-            needs_mma=mma,
-            needs_vector_loads=wide,
-            targets=(self.target,),
-        )
-
-    def _type(self, name: str) -> str:
-        if name in ("q", "k", "v", "x", "out", "grad", "sinks", "grad_q", "grad_k", "grad_v"):
-            return f"*{self.dtype}"
-        if name in ("cos", "sin", "lse", "delta", "grad_lse", "partial", "partial_top", "partial_total"):
-            return "*fp32"
-        if name in ("starts", "ends"):
-            return "*i32" if self.switches["PACKED"] else f"*{self.dtype}"
-        return "fp32" if name in _FLOATS else "i32"
+    def options(self) -> Options:
+        angles = torch.empty(2048, self.dim // 2, device="meta")
+        if not self.everything:
+            return Options(angles, angles, None, None, True, 0.125, 0, 0.0, False)
+        bounds = torch.empty(9, dtype=torch.int32, device="meta")
+        sinks = torch.empty(32, dtype=self.dtype, device="meta")
+        return Options(angles, angles, bounds, sinks, True, 0.125, 1000, 30.0, False)
 
 
 def cases() -> tuple[CompileCase, ...]:
-    """The three main kernels at the gate's head dimensions, causal with half rotation; at 68 also fp16, all kernels,
-    and window, soft-cap, sinks and packed sequences together.
+    """Forward and both backward kernels at the gate's head dimensions in bf16; at 68 also fp16, all masks together, and
+    the kernels that pack, merge and take few queries.
     """
     found: list[CompileCase] = []
     for target, dim in itertools.product(triton_config.TILES, GATE_DIMS):
-        found += _main(_Shape(target, dim, "bf16", _PLAIN))
+        found += _cases(_Shape(dim), target, ("forward", "few", "grad_query", "grad_key"))
     for target in triton_config.TILES:
-        found += _main(_Shape(target, 68, "bf16", _ALL))
-        found.append(_main(_Shape(target, 68, "fp16", _PLAIN))[0])
-        found += _helpers(_Shape(target, 68, "bf16", _PLAIN))
+        found += _cases(_Shape(68, everything=True), target, ("forward", "grad_query", "grad_key"))
+        found += _cases(_Shape(68, torch.float16), target, ("forward",))
+        found += _cases(_Shape(68), target, ("pack", "row_constants", "combine"))
     return tuple(found)
 
 
-def _main(shape: _Shape) -> list[CompileCase]:
-    width = sum(triton_config.cut_head(shape.dim))
-    entry = next(tiles for widest, tiles in triton_config.TILES[shape.target] if width <= widest)
-    return [
-        shape.case("forward", forward_kernel, entry.forward),
-        shape.case("grad_query", grad_query_kernel, entry.grad_query),
-        shape.case("grad_key", grad_key_kernel, entry.grad_key),
-    ]
+def _cases(shape: _Shape, target: int, names: tuple[str, ...]) -> list[CompileCase]:
+    launches = _launches(shape, target)
+    return [_case(f"{name}/{shape.label}", launches[name], target, mma=name in _WITH_DOTS) for name in names]
 
 
-def _helpers(shape: _Shape) -> list[CompileCase]:
-    main, tail = triton_config.cut_head(shape.dim)
-    columns = 1 << (main + tail - 1).bit_length()
-    simple, single = Tile(0, 0, triton_config.PACK_WARPS, 1), Tile(0, 0, 1, 1)
-    # Rows of 68 columns of 2 bytes start at multiples of 8 bytes: no 16-byte loads there.
-    return [
-        shape.case("pack", pack_kernel, simple, mma=False, wide=False, BLOCK=triton_config.PACK_ROWS),
-        shape.case(
-            "delta", delta_kernel, simple, mma=False, wide=False, COLUMNS=columns, BLOCK=triton_config.DELTA_ROWS
-        ),
-        shape.case("decode", decode_kernel, triton_config.DECODE_TILE),
-        shape.case("combine", combine_kernel, single, mma=False, wide=False, COLUMNS=columns),
-    ]
+def _launches(shape: _Shape, target: int) -> dict[str, Launch]:
+    """The launches of a forward, a decode and a backward, by name; the first pack kernel is that of K, rotated."""
+    collected: list[Launch] = []
+    machine = Machine(target, 64, collected.append)
+    q, k, v, token = (shape.tensors(*size) for size in ((2048, 32), (2048, 8), (2048, 8), (1, 32)))
+    options, lse = shape.options(), torch.empty(1, 32, 2048, device="meta")
+    p = triton_launch.make_problem(machine, q, k, options)
+    triton_launch.attend(p, v, q, lse)
+    triton_launch.differentiate(p, v, q, triton_launch.row_constants(p, q, q, lse, None), (q, k, v))
+    found: dict[str, Launch] = {}
+    for launch in collected:
+        found.setdefault(launch.kernel.__name__.removesuffix("_kernel"), launch)
+    if not shape.everything:
+        collected.clear()
+        # A decoder keeps rotated keys.
+        alone = triton_launch.make_problem(machine, token, k, options._replace(cos=None, sin=None))
+        triton_launch.attend_few(alone, v, token, torch.empty(1, 32, 1, device="meta"))
+        found |= {"few": collected[0], "combine": collected[1]}
+    return found
+
+
+def _case(name: str, launch: Launch, target: int, *, mma: bool) -> CompileCase:
+    """What Triton's launcher would compile: an integer 1 becomes a constant, multiples of 16 are known as such."""
+    names = [n for n in launch.kernel.arg_names if n not in launch.constants]
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {n: v for n, v in launch.constants.items() if n in launch.kernel.arg_names}
+    aligned: list[str] = []
+    for argument, value in zip(names, launch.arguments, strict=True):
+        if isinstance(value, torch.Tensor):
+            signature[argument] = f"*{_TYPES[value.dtype]}"
+            aligned.append(argument)
+        elif isinstance(value, float):
+            signature[argument] = "fp32"
+        elif value == 1:
+            constants[argument] = 1
+        else:
+            signature[argument] = "i32"
+            aligned += [argument] if value % 16 == 0 else []
+    # 16-byte loads where rows are read 16 bytes at a time; rows of 68 columns in place start at multiples of 8 bytes.
+    wide = mma and all(launch.constants.get(f"{n}_UNIT", 8) == 8 for n in "KV")
+    return CompileCase(
+        name, launch.kernel, signature, constants, tuple(aligned), launch.warps, launch.stages,
+        needs_mma=mma, needs_vector_loads=wide, targets=(target,),
+    )  # fmt: skip

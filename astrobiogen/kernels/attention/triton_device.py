@@ -1,11 +1,14 @@
 """Device functions that the attention kernels share: columns and their rotation, visible key ranges, scores.
 
 A head of DIM columns is cut into MAIN + TAIL, a power of two and the rest rounded up to a power of two >= 16 (68 = 64
-+ 16): a dot over 80
-columns instead of 128. Inside the kernels rotary pairs stand next to each other (the order of the interleaved
-convention): q . k does not
-change under a common permutation, and a rotation is then a reshape and a split inside one thread, across the cut of
-MAIN and TAIL too.
++ 16): a dot over 80 columns instead of 128. Q and K are taken in an internal column order, which leaves q . k as it is:
+the first members of MAIN / 2 rotary pairs, then their partners, then the tail with partners side by side (68, rotate-half:
+0-31, 34-65, then 32, 66, 33, 67). The halves are loaded as two contiguous tiles and rotated against each other without
+moving a number between lanes. (Joining them to one tile would halve the width at which Triton reads the operand of the
+dot from shared memory: LDS instead of LDSM.)
+
+Strides come in units of UNIT elements, the largest power of two up to 16 bytes that divides them: the compiler sees how
+wide it may load.
 """
 
 import triton
@@ -16,77 +19,137 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def outer_columns(START: tl.constexpr, COUNT: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Memory columns of the internal columns START .. START + COUNT - 1."""
-    column = START + tl.arange(0, COUNT)
-    if ROTARY > 0 and not INTERLEAVED:
-        return tl.where(column < 2 * ROTARY, column // 2 + (column % 2) * ROTARY, column)
-    return column
+def half_columns(SIDE: tl.constexpr, MAIN: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Memory columns of the first (SIDE 0) or second (SIDE 1) members of the MAIN / 2 pairs. Columns that do not rotate
+    fill up both sides.
+    """
+    PAIRS: tl.constexpr = MAIN // 2
+    pair = tl.arange(0, PAIRS)
+    if INTERLEAVED:
+        return 2 * pair + SIDE
+    if ROTARY >= PAIRS:
+        return pair + SIDE * ROTARY
+    return tl.where(pair < ROTARY, pair + SIDE * ROTARY, pair + (SIDE * PAIRS + (1 - SIDE) * ROTARY))
 
 
 @triton.jit
-def tile_rows(base, first, local, stride):
+def tail_columns(MAIN: tl.constexpr, TAIL: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Memory columns of the tail: the pairs from MAIN / 2 on, partners side by side, then what does not rotate."""
+    column = tl.arange(0, TAIL)
+    if 2 * ROTARY > MAIN and not INTERLEAVED:
+        pair = MAIN // 2 + column // 2
+        return tl.where(pair < ROTARY, pair + (column % 2) * ROTARY, MAIN + column)
+    return MAIN + column
+
+
+@triton.jit
+def row_pointers(base, first, local, stride, UNIT: tl.constexpr):
     """Pointers [rows, 1] to rows first + local: a 64-bit start and 32-bit offsets inside the tile, which cost half
     the registers of 64-bit ones.
     """
-    return base + tl.cast(first, tl.int64) * stride + local[:, None] * stride
+    return base + tl.cast(first, tl.int64) * stride * UNIT + (local * stride)[:, None] * UNIT
 
 
 @triton.jit
-def load_columns(
-    base,
-    first,
-    local,
-    row_mask,
-    stride,
-    START: tl.constexpr,
-    COUNT: tl.constexpr,
-    DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Internal columns START .. START + COUNT of rows first + local of [rows, DIM]; zero outside."""
-    column = outer_columns(START, COUNT, ROTARY, INTERLEAVED)
-    mask = row_mask[:, None] & (column < DIM)[None, :]
-    return tl.load(tile_rows(base, first, local, stride) + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_columns(
-    base,
-    value,
-    first,
-    local,
-    row_mask,
-    stride,
-    START: tl.constexpr,
-    COUNT: tl.constexpr,
-    DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """The reverse of `load_columns`."""
-    column = outer_columns(START, COUNT, ROTARY, INTERLEAVED)
-    mask = row_mask[:, None] & (column < DIM)[None, :]
-    pointer = tile_rows(base, first, local, stride) + column[None, :]
-    tl.store(pointer, value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def turn(x, cos, sin, first, local, row_mask, START: tl.constexpr, ROTARY: tl.constexpr, SIGN: tl.constexpr):
-    """Rotate the internal columns START .. of x [rows, columns] in fp32; cos, sin [.., ROTARY] in fp32, rows first +
-    local.
+def load_part(
+    rows, live, START: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """A [rows, COUNT] tile at column START of rows that have WIDTH readable columns; zero elsewhere. Without MASKED
+    every row exists.
     """
-    ROWS: tl.constexpr = x.shape[0]
-    PAIRS: tl.constexpr = x.shape[1] // 2
-    pair = START // 2 + tl.arange(0, PAIRS)
-    cos = tile_rows(cos, first, local, ROTARY)
-    sin = tile_rows(sin, first, local, ROTARY)
-    mask = row_mask[:, None] & (pair < ROTARY)[None, :]
-    c = tl.load(cos + pair[None, :], mask=mask, other=1.0)
-    s = tl.load(sin + pair[None, :], mask=mask, other=0.0) * SIGN
-    a, b = tl.split(tl.reshape(x.to(tl.float32), [ROWS, PAIRS, 2]))
-    return tl.reshape(tl.join(a * c - b * s, a * s + b * c), [ROWS, 2 * PAIRS])
+    column = START + tl.arange(0, COUNT)
+    pointer = rows + column[None, :]
+    if START + COUNT <= WIDTH:
+        if MASKED:
+            return tl.load(pointer, mask=live[:, None], other=0.0)
+        return tl.load(pointer)
+    if MASKED:
+        return tl.load(pointer, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
+    return tl.load(pointer, mask=(column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(rows, live, column, DIM: tl.constexpr):
+    """The memory columns `column` of rows with DIM columns; zero outside."""
+    return tl.load(rows + column[None, :], mask=live[:, None] & (column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_columns(rows, value, live, column, DIM: tl.constexpr):
+    """The reverse of `load_columns`."""
+    tl.store(rows + column[None, :], value.to(rows.dtype.element_ty), mask=live[:, None] & (column < DIM)[None, :])
+
+
+@triton.jit
+def load_angles(rows, live, START: tl.constexpr, PAIRS: tl.constexpr, ROTARY: tl.constexpr, OTHER: tl.constexpr):
+    """cos or sin [rows, PAIRS] of the pairs START ..; OTHER for pairs that do not rotate."""
+    pair = START + tl.arange(0, PAIRS)
+    if START + PAIRS <= ROTARY:
+        return tl.load(rows + pair[None, :], mask=live[:, None], other=OTHER)
+    return tl.load(rows + pair[None, :], mask=live[:, None] & (pair < ROTARY)[None, :], other=OTHER)
+
+
+@triton.jit
+def load_rotated(
+    rows, cos, sin, live, DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Both halves and the tail of rows in the internal order, rotated in fp32 and rounded back. cos, sin: pointers
+    [rows, 1]. Without a tail the first half is returned in its place.
+    """
+    PAIRS: tl.constexpr = MAIN // 2
+    dtype = rows.dtype.element_ty
+    a = load_columns(rows, live, half_columns(0, MAIN, ROTARY, INTERLEAVED), DIM)
+    b = load_columns(rows, live, half_columns(1, MAIN, ROTARY, INTERLEAVED), DIM)
+    if ROTARY > 0:
+        c, s = load_angles(cos, live, 0, PAIRS, ROTARY, 1.0), load_angles(sin, live, 0, PAIRS, ROTARY, 0.0)
+        x, y = a.to(tl.float32), b.to(tl.float32)
+        a, b = (x * c - y * s).to(dtype), (x * s + y * c).to(dtype)
+    tail = a
+    if TAIL > 0:
+        column = tail_columns(MAIN, TAIL, ROTARY, INTERLEAVED)
+        tail = load_columns(rows, live, column, DIM)
+        if 2 * ROTARY > MAIN:
+            # Every column with its partner, loaded once more: no exchange between lanes.
+            local = tl.arange(0, TAIL)
+            rotates = MAIN // 2 + local // 2 < ROTARY
+            if INTERLEAVED:
+                partner = MAIN + (local ^ 1)
+            else:
+                partner = tl.where(rotates, column + tl.where(local % 2 == 0, ROTARY, -ROTARY), column)
+            angle = MAIN // 2 + local // 2
+            mask = live[:, None] & rotates[None, :]
+            c = tl.load(cos + angle[None, :], mask=mask, other=1.0)
+            s = tl.load(sin + angle[None, :], mask=mask, other=0.0) * tl.where(local % 2 == 0, -1.0, 1.0)[None, :]
+            other = load_columns(rows, live, partner, DIM)
+            tail = (tail.to(tl.float32) * c + other.to(tl.float32) * s).to(dtype)
+    return a, b, tail
+
+
+@triton.jit
+def store_turned_back(
+    rows, main, tail, cos, sin, live, DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rotate the gradient [rows, MAIN] and [rows, TAIL], both in the internal order, backwards and store it in memory
+    order.
+    """
+    ROWS: tl.constexpr = main.shape[0]
+    PAIRS: tl.constexpr = MAIN // 2
+    if TAIL > 0:
+        if 2 * ROTARY > MAIN:
+            START: tl.constexpr = MAIN // 2
+            x, y = tl.split(tl.reshape(tail, [ROWS, TAIL // 2, 2]))
+            c = load_angles(cos, live, START, TAIL // 2, ROTARY, 1.0)
+            s = load_angles(sin, live, START, TAIL // 2, ROTARY, 0.0)
+            tail = tl.reshape(tl.join(x * c + y * s, y * c - x * s), [ROWS, TAIL])
+        store_columns(rows, tail, live, tail_columns(MAIN, TAIL, ROTARY, INTERLEAVED), DIM)
+    a, b = tl.split(tl.permute(tl.reshape(main, [ROWS, 2, PAIRS]), (0, 2, 1)))
+    if ROTARY > 0:
+        c, s = load_angles(cos, live, 0, PAIRS, ROTARY, 1.0), load_angles(sin, live, 0, PAIRS, ROTARY, 0.0)
+        a, b = a * c + b * s, b * c - a * s
+    store_columns(rows, a, live, half_columns(0, MAIN, ROTARY, INTERLEAVED), DIM)
+    store_columns(rows, b, live, half_columns(1, MAIN, ROTARY, INTERLEAVED), DIM)
 
 
 @triton.jit
@@ -143,6 +206,15 @@ def tile_bounds(low, full_low, full_high, high, limit, BLOCK: tl.constexpr):
     clean = tl.where(has_clean, clean, begin)
     edge = tl.where(has_clean, edge, begin)
     return begin, clean, edge, end
+
+
+@triton.jit
+def visible_keys(n, low, high, LOWER: tl.constexpr):
+    """Mask [rows, keys] of keys n in [low, high); without LOWER every low is 0."""
+    seen = n[None, :] < high[:, None]
+    if LOWER:
+        seen = seen & (n[None, :] >= low[:, None])
+    return seen
 
 
 @triton.jit

@@ -1,6 +1,4 @@
-"""Forward kernels: repacking (with rotation), the prefill kernel, and the split-key decode kernel with its
-combination.
-"""
+"""Forward kernels: repacking (with rotation), attention of query blocks, and the merge of split keys."""
 
 import triton
 import triton.language as tl
@@ -9,13 +7,14 @@ from astrobiogen.kernels.attention.triton_device import (
     LN2,
     LOG2E,
     key_range,
-    load_columns,
+    load_part,
+    load_rotated,
     log2_scores,
     product,
+    row_pointers,
     store_columns,
     tile_bounds,
-    tile_rows,
-    turn,
+    visible_keys,
 )
 
 
@@ -23,245 +22,186 @@ from astrobiogen.kernels.attention.triton_device import (
 def pack_kernel(
     x, cos, sin, out,
     x_batch, x_token, x_head, tokens, heads, angle_batch, angle_first,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, X_UNIT: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, rotary pairs adjacent, zero behind DIM. Grid:
-    (B heads, blocks).
+    """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, in the internal column order, zero behind DIM.
+    Grid (B heads, blocks).
     """
-    batch = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    first = tl.program_id(1) * BLOCK
-    local = tl.arange(0, BLOCK)
-    row_mask = first + local < tokens
-    base = x + batch.to(tl.int64) * x_batch + head.to(tl.int64) * x_head
+    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    first, local = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
+    live = first + local < tokens
+    base = x + (batch.to(tl.int64) * x_batch + head.to(tl.int64) * x_head) * X_UNIT
+    rows = row_pointers(base, first, local, x_token, X_UNIT)
     angles = batch.to(tl.int64) * angle_batch
+    a, b, tail = load_rotated(
+        rows, row_pointers(cos + angles, angle_first + first, local, ROTARY, 1),
+        row_pointers(sin + angles, angle_first + first, local, ROTARY, 1), live, DIM, MAIN, TAIL, ROTARY, INTERLEAVED,
+    )  # fmt: skip
     WIDTH: tl.constexpr = MAIN + TAIL
-    to = tile_rows(out + tl.program_id(0).to(tl.int64) * tokens * WIDTH, first, local, WIDTH)
-    part = load_columns(base, first, local, row_mask, x_token, 0, MAIN, DIM, ROTARY, INTERLEAVED)
-    if ROTARY > 0:
-        part = turn(part, cos + angles, sin + angles, angle_first + first, local, row_mask, 0, ROTARY, 1.0)
-    tl.store(to + tl.arange(0, MAIN)[None, :], part.to(out.dtype.element_ty), mask=row_mask[:, None])
+    to = row_pointers(out + tl.program_id(0).to(tl.int64) * tokens * WIDTH, first, local, 1, WIDTH)
+    half = tl.arange(0, MAIN // 2)[None, :]
+    tl.store(to + half, a, mask=live[:, None])
+    tl.store(to + (MAIN // 2) + half, b, mask=live[:, None])
     if TAIL > 0:
-        rest = load_columns(base, first, local, row_mask, x_token, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
-        if 2 * ROTARY > MAIN:
-            rest = turn(rest, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, 1.0)
-        tl.store(to + MAIN + tl.arange(0, TAIL)[None, :], rest.to(out.dtype.element_ty), mask=row_mask[:, None])
-
-
-@triton.jit
-def tile_columns(START: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr):
-    """Column numbers of a key or value tile, and which of them exist."""
-    column = START + tl.arange(0, COUNT)
-    return column, column < DIM
+        tl.store(to + MAIN + tl.arange(0, TAIL)[None, :], tail, mask=live[:, None])
 
 
 @triton.jit
 def attend_tiles(
-    acc, acc_tail, top, total, q, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, low, high, scale, softcap,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, low, high, scale,
+    softcap,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, K_UNIT: tl.constexpr,
+    V_UNIT: tl.constexpr, SOFTCAP: tl.constexpr, LOWER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys begin .. end - 1 in tiles. K_WIDTH, V_WIDTH: columns that may be read unmasked
-    (DIM, or MAIN + TAIL).
-    """
-    columns, real = tile_columns(0, MAIN, DIM)
-    tails, _real_tail = tile_columns(MAIN, TAIL if TAIL > 0 else 16, DIM)
+    """Online softmax over the keys begin .. end - 1 in tiles. `top` is the running maximum in units of log 2."""
+    HALF: tl.constexpr = MAIN // 2
     local = tl.arange(0, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
         n = first + local
-        k_rows = k_base + tl.cast(first, tl.int64) * k_token + local[None, :] * k_token
-        v_rows = tile_rows(v_base, first, local, v_token)
         exists = n < keys
-        k_mask, v_mask = exists[None, :], exists[:, None]
-        if MAIN > K_WIDTH:
-            k_mask = k_mask & real[:, None]
-        if MAIN > V_WIDTH:
-            v_mask = v_mask & real[None, :]
-        if MASKED or MAIN > K_WIDTH:
-            k = tl.load(k_rows + columns[:, None], mask=k_mask, other=0.0)
-        else:
-            k = tl.load(k_rows + columns[:, None])
-        raw = product(q, k, tl.zeros([q.shape[0], BLOCK_N], tl.float32), PRECISION)
+        k_rows = row_pointers(k_base, first, local, k_token, K_UNIT)
+        v_rows = row_pointers(v_base, first, local, v_token, V_UNIT)
+        raw = tl.zeros([q_a.shape[0], BLOCK_N], tl.float32)
+        raw = product(q_a, tl.trans(load_part(k_rows, exists, 0, HALF, K_WIDTH, MASKED)), raw, PRECISION)
+        raw = product(q_b, tl.trans(load_part(k_rows, exists, HALF, HALF, K_WIDTH, MASKED)), raw, PRECISION)
         if TAIL > 0:
-            k_tail = tl.load(k_rows + tails[:, None], mask=exists[None, :] & ((tails < K_WIDTH)[:, None]), other=0.0)
-            raw = product(q_tail, k_tail, raw, PRECISION)
+            raw = product(q_tail, tl.trans(load_part(k_rows, exists, MAIN, TAIL, K_WIDTH, MASKED)), raw, PRECISION)
         s = log2_scores(raw, scale, softcap, SOFTCAP)
         if MASKED:
-            s = tl.where((n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]), s, float("-inf"))
+            s = tl.where(visible_keys(n, low, high, LOWER), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(p, 1)
         top = new_top
-        if MASKED or MAIN > V_WIDTH:
-            v = tl.load(v_rows + columns[None, :], mask=v_mask, other=0.0)
-        else:
-            v = tl.load(v_rows + columns[None, :])
+        v = load_part(v_rows, exists, 0, MAIN, V_WIDTH, MASKED)
         p = p.to(v.dtype)
         acc = product(p, v, acc * shrink[:, None], PRECISION)
         if TAIL > 0:
-            v_tail = tl.load(v_rows + tails[None, :], mask=exists[:, None] & ((tails < V_WIDTH)[None, :]), other=0.0)
+            v_tail = load_part(v_rows, exists, MAIN, TAIL, V_WIDTH, MASKED)
             acc_tail = product(p, v_tail, acc_tail * shrink[:, None], PRECISION)
     return acc, acc_tail, top, total
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, cos, sin, starts, ends, sinks, out, lse,
+    q, k, v, cos, sin, starts, ends, sinks, out, lse, totals,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    heads, group, queries, keys, angle_batch, angle_first, scale, softcap, window,
+    heads, group, queries, keys, angle_batch, angle_first, key_first, chunk, scale, softcap, window,
     DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
+    HEADS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B Hq, query blocks): neighbours share a key/value head and start with the last block, which sees the most
-    keys.
+    """A block of query rows against the keys they see. The rows of a program are tokens times HEADS heads that share
+    a key/value head, head fastest: 1, or the whole group where there are few tokens. Q is rotated here; k is rotated
+    and in the internal order already.
+
+    Grid (B heads / HEADS, row blocks, splits), longest blocks first: neighbouring programs share keys in the cache.
+    With SPLIT a program takes the keys key_first + split * chunk .. and leaves unnormalised fp32 rows [B, Hq, Sq,
+    splits, MAIN + TAIL] in `out`, their maxima in `lse` and sums in `totals`.
     """
-    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    units = heads // HEADS
+    batch, head = tl.program_id(0) // units, tl.program_id(0) % units * HEADS
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     first, local = block * BLOCK_M, tl.arange(0, BLOCK_M)
-    m = first + local
-    row_mask = m < queries
-    q_base = q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    k_base = k + batch.to(tl.int64) * k_batch + (head // group).to(tl.int64) * k_head
-    v_base = v + batch.to(tl.int64) * v_batch + (head // group).to(tl.int64) * v_head
+    first_token = first // HEADS
+    token, head_local = (first + local) // HEADS, (first + local) % HEADS
+    live = first + local < queries * HEADS
+    q_base = q + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head) * Q_UNIT
+    q_rows = row_pointers(q_base, first_token, token - first_token, q_token, Q_UNIT) + (head_local * q_head)[:, None] * Q_UNIT
+    k_base = k + (batch.to(tl.int64) * k_batch + (head // group).to(tl.int64) * k_head) * K_UNIT
+    v_base = v + (batch.to(tl.int64) * v_batch + (head // group).to(tl.int64) * v_head) * V_UNIT
     angles = batch.to(tl.int64) * angle_batch
-    q_main = load_columns(q_base, first, local, row_mask, q_token, 0, MAIN, DIM, ROTARY, INTERLEAVED)
-    if ROTARY > 0:
-        q_main = turn(q_main, cos + angles, sin + angles, angle_first + first, local, row_mask, 0, ROTARY, 1.0).to(
-            q.dtype.element_ty
-        )
-    q_tail = q_main
-    acc_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
-    if TAIL > 0:
-        q_tail = load_columns(q_base, first, local, row_mask, q_token, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
-        if 2 * ROTARY > MAIN:
-            q_tail = turn(
-                q_tail, cos + angles, sin + angles, angle_first + first, local, row_mask, MAIN, ROTARY, 1.0
-            ).to(q.dtype.element_ty)
+    q_a, q_b, q_tail = load_rotated(
+        q_rows, row_pointers(cos + angles, angle_first + first_token, token - first_token, ROTARY, 1),
+        row_pointers(sin + angles, angle_first + first_token, token - first_token, ROTARY, 1), live,
+        DIM, MAIN, TAIL, ROTARY, INTERLEAVED,
+    )  # fmt: skip
     acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
+    acc_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        top = tl.zeros([BLOCK_M], tl.float32) + sink
-        total = tl.where(top == float("-inf"), 0.0, total + 1.0)
+    if SINKS and not SPLIT:
+        top = tl.load(sinks + head + head_local).to(tl.float32) * LOG2E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
     offset = keys - queries
-    seen = tl.minimum(m, queries - 1)
-    low, high = key_range(seen, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
-    last = tl.minimum(first + BLOCK_M, queries) - 1
-    low_first, high_first = key_range(first, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
+    low, high = key_range(tl.minimum(token, queries - 1), offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
+    last = tl.minimum((first + BLOCK_M - 1) // HEADS, queries - 1)
+    low_first, high_first = key_range(first_token, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
     low_last, high_last = key_range(last, offset, keys, starts, ends, window, CAUSAL, WINDOW, PACKED)
     begin, clean, edge, end = tile_bounds(low_first, low_last, high_first, high_last, keys, BLOCK_N)
-    if WINDOW or PACKED:
+    if SPLIT:
+        chunk_first = key_first + tl.program_id(2) * chunk
+        begin = tl.minimum(tl.maximum(begin, chunk_first), chunk_first + chunk)
+        clean = tl.minimum(tl.maximum(clean, chunk_first), chunk_first + chunk)
+        edge = tl.minimum(tl.maximum(edge, chunk_first), chunk_first + chunk)
+        end = tl.minimum(tl.maximum(end, chunk_first), chunk_first + chunk)
+    LOWER: tl.constexpr = WINDOW or PACKED
+    if LOWER:
         acc, acc_tail, top, total = attend_tiles(
-            acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys, low,
-            high, scale, softcap,
-            DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
+            acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys, low, high,
+            scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, True, True, PRECISION, BLOCK_N,
         )  # fmt: skip
     acc, acc_tail, top, total = attend_tiles(
-        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, clean, edge, keys, low, high,
-        scale, softcap,
-        DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, False, PRECISION, BLOCK_N,
+        acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, clean, edge, keys, low, high,
+        scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, False, PRECISION, BLOCK_N,
     )  # fmt: skip
     acc, acc_tail, top, total = attend_tiles(
-        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, edge, end, keys, low, high,
-        scale, softcap,
-        DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
+        acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, edge, end, keys, low, high,
+        scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, True, PRECISION, BLOCK_N,
     )  # fmt: skip
-    blind = total == 0.0
-    inverse = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
-    out_base = out + (batch.to(tl.int64) * queries * heads + head) * DIM
-    store_columns(out_base, acc * inverse[:, None], first, local, row_mask, heads * DIM, 0, MAIN, DIM, 0, False)
-    if TAIL > 0:
-        store_columns(
-            out_base, acc_tail * inverse[:, None], first, local, row_mask, heads * DIM, MAIN, TAIL, DIM, 0, False
-        )
-    value = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2)
-    tl.store(lse + tl.program_id(0).to(tl.int64) * queries + m, value, mask=row_mask)
-
-
-@triton.jit
-def decode_kernel(
-    q, k, v, cos, sin, partial, partial_top, partial_total,
-    q_batch, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    kv_heads, group, keys, low, angle_batch, angle_first, chunk, scale, softcap,
-    DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One query token: the group's heads fill the rows of the dot, the keys low .. keys - 1 are cut into chunks. Grid
-    (B Hkv, head blocks, chunks).
-    """
-    batch, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    row_mask = g < group
-    split = tl.program_id(2)
-    q_base = q + batch.to(tl.int64) * q_batch + (kv_head * group).to(tl.int64) * q_head
-    k_base = k + batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    v_base = v + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    angles = batch.to(tl.int64) * angle_batch
-    q_main = load_columns(q_base, 0, g, row_mask, q_head, 0, MAIN, DIM, ROTARY, INTERLEAVED)
-    if ROTARY > 0:
-        q_main = turn(q_main, cos + angles, sin + angles, angle_first, g * 0, row_mask, 0, ROTARY, 1.0).to(
-            q.dtype.element_ty
-        )
-    q_tail = q_main
-    if TAIL > 0:
-        q_tail = load_columns(q_base, 0, g, row_mask, q_head, MAIN, TAIL, DIM, ROTARY, INTERLEAVED)
-        if 2 * ROTARY > MAIN:
-            q_tail = turn(q_tail, cos + angles, sin + angles, angle_first, g * 0, row_mask, MAIN, ROTARY, 1.0).to(
-                q.dtype.element_ty
-            )
-    acc = tl.zeros([BLOCK_G, MAIN], tl.float32)
-    acc_tail = tl.zeros([BLOCK_G, TAIL if TAIL > 0 else 16], tl.float32)
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    begin = low + split * chunk
-    end = tl.minimum(begin + chunk, keys)
-    acc, acc_tail, top, total = attend_tiles(
-        acc, acc_tail, top, total, q_main, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, g * 0 + begin,
-        g * 0 + end,
-        scale, softcap, DIM, MAIN, TAIL, K_WIDTH, V_WIDTH, SOFTCAP, True, PRECISION, BLOCK_N,
-    )  # fmt: skip
-    row = (tl.program_id(0).to(tl.int64) * group + g) * tl.num_programs(2) + split
-    to = partial + row[:, None] * (MAIN + TAIL)
-    tl.store(to + tl.arange(0, MAIN)[None, :], acc, mask=row_mask[:, None])
-    if TAIL > 0:
-        tl.store(to + MAIN + tl.arange(0, TAIL)[None, :], acc_tail, mask=row_mask[:, None])
-    tl.store(partial_top + row, top, mask=row_mask)
-    tl.store(partial_total + row, total, mask=row_mask)
+    row = (batch * heads + head + head_local).to(tl.int64) * queries + token
+    columns, tails = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL if TAIL > 0 else 16)
+    if SPLIT:
+        row = row * tl.num_programs(2) + tl.program_id(2)
+        to = out + row[:, None] * (MAIN + TAIL)
+        tl.store(lse + row, top, mask=live)
+        tl.store(totals + row, total, mask=live)
+        store_columns(to, acc, live, columns, MAIN)
+        if TAIL > 0:
+            store_columns(to, acc_tail, live, tails, MAIN + TAIL)
+    else:
+        blind = total == 0.0
+        inverse = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
+        base = out + (batch.to(tl.int64) * queries * heads + head) * DIM
+        to = row_pointers(base, first_token, token - first_token, heads, DIM) + head_local[:, None] * DIM
+        store_columns(to, acc * inverse[:, None], live, columns, DIM)
+        if TAIL > 0:
+            store_columns(to, acc_tail * inverse[:, None], live, tails, DIM)
+        value = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2)
+        tl.store(lse + row, value, mask=live)
 
 
 @triton.jit
 def combine_kernel(
-    partial, partial_top, partial_total, sinks, out, lse, heads, splits,
+    partial, tops, totals, sinks, out, lse, heads, queries, splits,
     DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the chunks of one (batch, head) in their order. Grid (B Hq,)."""
+    """Merge the splits of one row [B, Hq, Sq] in their order. Grid (B Hq Sq,)."""
     row = tl.program_id(0).to(tl.int64)
+    head = row // queries % heads
     column = tl.arange(0, COLUMNS)
     top = float("-inf")
     if SINKS:
-        top = tl.load(sinks + row % heads).to(tl.float32) * LOG2E
+        top = tl.load(sinks + head).to(tl.float32) * LOG2E
     for split in range(splits):
-        top = tl.maximum(top, tl.load(partial_top + row * splits + split))
+        top = tl.maximum(top, tl.load(tops + row * splits + split))
     safe = tl.where(top == float("-inf"), 0.0, top)
     total = safe * 0.0
     if SINKS:
-        total += tl.exp2(tl.load(sinks + row % heads).to(tl.float32) * LOG2E - safe)
+        total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - safe)
     acc = tl.zeros([COLUMNS], tl.float32)
     for split in range(splits):
         index = row * splits + split
-        weight = tl.exp2(tl.load(partial_top + index) - safe)
-        total += weight * tl.load(partial_total + index)
+        weight = tl.exp2(tl.load(tops + index) - safe)
+        total += weight * tl.load(totals + index)
         acc += weight * tl.load(partial + index * WIDTH + column, mask=column < WIDTH, other=0.0)
     blind = total == 0.0
     result = tl.where(blind, 0.0, acc / tl.where(blind, 1.0, total))
-    tl.store(out + row * DIM + column, result.to(out.dtype.element_ty), mask=column < DIM)
+    to = ((row // (heads * queries)) * queries + row % queries) * heads + head
+    tl.store(out + to * DIM + column, result.to(out.dtype.element_ty), mask=column < DIM)
     tl.store(lse + row, tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2))
