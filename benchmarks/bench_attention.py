@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SIZES = samples.BENCHMARK_SIZES + (samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else ())
-DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32,)
+DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, torch.bfloat16)
 
 
 def rotated(attend: Attend) -> Callable[..., Tensor]:
@@ -90,21 +90,47 @@ def truth(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
+def step(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Forward and backward in one call, which returns the output and the gradients of q, k and v."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_(True) for t in (q, k, v)]
+        with torch.enable_grad():
+            out = function(*leaves, cos, sin)
+        return (out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
+
+    return call
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`ops.attention` with its arguments in order."""
+    return ops.attention(q, k, v, cos=cos, sin=sin)
+
+
+def name_of(size: samples.Size) -> str:
+    """Queries x keys x query heads x key/value heads x head dimension."""
+    return f"{size.queries or size.tokens}x{size.tokens}x{size.heads}x{size.kv_heads}x{size.dim}"
+
+
+def problem(maker: TensorMaker, size: samples.Size, device: torch.device) -> tuple[dict[str, Tensor], Work]:
+    """Arguments and the least work of a forward and of a backward."""
+    queries, batch = size.queries or size.tokens, size.batch
+    arguments = samples.tensors(maker, batch, queries, size.tokens, size.heads, size.kv_heads, size.dim)
+    angle = torch.arange(size.tokens)[:, None] * 10_000.0 ** (-torch.arange(size.dim // 2) / (size.dim // 2))
+    arguments |= {"cos": angle.cos().to(device), "sin": angle.sin().to(device)}
+    row = batch * size.dim * maker.dtype.itemsize
+    moved = 2 * row * (queries * size.heads + size.tokens * size.kv_heads)
+    flops = 4.0 * batch * queries * (size.tokens - (queries - 1) / 2) * size.dim * size.heads
+    return arguments, Work(moved, 2 * moved, flops, 2.5 * flops)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "size", SIZES, ids=lambda s: f"{s.queries or s.tokens}x{s.tokens}x{s.heads}x{s.kv_heads}x{s.dim}"
-)
+@pytest.mark.parametrize("size", SIZES, ids=name_of)
 def test_attention(
     bench: Bench, quick: bool, make, device: torch.device, size: samples.Size, dtype: torch.dtype
 ) -> None:
-    maker: TensorMaker = make(dtype)
+    arguments, work = problem(make(dtype), size, device)
     queries = size.queries or size.tokens
-    arguments = samples.tensors(maker, size.batch, queries, size.tokens, size.heads, size.kv_heads, size.dim)
-    angle = torch.arange(size.tokens)[:, None] * 10_000.0 ** (-torch.arange(size.dim // 2) / (size.dim // 2))
-    arguments |= {"cos": angle.cos().to(device), "sin": angle.sin().to(device)}
-    row = size.batch * size.dim * dtype.itemsize
-    q_bytes, k_bytes = row * queries * size.heads, row * size.tokens * size.kv_heads
-    flops = 4.0 * size.batch * queries * (size.tokens - (queries - 1) / 2) * size.dim * size.heads
     others = [] if queries == 1 else peers.attention(device)
     candidates = [Candidate(c.name, c.function and rotated(c.function), c.absent) for c in others]
     flexed = (
@@ -114,14 +140,38 @@ def test_attention(
     )
     bench(
         op="attention",
-        size=f"{queries}x{size.tokens}x{size.heads}x{size.kv_heads}x{size.dim}",
+        size=name_of(size),
         dtype=dtype,
         arguments=arguments,
         differentiable=("q", "k", "v"),
-        ours=ops.attention,
+        ours=ours,
         reference=rotated(sdpa),
-        work=Work(2 * q_bytes + 2 * k_bytes, 4 * q_bytes + 4 * k_bytes, flops, 2.5 * flops),
+        work=work,
         peers=[*candidates, flexed],
         modes=("forward",) if queries == 1 else ("forward", "backward"),
         truth=truth,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [size for size in SIZES if size.queries is None], ids=name_of)
+def test_attention_step(bench: Bench, make, device: torch.device, size: samples.Size, dtype: torch.dtype) -> None:
+    """Forward + backward, and the memory of both together; the column "added" includes the returned gradients."""
+    maker: TensorMaker = make(dtype)
+    arguments, work = problem(maker, size, device)
+    bench(
+        op="attention_step",
+        size=name_of(size),
+        dtype=dtype,
+        arguments=arguments | {"upstream": maker.randn(*arguments["q"].shape)},
+        differentiable=(),
+        ours=step(ours),
+        reference=step(rotated(sdpa)),
+        work=Work(work.forward_bytes + work.backward_bytes, 0.0, work.forward_flops + work.backward_flops),
+        peers=[
+            Candidate("compiled attention", step(torch.compile(rotated(sdpa), fullgraph=True))),
+            *(Candidate(c.name, c.function and step(rotated(c.function)), c.absent) for c in peers.attention(device)),
+        ],
+        modes=("forward",),
+        truth=step(truth),
     )

@@ -1,6 +1,7 @@
 """What attention must do whatever its numbers: causality, relative positions, masks, merges of parts."""
 
 import itertools
+from collections.abc import Callable
 
 import hypothesis
 import pytest
@@ -117,21 +118,53 @@ def test_agrees_with_fp64_for_any_shape(
 ) -> None:
     q, k, v = _tensors(queries, keys, group, 1, dim)
     got = attention(q, k, v, causal=causal, window=window, softcap=softcap)
-    args = (
-        q.double(),
-        k.double(),
-        v.double(),
-        None,
-        None,
-        None,
-        None,
-        causal,
-        dim**-0.5,
-        window or 0,
-        softcap or 0.0,
-        False,
-    )
-    torch.testing.assert_close(got.double(), reference.attention(*args)[0], rtol=2e-5, atol=2e-6)
+    options = reference.Options(None, None, None, None, causal, dim**-0.5, window or 0, softcap or 0.0, False)
+    exact = reference.attention(q.double(), k.double(), v.double(), *options)[0]
+    torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=2e-6)
+
+
+def _peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes that PyTorch's allocator held at once over what was there before, results included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        held = call()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del held
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+def _peaks(tokens: int, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Peaks of the forward and of the backward, with rotation inside."""
+    q, k, v = (t.requires_grad_() for t in _tensors(tokens, tokens, heads, kv_heads))
+    angle = torch.randn(tokens, 34)
+    cos, sin = angle.cos(), angle.sin()
+    out = attention(q, k, v, cos=cos, sin=sin)
+    upstream = torch.randn_like(out)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return attention(q, k, v, cos=cos, sin=sin)
+
+    return _peak_bytes(forward), _peak_bytes(lambda: torch.autograd.grad(out, (q, k, v), upstream))
+
+
+def test_memory_grows_with_the_length_not_its_square() -> None:
+    short, long = _peaks(512, 2, 1), _peaks(1024, 2, 1)
+    assert all(2 * a * 0.9 < b < 2 * a * 1.1 for a, b in zip(short, long))
+    out = 4 * 1024 * 2 * 68
+    # out, log-sum-exp, one copy of K and V; one head's scores alone would be 4 MiB
+    assert out < long[0] < 2.2 * out < 4 * 1024 * 1024
+
+
+def test_no_buffer_of_keys_per_query_head() -> None:
+    few, many = _peaks(256, 16, 16), _peaks(256, 64, 16)
+    row = 4 * 256 * 68  # one head in fp32
+    assert many[0] - few[0] <= 48 * 1.1 * row  # 48 more heads of the output
+    assert many[1] - few[1] <= 48 * 1.1 * row  # 48 more heads of dQ, not of dK and dV
 
 
 def test_triton_ignores_neighbouring_memory_in_a_fused_projection() -> None:
@@ -144,14 +177,28 @@ def test_triton_ignores_neighbouring_memory_in_a_fused_projection() -> None:
         assert torch.equal(attention(*poisoned), attention(*clean))
 
 
+@pytest.mark.parametrize("dim", [68, 160])
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_triton_few_queries_equal_the_reference(queries: int, dim: int) -> None:
+    # several splits, a group that does not fill a tile, keys in place at odd strides, a window that hides whole chunks
+    q, k, v = torch.randn(2, queries, 6, dim), *torch.randn(2, 2, 90, 2, dim + 1)[..., 1:]
+    options = reference.Options(None, None, None, torch.randn(6), True, 0.3, 40, 0.0, False)
+    with route(("attention",), "triton") as calls:
+        out, lse = torch.ops.astrobiogen.attention(q, k, v, *options)
+    assert calls == ["attention"]
+    expected, expected_lse = reference.attention(q, k, v, *options)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_the_cut_of_a_head_holds_it_in_no_more_than_a_power_of_two() -> None:
     for dim in range(1, 257):
         main, tail = triton_config.cut_head(dim)
-        power = max(16, 1 << (dim - 1).bit_length())
+        power = max(32, 1 << (dim - 1).bit_length())
         assert dim <= main + tail <= power
         assert main & (main - 1) == 0
         assert tail & (tail - 1) == 0
-        assert main >= 16
+        assert main >= 32  # two halves of 16
         assert tail == 0 or 16 <= tail < 2 * main
 
 

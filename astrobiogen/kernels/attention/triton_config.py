@@ -25,11 +25,14 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tiles of the three kernels that carry the work."""
+    """Tiles of the three kernels that carry the work; `grad_key_masked` serves windows, packed sequences and soft caps,
+    whose masks and derivative take the registers of half a tile.
+    """
 
     forward: Tile
     grad_query: Tile
     grad_key: Tile
+    grad_key_masked: Tile
 
 
 PACK_ROWS = 32
@@ -42,31 +45,48 @@ SPLIT_CHUNK = 256  # fewest keys per program: below, the combination costs more 
 SPLIT_PROGRAMS_PER_SM = 2
 
 # Under the interpreter: small, so that tiny inputs have several tiles, edges and clean ones.
-INTERPRETED = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
+INTERPRETED = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1, one_loop=True))
 
-# (widest MAIN + TAIL, tiles), the first that fits serves. sm_80 has 163 KB of shared memory per block, sm_86 and
-# sm_89 99 KB, sm_90 227 KB. Three stages are two buffers: with two stages the next tile is fetched only after this one
-# is used up.
-_AMPERE = (
-    (64, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3, True))),
-    (96, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3, True))),
-    (128, Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 3, True))),
-    (256, Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))),
+# (widest MAIN + TAIL, tiles), the first that fits serves. Shared memory per block: sm_80 163 KB, sm_86 and sm_89 99 KB,
+# sm_90 227 KB.
+# * Three stages are two buffers: with two, the next tile is fetched only when this one is used up.
+# * Forward and dQ take 128 query rows, 16 per warp: the keys that a program reads from L2 serve twice as many products
+#   as with 64 (at 68 columns 0.9 instead of 1.7 TB/s on an RTX A5000 at full rate, arithmetic).
+# * dK and dV hold two accumulators of [keys, D] in registers: 64 keys and 4 warps (two programs per multiprocessor) or
+#   128 keys and 8 warps. 8 warps on 64 rows repeat half of the products; they serve where nothing else stays in the
+#   registers.
+_SM80 = (
+    (64, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3, True), Tile(32, 64, 8, 3, True))),
+    (96, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 8, 3, True), Tile(16, 64, 8, 3, True))),
+    (128, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3, True), Tile(32, 64, 8, 3, True))),
+    (160, Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(16, 64, 8, 2, True), Tile(16, 64, 8, 2, True))),
+    (256, Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2, True), Tile(32, 32, 8, 2, True))),
 )
-_HOPPER = (
-    (96, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
-    (128, Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 128, 8, 3, True))),
-    (256, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1))),
+_SM86 = (
+    (64, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3, True), Tile(32, 64, 8, 3, True))),
+    (80, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3, True), Tile(16, 64, 8, 3, True))),
+    (96, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 8, 3, True), Tile(16, 64, 8, 3, True))),
+    (128, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3, True), Tile(32, 64, 8, 3, True))),
+    (160, Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(16, 64, 8, 2, True), Tile(16, 64, 8, 2, True))),
+    (256, Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2, True), Tile(32, 32, 8, 2, True))),
 )
-TILES = {80: _AMPERE, 86: _AMPERE, 89: _AMPERE, 90: _HOPPER}
-# Few queries: 16 rows, the smallest number of rows of a dot.
-FEW_TILES = ((96, Tile(16, 64, 4, 3)), (128, Tile(16, 32, 4, 3)), (256, Tile(16, 32, 4, 2)))
-FP32_FEW = Tile(16, 16, 4, 1)
+# wgmma keeps its second operand in shared memory, so sm_90 has registers for wider tiles.
+_SM90 = (
+    (80, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3), Tile(32, 128, 8, 3, True))),
+    (96, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3, True), Tile(32, 128, 8, 3, True))),
+    (128, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3, True), Tile(32, 64, 8, 3, True))),
+    (160, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2, True), Tile(16, 64, 8, 2, True))),
+    (256, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2, True), Tile(32, 32, 8, 2, True))),
+)
+TILES = {80: _SM80, 86: _SM86, 89: _SM86, 90: _SM90}
+# Few queries, bound by the memory of the keys: 16 rows are the fewest of a dot, and two warps share one tile.
+FEW_TILE = Tile(16, 32, 2, 3)
 # fp32 input: twice the bytes per element and no tensor cores (full precision is asked for).
 FP32_TILES = (
-    (128, Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),
-    (256, Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))),
+    (128, Tiles(*(Tile(32, 32, 4, 1),) * 4)),
+    (256, Tiles(Tile(32, 16, 4, 1), *(Tile(16, 16, 4, 1),) * 3)),
 )
+FP32_FEW_TILE = Tile(16, 16, 4, 1)
 
 
 def cut_head(dim: int) -> tuple[int, int]:
@@ -91,8 +111,8 @@ def tiles(capability: int, width: int, dtype: torch.dtype) -> Tiles:
     return next(entry for widest, entry in table if width <= widest)
 
 
-def few_tile(capability: int, width: int, dtype: torch.dtype) -> Tile:
+def few_tile(capability: int, dtype: torch.dtype) -> Tile:
     """The tile for few queries, where the heads of a group share the rows."""
     if capability == 0:
         return INTERPRETED.forward
-    return FP32_FEW if dtype == torch.float32 else next(tile for widest, tile in FEW_TILES if width <= widest)
+    return FP32_FEW_TILE if dtype == torch.float32 else FEW_TILE

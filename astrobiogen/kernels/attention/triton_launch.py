@@ -173,7 +173,7 @@ def attend_few(p: Problem, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     """
     keys, values = packed(p, p.k, turn=True, copy=False), packed(p, v, turn=False, copy=False)
     (batch, queries, heads, dim), n_keys = p.q.shape, p.k.shape[1]
-    tile = triton_config.few_tile(p.machine.capability, p.width, p.q.dtype)
+    tile = triton_config.few_tile(p.machine.capability, p.q.dtype)
     pairs, blocks = batch * p.k.shape[2], triton.cdiv(queries * p.group, tile.block_m)
     first = max(0, n_keys - queries + 1 - p.options.window) if p.options.window > 0 else 0
     first = first // tile.block_n * tile.block_n
@@ -255,7 +255,8 @@ def differentiate(
     grid = (batch * heads, triton.cdiv(queries, tile.block_m))
     p.machine.launch(_backward(p, grad_query_kernel, grid, tile, rows, constants, (grad_q,), queries))
     if keys:
-        tile = p.tiles.grad_key
+        masked = p.options.window > 0 or p.options.softcap > 0 or p.options.cu_seqlens is not None
+        tile = p.tiles.grad_key_masked if masked else p.tiles.grad_key
         grid = (batch * kv_heads, triton.cdiv(keys, tile.block_n))
         p.machine.launch(_backward(p, grad_key_kernel, grid, tile, rows, constants, (grad_k, grad_v), keys))
 
