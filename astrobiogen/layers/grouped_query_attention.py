@@ -180,8 +180,8 @@ class GroupedQueryAttention(nn.Module):
     def new_cache(self, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         """An empty cache for `batch` sequences of at most `capacity` positions.
 
-        A head starts every 16 bytes, whatever its width (68 columns of bf16 take 72), so that 16 bytes can be
-        loaded at a time.
+        A head starts every 16 bytes, whatever its width (68 columns of bf16 take 72), so that the GPU kernels read it
+        in place at full width.
         """
         columns = 16 // dtype.itemsize
         width = -(-self.head_dim // columns) * columns

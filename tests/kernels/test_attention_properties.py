@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 import pytest
@@ -127,8 +128,8 @@ def _peak_bytes(call: Callable[[], object]) -> int:
     """Most bytes that PyTorch's allocator held at once over what was there before, results included."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         held = call()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    recorded: Any = profiler.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     del held
     level = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

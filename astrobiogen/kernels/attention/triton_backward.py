@@ -31,8 +31,8 @@ def row_constants_kernel(
     DIM: tl.constexpr, COLUMNS: tl.constexpr, G_UNIT: tl.constexpr, O_UNIT: tl.constexpr, GRAD_LSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, Hq, padded] = <dO, O> - dlse, and the log-sum-exp in units of log 2, +Inf for a row that sees nothing or
-    lies behind the last query, so that its probabilities are 0. Grid (B Hq, padded / BLOCK).
+    """delta [B, Hq, padded] = <dO, O> - dlse, and the log-sum-exp in units of log 2, +Inf for a row that sees nothing
+    or lies behind the last query, so that its probabilities are 0. Grid (B Hq, padded / BLOCK).
     """
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first, local = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
@@ -260,20 +260,21 @@ def grad_key_kernel(
         row = (tl.program_id(0) * group + g).to(tl.int64) * padded
         if ONE_LOOP or CAUSAL or WINDOW or PACKED:
             dk, dk_tail, dv, dv_tail = key_tiles(
-                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row, delta + row,
-                q_token, g_token, begin, clean, queries, keys, starts, ends, scale, softcap, window,
+                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row,
+                delta + row, q_token, g_token, begin, clean, queries, keys, starts, ends, scale, softcap, window,
                 MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, CAUSAL, WINDOW, SOFTCAP, PACKED, True, PRECISION, BLOCK_M,
             )  # fmt: skip
         if not ONE_LOOP:
             dk, dk_tail, dv, dv_tail = key_tiles(
-                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row, delta + row,
-                q_token, g_token, clean, edge, queries, keys, starts, ends, scale, softcap, window,
-                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, CAUSAL, WINDOW, SOFTCAP, PACKED, False, PRECISION, BLOCK_M,
+                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row,
+                delta + row, q_token, g_token, clean, edge, queries, keys, starts, ends, scale, softcap, window,
+                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, CAUSAL, WINDOW, SOFTCAP, PACKED, False, PRECISION,
+                BLOCK_M,
             )  # fmt: skip
         if not ONE_LOOP and (WINDOW or PACKED):
             dk, dk_tail, dv, dv_tail = key_tiles(
-                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row, delta + row,
-                q_token, g_token, edge, end, queries, keys, starts, ends, scale, softcap, window,
+                dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row,
+                delta + row, q_token, g_token, edge, end, queries, keys, starts, ends, scale, softcap, window,
                 MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, CAUSAL, WINDOW, SOFTCAP, PACKED, True, PRECISION, BLOCK_M,
             )  # fmt: skip
     to = (wide * keys * kv_heads + kv_head) * DIM

@@ -50,11 +50,11 @@ def cases() -> tuple[CompileCase, ...]:
     """
     found: list[CompileCase] = []
     for target, dim in itertools.product(triton_config.TILES, GATE_DIMS):
-        found += _cases(_Shape(dim), target, ("forward", "few", "grad_query", "grad_key"))
+        found += _cases(_Shape(dim), target, ("forward", "grad_query", "grad_key"))
     for target in triton_config.TILES:
         found += _cases(_Shape(68, everything=True), target, ("forward", "grad_query", "grad_key"))
         found += _cases(_Shape(68, torch.float16), target, ("forward",))
-        found += _cases(_Shape(68), target, ("pack", "row_constants", "combine"))
+        found += _cases(_Shape(68), target, ("few", "pack", "row_constants", "combine"))
     return tuple(found)
 
 

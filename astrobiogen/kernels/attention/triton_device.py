@@ -2,10 +2,10 @@
 
 A head of DIM columns is cut into MAIN + TAIL, a power of two and the rest rounded up to a power of two >= 16 (68 = 64
 + 16): a dot over 80 columns instead of 128. Q and K are taken in an internal column order, which leaves q . k as it is:
-the first members of MAIN / 2 rotary pairs, then their partners, then the tail with partners side by side (68, rotate-half:
-0-31, 34-65, then 32, 66, 33, 67). The halves are loaded as two contiguous tiles and rotated against each other without
-moving a number between lanes. (Joining them to one tile would halve the width at which Triton reads the operand of the
-dot from shared memory: LDS instead of LDSM.)
+the first members of MAIN / 2 rotary pairs, then their partners, then the tail with partners side by side (68,
+rotate-half: 0-31, 34-65, then 32, 66, 33, 67). The halves are loaded as two contiguous tiles and rotated against each
+other without moving a number between lanes. (Joining them to one tile would halve the width at which Triton reads the
+operand of the dot from shared memory: LDS instead of LDSM.)
 
 Strides come in units of UNIT elements, the largest power of two up to 16 bytes that divides them: the compiler sees how
 wide it may load.

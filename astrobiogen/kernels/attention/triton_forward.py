@@ -112,7 +112,10 @@ def forward_kernel(
     token, head_local = (first + local) // HEADS, (first + local) % HEADS
     live = first + local < queries * HEADS
     q_base = q + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head) * Q_UNIT
-    q_rows = row_pointers(q_base, first_token, token - first_token, q_token, Q_UNIT) + (head_local * q_head)[:, None] * Q_UNIT
+    q_rows = (
+        row_pointers(q_base, first_token, token - first_token, q_token, Q_UNIT)
+        + (head_local * q_head)[:, None] * Q_UNIT
+    )
     k_base = k + (batch.to(tl.int64) * k_batch + (head // group).to(tl.int64) * k_head) * K_UNIT
     v_base = v + (batch.to(tl.int64) * v_batch + (head // group).to(tl.int64) * v_head) * V_UNIT
     angles = batch.to(tl.int64) * angle_batch
@@ -143,8 +146,8 @@ def forward_kernel(
     LOWER: tl.constexpr = WINDOW or PACKED
     if LOWER:
         acc, acc_tail, top, total = attend_tiles(
-            acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys, low, high,
-            scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, True, True, PRECISION, BLOCK_N,
+            acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys, low,
+            high, scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, True, True, PRECISION, BLOCK_N,
         )  # fmt: skip
     acc, acc_tail, top, total = attend_tiles(
         acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, clean, edge, keys, low, high,

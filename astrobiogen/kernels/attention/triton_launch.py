@@ -285,6 +285,4 @@ def _backward(
     if kernel is grad_key_kernel:
         options["ONE_LOOP"] = tile.one_loop
     options |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    return Launch(
-        kernel, grid, arguments, {**p.head, **p.masks, **reading, **options}, tile.warps, tile.stages
-    )
+    return Launch(kernel, grid, arguments, {**p.head, **p.masks, **reading, **options}, tile.warps, tile.stages)
