@@ -60,9 +60,17 @@ Tensor cut_input(Tensor rows, const OuterTap& tap) {
   return rows;
 }
 
+// [A, C, *axes] of contiguous rows [A, *axes, C], as ATen's convolutions take it. One channel has any stride; where it is 1 ATen calls the tensor
+// channels-last, and oneDNN (3.12, brg_conv_fwd) then reads wrong rows when a stride of 2 or more over the last axis leaves a single output. The
+// plain strides are the same memory and take its other kernel.
+Tensor native(const Tensor& rows) {
+  const Tensor moved = from_rows(rows);
+  return rows.size(-1) == 1 ? rows.reshape({rows.numel()}).view(moved.sizes()) : moved;
+}
+
 Tensor cut_weight(Tensor weight, const OuterTap& tap) {
   for (int64_t k : tap.index) weight = weight.select(2, k);
-  return to_rows(weight).movedim(-1, 1);
+  return native(to_rows(weight));
 }
 
 // The leading axes folded into the batch: [B', C, *last three], channels innermost.
@@ -71,7 +79,7 @@ Tensor volume(const Tensor& rows, int64_t axes) {
   for (int64_t at = std::max<int64_t>(1, rows.dim() - 1 - kInnerAxes); at < rows.dim(); ++at) shape.push_back(rows.size(at));
   if (axes <= kInnerAxes) shape[0] = rows.size(0);
   else shape[0] = rows.numel() == 0 ? 0 : -1;
-  return from_rows(rows.reshape(shape));
+  return native(rows.reshape(shape).contiguous());
 }
 
 struct Inner {
@@ -225,7 +233,7 @@ Tensor compose_transpose(const Tensor& grad, const Tensor& whole_weight, const G
     std::vector<int64_t> like{cut.size(0)};
     like.insert(like.end(), shape.end() - 1 - inner.stride.size(), shape.end());
     // Only the shape of the input matters for its gradient; this memory is never touched.
-    const Tensor input = from_rows(at::empty(like, grad.options()));
+    const Tensor input = native(at::empty(like, grad.options()));
     const Tensor result = std::get<0>(at::convolution_backward(cut, input, cut_weight(weight, tap), std::nullopt, inner.stride, inner.padding,
                                                                inner.dilation, false, inner.none, g.groups, {true, false, false}));
     const bool whole = tap.outputs == all && std::all_of(tap.input.begin(), tap.input.end(), [](const auto& part) { return part[2] == 1; });
@@ -247,7 +255,7 @@ Tensor compose_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   for (const OuterTap& tap : outer_taps(g, spatial(rows), spatial(grad), cropped.count)) {
     Tensor part = result;
     for (int64_t k : tap.index) part = part.select(2, k);
-    const Tensor like = to_rows(part).movedim(-1, 1);
+    const Tensor like = native(to_rows(part));
     part.copy_(std::get<1>(at::convolution_backward(volume(cut_output(grad, tap), g.axes()), volume(cut_input(rows, tap), g.axes()), like, std::nullopt,
                                                     inner.stride, inner.padding, inner.dilation, false, inner.none, g.groups, {false, true, false})));
   }

@@ -1,10 +1,12 @@
 """Convolution at random: one to five axes, any kernel, stride, dilation, groups and padding, against fp64; and the
 adjoint identity."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import hypothesis
 import hypothesis.strategies as st
+import pytest
 import torch
 
 import astrobiogen
@@ -41,6 +43,31 @@ def test_any_geometry_against_fp64(seed: int) -> None:
     assert error(y, exact[0]) <= 1e-5 * float(exact[0].norm()) + 1e-6
     for name, grad, right in zip(ARGUMENTS, grads, exact[1]):
         assert error(grad, right) <= 1e-5 * float(right.norm()) + 1e-5, name
+
+
+def with_stride_one_channels(x: torch.Tensor) -> torch.Tensor:
+    """The same values with channels innermost, also where there is one channel and its stride could be anything."""
+    rows = x.movedim(1, -1).contiguous()
+    return rows.as_strided(x.shape, (rows.stride(0), 1, *rows.stride()[1:-1]))
+
+
+# 5251: one channel, last axis strided over to a single output; oneDNN reads other rows if strides say channels-last.
+# 360: a last axis of one row whose every tap lands in the zero padding; oneDNN with a bias leaves the process.
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, with_stride_one_channels], ids=["plain", "channels-last"])
+@pytest.mark.parametrize("seed", [5251, 360])
+def test_geometries_that_onednn_gets_wrong(
+    seed: int, layout: Callable[[torch.Tensor], torch.Tensor], implementation: Literal["auto", "reference"]
+) -> None:
+    arguments = random_case(seed)
+    with astrobiogen.use_kernels("reference"):
+        exact = evaluate(arguments, torch.float64)
+    single = {name: layout(arguments[name].float()) for name in ("x", "weight")}
+    with astrobiogen.use_kernels(implementation):
+        y, grads = evaluate({**arguments, **single}, torch.float32)
+    assert error(y, exact[0]) <= 1e-6 * float(exact[0].norm())
+    for name, grad, right in zip(ARGUMENTS, grads, exact[1]):
+        assert error(grad, right) <= 1e-6 * float(right.norm()), name
 
 
 @hypothesis.settings(max_examples=40)

@@ -10,6 +10,7 @@ are skipped.
 Sums over outer taps are kept in fp32 for half precision.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from astrobiogen.kernels.conv_nd.geometry import (
     add_halo,
     channel_last,
     fold_halo,
+    live_range,
     outer_taps,
 )
 
@@ -130,8 +132,8 @@ def conv_nd_norm_backward_op(
         result = result - inner.mean(axes, keepdim=True)
     positions = [axis for axis in range(kept.dim()) if axis != 1]
     grad_weight = (slope * hat.reshape(kept.shape)).sum(positions)
-    sums = [total.to(kept.dtype) for total in (grad_weight, slope.sum(positions))]
-    return channel_last((result * rstd).reshape(kept.shape).to(kept.dtype)), *sums
+    grad_z = channel_last((result * rstd).reshape(kept.shape).to(kept.dtype))
+    return grad_z, grad_weight.to(kept.dtype), slope.sum(positions).to(kept.dtype)
 
 
 def conv_transpose_nd_op(
@@ -150,7 +152,7 @@ def conv_nd_weight_grad_op(grad: torch.Tensor, x: torch.Tensor, kernel: list[int
     padded = add_halo(x, geometry)
     result = x.new_zeros(grad.shape[1], x.shape[1] // geometry.groups, *kernel)
     if len(kernel) <= INNER_AXES:
-        return _native_weight_grad(channel_last(padded), channel_last(grad), result, inner)
+        return _native_weight_grad(padded, grad, result, inner)
     rows_x, rows_grad = padded.movedim(1, -1).contiguous(), grad.movedim(1, -1).contiguous()
     for tap in outer_taps(inner, padded.shape[2:], grad.shape[2:], kernel):
         part = result[(slice(None), slice(None), *tap.index)]
@@ -184,7 +186,7 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     padded = add_halo(x, geometry)
     kernel = weight.shape[2:]
     if len(kernel) <= INNER_AXES:
-        return _native(channel_last(padded), weight, bias, inner)
+        return _native(padded, weight, bias, inner)
     rows = padded.movedim(1, -1).contiguous()
     out = inner.output_size(padded.shape[2:], kernel)
     total = rows.new_zeros(
@@ -206,7 +208,7 @@ def _transpose_padded(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry,
     base = geometry.transposed_size(x.shape[2:], kernel, [0] * len(kernel))
     extra = [n - b for n, b in zip(size, base)][inner]
     if len(kernel) <= INNER_AXES:
-        return _native_transpose(channel_last(x), weight, geometry, extra)
+        return _native_transpose(x, weight, geometry, extra)
     rows = x.movedim(1, -1).contiguous()
     channels = weight.shape[1] * geometry.groups
     total = rows.new_zeros(x.shape[0], *size, channels, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -225,24 +227,54 @@ def _volume(rows: torch.Tensor, part: tuple[slice, ...]) -> torch.Tensor:
     return cut.reshape(-1, *cut.shape[-1 - INNER_AXES :]).movedim(-1, 1)
 
 
+def _layout(x: torch.Tensor) -> torch.Tensor:
+    """`x` with channels innermost. One channel has any stride; where it is 1 PyTorch calls the tensor channels-last,
+    and oneDNN (3.12, brg_conv_fwd) then reads wrong rows when a stride of 2 or more over the last axis leaves a single
+    output. The plain strides are the same memory and take its other kernel."""
+    return channel_last(x) if x.shape[1] > 1 else x.reshape(-1).view(x.shape)
+
+
+def _has_dead_axis(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) -> bool:
+    """Whether along one of the last axes every tap of every output lands in the zero padding."""
+    parts = (part[-INNER_AXES:] for part in (geometry.stride, geometry.padding, geometry.dilation))
+    for n, taps, stride, padding, dilation in zip(size, kernel, *parts):
+        out = (n + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        ranges = (live_range(out, n, stride, tap * dilation - padding) for tap in range(taps))
+        if all(low == high for low, high in ranges):
+            return True
+    return False
+
+
 def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
     stride, padding, dilation = (part[-INNER_AXES:] for part in (geometry.stride, geometry.padding, geometry.dilation))
-    return torch.convolution(
-        x, channel_last(weight), bias, stride, padding, dilation, False, [0] * len(stride), geometry.groups
+    # With a bias, oneDNN's brg_conv_fwd (3.12) reads unmapped memory if every tap over the last axis lands in padding.
+    dead = _has_dead_axis(geometry, x.shape[2:], weight.shape[2:])
+    y = torch.convolution(
+        _layout(x),
+        _layout(weight),
+        None if dead else bias,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        geometry.groups,
     )
+    return y + bias.reshape(-1, *[1] * len(stride)) if dead and bias is not None else y
 
 
 def _native_transpose(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, extra: list[int]) -> torch.Tensor:
     stride, padding, dilation = (part[-INNER_AXES:] for part in (geometry.stride, geometry.padding, geometry.dilation))
-    return torch.convolution(x, channel_last(weight), None, stride, padding, dilation, True, extra, geometry.groups)
+    return torch.convolution(_layout(x), _layout(weight), None, stride, padding, dilation, True, extra, geometry.groups)
 
 
 def _native_weight_grad(x: torch.Tensor, grad: torch.Tensor, like: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """Weight gradient of one `torch.convolution`; `like` gives the weight's shape."""
     stride, padding, dilation = (part[-INNER_AXES:] for part in (geometry.stride, geometry.padding, geometry.dilation))
     mask = [False, True, False]
+    tensors = _layout(grad), _layout(x), _layout(like)
     return torch.ops.aten.convolution_backward(
-        grad, x, channel_last(like), None, stride, padding, dilation, False, [0] * len(stride), geometry.groups, mask
+        *tensors, None, stride, padding, dilation, False, [0] * len(stride), geometry.groups, mask
     )[1]
 
 
