@@ -50,7 +50,13 @@ class SpecLike(Protocol):
 
 
 def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
-    """For a laptop CPU and few samples: head dimension 68 as in the original, everything else small."""
+    """For a laptop CPU and few samples: head dimension 68 as in the original, everything else small.
+
+    Organisms and planets are few, so the model learns their names before it learns what they have in common: from
+    update 100 on, accuracy on unseen genera fell from 0.69 to 0.55 (validation set, 240 updates). Hiding the network and
+    the text in half to three quarters of the samples, the planet parameters in three quarters, and smoothing the labels
+    keep it at 0.73. Reading a quarter of the texts also halves the time of an update.
+    """
     return MultiModalTrainingConfig(
         llm_config=LLMConfig(
             hidden_size=136, num_attention_heads=2, num_kv_heads=1, num_layers=2, intermediate_size=256,
@@ -65,7 +71,8 @@ def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
             num_transformer_layers=1, **_cube(spec, (3, 1, 2, 4, 8)),
         ),
         fusion_config=FusionConfig(
-            fusion_dim=64, num_attention_heads=4, num_fusion_layers=1, num_latents=2, modality_dropout=0.1, dropout=0.2
+            fusion_dim=64, num_attention_heads=4, num_fusion_layers=1, num_latents=2, modality_dropout=0.1,
+            modality_dropouts={"graph": 0.5, "planet_params": 0.75}, dropout=0.2,
         ),
         spectrum_config=SpectrumConfig(
             hidden_dim=32, queries=2, frequencies=8, feature_dim=32, dropout=0.1, wavelength_range=_waves(spec)
@@ -73,6 +80,8 @@ def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
         planet_config=PlanetParameterConfig(
             n_parameters=len(spec.planet_param_names), hidden_dim=32, feature_dim=32, dropout=0.1
         ),
+        text_share=0.25,
+        label_smoothing=0.1,
     )  # fmt: skip
 
 

@@ -319,11 +319,11 @@ def preset(name: str) -> TrainConfig:
             preset="tiny",
             epochs=3,
             data=DataConfig(batch_size=16),
-            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.02),
+            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05, ema_decay=0.98),
             precision=PrecisionConfig(dtype="fp32"),
             checkpoint=CheckpointConfig(every_minutes=0.5),
             evaluation=EvaluationConfig(ablation_limit=400),
-            stop=StopConfig(metric="class_loss", patience=6, max_hours=0.05),
+            stop=StopConfig(metric="class_loss", patience=6, max_hours=1.0),
         )
     if name == "small":
         return TrainConfig(

@@ -138,7 +138,10 @@ def quiet() -> Callable[[MultiModalTrainingConfig], MultiModalTrainingConfig]:
             llm_config=dataclasses.replace(config.llm_config, dropout=0.0),
             graph_config=dataclasses.replace(config.graph_config, dropout=0.0),
             cnn_config=dataclasses.replace(config.cnn_config, dropout=0.0),
-            fusion_config=dataclasses.replace(config.fusion_config, dropout=0.0, modality_dropout=0.0),
+            fusion_config=dataclasses.replace(
+                config.fusion_config, dropout=0.0, modality_dropout=0.0, modality_dropouts={}
+            ),
+            text_share=1.0,
             spectrum_config=dataclasses.replace(config.spectrum_config, dropout=0.0),
             planet_config=dataclasses.replace(config.planet_config, dropout=0.0),
         )
