@@ -1,8 +1,6 @@
 """What attention must do whatever its numbers: causality, relative positions, masks, merges of parts."""
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import hypothesis
 import pytest
@@ -13,6 +11,7 @@ from astrobiogen import ops
 from astrobiogen.kernels.attention import reference, triton_config
 from astrobiogen.kernels.attention.op import attention
 from astrobiogen.testing import route
+from tests.kernels.memory import peak_bytes
 
 
 def _tensors(
@@ -124,20 +123,6 @@ def test_agrees_with_fp64_for_any_shape(
     torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=2e-6)
 
 
-def _peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes that PyTorch's allocator held at once over what was there before, results included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        held = call()
-    recorded: Any = profiler.profiler
-    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    del held
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
-
-
 def _peaks(tokens: int, heads: int, kv_heads: int) -> tuple[int, int]:
     """Peaks of the forward and of the backward, with rotation inside."""
     q, k, v = (t.requires_grad_() for t in _tensors(tokens, tokens, heads, kv_heads))
@@ -150,7 +135,7 @@ def _peaks(tokens: int, heads: int, kv_heads: int) -> tuple[int, int]:
         with torch.no_grad():
             return attention(q, k, v, cos=cos, sin=sin)
 
-    return _peak_bytes(forward), _peak_bytes(lambda: torch.autograd.grad(out, (q, k, v), upstream))
+    return peak_bytes(forward), peak_bytes(lambda: torch.autograd.grad(out, (q, k, v), upstream))
 
 
 def test_memory_grows_with_the_length_not_its_square() -> None:

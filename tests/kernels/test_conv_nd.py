@@ -12,6 +12,7 @@ from astrobiogen import ops
 from astrobiogen.kernels._case import Case
 from astrobiogen.kernels.conv_nd.samples import CASES, TRANSPOSED_CASES
 from astrobiogen.testing import check_battery, check_op
+from tests.kernels.memory import peak_bytes
 
 CONV_OPS = ("conv_nd", "conv_transpose_nd", "conv_nd_weight_grad")
 # One case per kernel family (packed and per-tap) also runs in half precision under the interpreter.
@@ -143,6 +144,21 @@ def test_no_gradient_keeps_no_activation_input() -> None:
         plain = ops.conv_nd(x, weight, activation="gelu")
     torch.testing.assert_close(plain, ops.conv_nd(x, weight, activation="gelu").detach(), rtol=0, atol=0)
     assert plain.grad_fn is None
+
+
+def test_stem_adds_less_than_a_tenth_of_its_activations_in_memory() -> None:
+    """2 -> 128 channels on months, epochs, levels and a 32 x 64 grid; a column matrix would be 3.8 times the output."""
+    x = torch.randn(1, 12, 1, 10, 32, 64, 2).movedim(-1, 1)
+    weight, bias = torch.randn(128, 2, 3, 3, 3, 3, 3, requires_grad=True), torch.randn(128, requires_grad=True)
+
+    def run() -> torch.Tensor:
+        return ops.conv_nd(x, weight, bias, padding=1, padding_mode=("zeros",) * 4 + ("circular",))
+
+    y = run()
+    upstream, activations = torch.randn_like(y), 4 * (x.numel() + y.numel())
+    # Measured: 1.0035 outputs forward, 0.057 backward.
+    assert peak_bytes(run) < 4 * y.numel() + 0.1 * activations
+    assert peak_bytes(lambda: torch.autograd.grad(y, (weight, bias), upstream)) < 0.1 * activations
 
 
 GOOD: dict[str, Any] = {
