@@ -53,9 +53,9 @@ def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
     """For a laptop CPU and few samples: head dimension 68 as in the original, everything else small.
 
     Organisms and planets are few, so the model learns their names before it learns what they have in common: from
-    update 100 on, accuracy on unseen genera fell from 0.69 to 0.55 (validation set, 240 updates). Hiding the network and
-    the text in half to three quarters of the samples, the planet parameters in three quarters, and smoothing the labels
-    keep it at 0.73. Reading a quarter of the texts also halves the time of an update.
+    update 100 on, accuracy on unseen genera fell from 0.69 to 0.55 (validation set, 240 updates). Hiding the network
+    and the text in half to three quarters of the samples, the planet parameters in three quarters, and smoothing the
+    labels keep it at 0.73. Reading a quarter of the texts also halves the time of an update.
     """
     return MultiModalTrainingConfig(
         llm_config=LLMConfig(
