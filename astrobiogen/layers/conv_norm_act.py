@@ -54,9 +54,9 @@ class ConvNormAct(nn.Module):
                 f"norm_groups = {norm_groups} must divide out_channels = {out_channels} (1 for norm={norm!r})"
             )
         self.conv = ConvNd(n_axes, in_channels, out_channels, kernel_size, **options)
-        place = {"device": options.get("device"), "dtype": options.get("dtype")}
+        place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         if norm == "rms":
-            self.norm: nn.Module = RMSNorm(out_channels, eps=eps, **place)
+            self.norm: RMSNorm | nn.LayerNorm | nn.GroupNorm = RMSNorm(out_channels, eps=eps, **place)
         elif norm == "layer":
             self.norm = nn.LayerNorm(out_channels, eps=eps, **place)
         else:

@@ -186,7 +186,8 @@ class GroupedQueryAttention(nn.Module):
         columns = 16 // dtype.itemsize
         width = -(-self.head_dim // columns) * columns
         buffers = torch.zeros((2, batch, capacity, self.num_kv_heads, width), device=device, dtype=dtype)
-        return KeyValueCache(*buffers[..., : self.head_dim])
+        keys, values = buffers[..., : self.head_dim]
+        return KeyValueCache(keys, values)
 
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""

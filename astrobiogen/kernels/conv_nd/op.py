@@ -121,7 +121,8 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
 
 def schema_lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], list[int], int]:
     """The geometry as the ops' schemas list it."""
-    return *map(list, (geometry.stride, geometry.padding, geometry.mode, geometry.dilation)), geometry.groups
+    stride, padding, mode, dilation = map(list, (geometry.stride, geometry.padding, geometry.mode, geometry.dilation))
+    return stride, padding, mode, dilation, geometry.groups
 
 
 def empty_channel_last(like: torch.Tensor, channels: int, spatial: Sequence[int]) -> torch.Tensor:
