@@ -21,8 +21,8 @@ from astrobiogen import ops
 from astrobiogen.kernels._case import TensorMaker
 from astrobiogen.kernels.attention import reference, samples
 from benchmarks import peers
-from benchmarks.harness import Candidate, Work
-from benchmarks.runner import Bench
+from benchmarks.harness import Candidate, Mode, Work
+from benchmarks.runner import Bench, verified_modes
 
 Tensor = torch.Tensor
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -138,7 +138,8 @@ def test_attention(
         if quick
         else Candidate("flex", flex(device, queries, size.tokens))
     )
-    bench(
+    modes: tuple[Mode, ...] = ("forward",) if queries == 1 else ("forward", "backward")
+    rows = bench(
         op="attention",
         size=name_of(size),
         dtype=dtype,
@@ -148,9 +149,10 @@ def test_attention(
         reference=rotated(sdpa),
         work=work,
         peers=[*candidates, flexed],
-        modes=("forward",) if queries == 1 else ("forward", "backward"),
+        modes=modes,
         truth=truth,
     )
+    assert verified_modes(rows) == set(modes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -159,7 +161,7 @@ def test_attention_step(bench: Bench, make, device: torch.device, size: samples.
     """Forward + backward, and the memory of both together; the column "added" includes the returned gradients."""
     maker: TensorMaker = make(dtype)
     arguments, work = problem(maker, size, device)
-    bench(
+    rows = bench(
         op="attention_step",
         size=name_of(size),
         dtype=dtype,
@@ -175,3 +177,4 @@ def test_attention_step(bench: Bench, make, device: torch.device, size: samples.
         modes=("forward",),
         truth=step(truth),
     )
+    assert verified_modes(rows) == {"forward"}

@@ -24,7 +24,7 @@ from astrobiogen.kernels.conv_nd.geometry import live_range
 from astrobiogen.kernels.conv_nd.samples import BENCHMARK_SIZES, Size
 from benchmarks import peers
 from benchmarks.harness import Candidate, Work
-from benchmarks.runner import Bench
+from benchmarks.runner import Bench, verified_modes
 
 DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32,)
 
@@ -108,7 +108,7 @@ def test_conv_nd(bench: Bench, make, device: torch.device, size: Size, dtype: to
     candidates = [torchnd(size)]
     if device.type == "cuda" or size.name == "stem":  # on the CPU jax takes minutes for the others
         candidates.append(jax_conv(size))
-    bench(
+    rows = bench(
         op="conv_nd",
         size=size.name,
         dtype=dtype,
@@ -119,6 +119,7 @@ def test_conv_nd(bench: Bench, make, device: torch.device, size: Size, dtype: to
         work=work,
         peers=candidates,
     )
+    assert verified_modes(rows) == {"forward", "backward"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -132,7 +133,7 @@ def test_fused_activation(bench: Bench, make, dtype: torch.dtype) -> None:
     def composed(**tensors: torch.Tensor) -> torch.Tensor:
         return F.silu(ops.conv_nd(**tensors, **_options(size)))
 
-    bench(
+    rows = bench(
         op="conv_nd_silu",
         size=size.name,
         dtype=dtype,
@@ -147,3 +148,4 @@ def test_fused_activation(bench: Bench, make, dtype: torch.dtype) -> None:
         work=Work(moved, 3 * moved, flops, flops),
         peers=[Candidate("unfused", composed)],
     )
+    assert verified_modes(rows) == {"forward", "backward"}

@@ -16,8 +16,8 @@ from astrobiogen import ops
 from astrobiogen.kernels._case import TensorMaker
 from astrobiogen.kernels.linear_cross_entropy import samples
 from benchmarks import peers
-from benchmarks.harness import Candidate, Work
-from benchmarks.runner import Bench
+from benchmarks.harness import Candidate, Mode, Work
+from benchmarks.runner import Bench, verified_modes
 
 SIZES = samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else samples.BENCHMARK_SIZES[:1]
 # On a CPU without bf16 units eager's bf16 GEMMs take minutes here.
@@ -49,7 +49,8 @@ def test_linear_cross_entropy(bench: Bench, make, device: torch.device, size: sa
     maker: TensorMaker = make(dtype)
     operands = (size.tokens + size.vocabulary) * size.hidden * dtype.itemsize
     flops = 2.0 * size.tokens * size.hidden * size.vocabulary
-    bench(
+    modes: tuple[Mode, ...] = ("forward", "backward") if device.type == "cuda" else ("forward",)
+    rows = bench(
         op="linear_cross_entropy",
         size=f"{size.tokens}x{size.hidden}x{size.vocabulary}",
         dtype=dtype,
@@ -63,8 +64,9 @@ def test_linear_cross_entropy(bench: Bench, make, device: torch.device, size: sa
         reference=eager,
         work=Work(operands, 2 * operands, flops, 2 * flops),
         peers=peers.linear_cross_entropy(device),
-        modes=("forward", "backward") if device.type == "cuda" else ("forward",),
+        modes=modes,
     )
+    assert verified_modes(rows) == set(modes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +77,7 @@ def test_linear_cross_entropy_step(
     """Forward + backward, and the memory of both together; the column "added" includes the returned gradients."""
     maker: TensorMaker = make(dtype)
     operands = (size.tokens + size.vocabulary) * size.hidden * dtype.itemsize
-    bench(
+    rows = bench(
         op="linear_cross_entropy_step",
         size=f"{size.tokens}x{size.hidden}x{size.vocabulary}",
         dtype=dtype,
@@ -97,3 +99,4 @@ def test_linear_cross_entropy_step(
         ],
         modes=("forward",),
     )
+    assert verified_modes(rows) == {"forward"}

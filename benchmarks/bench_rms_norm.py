@@ -13,7 +13,7 @@ from astrobiogen.kernels._case import TensorMaker
 from astrobiogen.kernels.rms_norm import reference, samples
 from benchmarks import peers
 from benchmarks.harness import Work
-from benchmarks.runner import Bench
+from benchmarks.runner import Bench, verified_modes
 
 SIZES = (
     samples.BENCHMARK_SIZES + samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else samples.CPU_BENCHMARK_SIZES
@@ -27,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torc
 def test_rms_norm(bench: Bench, make, device: torch.device, size: samples.Size, dtype: torch.dtype) -> None:
     maker: TensorMaker = make(dtype)
     moved = size.rows * size.hidden * dtype.itemsize
-    bench(
+    rows = bench(
         op="rms_norm",
         size=f"{size.rows}x{size.hidden}",
         dtype=dtype,
@@ -38,6 +38,7 @@ def test_rms_norm(bench: Bench, make, device: torch.device, size: samples.Size, 
         work=Work(2 * moved, 3 * moved),
         peers=peers.rms_norm(device),
     )
+    assert verified_modes(rows) == {"forward", "backward"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,7 +46,7 @@ def test_rms_norm(bench: Bench, make, device: torch.device, size: samples.Size, 
 def test_add_rms_norm(bench: Bench, make, device: torch.device, size: samples.Size, dtype: torch.dtype) -> None:
     maker: TensorMaker = make(dtype)
     moved = size.rows * size.hidden * dtype.itemsize
-    bench(
+    rows = bench(
         op="add_rms_norm",
         size=f"{size.rows}x{size.hidden}",
         dtype=dtype,
@@ -60,3 +61,4 @@ def test_add_rms_norm(bench: Bench, make, device: torch.device, size: samples.Si
         work=Work(4 * moved, 4 * moved),
         peers=peers.add_rms_norm(device),
     )
+    assert verified_modes(rows) == {"forward", "backward"}

@@ -13,7 +13,7 @@ from astrobiogen.kernels._case import TensorMaker
 from astrobiogen.kernels.rope import reference, samples
 from benchmarks import peers
 from benchmarks.harness import Work
-from benchmarks.runner import Bench
+from benchmarks.runner import Bench, verified_modes
 
 SIZES = samples.BENCHMARK_SIZES if torch.cuda.is_available() else samples.CPU_BENCHMARK_SIZES
 # Half precision is what GPUs train in; the CPUs at hand have no fast fp16.
@@ -35,7 +35,7 @@ def test_rope(
     cos, sin = ops.rope_frequencies(size.length, size.rotary, device=device)
     moved = 2 * size.length * size.heads * size.width * dtype.itemsize + size.length * size.rotary * cos.itemsize
     name = f"{size.length}x{size.heads}x{size.width}r{size.rotary}"
-    bench(
+    rows = bench(
         op="rope",
         size=f"{name}/pairs" if interleaved else name,
         dtype=dtype,
@@ -51,3 +51,4 @@ def test_rope(
         work=Work(moved, moved),
         peers=peers.rope(device) if not interleaved else [],
     )
+    assert verified_modes(rows) == {"forward", "backward"}

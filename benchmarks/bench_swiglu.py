@@ -12,7 +12,7 @@ from astrobiogen.kernels._case import TensorMaker
 from astrobiogen.kernels.swiglu import reference, samples
 from benchmarks import peers
 from benchmarks.harness import Work
-from benchmarks.runner import Bench
+from benchmarks.runner import Bench, verified_modes
 
 SIZES = samples.BENCHMARK_SIZES if torch.cuda.is_available() else samples.CPU_BENCHMARK_SIZES
 # Half precision is what GPUs train in; the CPUs at hand have no fast fp16.
@@ -24,7 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torc
 def test_swiglu(bench: Bench, make, device: torch.device, size: samples.Size, dtype: torch.dtype) -> None:
     maker: TensorMaker = make(dtype)
     moved = size.rows * size.columns * dtype.itemsize
-    bench(
+    rows = bench(
         op="swiglu",
         size=f"{size.rows}x{size.columns}",
         dtype=dtype,
@@ -35,6 +35,7 @@ def test_swiglu(bench: Bench, make, device: torch.device, size: samples.Size, dt
         work=Work(3 * moved, 5 * moved),
         peers=peers.swiglu(device),
     )
+    assert verified_modes(rows) == {"forward", "backward"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,7 +43,7 @@ def test_swiglu(bench: Bench, make, device: torch.device, size: samples.Size, dt
 def test_swiglu_packed(bench: Bench, make, size: samples.Size, dtype: torch.dtype) -> None:
     maker: TensorMaker = make(dtype)
     moved = size.rows * size.columns * dtype.itemsize
-    bench(
+    rows = bench(
         op="swiglu_packed",
         size=f"{size.rows}x{size.columns}",
         dtype=dtype,
@@ -53,3 +54,4 @@ def test_swiglu_packed(bench: Bench, make, size: samples.Size, dtype: torch.dtyp
         work=Work(3 * moved, 5 * moved),
         peers=[],
     )
+    assert verified_modes(rows) == {"forward", "backward"}

@@ -180,5 +180,11 @@ class Bench:
         return {name: sample.median() for name, sample in replayed.items()}
 
 
+def verified_modes(rows: Sequence[Row]) -> set[str]:
+    """The modes in which ours and eager were both verified against fp64 and took a positive time."""
+    timed = {(row.candidate, row.mode) for row in rows if row.status == "ok" and row.median_us > 0}
+    return {mode for name, mode in timed if name == "ours" and ("eager", mode) in timed}
+
+
 def _failure(error: Exception) -> str:
     return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -115,7 +115,12 @@ def test_batch_layout(bundle: data.DatasetBundle) -> None:
 def test_batches_of_every_cell_are_valid(bundle: data.DatasetBundle) -> None:
     for part in (bundle.train, bundle.validation, *bundle.test_cells.values()):
         picks = torch.linspace(0, len(part) - 1, 3).long().tolist()
-        data.validate(data.collate([part[i] for i in picks]), bundle.spec)
+        batch = data.collate([part[i] for i in picks])
+        assert data.validate(batch, bundle.spec) is batch
+        assert [item["cell"] for item in batch["metadata"]] == [part.pairs[i].cell for i in picks]
+        batch["planet_params"][0, 0] = torch.nan
+        with pytest.raises(data.DataError, match="planet_params"):
+            data.validate(batch, bundle.spec)
 
 
 def test_epochs_are_aligned_at_the_end_and_never_repeated(bundle: data.DatasetBundle) -> None:
