@@ -1,6 +1,7 @@
 """Fusion of any subset of modalities by cross-attention, with adaptive weights that take part in the result."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ class FusionConfig:
         use_adaptive_weighting: weigh the modalities per sample; off: equal weights over those present.
         modality_dropout: probability of hiding a modality from the fusion, in training only; one always stays.
         modality_dropouts: the same for single modalities by name, in place of `modality_dropout`.
+        evaluation_hides: modalities that a second reading does without; in evaluation the class probabilities and the
+            regression are the mean of both readings. Training hides modalities at random, so both are inputs that the
+            weights know; empty: one reading.
         dropout: on every branch, in training only.
         modality_dims: feature size of each modality, in order.
     """
@@ -35,6 +39,7 @@ class FusionConfig:
     use_adaptive_weighting: bool = True
     modality_dropout: float = 0.0
     modality_dropouts: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluation_hides: tuple[str, ...] = ()
     dropout: float = 0.1
     modality_dims: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -55,12 +60,11 @@ class FusionConfig:
         """Probability of hiding each of `modality_dims`.
 
         Raises:
-            ValueError: `modality_dropouts` names a modality that is not there.
+            ValueError: `modality_dropouts` or `evaluation_hides` names a modality that is not there.
         """
-        unknown = sorted(set(self.modality_dropouts) - set(self.modality_dims))
-        require(
-            not unknown, f"modality_dropouts: unknown modalities {unknown}, expected some of {list(self.modality_dims)}"
-        )
+        for key in ("modality_dropouts", "evaluation_hides"):
+            unknown = sorted(set(getattr(self, key)) - set(self.modality_dims))
+            require(not unknown, f"{key}: unknown modalities {unknown}, expected some of {list(self.modality_dims)}")
         return tuple(self.modality_dropouts.get(name, self.modality_dropout) for name in self.modality_dims)
 
 
@@ -121,23 +125,43 @@ class RebuiltMultimodalIntegration(nn.Module):
         if self.training and max(self.hiding) > 0.0:
             mask = _drop_modalities(mask, self.hiding)
         tokens = self.token_norm(tokens)
+        fused, weights = self._fuse(tokens, mask)
+        logits, regression = self._heads(fused)
+        if self.config.evaluation_hides and not self.training:
+            second = self._heads(self._fuse(tokens, self._without_hidden(mask))[0])
+            both = torch.stack([at_least_float32(reading).log_softmax(-1) for reading in (logits, second[0])])
+            logits = (both.logsumexp(0) - math.log(2)).to(logits.dtype)
+            regression = (regression + second[1]) / 2
+        heads = [head(tokens[:, index]) for index, head in enumerate(self.modality_heads.values())]
+        return {
+            "fused_features": fused,
+            "logits": logits,
+            "regression": regression,
+            "modality_weights": weights,
+            "modality_logits": torch.stack(heads, dim=1),
+            "present": mask,
+        }
+
+    def _fuse(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fused vector [B, fusion_dim] and adaptive weights [B, M] from what `mask` [B, M] shows."""
         keys = torch.cat([tokens, self.prior.expand(tokens.shape[0], 1, -1)], dim=1)
         visible = F.pad(mask, (0, 1), value=True)
         latents = self.latents.expand(tokens.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(latents, keys, visible)
         weights = self._weights(tokens, mask)
-        fused = latents.mean(1) + torch.einsum("bm,bmc->bc", weights, tokens)
-        fused = self.norm(fused)
-        heads = [head(tokens[:, index]) for index, head in enumerate(self.modality_heads.values())]
-        return {
-            "fused_features": fused,
-            "logits": self.classification_head(self.dropout(fused)),
-            "regression": self.regression_head(self.dropout(fused))[:, 0].sigmoid(),
-            "modality_weights": weights,
-            "modality_logits": torch.stack(heads, dim=1),
-            "present": mask,
-        }
+        return self.norm(latents.mean(1) + torch.einsum("bm,bmc->bc", weights, tokens)), weights
+
+    def _heads(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class logits [B, 2] and regression [B]."""
+        return self.classification_head(self.dropout(fused)), self.regression_head(self.dropout(fused))[:, 0].sigmoid()
+
+    def _without_hidden(self, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` without `evaluation_hides`, but as it was for a sample that would be left with nothing."""
+        kept = mask & torch.tensor(
+            [name not in self.config.evaluation_hides for name in self.config.modality_dims], device=mask.device
+        )
+        return torch.where(kept.any(1, keepdim=True), kept, mask)
 
     def _tokens(
         self, features: dict[str, torch.Tensor], present: dict[str, torch.Tensor]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -120,7 +121,9 @@ class UnifiedMultiModalSystem(nn.Module):
             self.text = RebuiltLLMIntegration(config.llm_config, modality_dims=dict(dims))
             dims["text"] = config.llm_config.hidden_size
         ordered = {name: dims[name] for name in MODALITIES if name in dims}
-        self.fusion = RebuiltMultimodalIntegration(config.fusion_config, modality_dims=ordered)
+        self.fusion = RebuiltMultimodalIntegration(
+            _of_the_present(config.fusion_config, ordered), modality_dims=ordered
+        )
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Run everything that the batch holds.
@@ -286,3 +289,14 @@ def _per_sample(outputs: dict[str, Any], batch: dict[str, Any], index_key: str) 
         elif value is not None:
             expanded[name] = value[index]
     return expanded
+
+
+def _of_the_present(config: FusionConfig, present: Collection[str]) -> FusionConfig:
+    """`config` without its settings for those of `MODALITIES` that the system does not have; an unknown name stays, and
+    is refused."""
+    absent = set(MODALITIES) - set(present)
+    return dataclasses.replace(
+        config,
+        modality_dropouts={name: value for name, value in config.modality_dropouts.items() if name not in absent},
+        evaluation_hides=tuple(name for name in config.evaluation_hides if name not in absent),
+    )

@@ -154,9 +154,10 @@ class CheckpointConfig:
 class StopConfig:
     """When training ends before the last epoch."""
 
-    metric: Literal["loss", "class_loss", "auroc", "accuracy"] = "loss"
+    metric: Literal["loss", "class_loss", "auroc", "accuracy", "last"] = "loss"
     """Validation figure that chooses the best model and counts for patience: total loss, cross-entropy, AUROC or
-    accuracy.
+    accuracy; `last`: none does, the newest model is taken and patience never ends the run. For a number of epochs fixed
+    beforehand, where the validation set is too small to choose by.
     """
     patience: int = 20
     """Epochs without a better validation figure; 0 switches early stopping off."""
@@ -317,13 +318,13 @@ def preset(name: str) -> TrainConfig:
     if name == "tiny":
         return TrainConfig(
             preset="tiny",
-            epochs=3,
+            epochs=8,
             data=DataConfig(batch_size=16),
             optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05, ema_decay=0.98),
             precision=PrecisionConfig(dtype="fp32"),
             checkpoint=CheckpointConfig(every_minutes=0.5),
             evaluation=EvaluationConfig(ablation_limit=400),
-            stop=StopConfig(metric="class_loss", patience=6, max_hours=1.0),
+            stop=StopConfig(metric="last", target_accuracy=1.0, max_hours=1.0),
         )
     if name == "small":
         return TrainConfig(

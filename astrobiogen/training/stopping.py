@@ -10,7 +10,12 @@ TIME_LIMIT = "time limit"
 
 
 def judge(progress: Progress, stop: StopConfig, result: evaluation.Evaluation) -> bool:
-    """Enter `result` into the best value and the patience of `progress`; True if it is the best so far."""
+    """Enter `result` into the best value and the patience of `progress`; True if it is the best so far, which
+    by the metric "last" the newest one always is.
+    """
+    if stop.metric == "last":
+        progress.best, progress.best_epoch = result.figure("class_loss"), progress.epoch
+        return True
     value = result.figure(stop.metric)
     sign = -1.0 if stop.metric in ("loss", "class_loss") else 1.0
     better = math.isfinite(value) and (progress.best is None or sign * value > sign * progress.best)

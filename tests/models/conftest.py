@@ -130,7 +130,7 @@ def make_spec() -> Callable[..., Any]:
 
 @pytest.fixture
 def quiet() -> Callable[[MultiModalTrainingConfig], MultiModalTrainingConfig]:
-    """A configuration without any dropout."""
+    """A configuration without any dropout, and without its counterpart in evaluation: training and evaluation agree."""
 
     def silence(config: MultiModalTrainingConfig) -> MultiModalTrainingConfig:
         return dataclasses.replace(
@@ -139,7 +139,7 @@ def quiet() -> Callable[[MultiModalTrainingConfig], MultiModalTrainingConfig]:
             graph_config=dataclasses.replace(config.graph_config, dropout=0.0),
             cnn_config=dataclasses.replace(config.cnn_config, dropout=0.0),
             fusion_config=dataclasses.replace(
-                config.fusion_config, dropout=0.0, modality_dropout=0.0, modality_dropouts={}
+                config.fusion_config, dropout=0.0, modality_dropout=0.0, modality_dropouts={}, evaluation_hides=()
             ),
             text_share=1.0,
             spectrum_config=dataclasses.replace(config.spectrum_config, dropout=0.0),

@@ -101,6 +101,29 @@ def test_modality_dropout_by_name() -> None:
         RebuiltMultimodalIntegration(CONFIG, modality_dropouts={"sound": 0.5})
 
 
+def test_a_second_reading_without_some_modalities_is_averaged_in_evaluation_only() -> None:
+    hides = ("graph", "text")
+    plain = RebuiltMultimodalIntegration(CONFIG)
+    twice = RebuiltMultimodalIntegration(CONFIG, evaluation_hides=hides)
+    twice.load_state_dict(plain.state_dict())
+    given = features(4)
+    nothing = torch.zeros(4, dtype=torch.bool)
+    torch.testing.assert_close(twice.train()(given)["logits"], plain.train()(given)["logits"])
+    whole, part = plain.eval()(given), plain(given, dict.fromkeys(hides, nothing))
+    both = twice.eval()(given)
+    for got, first, second in (
+        (both["logits"].softmax(-1), whole["logits"].softmax(-1), part["logits"].softmax(-1)),
+        (both["regression"], whole["regression"], part["regression"]),
+    ):
+        torch.testing.assert_close(got, (first + second) / 2)
+    torch.testing.assert_close(both["modality_weights"], whole["modality_weights"])
+    # a sample that has hidden modalities only is read as it is
+    left = {"climate": nothing}
+    torch.testing.assert_close(twice(given, left)["logits"].softmax(-1), plain(given, left)["logits"].softmax(-1))
+    with pytest.raises(ValueError, match="sound"):
+        RebuiltMultimodalIntegration(CONFIG, evaluation_hides=("sound",))
+
+
 def test_results_are_in_range() -> None:
     outputs = RebuiltMultimodalIntegration(CONFIG)(features())
     assert outputs["logits"].shape == (3, 2)

@@ -367,3 +367,16 @@ def test_wrong_batch_names_the_axis(system: UnifiedMultiModalSystem, spec: Any, 
     ):
         with pytest.raises(ValueError, match=message):
             system(batch | change)
+
+
+def test_the_tiny_preset_takes_any_choice_of_modalities(spec: Any, make_batch: MakeBatch) -> None:
+    for chosen in (("climate",), ("graph", "text"), ("climate", "graph", "planet_params")):
+        config = dataclasses.replace(presets.tiny(spec), modalities=chosen)
+        with torch.no_grad():
+            outputs = UnifiedMultiModalSystem(config).eval()(make_batch(2, spec))
+        assert outputs["logits"].isfinite().all()
+        read = [name in chosen for name in MODALITIES]
+        assert ((outputs["modality_weights"] > 0) == torch.tensor(read)).all()
+    wrong = dataclasses.replace(presets.tiny(spec).fusion_config, modality_dropouts={"sound": 0.5})
+    with pytest.raises(ValueError, match="sound"):
+        UnifiedMultiModalSystem(dataclasses.replace(presets.tiny(spec), fusion_config=wrong))

@@ -31,6 +31,10 @@ def evaluated(model: torch.nn.Module, count: int = 40, batch_size: int = 7, mask
     return result
 
 
+# Validation gets worse after the first epoch.
+DIVERGING = OptimizerConfig(learning_rate=5.0, ema_decay=0.0)
+
+
 def test_it_learns_and_the_best_is_kept(make_run: MakeRun, tmp_path: Path) -> None:
     config = toy_config(epochs=25, optimizer=OptimizerConfig(learning_rate=0.05))
     run = make_run(config, task=toy_task(config, train_samples=64))
@@ -46,6 +50,16 @@ def test_it_learns_and_the_best_is_kept(make_run: MakeRun, tmp_path: Path) -> No
     assert again is not None
     assert again.loss == min(losses)
     assert evaluated(run.trainer.model).figure("accuracy") > 0.75
+
+
+def test_the_last_model_is_taken_where_no_figure_chooses(make_run: MakeRun) -> None:
+    run = make_run(toy_config(epochs=4, stop=StopConfig(metric="last", patience=1), optimizer=DIVERGING))
+    assert run.trainer.fit()
+    assert run.trainer.progress.stopped == "all epochs done"
+    assert run.trainer.progress.best_epoch == 3
+    last = {name: value.clone() for name, value in run.trainer.model.state_dict().items()}
+    run.trainer.saver.load_best()
+    assert all(torch.equal(value, last[name]) for name, value in run.trainer.model.state_dict().items())
 
 
 def test_validation_is_the_training_loss_and_batch_size_does_not_matter() -> None:
