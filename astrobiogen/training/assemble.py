@@ -123,11 +123,11 @@ def spread(count: int, limit: int) -> list[int]:
 
 def fingerprint(bundle: data.DatasetBundle) -> str:
     """Names the data by its sizes and the hash of its specification and pairs."""
-    cells = {name: len(cell) for name, cell in bundle.test_cells.items()}
+    cells = ", ".join(f"{len(cell)} {name}" for name, cell in bundle.test_cells.items())
     digest = hashlib.sha256(bundle.spec.to_json().encode())
     for pair in (*bundle.train.pairs, *bundle.validation.pairs):
         digest.update(repr(pair).encode())
-    sizes = f"train {len(bundle.train)}, validation {len(bundle.validation)}, test {cells}"
+    sizes = f"train {len(bundle.train)}, validation {len(bundle.validation)}, test {len(bundle.test)} ({cells})"
     return f"{sizes}, digest {digest.hexdigest()[:12]}"
 
 
