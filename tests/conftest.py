@@ -23,6 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a case of bytes by their length: pytest would print them, and compressed bytes hold the time of day, so
+    that two workers could collect different names.
+    """
+    return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     """Seed PyTorch from the test's name, so that its numbers depend neither on the order of tests nor on the worker;
