@@ -2,6 +2,7 @@
 #include "attention_kernels.h"
 
 #include "attention_tile.h"
+#include "common/dispatch.h"
 
 namespace astrobiogen::attention {
 
@@ -131,7 +132,7 @@ ASTRO_INLINE void backward_tile(const BackwardTile& t) {
 void forward_baseline(const ForwardTile& t) { forward_tile<Baseline>(t); }
 void backward_baseline(const BackwardTile& t) { backward_tile<Baseline>(t); }
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if defined(ASTRO_HAS_LEVELS)
 __attribute__((target("arch=x86-64-v3"))) void forward_avx2(const ForwardTile& t) { forward_tile<Avx2>(t); }
 __attribute__((target("arch=x86-64-v3"))) void backward_avx2(const BackwardTile& t) { backward_tile<Avx2>(t); }
 __attribute__((target("arch=x86-64-v4"))) void forward_avx512(const ForwardTile& t) { forward_tile<Avx512>(t); }
@@ -140,14 +141,17 @@ __attribute__((target("arch=x86-64-v4"))) void backward_avx512(const BackwardTil
 
 const Kernels& kernels() {
   static const Kernels baseline{Baseline::W, Baseline::L, &forward_baseline, &backward_baseline};
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if defined(ASTRO_HAS_LEVELS)
   static const Kernels avx2{Avx2::W, Avx2::L, &forward_avx2, &backward_avx2};
   static const Kernels avx512{Avx512::W, Avx512::L, &forward_avx512, &backward_avx512};
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return avx2;
+  switch (level()) {
+    case Level::kAvx512:
+      return avx512;
+    case Level::kAvx2:
+      return avx2;
+    case Level::kBaseline:
+      break;
+  }
 #endif
   return baseline;
 }

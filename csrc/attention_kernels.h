@@ -51,7 +51,7 @@ struct Kernels {
   void (*backward)(const BackwardTile&);
 };
 
-// The best this CPU can run.
+// Those of the instruction-set level in use (common/dispatch.h).
 const Kernels& kernels();
 
 }  // namespace astrobiogen::attention

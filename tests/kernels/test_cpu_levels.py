@@ -8,6 +8,7 @@ import torch
 
 from astrobiogen import ops, use_kernels
 from astrobiogen.kernels._case import Case
+from astrobiogen.kernels.attention import samples as attention_samples
 from astrobiogen.kernels.rms_norm import reference as rms_norm_reference
 from astrobiogen.kernels.rms_norm.samples import CASES as RMS_NORM_CASES
 from astrobiogen.kernels.rms_norm.samples import with_residual
@@ -57,6 +58,43 @@ def test_values_and_gradients(level: str, op: str) -> None:
             check_op(function, reference, case, dtype, ops=names, implementation="cpu")
         if case.gradcheck:
             check_nonfinite(function, reference, case, ops=names, implementation="cpu")
+
+
+def plain_attention(*tensors: torch.Tensor, **options: Any) -> Any:
+    """The definition with the public function's arguments."""
+    with use_kernels("reference"):
+        return ops.attention(*tensors, **options)
+
+
+ATTENTION_CASES = (
+    *attention_samples.CASES,
+    # tails of every register width; panels, key tiles and tasks that end in between
+    *(
+        Case(f"dim_{dim}", attention_samples.plain(1, 37, 130, 6, 2, dim, rotary=dim // 2), ("q", "k", "v"))
+        for dim in (8, 67, 68, 100, 256)
+    ),
+)
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+def test_attention(level: str, case: Case) -> None:
+    assert extension.cpu_capability() == level
+    names = ("attention", "attention_backward")
+    for dtype in DTYPES:
+        # the gradient of sinks is taken from the rounded output: tests/kernels/test_attention.py derives the floor
+        rounding = 20 * torch.finfo(dtype).eps if "sinks" in case.differentiable and dtype != torch.float32 else 0.0
+        check_op(ops.attention, plain_attention, case, dtype, ops=names, implementation="cpu", absolute_floor=rounding)
+    if case.gradcheck:
+        check_nonfinite(ops.attention, plain_attention, case, ops=names, implementation="cpu")
+
+
+def test_the_level_decides_for_attention(level: str) -> None:
+    """Another register width sums in another order, so some bit differs from the highest level's; no run differs."""
+    q, k, v = (torch.randn(1, 200, heads, 68) for heads in (4, 2, 2))
+    found = ops.attention(q, k, v)
+    assert torch.equal(found, ops.attention(q, k, v))
+    extension.set_cpu_level(LEVELS[-1])
+    assert torch.equal(found, ops.attention(q, k, v)) == (level == LEVELS[-1])
 
 
 @pytest.mark.usefixtures("level")
