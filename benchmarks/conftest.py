@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--cpu-level",
         choices=["baseline", "avx2", "avx512"],
-        help="run our C++ kernels at a lower instruction-set level than the CPU has (not attention and convolution)",
+        help="run our C++ kernels at a lower instruction-set level than the CPU has (not convolution)",
     )
 
 

@@ -159,29 +159,48 @@ def prepare(
     return backward
 
 
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What the definition gives, in fp64 and in the problem's dtype: computed once and held against every candidate."""
+
+    exact: _inputs.Result
+    plain: _inputs.Result
+    weights: Sequence[torch.Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        definition: Callable[..., Any],
+        arguments: dict[str, Any],
+        differentiable: Sequence[str],
+        upstream: Sequence[torch.Tensor],
+        modes: Sequence[Mode],
+    ) -> "Expected":
+        """Evaluate `definition`, with gradients if the backward is among `modes`."""
+        weights = upstream if "backward" in modes else []
+        wide = [gradient.double() for gradient in weights]
+        exact = _inputs.evaluate(definition, _inputs.upcast(arguments), differentiable, wide)
+        return cls(exact, _inputs.evaluate(definition, arguments, differentiable, weights), weights)
+
+
 def verify(
     candidate: Callable[..., Any],
-    reference: Callable[..., Any],
+    expected: Expected,
     arguments: dict[str, Any],
     differentiable: Sequence[str],
-    upstream: Sequence[Any],
     subject: _tolerance.Subject,
-    modes: Sequence[Mode],
     slack: float = 1.0,
 ) -> tuple[dict[Mode, float], dict[Mode, float]]:
-    """Largest error per mode of `candidate` and of the same-dtype reference, against fp64.
+    """Largest error per mode of `candidate` and of the same-dtype definition, against fp64.
 
-    `slack` widens the rule for peers, whose rounding is theirs to choose: `slack` times the factor, and a floor of
-    8 (slack - 1) eps(fp32) times the largest value. Their errors stand in the table beside ours.
+    `slack` widens the rule for implementations whose rounding is not ours to choose: `slack` times the factor, and a
+    floor of 8 (slack - 1) eps(fp32) times the largest value. Their errors stand in the table beside ours.
 
     Raises:
-        AssertionError: beyond twice (gradients: three times) the reference's error plus the floor.
+        AssertionError: beyond twice (gradients: three times) the definition's error plus the floor.
     """
-    weights = upstream if "backward" in modes else []
-    wide = [gradient.double() for gradient in weights]
-    exact = _inputs.evaluate(reference, _inputs.upcast(arguments), differentiable, wide)
-    eager = _inputs.evaluate(reference, arguments, differentiable, weights)
-    got = _inputs.evaluate(candidate, arguments, differentiable, weights)
+    exact, eager = expected.exact, expected.plain
+    got = _inputs.evaluate(candidate, arguments, differentiable, expected.weights)
     errors: dict[Mode, float] = {"forward": 0.0, "backward": 0.0}
     eager_errors: dict[Mode, float] = {"forward": 0.0, "backward": 0.0}
     checks: list[tuple[Mode, str, Any, Any, Any, float]] = [
