@@ -76,7 +76,7 @@ template <typename Vec, int N, int M>
 ASTRO_INLINE void positions(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count, float* sums, bool fresh) {
   constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
   int64_t p = 0;
-  const auto step = [&]<int Size>() ASTRO_INLINE_LAMBDA {
+  const auto step = [&]<int Size>() ASTRO_LAMBDA_INLINE {
     block<Vec, N, Size>(plan, taps, live, weight, offset + p * plan.position_step, sums + p * kBlock, fresh);
     p += Size;
   };
@@ -161,23 +161,21 @@ ASTRO_INLINE void store_any(const Job& job, const Target& t, const float* sums) 
   else store_pairs<Vec, c10::Half>(job, t, sums);
 }
 
-// The kernels of the two vector widths.
-struct Kernels {
-  void (*positions)(const Plan&, const Tap*, int64_t, const float*, int64_t, int64_t, float*, bool);
-  void (*store)(const Job&, const Target&, const float*);
+struct Positions {
+  template <Level L>
+  static ASTRO_INLINE void run(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count, float* sums, bool fresh) {
+    if constexpr (L != Level::kAvx512) positions<simd::f32x8, 2, 6>(plan, taps, live, weight, offset, count, sums, fresh);
+    else if (plan.block == 16) positions<simd::f32x16, 1, 16>(plan, taps, live, weight, offset, count, sums, fresh);
+    else positions<simd::f32x16, 2, 8>(plan, taps, live, weight, offset, count, sums, fresh);
+  }
 };
 
-ASTRO_EIGHT_LANES void positions_eight(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count, float* sums,
-                                       bool fresh) {
-  positions<simd::f32x8, 2, 6>(plan, taps, live, weight, offset, count, sums, fresh);
-}
-ASTRO_SIXTEEN_LANES void positions_sixteen(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count,
-                                           float* sums, bool fresh) {
-  if (plan.block == 16) positions<simd::f32x16, 1, 16>(plan, taps, live, weight, offset, count, sums, fresh);
-  else positions<simd::f32x16, 2, 8>(plan, taps, live, weight, offset, count, sums, fresh);
-}
-ASTRO_EIGHT_LANES void store_eight(const Job& job, const Target& t, const float* sums) { store_any<simd::f32x8>(job, t, sums); }
-ASTRO_SIXTEEN_LANES void store_sixteen(const Job& job, const Target& t, const float* sums) { store_any<simd::f32x16>(job, t, sums); }
+struct Store {
+  template <Level L>
+  static ASTRO_INLINE void run(const Job& job, const Target& t, const float* sums) {
+    store_any<std::conditional_t<L == Level::kAvx512, simd::f32x16, simd::f32x8>>(job, t, sums);
+  }
+};
 
 void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t point, int64_t tap, int64_t begin, int64_t end, Scratch& s) {
   const Plan& plan = *job.plan;
@@ -197,12 +195,12 @@ void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t point, int
 }
 
 // The tile's outputs with all of their channels, in L1 or L2, then the norm over them.
-void normalize_tile(const Job& job, const Kernels& kernels, const int64_t* rows, const float* sums, int64_t begin, int64_t count, Scratch& s) {
+void normalize_tile(const Job& job, const int64_t* rows, const float* sums, int64_t begin, int64_t count, Scratch& s) {
   const Plan& plan = *job.plan;
   const int64_t local[kMaxTile] = {0, 1, 2, 3};
   Epilogue plain;
   plain.y = s.outputs.data();
-  kernels.store(job, {&plain, at::kFloat, local, count, 0, count}, sums);
+  dispatch<Store>(job, Target{&plain, at::kFloat, local, count, 0, count}, sums);
   const NormTarget target{plan.outputs, job.dtype, &job.epilogue};
   for (int64_t which = 0; which < plan.tile_rows; ++which) {
     if (rows[which] < 0) continue;
@@ -213,7 +211,7 @@ void normalize_tile(const Job& job, const Kernels& kernels, const int64_t* rows,
   }
 }
 
-void unit(const Job& job, const Kernels& kernels, int64_t index, Scratch& s) {
+void unit(const Job& job, int64_t index, Scratch& s) {
   const Plan& plan = *job.plan;
   const int64_t first = index / job.segments * job.unit_tiles, tiles = std::min(job.unit_tiles, plan.tiles() - first);
   const int64_t begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width), count = end - begin;
@@ -228,8 +226,8 @@ void unit(const Job& job, const Kernels& kernels, int64_t index, Scratch& s) {
         const int64_t offset = b / plan.group_blocks * plan.group_channels;
         for (int64_t r = 0; r < tiles; ++r)
           if (s.live[r] > 0)
-            kernels.positions(plan, s.taps.data() + r * job.chunk, s.live[r], weight, offset, count,
-                              s.sums.data() + point * point_step + r * tile_step + b * sums_step, !s.started[r]);
+            dispatch<Positions>(plan, s.taps.data() + r * job.chunk, s.live[r], weight, offset, count,
+                                s.sums.data() + point * point_step + r * tile_step + b * sums_step, !s.started[r]);
       }
       for (int64_t r = 0; r < tiles; ++r) s.started[r] |= s.live[r] > 0;
     }
@@ -240,8 +238,8 @@ void unit(const Job& job, const Kernels& kernels, int64_t index, Scratch& s) {
     int64_t rows[kMaxTile];
     tile_outputs(plan, tile_at(plan, first + r), rows);
     const float* sums = s.sums.data() + r * tile_step;
-    if (job.epilogue.norm == kNoNorm) kernels.store(job, {&job.epilogue, job.dtype, rows, plan.out_width, begin, count}, sums);
-    else normalize_tile(job, kernels, rows, sums, begin, count, s);
+    if (job.epilogue.norm == kNoNorm) dispatch<Store>(job, Target{&job.epilogue, job.dtype, rows, plan.out_width, begin, count}, sums);
+    else normalize_tile(job, rows, sums, begin, count, s);
   }
 }
 
@@ -265,7 +263,6 @@ void direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& ge
   const Plan plan = make_plan(rows, weight.size(0), weight.sizes().slice(2), geometry, pairs);
   const Tensor packed = pack_weight(weight, plan);
   const Job job = make_job(plan, rows, packed, epilogue);
-  const Kernels kernels = wide_registers() ? Kernels{positions_sixteen, store_sixteen} : Kernels{positions_eight, store_eight};
   const int64_t units = (plan.tiles() + job.unit_tiles - 1) / job.unit_tiles * job.segments;
   std::atomic<int64_t> next{0};  // units differ in live taps and cores in load: threads take the next one when they are free
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), units), 1, [&](int64_t begin, int64_t end) {
@@ -275,7 +272,7 @@ void direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& ge
     if (epilogue.norm != kNoNorm) s.outputs.resize(plan.tile_rows * job.segment * plan.outputs);
     s.taps.resize(job.unit_tiles * job.chunk), s.live.resize(job.unit_tiles), s.started.resize(job.unit_tiles);
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t index = next++; index < units; index = next++) unit(job, kernels, index, s);
+      for (int64_t index = next++; index < units; index = next++) unit(job, index, s);
     if (epilogue.streamed) streamed_fence();
   });
 }

@@ -12,21 +12,10 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "common/simd.h"
+#include "common/dispatch.h"
 #include "conv_nd_geometry.h"
 
 namespace astrobiogen::conv_nd {
-
-// Kernels come in two widths, and `wide_registers` chooses: 64-byte vectors for AVX-512, 32-byte ones for AVX2 and the baseline.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define ASTRO_SIXTEEN_LANES __attribute__((target("arch=x86-64-v4")))
-#define ASTRO_EIGHT_LANES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define ASTRO_SIXTEEN_LANES
-#define ASTRO_EIGHT_LANES
-#endif
-// A lambda inside such a kernel must be inlined too: on its own it would be compiled for the baseline instruction set.
-#define ASTRO_INLINE_LAMBDA __attribute__((always_inline))
 
 constexpr int64_t kRowAxes = kMaxAxes - 1;
 constexpr int64_t kMaxPairs = 2;    // axes computed by pairs of outputs
@@ -109,18 +98,9 @@ KernelRows kernel_rows(const Plan& plan);
 // [O, C / groups, *kernel] -> [points][blocks][taps][row_taps][block] in fp32, absent channels zero.
 at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan);
 
-// True where a 64-byte vector is one register.
-inline bool wide_registers() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
-#else
-  return false;
-#endif
-}
-
-// The inner loops use vectors of exactly one register (eight lanes under AVX2): the compiler spills 64-byte vectors there.
-typedef float f32x8 __attribute__((vector_size(32)));
+// True where a 64-byte vector is one register. The inner loops use vectors of exactly one register (eight lanes under AVX2): the compiler spills
+// 64-byte vectors there.
+inline bool wide_registers() { return level() == Level::kAvx512; }
 
 template <typename Vec>
 ASTRO_INLINE Vec load_as(const float* p) {

@@ -29,18 +29,15 @@ ASTRO_INLINE void add_up_any(const T* const* from, const float* sign, int count,
   else add_up<T, 4>(from, sign, to, size);
 }
 
-ASTRO_MULTIVERSION void add_up_floats(const float* const* from, const float* sign, int count, float* to, int64_t size) {
-  add_up_any(from, sign, count, to, size);
-}
-ASTRO_MULTIVERSION void add_up_bfloats(const c10::BFloat16* const* from, const float* sign, int count, float* to, int64_t size) {
-  add_up_any(from, sign, count, to, size);
-}
-ASTRO_MULTIVERSION void add_up_halves(const c10::Half* const* from, const float* sign, int count, float* to, int64_t size) {
-  add_up_any(from, sign, count, to, size);
-}
+struct AddUp {
+  template <Level L, typename T>
+  static ASTRO_INLINE void run(const T* const* from, const float* sign, int count, float* to, int64_t size) {
+    add_up_any(from, sign, count, to, size);
+  }
+};
 
-template <typename T, typename Add>
-void build(const Plan& plan, const T* x, const Line& line, int64_t begin, int64_t end, float* to, Add add) {
+template <typename T>
+void build(const Plan& plan, const T* x, const Line& line, int64_t begin, int64_t end, float* to) {
   const int64_t c = plan.channels, w = plan.width, low = begin * plan.stride_w - plan.pad_w, high = low + plan.reach(begin, end);
   const auto piece = [&](int64_t p, int64_t source, int64_t count) {  // `count` positions from column `source` on, no wrap inside
     const T* from[kMaxTile];
@@ -49,7 +46,7 @@ void build(const Plan& plan, const T* x, const Line& line, int64_t begin, int64_
       if (line.rolled[k]) column = source + w / 2 < w ? source + w / 2 : source - w / 2;
       from[k] = x + (line.row[k] * w + column) * c;
     }
-    add(from, line.sign, line.count, to + (p - low) * c, count * c);
+    dispatch<AddUp>(static_cast<const T* const*>(from), line.sign, line.count, to + (p - low) * c, count * c);
   };
   const auto halo = [&](int64_t p) {
     const int64_t source = source_row(plan.mode_w, p, w);
@@ -70,9 +67,9 @@ void build(const Plan& plan, const T* x, const Line& line, int64_t begin, int64_
 }  // namespace
 
 void build_line(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end, float* to) {
-  if (dtype == at::kFloat) build(plan, static_cast<const float*>(x), line, begin, end, to, add_up_floats);
-  else if (dtype == at::kBFloat16) build(plan, static_cast<const c10::BFloat16*>(x), line, begin, end, to, add_up_bfloats);
-  else build(plan, static_cast<const c10::Half*>(x), line, begin, end, to, add_up_halves);
+  if (dtype == at::kFloat) build(plan, static_cast<const float*>(x), line, begin, end, to);
+  else if (dtype == at::kBFloat16) build(plan, static_cast<const c10::BFloat16*>(x), line, begin, end, to);
+  else build(plan, static_cast<const c10::Half*>(x), line, begin, end, to);
 }
 
 }  // namespace astrobiogen::conv_nd

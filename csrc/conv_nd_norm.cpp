@@ -86,14 +86,17 @@ struct Scaling {
   bool streamed;
 };
 
-ASTRO_MULTIVERSION void scale_shift_any(const Scaling& s) {
-  if (s.dtype == at::kFloat)
-    scale_shift(static_cast<const float*>(s.z), static_cast<float*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
-  else if (s.dtype == at::kBFloat16)
-    scale_shift(static_cast<const c10::BFloat16*>(s.z), static_cast<c10::BFloat16*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
-  else
-    scale_shift(static_cast<const c10::Half*>(s.z), static_cast<c10::Half*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
-}
+struct ScaleShift {
+  template <Level L>
+  static ASTRO_INLINE void run(const Scaling& s) {
+    if (s.dtype == at::kFloat)
+      scale_shift(static_cast<const float*>(s.z), static_cast<float*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
+    else if (s.dtype == at::kBFloat16)
+      scale_shift(static_cast<const c10::BFloat16*>(s.z), static_cast<c10::BFloat16*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
+    else
+      scale_shift(static_cast<const c10::Half*>(s.z), static_cast<c10::Half*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
+  }
+};
 
 template <typename T>
 ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int64_t count, float* sums) {
@@ -113,40 +116,49 @@ ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int
   }
 }
 
-ASTRO_MULTIVERSION void store_groups_any(const NormTarget& t, float* z, int64_t first, int64_t count, float* sums) {
-  if (t.dtype == at::kFloat) store_groups<float>(t, z, first, count, sums);
-  else if (t.dtype == at::kBFloat16) store_groups<c10::BFloat16>(t, z, first, count, sums);
-  else store_groups<c10::Half>(t, z, first, count, sums);
-}
-
-ASTRO_MULTIVERSION void squared_deviations(const float* z, const float* mean, int64_t channels, int64_t count, float* squares) {
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    const int64_t left = channels - i;
-    const f32x16 center = lanes_of(mean + i, left, 0.0f);
-    f32x16 sum = simd::splat(0.0f);
-    for (int64_t p = 0; p < count; ++p) {
-      const f32x16 d = lanes_of(z + p * channels + i, left, 0.0f) - center;
-      sum += d * d;
-    }
-    put(squares + i, sum, left, false);
+struct StoreGroups {
+  template <Level L>
+  static ASTRO_INLINE void run(const NormTarget& t, float* z, int64_t first, int64_t count, float* sums) {
+    if (t.dtype == at::kFloat) store_groups<float>(t, z, first, count, sums);
+    else if (t.dtype == at::kBFloat16) store_groups<c10::BFloat16>(t, z, first, count, sums);
+    else store_groups<c10::Half>(t, z, first, count, sums);
   }
-}
+};
 
-ASTRO_MULTIVERSION void normalize_any(const NormTarget& t, const float* z, int64_t first, int64_t count) {
-  if (t.dtype == at::kFloat) normalize<float>(t, z, first, count);
-  else if (t.dtype == at::kBFloat16) normalize<c10::BFloat16>(t, z, first, count);
-  else normalize<c10::Half>(t, z, first, count);
-}
+struct SquaredDeviations {
+  template <Level L>
+  static ASTRO_INLINE void run(const float* z, const float* mean, int64_t channels, int64_t count, float* squares) {
+    for (int64_t i = 0; i < channels; i += kLanes) {
+      const int64_t left = channels - i;
+      const f32x16 center = lanes_of(mean + i, left, 0.0f);
+      f32x16 sum = simd::splat(0.0f);
+      for (int64_t p = 0; p < count; ++p) {
+        const f32x16 d = lanes_of(z + p * channels + i, left, 0.0f) - center;
+        sum += d * d;
+      }
+      put(squares + i, sum, left, false);
+    }
+  }
+};
+
+struct Normalize {
+  template <Level L>
+  static ASTRO_INLINE void run(const NormTarget& t, const float* z, int64_t first, int64_t count) {
+    if (t.dtype == at::kFloat) normalize<float>(t, z, first, count);
+    else if (t.dtype == at::kBFloat16) normalize<c10::BFloat16>(t, z, first, count);
+    else normalize<c10::Half>(t, z, first, count);
+  }
+};
 
 }  // namespace
 
-void normalize_positions(const NormTarget& target, const float* z, int64_t first, int64_t count) { normalize_any(target, z, first, count); }
+void normalize_positions(const NormTarget& target, const float* z, int64_t first, int64_t count) { dispatch<Normalize>(target, z, first, count); }
 
 void partial_groups(const NormTarget& t, float* z, int64_t first, int64_t count, int64_t slot) {
   const Epilogue& e = *t.epilogue;
   const int64_t width = t.channels / e.norm_groups;
   std::vector<float> sums(t.channels), means(t.channels);
-  store_groups_any(t, z, first, count, sums.data());
+  dispatch<StoreGroups>(t, z, first, count, sums.data());
   for (int64_t g = 0; g < e.norm_groups; ++g) {
     float total = 0.0f;
     for (int64_t i = 0; i < width; ++i) total += sums[g * width + i];
@@ -154,7 +166,7 @@ void partial_groups(const NormTarget& t, float* z, int64_t first, int64_t count,
     e.mean[slot * e.norm_groups + g] = mean;
     std::fill_n(means.begin() + g * width, width, mean);
   }
-  squared_deviations(z, means.data(), t.channels, count, sums.data());
+  dispatch<SquaredDeviations>(z, means.data(), t.channels, count, sums.data());
   for (int64_t g = 0; g < e.norm_groups; ++g) {
     float total = 0.0f;
     for (int64_t i = 0; i < width; ++i) total += sums[g * width + i];
@@ -193,7 +205,7 @@ void finish_groups(const Tensor& z, Tensor& y, const Tensor& partial_mean, const
   at::parallel_for(0, batch * positions, 1 + kGrain / channels, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t b = begin / positions, stop = std::min(end, (b + 1) * positions);
-      scale_shift_any({from + begin * row_bytes, to + begin * row_bytes, z.scalar_type(), scale.data() + b * channels, shift.data() + b * channels, channels,
+      dispatch<ScaleShift>(Scaling{from + begin * row_bytes, to + begin * row_bytes, z.scalar_type(), scale.data() + b * channels, shift.data() + b * channels, channels,
                        stop - begin, e.activation, e.streamed});
       begin = stop;
     }

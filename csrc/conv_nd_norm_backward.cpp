@@ -88,21 +88,30 @@ ASTRO_INLINE void group_rows(const Backward& b, int64_t begin, int64_t end) {
   }
 }
 
-ASTRO_MULTIVERSION void channel_rows_any(const Backward& b, int64_t begin, int64_t end, float* e_row, float* h_row) {
-  if (b.dtype == at::kFloat) channel_rows<float>(b, begin, end, e_row, h_row);
-  else if (b.dtype == at::kBFloat16) channel_rows<c10::BFloat16>(b, begin, end, e_row, h_row);
-  else channel_rows<c10::Half>(b, begin, end, e_row, h_row);
-}
-ASTRO_MULTIVERSION void group_sums_any(const Backward& b, int64_t begin, int64_t end) {
-  if (b.dtype == at::kFloat) group_rows<float, true>(b, begin, end);
-  else if (b.dtype == at::kBFloat16) group_rows<c10::BFloat16, true>(b, begin, end);
-  else group_rows<c10::Half, true>(b, begin, end);
-}
-ASTRO_MULTIVERSION void group_rows_any(const Backward& b, int64_t begin, int64_t end) {
-  if (b.dtype == at::kFloat) group_rows<float, false>(b, begin, end);
-  else if (b.dtype == at::kBFloat16) group_rows<c10::BFloat16, false>(b, begin, end);
-  else group_rows<c10::Half, false>(b, begin, end);
-}
+struct ChannelRows {
+  template <Level L>
+  static ASTRO_INLINE void run(const Backward& b, int64_t begin, int64_t end, float* e_row, float* h_row) {
+    if (b.dtype == at::kFloat) channel_rows<float>(b, begin, end, e_row, h_row);
+    else if (b.dtype == at::kBFloat16) channel_rows<c10::BFloat16>(b, begin, end, e_row, h_row);
+    else channel_rows<c10::Half>(b, begin, end, e_row, h_row);
+  }
+};
+struct GroupSums {
+  template <Level L>
+  static ASTRO_INLINE void run(const Backward& b, int64_t begin, int64_t end) {
+    if (b.dtype == at::kFloat) group_rows<float, true>(b, begin, end);
+    else if (b.dtype == at::kBFloat16) group_rows<c10::BFloat16, true>(b, begin, end);
+    else group_rows<c10::Half, true>(b, begin, end);
+  }
+};
+struct GroupRows {
+  template <Level L>
+  static ASTRO_INLINE void run(const Backward& b, int64_t begin, int64_t end) {
+    if (b.dtype == at::kFloat) group_rows<float, false>(b, begin, end);
+    else if (b.dtype == at::kBFloat16) group_rows<c10::BFloat16, false>(b, begin, end);
+    else group_rows<c10::Half, false>(b, begin, end);
+  }
+};
 
 void channel_backward(Backward b, int64_t positions, Tensor& sums) {
   const int64_t c = b.channels, chunks = std::clamp<int64_t>(positions * c / kGrain, 1, kMaxChunks), padded = (c + kLanes - 1) / kLanes * kLanes;
@@ -113,7 +122,7 @@ void channel_backward(Backward b, int64_t positions, Tensor& sums) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       Backward mine = b;
       mine.sum_d = to + chunk * 2 * c, mine.sum_dh = mine.sum_d + c;
-      channel_rows_any(mine, positions * chunk / chunks, positions * (chunk + 1) / chunks, rows.data(), rows.data() + padded);
+      dispatch<ChannelRows>(mine, positions * chunk / chunks, positions * (chunk + 1) / chunks, rows.data(), rows.data() + padded);
     }
   });
   sums = partial.sum(0);
@@ -137,7 +146,7 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
       const int64_t s = item / chunks, chunk = item % chunks;
       Backward mine = sample_of(s);
       mine.sum_d = to + item * 2 * c, mine.sum_dh = mine.sum_d + c;
-      group_sums_any(mine, s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks);
+      dispatch<GroupSums>(mine, s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks);
     }
   });
   const Tensor per_sample = partial.sum(1);  // [batch, 2, channels]
@@ -156,7 +165,7 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
   at::parallel_for(0, batch * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t s = item / chunks, chunk = item % chunks;
-      group_rows_any(sample_of(s), s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks);
+      dispatch<GroupRows>(sample_of(s), s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks);
     }
   });
   sums = per_sample.sum(0);

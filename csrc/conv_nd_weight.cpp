@@ -56,10 +56,10 @@ ASTRO_INLINE void block(const Plan& plan, const float* x, const float* grad, int
 }
 
 template <typename Vec, int N, int M>
-ASTRO_INLINE void run(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
+ASTRO_INLINE void products(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
   constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
   int64_t i = 0;
-  const auto step = [&]<int Size>() ASTRO_INLINE_LAMBDA {
+  const auto step = [&]<int Size>() ASTRO_LAMBDA_INLINE {
     block<Vec, N, Size>(plan, x + i, grad, count, sums + i * kBlock);
     i += Size;
   };
@@ -73,13 +73,14 @@ ASTRO_INLINE void run(const Plan& plan, const float* x, const float* grad, int64
   while (i < plan.run_length) step.template operator()<1>();
 }
 
-ASTRO_EIGHT_LANES void run_eight(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
-  run<simd::f32x8, 2, 6>(plan, x, grad, count, sums);
-}
-ASTRO_SIXTEEN_LANES void run_sixteen(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
-  if (plan.block == 16) run<simd::f32x16, 1, 16>(plan, x, grad, count, sums);
-  else run<simd::f32x16, 2, 8>(plan, x, grad, count, sums);
-}
+struct Products {
+  template <Level L>
+  static ASTRO_INLINE void run(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
+    if constexpr (L != Level::kAvx512) products<simd::f32x8, 2, 6>(plan, x, grad, count, sums);
+    else if (plan.block == 16) products<simd::f32x16, 1, 16>(plan, x, grad, count, sums);
+    else products<simd::f32x16, 2, 8>(plan, x, grad, count, sums);
+  }
+};
 
 // Positions outermost: dy's rows are read in their order; channels outermost would read one line of every position and miss the cache each time.
 template <typename T, int Count>
@@ -107,11 +108,14 @@ ASTRO_INLINE void pack_any(const Job& job, const int64_t* offset, const float* s
   else pack_rows<T, 4>(*job.plan, from, sign, count, packed, step);
 }
 
-ASTRO_MULTIVERSION void pack(const Job& job, const int64_t* offset, const float* sign, int found, int64_t count, float* packed) {
-  if (job.dtype == at::kFloat) pack_any<float>(job, offset, sign, found, count, packed);
-  else if (job.dtype == at::kBFloat16) pack_any<c10::BFloat16>(job, offset, sign, found, count, packed);
-  else pack_any<c10::Half>(job, offset, sign, found, count, packed);
-}
+struct Pack {
+  template <Level L>
+  static ASTRO_INLINE void run(const Job& job, const int64_t* offset, const float* sign, int found, int64_t count, float* packed) {
+    if (job.dtype == at::kFloat) pack_any<float>(job, offset, sign, found, count, packed);
+    else if (job.dtype == at::kBFloat16) pack_any<c10::BFloat16>(job, offset, sign, found, count, packed);
+    else pack_any<c10::Half>(job, offset, sign, found, count, packed);
+  }
+};
 
 // The gradient of one point's products in one tile, packed [blocks][positions][block]; false where no output uses the point.
 bool pack_grad(const Job& job, const int64_t* rows, int64_t point, int64_t begin, int64_t count, float* packed) {
@@ -127,13 +131,11 @@ bool pack_grad(const Job& job, const int64_t* rows, int64_t point, int64_t begin
     offset[found] = (rows[which] * plan.out_width + begin) * plan.outputs;
     sign[found++] = factor;
   }
-  if (found > 0) pack(job, offset, sign, found, count, packed);
+  if (found > 0) dispatch<Pack>(job, offset, sign, found, count, packed);
   return found > 0;
 }
 
-using Run = void (*)(const Plan&, const float*, const float*, int64_t, float*);
-
-void tile_sums(const Job& job, Run run, int64_t index, int64_t first_tap, int64_t taps, Scratch& s, float* sums) {
+void tile_sums(const Job& job, int64_t index, int64_t first_tap, int64_t taps, Scratch& s, float* sums) {
   const Plan& plan = *job.plan;
   const Tile tile = tile_at(plan, index);
   int64_t rows[kMaxTile];
@@ -151,7 +153,7 @@ void tile_sums(const Job& job, Run run, int64_t index, int64_t first_tap, int64_
           const float* grad = s.packed.data() + b * kSegment * plan.block;
           const float* x = s.line.data() + b / plan.group_blocks * plan.group_channels;
           float* to = sums + ((point * plan.blocks + b) * job.subset + tap) * tap_floats;
-          for (int64_t k = 0; k < plan.run_count; ++k, x += plan.run_step, to += plan.run_length * plan.block) run(plan, x, grad, end - begin, to);
+          for (int64_t k = 0; k < plan.run_count; ++k, x += plan.run_step, to += plan.run_length * plan.block) dispatch<Products>(plan, x, grad, end - begin, to);
         }
       }
     }
@@ -211,7 +213,6 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
   Tensor result = at::empty(shape, rows.options().dtype(at::kFloat));
   float *sums = job.chunks > 1 ? partial.mutable_data_ptr<float>() : nullptr, *to = result.mutable_data_ptr<float>();
   const KernelRows table = kernel_rows(plan);
-  const Run run = wide_registers() ? run_sixteen : run_eight;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), units), 1, [&](int64_t begin, int64_t end) {
     Scratch s;
@@ -224,7 +225,7 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
         float* target = job.chunks == 1 ? s.sums.data() : sums + index * unit_floats;
         const int64_t first_tap = subset * job.subset, taps = std::min(job.subset, plan.taps - first_tap), count = plan.tiles();
         for (int64_t tile = count * chunk / job.chunks; tile < count * (chunk + 1) / job.chunks; ++tile)
-          tile_sums(job, run, tile, first_tap, taps, s, target);
+          tile_sums(job, tile, first_tap, taps, s, target);
         if (job.chunks == 1) finish(job, table, subset, s.sums.data(), 0, to);
       }
   });

@@ -14,7 +14,7 @@ from astrobiogen.kernels.conv_nd.samples import CASES, TRANSPOSED_CASES
 from astrobiogen.testing import check_battery, check_op
 from tests.kernels.memory import peak_bytes
 
-CONV_OPS = ("conv_nd", "conv_transpose_nd", "conv_nd_weight_grad")
+CONV_OPS = ("conv_nd", "conv_transpose_nd", "conv_nd_weight_grad", "conv_nd_bias_grad")
 # One case per kernel family (packed and per-tap) also runs in half precision under the interpreter.
 HALF_CASES = ("channel-last", "5d-channels")
 INTERPRETED = [case for case in CASES if case.interpret]

@@ -9,12 +9,18 @@ from torch.nn import functional as F
 
 import astrobiogen
 from astrobiogen import layers, ops
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case
 from astrobiogen.testing import check_op
+from astrobiogen.testing._routes import route
 
-OPS = ("conv_nd_norm", "conv_nd_norm_backward", "conv_nd", "conv_transpose_nd", "conv_nd_weight_grad")
-ARGUMENTS = ("x", "weight", "bias", "norm_weight", "norm_bias")
-NORMS = {"rms": 1, "layer": 1, "group": 3}
+OPS = (
+    "conv_nd_norm",
+    "conv_nd_norm_backward",
+    "conv_nd",
+    "conv_transpose_nd",
+    "conv_nd_weight_grad",
+    "conv_nd_bias_grad",
+)
 
 
 def reference(**arguments: Any) -> torch.Tensor:
@@ -22,47 +28,60 @@ def reference(**arguments: Any) -> torch.Tensor:
         return ops.conv_nd_norm(**arguments)
 
 
-def case(
-    norm: str, channels: int, outputs: int, spatial: tuple[int, ...], batch: int = 2, activation: str = "silu"
-) -> Case:
-    def build(make: TensorMaker) -> dict[str, Any]:
-        return {
-            "x": make.randn(batch, channels, *spatial),
-            "weight": make.randn(outputs, channels, *[3] * len(spatial)),
-            "bias": make.randn(outputs),
-            "norm_weight": make.randn(outputs),
-            "norm_bias": make.randn(outputs),
-            "norm": norm,
-            "norm_groups": NORMS[norm],
-            "padding": 1,
-            "activation": activation,
-        }
-
-    return Case(f"{norm}-{channels}-{outputs}", build, ARGUMENTS)
-
-
-# Own kernel (few inputs, pairs of outputs, one row), composition (fewer than 8 outputs), empty batch.
-SHAPES = [(2, 12, (3, 4, 5), 2), (5, 33, (4, 5), 2), (3, 9, (7,), 1), (3, 6, (2, 2, 3, 4), 2), (2, 12, (3, 4), 0)]
-
-
-@pytest.mark.parametrize("norm", list(NORMS))
-@pytest.mark.parametrize(("channels", "outputs", "spatial", "batch"), SHAPES)
+@pytest.mark.parametrize("norm", list(NORM_GROUPS))
+@pytest.mark.parametrize(("channels", "outputs", "spatial", "batch"), NORM_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_cpu(
     norm: str, channels: int, outputs: int, spatial: tuple[int, ...], batch: int, dtype: torch.dtype
 ) -> None:
-    check_op(ops.conv_nd_norm, reference, case(norm, channels, outputs, spatial, batch), dtype, ops=OPS)
+    check_op(ops.conv_nd_norm, reference, norm_case(norm, channels, outputs, spatial, batch), dtype, ops=OPS)
 
 
-@pytest.mark.parametrize("norm", list(NORMS))
+# Packed and per-tap kernels with the norm in their epilogue; 66 fp32 channels pass the 64 of a tile, so a channel norm
+# takes a pass of its own; empty batch.
+TRITON_SHAPES = [
+    (2, 12, (2, 3, 4), 2, torch.float32),
+    (17, 18, (2, 3), 1, torch.float32),
+    (2, 66, (5,), 2, torch.float32),
+    (2, 12, (3, 4), 0, torch.float32),
+    (17, 18, (2, 3), 1, torch.bfloat16),
+    (17, 18, (2, 3), 1, torch.float16),
+]
+
+
+@pytest.mark.parametrize("norm", list(NORM_GROUPS))
+@pytest.mark.parametrize(("channels", "outputs", "spatial", "batch", "dtype"), TRITON_SHAPES)
+def test_in_triton(
+    norm: str, channels: int, outputs: int, spatial: tuple[int, ...], batch: int, dtype: torch.dtype
+) -> None:
+    one = norm_case(norm, channels, outputs, spatial, batch)
+    assert check_op(ops.conv_nd_norm, reference, one, dtype, ops=OPS, implementation="triton")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_group_statistics_of_many_tiles_in_triton(kept: bool) -> None:
+    """Planes of several position tiles with a short last one, a mean far above the deviation."""
+    x, weight = torch.randn(2, 2, 3, 11, 13), torch.randn(6, 2, 1, 1, 1)
+    bias = torch.full((6,), 100.0).requires_grad_(kept)
+    arguments = {"x": x, "weight": weight, "bias": bias, "norm": "group", "norm_groups": 2}
+    with torch.no_grad() if not kept else torch.enable_grad():
+        with route(OPS, "triton") as calls:
+            y = ops.conv_nd_norm(**arguments)
+        exact = reference(**{name: v.double() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()})
+    assert calls == ["conv_nd_norm"]
+    # z is about 100 +- 1 and has 24 bits: 100 * 2^-24 of rounding against a deviation of about 1.
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("norm", list(NORM_GROUPS))
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gradients_in_fp64(norm: str, activation: str) -> None:
-    check_op(ops.conv_nd_norm, reference, case(norm, 2, 9, (2, 3), 2, activation), torch.float64, ops=OPS)
+    check_op(ops.conv_nd_norm, reference, norm_case(norm, 2, 9, (2, 3), 2, activation), torch.float64, ops=OPS)
 
 
-@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("norm", list(NORM_GROUPS))
 def test_equals_pytorchs_modules(norm: str) -> None:
-    layer = layers.ConvNormAct(3, 4, 12, 3, norm=norm, norm_groups=NORMS[norm], padding=1).double()
+    layer = layers.ConvNormAct(3, 4, 12, 3, norm=norm, norm_groups=NORM_GROUPS[norm], padding=1).double()
     with torch.no_grad():
         for parameter in layer.norm.parameters():
             parameter.normal_()
@@ -76,7 +95,7 @@ def test_equals_pytorchs_modules(norm: str) -> None:
     elif norm == "layer":
         u = F.layer_norm(z.movedim(1, -1), (12,), weight, layer.norm.bias, 1e-5).movedim(-1, 1)
     else:
-        u = F.group_norm(z, NORMS[norm], weight, layer.norm.bias, 1e-5)
+        u = F.group_norm(z, NORM_GROUPS[norm], weight, layer.norm.bias, 1e-5)
     torch.testing.assert_close(layer(x), F.silu(u))
 
 

@@ -9,6 +9,8 @@ import torch
 from astrobiogen import ops, use_kernels
 from astrobiogen.kernels._case import Case
 from astrobiogen.kernels.attention import samples as attention_samples
+from astrobiogen.kernels.conv_nd.samples import CASES as CONV_CASES
+from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case
 from astrobiogen.kernels.rms_norm import reference as rms_norm_reference
 from astrobiogen.kernels.rms_norm.samples import CASES as RMS_NORM_CASES
 from astrobiogen.kernels.rms_norm.samples import with_residual
@@ -36,6 +38,22 @@ def plain_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave
     return rope_reference.rope(x, cos, sin, interleaved, False)
 
 
+def plain_conv(**arguments: Any) -> torch.Tensor:
+    """The convolution's definition with the public function's arguments."""
+    with use_kernels("reference"):
+        return ops.conv_nd(**arguments)
+
+
+def plain_conv_norm(**arguments: Any) -> torch.Tensor:
+    """The definition of the convolution with a norm."""
+    with use_kernels("reference"):
+        return ops.conv_nd_norm(**arguments)
+
+
+CONV_OPS = ("conv_nd", "conv_transpose_nd", "conv_nd_weight_grad", "conv_nd_bias_grad")
+# The own kernels and the composition, each with every norm.
+CONV_NORM_CASES = tuple(norm_case(norm, *shape) for norm in NORM_GROUPS for shape in NORM_SHAPES[:4])
+
 OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...], tuple[Case, ...]]] = {
     "rms_norm": (ops.rms_norm, rms_norm_reference.rms_norm, ("rms_norm", "rms_norm_backward"), tuple(RMS_NORM_CASES)),
     "add_rms_norm": (
@@ -45,6 +63,13 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...], tu
         tuple(with_residual(case) for case in RMS_NORM_CASES),
     ),
     "swiglu": (ops.swiglu, swiglu_reference.swiglu, ("swiglu", "swiglu_backward"), tuple(SWIGLU_CASES)),
+    "conv_nd": (ops.conv_nd, plain_conv, CONV_OPS, CONV_CASES),
+    "conv_nd_norm": (
+        ops.conv_nd_norm,
+        plain_conv_norm,
+        ("conv_nd_norm", "conv_nd_norm_backward", *CONV_OPS),
+        CONV_NORM_CASES,
+    ),
     "rope": (ops.rope, plain_rope, ("rope",), tuple(ROPE_CASES)),
 }
 

@@ -21,6 +21,8 @@ from astrobiogen.kernels.conv_nd.op import (
     schema_lists,
 )
 
+_TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
+
 NormKind = Literal["rms", "layer", "group"]
 
 
@@ -132,12 +134,14 @@ _registry.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.conv_nd_norm_op,
     fake=_fake_conv_norm,
+    triton=f"{_TRITON}:conv_nd_norm",
 )
 _registry.define(
     "conv_nd_norm_backward(Tensor grad, Tensor kept, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, "
     "Tensor rstd, int norm, int norm_groups, int activation) -> (Tensor, Tensor, Tensor)",
     reference=reference.conv_nd_norm_backward_op,
     fake=_fake_norm_backward,
+    triton=f"{_TRITON}:conv_nd_norm_backward",
 )
 _registry.differentiable("conv_nd_norm", backward=_backward, setup_context=_setup)
 _registry.refuse_second_derivative("conv_nd_norm_backward")

@@ -1,8 +1,8 @@
-"""The ops `conv_nd`, `conv_transpose_nd` and `conv_nd_weight_grad`: schemas, shapes, gradient formulas and public
-functions.
+"""The ops `conv_nd`, `conv_transpose_nd`, `conv_nd_weight_grad` and `conv_nd_bias_grad`: schemas, shapes, gradient
+formulas and public functions.
 
-The three are the partial derivatives of one trilinear form <grad, conv(x, weight)>, so each one's gradients are the
-other two: any number of derivatives works, with no backward op beside them.
+The first three are the partial derivatives of one trilinear form <grad, conv(x, weight)>, so each one's gradients are
+the other two: any number of derivatives works, with no backward op beside them. The fourth is a sum over positions.
 """
 
 from collections.abc import Sequence
@@ -153,8 +153,8 @@ def _fake_weight_grad(grad: torch.Tensor, x: torch.Tensor, kernel: list[int], *l
     return x.new_empty(grad.shape[1], x.shape[1] // Geometry.of(*lists).groups, *kernel)
 
 
-def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
-    return grad.sum([axis for axis in range(grad.dim()) if axis != 1])
+def _fake_bias_grad(grad: torch.Tensor) -> torch.Tensor:
+    return grad.new_empty(grad.shape[1])
 
 
 def conv_gradients(
@@ -164,7 +164,7 @@ def conv_gradients(
     ops = torch.ops.astrobiogen
     grad_x = ops.conv_transpose_nd(grad, weight, None, *geometry, x.shape[2:]) if needed[0] else None
     grad_weight = ops.conv_nd_weight_grad(grad, x, weight.shape[2:], *geometry) if needed[1] else None
-    return grad_x, grad_weight, _bias_grad(grad) if needed[2] else None
+    return grad_x, grad_weight, ops.conv_nd_bias_grad(grad) if needed[2] else None
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -207,7 +207,7 @@ def _backward_transpose(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
     ops, geometry = torch.ops.astrobiogen, ctx.geometry
     grad_x = ops.conv_nd(grad, weight, None, *geometry, 0, False)[0] if need_x else None
     grad_weight = ops.conv_nd_weight_grad(x, grad, weight.shape[2:], *geometry) if need_weight else None
-    return grad_x, grad_weight, _bias_grad(grad) if need_bias else None, *nothing
+    return grad_x, grad_weight, ops.conv_nd_bias_grad(grad) if need_bias else None, *nothing
 
 
 def _setup_weight_grad(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -230,6 +230,15 @@ def _backward_weight_grad(ctx: Any, grad_weight: torch.Tensor | None) -> tuple[A
     return grad_grad, grad_x, *nothing
 
 
+def _setup_bias_grad(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    del output
+    ctx.shape = inputs[0].shape
+
+
+def _backward_bias_grad(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    return grad.reshape(-1, *[1] * (len(ctx.shape) - 2)).expand(ctx.shape)
+
+
 GEOMETRY_SCHEMA = "int[] stride, int[] padding, int[] mode, int[] dilation, int groups"
 
 _registry.define(
@@ -250,6 +259,13 @@ _registry.define(
     fake=_fake_weight_grad,
     triton=f"{_TRITON}:conv_nd_weight_grad",
 )
+_registry.define(
+    "conv_nd_bias_grad(Tensor grad) -> Tensor",
+    reference=reference.conv_nd_bias_grad_op,
+    fake=_fake_bias_grad,
+    triton=f"{_TRITON}:conv_nd_bias_grad",
+)
 _registry.differentiable("conv_nd", backward=_backward_conv, setup_context=_setup_conv)
 _registry.differentiable("conv_transpose_nd", backward=_backward_transpose, setup_context=_setup_transpose)
 _registry.differentiable("conv_nd_weight_grad", backward=_backward_weight_grad, setup_context=_setup_weight_grad)
+_registry.differentiable("conv_nd_bias_grad", backward=_backward_bias_grad, setup_context=_setup_bias_grad)

@@ -160,6 +160,11 @@ def conv_nd_weight_grad_op(grad: torch.Tensor, x: torch.Tensor, kernel: list[int
     return result
 
 
+def conv_nd_bias_grad_op(grad: torch.Tensor) -> torch.Tensor:
+    """The op `conv_nd_bias_grad`: sums over batch and positions, [O]."""
+    return grad.sum([axis for axis in range(grad.dim()) if axis != 1])
+
+
 def _accumulated(z: torch.Tensor) -> torch.Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 

@@ -189,6 +189,39 @@ TRANSPOSED_CASES = (
 )
 
 
+NORM_GROUPS = {"rms": 1, "layer": 1, "group": 3}
+# Channels, outputs, spatial size and batch of `conv_nd_norm`. On the CPU: own kernel (few inputs, pairs of outputs, one
+# row), composition (fewer than 8 outputs), empty batch.
+NORM_SHAPES = (
+    (2, 12, (3, 4, 5), 2),
+    (5, 33, (4, 5), 2),
+    (3, 9, (7,), 1),
+    (3, 6, (2, 2, 3, 4), 2),
+    (2, 12, (3, 4), 0),
+)
+
+
+def norm_case(
+    norm: str, channels: int, outputs: int, spatial: tuple[int, ...], batch: int = 2, activation: str = "silu"
+) -> Case:
+    """One call of `conv_nd_norm`: kernel 3 and padding 1 on every axis, weight and bias behind the norm."""
+
+    def build(make: TensorMaker) -> dict[str, Any]:
+        return {
+            "x": make.randn(batch, channels, *spatial),
+            "weight": make.randn(outputs, channels, *[3] * len(spatial)),
+            "bias": make.randn(outputs),
+            "norm_weight": make.randn(outputs),
+            "norm_bias": make.randn(outputs),
+            "norm": norm,
+            "norm_groups": NORM_GROUPS[norm],
+            "padding": 1,
+            "activation": activation,
+        }
+
+    return Case(f"{norm}-{channels}-{outputs}", build, (*ARGUMENTS, "norm_weight", "norm_bias"))
+
+
 def random_case(seed: int, longest: int = 6) -> dict[str, Any]:
     """One random valid call of `conv_nd` in fp64, drawn from `seed`: axes of 1 to `longest` rows, kernel, stride,
     dilation, padding and modes, groups."""

@@ -80,13 +80,64 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, y, kept, bias, offset, row_ok, channel, channel_ok, ACTIVATION: tl.constexpr, KEEP: tl.constexpr):
-    """Adds the bias, keeps the sum for the backward if asked, activates and stores one [positions, channels] tile."""
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """Derivative of `activate` at `z`; fp32."""
+    if ACTIVATION == 1:
+        s = tl.sigmoid(z)
+        return s + s * (1.0 - s) * z
+    if ACTIVATION == 2:
+        phi = tl.exp(-0.5 * z * z) * 0.39894228040143268
+        return 0.5 * (1.0 + tl.erf(z * 0.70710678118654752)) + z * phi
+    return z * 0.0 + 1.0
+
+
+@triton.jit
+def channel_statistics(z, channel_ok, C: tl.constexpr, eps, NORM: tl.constexpr):
+    """(normalised, mean, 1 / deviation) of rows z [positions, channels] fp32 for NORM 1 (RMS, mean 0) or 2 (layer);
+    absent channels give 0."""
+    value = tl.where(channel_ok[None, :], z, 0.0)
+    mean = tl.sum(value, 1) * 0.0
+    if NORM == 2:
+        mean = tl.sum(value, 1) / C
+        value = tl.where(channel_ok[None, :], z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(value * value, 1) / C + eps)
+    return value * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def finish(
+    acc, y, kept, bias, gamma, beta, mean, rstd, eps, row, row_ok, tile, channel, channel_ok,
+    C: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Adds the bias, keeps the sum for the backward if asked, normalises, activates and stores one [positions,
+    channels] tile of rows y [positions, C].
+
+    NORM 1 and 2 need all channels in the tile and store mean and rstd per position if KEEP. NORM 3 (group) stores the
+    sum as it is, and this tile's mean and sum of squared deviations per channel to mean, rstd [tiles, C].
+    """
     acc += tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
     mask = row_ok[:, None] & channel_ok[None, :]
+    offset = row[:, None] * C + channel[None, :]
     if KEEP:
         tl.store(kept + offset, acc.to(kept.dtype.element_ty), mask=mask)
-    tl.store(y + offset, activate(acc, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+    if NORM == 3:
+        count = tl.sum(row_ok.to(tl.float32), 0)
+        center = tl.sum(tl.where(mask, acc, 0.0), 0) / count
+        deviation = tl.where(mask, acc - center[None, :], 0.0)
+        tl.store(mean + tile * C + channel, center, mask=channel_ok)
+        tl.store(rstd + tile * C + channel, tl.sum(deviation * deviation, 0), mask=channel_ok)
+        if not KEEP:
+            tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+    else:
+        if NORM != 0:
+            acc, center, inverse = channel_statistics(acc, channel_ok, C, eps, NORM)
+            if KEEP:
+                if NORM == 2:
+                    tl.store(mean + row, center, mask=row_ok)
+                tl.store(rstd + row, inverse, mask=row_ok)
+            acc *= tl.load(gamma + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(beta + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + offset, activate(acc, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -14,11 +14,12 @@ from astrobiogen.kernels.conv_nd.triton_device import end_tap, finish, first_tap
 
 @triton.jit
 def conv_taps(
-    x, weight, bias, y, kept,
+    x, weight, bias, y, kept, gamma, beta, mean, rstd, eps,
     D1, D2, D3, H, W, N1, N2, N3, NH, NW,
     KG: tl.constexpr, NG: tl.constexpr, GROUPS: tl.constexpr,
     AXIS1: tl.constexpr, AXIS2: tl.constexpr, AXIS3: tl.constexpr, AXIS4: tl.constexpr, AXIS5: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = epilogue(sum over taps and channels); the K step runs inside one tap, so loads are whole channel rows.
@@ -51,7 +52,7 @@ def conv_taps(
             for k3 in range(first_tap(q3, D3, AXIS3, TRANSPOSED), end_tap(q3, D3, AXIS3, TRANSPOSED)):
                 r3, ok3 = source(q3, k3, D3, AXIS3, TRANSPOSED)
                 plane_ok = ok1 & ok2 & ok3
-                x_plane = x + (((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 + r3) * (H * W * GROUPS * KG)
+                x_plane = x + (((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 + r3) * H * W * (GROUPS * KG)
                 w_plane = weight + ((k1 * AXIS2[0] + k2) * AXIS3[0] + k3) * (AXIS4[0] * AXIS5[0] * KG * NG)
                 for step in range(AXIS4[0] * AXIS5[0] * chunks):
                     tap = step // chunks
@@ -69,17 +70,21 @@ def conv_taps(
                     a = tl.load(x_plane + position[:, None] * (GROUPS * KG) + c[None, :], mask=x_mask, other=0.0)
                     b = tl.load(w_plane + (tap * KG + c)[:, None] * NG + n[None, :], mask=w_mask, other=0.0)
                     acc = product(a, b, acc, PRECISION)
-    offset = (plane.to(tl.int64) * (NH * NW) + m)[:, None] * (GROUPS * NG) + (group * NG + n)[None, :]
-    finish(acc, y, kept, bias, offset, row_ok, group * NG + n, n_ok, ACTIVATION, KEEP)
+    row = plane.to(tl.int64) * (NH * NW) + m
+    finish(
+        acc, y, kept, bias, gamma, beta, mean, rstd, eps, row, row_ok, tile.to(tl.int64), group * NG + n, n_ok,
+        GROUPS * NG, NORM, ACTIVATION, KEEP,
+    )  # fmt: skip
 
 
 @triton.jit
 def conv_packed(
-    x, weight, bias, y, kept,
+    x, weight, bias, y, kept, gamma, beta, mean, rstd, eps,
     D1, D2, D3, H, W, N1, N2, N3, NH, NW,
     KG: tl.constexpr, NG: tl.constexpr, GROUPS: tl.constexpr,
     AXIS1: tl.constexpr, AXIS2: tl.constexpr, AXIS3: tl.constexpr, AXIS4: tl.constexpr, AXIS5: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`conv_taps` for few input channels: the taps of the last three axes and the channels share the K axis of the
@@ -109,7 +114,7 @@ def conv_packed(
         r1, ok1 = source(q1, k1, D1, AXIS1, TRANSPOSED)
         for k2 in range(first_tap(q2, D2, AXIS2, TRANSPOSED), end_tap(q2, D2, AXIS2, TRANSPOSED)):
             r2, ok2 = source(q2, k2, D2, AXIS2, TRANSPOSED)
-            x_volume = x + ((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 * (H * W * GROUPS * KG)
+            x_volume = x + ((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 * H * W * (GROUPS * KG)
             w_volume = weight + (k1 * AXIS2[0] + k2) * (packed * NG)
             for step in range((packed + BLOCK_K - 1) // BLOCK_K):
                 k = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -127,5 +132,8 @@ def conv_packed(
                     w_volume + k[:, None] * NG + n[None, :], mask=(k < packed)[:, None] & n_ok[None, :], other=0.0
                 )
                 acc = product(a, b, acc, PRECISION)
-    offset = (plane.to(tl.int64) * (NH * NW) + m)[:, None] * (GROUPS * NG) + (group * NG + n)[None, :]
-    finish(acc, y, kept, bias, offset, row_ok, group * NG + n, n_ok, ACTIVATION, KEEP)
+    row = plane.to(tl.int64) * (NH * NW) + m
+    finish(
+        acc, y, kept, bias, gamma, beta, mean, rstd, eps, row, row_ok, tile.to(tl.int64), group * NG + n, n_ok,
+        GROUPS * NG, NORM, ACTIVATION, KEEP,
+    )  # fmt: skip

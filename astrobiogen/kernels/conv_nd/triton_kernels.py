@@ -1,83 +1,179 @@
-"""CUDA launchers of `conv_nd`, `conv_transpose_nd` and `conv_nd_weight_grad`, and their cases for the ahead-of-time
-compile gate."""
+"""CUDA launchers of `conv_nd`, `conv_nd_norm`, `conv_transpose_nd` and `conv_nd_weight_grad`."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from astrobiogen.kernels._case import CompileCase
 from astrobiogen.kernels.conv_nd import reference
-from astrobiogen.kernels.conv_nd.geometry import CIRCULAR, POLE, ZEROS, Geometry, add_halo, fold_halo
-from astrobiogen.kernels.conv_nd.samples import BENCHMARK_SIZES, Size
+from astrobiogen.kernels.conv_nd.geometry import (
+    CIRCULAR,
+    GROUP,
+    POLE,
+    ZEROS,
+    Geometry,
+    Norm,
+    add_halo,
+    fold_halo,
+)
+from astrobiogen.kernels.conv_nd.triton_cases import compile_cases
 from astrobiogen.kernels.conv_nd.triton_launch import (
-    LARGE_SHARED_TARGETS,
-    Launch,
     Problem,
     adjoint_problem,
     forward_launch,
+    holds_all_channels,
+    position_tile,
     weight_launch,
 )
+from astrobiogen.kernels.conv_nd.triton_norm_launch import (
+    GROUP_CHANNELS,
+    SUM_PROGRAMS,
+    TILE_ELEMENTS,
+    affine,
+    conv_nd_norm_backward,
+    group_statistics,
+    normalize_rows,
+    row_blocks,
+    scale_group,
+)
+from astrobiogen.kernels.conv_nd.triton_weight import row_sums
+
+__all__ = [
+    "compile_cases",
+    "conv_nd",
+    "conv_nd_bias_grad",
+    "conv_nd_norm",
+    "conv_nd_norm_backward",
+    "conv_nd_weight_grad",
+    "conv_transpose_nd",
+]
+
+# The ops below take their geometry as the schema lists it: stride, padding, mode, dilation, groups.
 
 
 def conv_nd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: int,
-    keep: bool,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `conv_nd` on CUDA: y, and what went into the activation if `keep`. fp64 runs the reference."""
     if x.dtype == torch.float64:
-        return reference.conv_nd_op(x, weight, bias, stride, padding, mode, dilation, groups, activation, keep)
-    geometry = Geometry.of(stride, padding, mode, dilation, groups)
-    padded, geometry = _without(x, geometry, lambda axis: geometry.mode[axis] == POLE)
-    kernel = weight.shape[2:]
-    out = geometry.output_size(padded.shape[2:], kernel)
-    y = x.new_empty(x.shape[0], *out, weight.shape[0])
+        return reference.conv_nd_op(x, weight, bias, *options)
+    *lists, activation, keep = options
+    call = _Forward.of(x, weight, Geometry.of(*lists))
+    y = call.empty(x)
     kept = torch.empty_like(y) if keep else x.new_empty(0)
-    if y.numel() > 0:
-        inputs, outputs = weight.shape[1], weight.shape[0] // groups
-        problem = Problem.of(x.shape[0], padded.shape[2:], out, kernel, geometry, (inputs, outputs))
-        packed = weight.reshape(groups, outputs, inputs, -1).permute(0, 3, 2, 1).contiguous()
-        launch = forward_launch(
-            problem,
-            x.element_size(),
-            _target(x),
-            activation=activation,
-            keep=keep,
-            precision=_precision(x),
-        )
-        rows = padded.movedim(1, -1).contiguous()
-        launch(x=rows, weight=packed, bias=_bias(bias, x, groups * outputs), y=y, kept=kept if keep else y)
+    call(y, bias, activation=activation, kept=kept if keep else None)
     return y.movedim(-1, 1), kept.movedim(-1, 1) if keep else kept
 
 
-def conv_transpose_nd(
+def conv_nd_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
-    groups: int,
-    size: list[int],
-) -> torch.Tensor:
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `conv_nd_norm` on CUDA. A channel norm is part of the convolution's epilogue where a tile holds all
+    channels, else one more pass; a group norm takes its statistics from the epilogue and one more pass. fp64 runs the
+    reference."""
+    if x.dtype == torch.float64:
+        return reference.conv_nd_norm_op(x, weight, bias, norm_weight, norm_bias, *options)
+    *lists, kind, groups, eps, activation, keep = options
+    norm = Norm(kind, groups, eps)
+    call = _Forward.of(x, weight, Geometry.of(*lists))
+    y = call.empty(x)
+    kept = torch.empty_like(y) if keep else x.new_empty(0)
+    shapes = norm.statistics_shapes((y.shape[0], y.shape[-1], *y.shape[1:-1]), keep)
+    mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    gamma, beta = affine(y.shape[-1], norm_weight, norm_bias, x)
+    if y.numel() == 0:
+        pass
+    elif kind == GROUP:
+        tile = position_tile(call.problem, x.element_size(), _target(x))
+        tiles = call.problem.planes * -(-call.problem.plane // tile)
+        partial = x.new_empty(2, tiles, y.shape[-1], dtype=torch.float32)
+        call(y, bias, kept=kept if keep else None, norm=(kind, gamma, beta, partial[0], partial[1], eps))
+        group_statistics(norm, call.problem, tile, partial, mean, rstd)
+        scale_group(kept if keep else y, y, norm, mean, rstd, gamma, beta, activation)
+    elif holds_all_channels(call.problem, x.element_size(), _target(x)):
+        call(y, bias, activation=activation, kept=kept if keep else None, norm=(kind, gamma, beta, mean, rstd, eps))
+    else:
+        call(kept if keep else y, bias)
+        normalize_rows(kept if keep else y, y, norm, gamma, beta, mean, rstd, activation, keep)
+    return y.movedim(-1, 1), kept.movedim(-1, 1) if keep else kept, mean, rstd
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """One forward convolution on CUDA: its rows, packed weight and sizes."""
+
+    rows: torch.Tensor
+    weight: torch.Tensor
+    problem: Problem
+
+    @classmethod
+    def of(cls, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> "_Forward":
+        padded, geometry = _without(x, geometry, lambda axis: geometry.mode[axis] == POLE)
+        kernel, groups = weight.shape[2:], geometry.groups
+        out = geometry.output_size(padded.shape[2:], kernel)
+        inputs, outputs = weight.shape[1], weight.shape[0] // groups
+        problem = Problem.of(x.shape[0], padded.shape[2:], out, kernel, geometry, (inputs, outputs))
+        packed = weight.reshape(groups, outputs, inputs, -1).permute(0, 3, 2, 1).contiguous()
+        return cls(padded.movedim(1, -1).contiguous(), packed, problem)
+
+    def empty(self, x: torch.Tensor) -> torch.Tensor:
+        """Output rows [B, *out, O]."""
+        out = self.problem.target[-(x.dim() - 2) :]
+        return x.new_empty(x.shape[0], *out, self.problem.groups * self.problem.target_channels)
+
+    def __call__(
+        self,
+        y: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        activation: int = 0,
+        kept: torch.Tensor | None = None,
+        norm: tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float] | None = None,
+    ) -> None:
+        """Launch into `y`. `norm`: kind, gamma, beta, mean, rstd, eps."""
+        if y.numel() == 0:
+            return
+        kind, gamma, beta, mean, rstd, eps = norm if norm is not None else (0, y, y, y, y, 0.0)
+        launch = forward_launch(
+            self.problem,
+            y.element_size(),
+            _target(y),
+            precision=_precision(y),
+            activation=activation,
+            keep=kept is not None,
+            norm=kind,
+        )
+        shift = _bias(bias, y, y.shape[-1])
+        tensors = {
+            "y": y,
+            "kept": y if kept is None else kept,
+            "gamma": gamma,
+            "beta": beta,
+            "mean": mean,
+            "rstd": rstd,
+        }
+        launch(x=self.rows, weight=self.weight, bias=shift, eps=eps, **tensors)
+
+
+def conv_transpose_nd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any) -> torch.Tensor:
     """The op `conv_transpose_nd` on CUDA. fp64 runs the reference."""
     if x.dtype == torch.float64:
-        return reference.conv_transpose_nd_op(x, weight, bias, stride, padding, mode, dilation, groups, list(size))
-    geometry = Geometry.of(stride, padding, mode, dilation, groups)
+        return reference.conv_transpose_nd_op(x, weight, bias, *options)
+    *lists, size = options
+    geometry = Geometry.of(*lists)
+    groups = geometry.groups
     # The adjoint of circular padding wraps inside the kernel where input and output positions are the same ones;
-    # other halos are summed up
-    # behind the kernel, from fp32.
-    wraps = [kind == CIRCULAR and step == 1 and n == q for kind, step, n, q in zip(mode, stride, size, x.shape[2:])]
-    folded = dataclasses.replace(geometry, mode=tuple(ZEROS if wrap else kind for wrap, kind in zip(wraps, mode)))
+    # other halos are summed up behind the kernel, from fp32.
+    rows = zip(geometry.mode, geometry.stride, size, x.shape[2:])
+    wraps = [kind == CIRCULAR and step == 1 and n == q for kind, step, n, q in rows]
+    kept = tuple(ZEROS if wrap else kind for wrap, kind in zip(wraps, geometry.mode))
+    folded = dataclasses.replace(geometry, mode=kept)
     inner = dataclasses.replace(folded.after_halo(), mode=tuple(CIRCULAR if wrap else ZEROS for wrap in wraps))
     padded = [n + 2 * halo for n, halo in zip(size, folded.halo)]
     folds = padded != list(size)
@@ -87,16 +183,10 @@ def conv_transpose_nd(
         problem = adjoint_problem(x.shape[0], x.shape[2:], padded, weight.shape[2:], inner, (inputs, outputs))
         packed = weight.reshape(groups, inputs, outputs, -1).permute(0, 3, 1, 2)
         packed = (packed if problem.transposed else packed.flip(1)).contiguous()
-        launch = forward_launch(
-            problem,
-            x.element_size(),
-            _target(x),
-            activation=0,
-            keep=False,
-            precision=_precision(x),
-        )
-        rows = x.movedim(1, -1).contiguous()
-        launch(x=rows, weight=packed, bias=_bias(None if folds else bias, x, groups * outputs), y=y, kept=y)
+        launch = forward_launch(problem, x.element_size(), _target(x), precision=_precision(x))
+        shift = _bias(None if folds else bias, x, groups * outputs)
+        unused = dict.fromkeys(("kept", "gamma", "beta", "mean", "rstd"), y)
+        launch(x=x.movedim(1, -1).contiguous(), weight=packed, bias=shift, y=y, eps=0.0, **unused)
     if not folds:
         return y.movedim(-1, 1)
     total = fold_halo(y.movedim(-1, 1), folded).movedim(1, -1)
@@ -105,20 +195,12 @@ def conv_transpose_nd(
     return total.to(x.dtype).contiguous().movedim(-1, 1)
 
 
-def conv_nd_weight_grad(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    mode: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
+def conv_nd_weight_grad(grad: torch.Tensor, x: torch.Tensor, kernel: list[int], *lists: Any) -> torch.Tensor:
     """The op `conv_nd_weight_grad` on CUDA. fp64 runs the reference."""
     if x.dtype == torch.float64:
-        return reference.conv_nd_weight_grad_op(grad, x, list(kernel), stride, padding, mode, dilation, groups)
-    geometry = Geometry.of(stride, padding, mode, dilation, groups)
+        return reference.conv_nd_weight_grad_op(grad, x, list(kernel), *lists)
+    geometry = Geometry.of(*lists)
+    groups = geometry.groups
     padded, geometry = _without(x, geometry, lambda axis: geometry.mode[axis] == POLE)
     inputs, outputs = x.shape[1] // groups, grad.shape[1] // groups
     if x.shape[0] == 0:
@@ -130,6 +212,22 @@ def conv_nd_weight_grad(
     launch(x=padded.movedim(1, -1).contiguous(), grad=grad.movedim(1, -1).contiguous(), partial=partial)
     total = partial.sum(0) if shape[0] > 1 else partial[0]
     return total.permute(0, 3, 2, 1).reshape(groups * outputs, inputs, *kernel).to(x.dtype).contiguous()
+
+
+def conv_nd_bias_grad(grad: torch.Tensor) -> torch.Tensor:
+    """The op `conv_nd_bias_grad` on CUDA. fp64 runs the reference."""
+    if grad.dtype == torch.float64 or grad.numel() == 0:
+        return reference.conv_nd_bias_grad_op(grad)
+    rows = grad.movedim(1, -1).contiguous()
+    channels, count = rows.shape[-1], rows.numel() // rows.shape[-1]
+    block_c = min(GROUP_CHANNELS, row_blocks(channels)[0])
+    block_r, tiles = TILE_ELEMENTS // block_c, -(-channels // block_c)
+    programs = max(1, min(SUM_PROGRAMS // tiles, -(-count // block_r)))
+    partial = grad.new_empty(programs, channels, dtype=torch.float32)
+    row_sums[(programs * tiles,)](
+        rows, partial, count, C=channels, PROGRAMS=programs, BLOCK_R=block_r, BLOCK_C=block_c
+    )  # fmt: skip
+    return partial.sum(0).to(grad.dtype)
 
 
 def _without(x: torch.Tensor, geometry: Geometry, copied: Callable[[int], bool]) -> tuple[torch.Tensor, Geometry]:
@@ -162,60 +260,3 @@ def _precision(x: torch.Tensor) -> str:
     if x.device.type == "cpu":
         return "widened"
     return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
-
-
-_TYPES = {2: "bf16", 4: "fp32"}
-
-
-def _case(name: str, launch: Launch, tensors: dict[str, str], targets: tuple[int, ...]) -> CompileCase:
-    signature = {**tensors, **dict.fromkeys(launch.integers, "i32")}
-    return CompileCase(
-        name=name,
-        kernel=launch.kernel,
-        signature=signature,
-        constexprs=launch.constants,
-        aligned=(*tensors, *(key for key, value in launch.integers.items() if value % 16 == 0)),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        needs_mma=True,
-        needs_vector_loads="packed" not in launch.kernel.__name__,
-        targets=targets,
-    )
-
-
-def _size_cases(size: Size, itemsize: int, targets: tuple[int, ...]) -> list[CompileCase]:
-    geometry, out = size.geometry(), size.spatial  # every benchmark size keeps its spatial shape
-    kind, precision = _TYPES[itemsize], "tf32" if itemsize == 4 else "ieee"
-    label = f"{size.name}/{kind}/" + "-".join(str(target) for target in targets)
-    channels = (size.channels, size.outputs)
-    forward = Problem.of(1, size.spatial, out, size.kernel, geometry, channels)
-    adjoint = adjoint_problem(1, out, size.spatial, size.kernel, geometry, (size.outputs, size.channels))
-    half, single = f"*{kind}", "*fp32"
-    tensors = dict.fromkeys(("x", "weight", "bias", "y", "kept"), half)
-    options = {"keep": False, "precision": precision}
-    launches = [
-        ("forward", forward_launch(forward, itemsize, targets[0], activation=1, **options), tensors),
-        (
-            "weight",
-            weight_launch(forward, itemsize, targets[0], precision=precision),
-            {"x": half, "grad": half, "partial": single},
-        ),
-    ]
-    if not forward.packed:  # nothing lies before the stem that would want its input gradient
-        launches.append(("adjoint", forward_launch(adjoint, itemsize, targets[0], activation=0, **options), tensors))
-    return [_case(f"{kernel}/{label}", launch, types, targets) for kernel, launch, types in launches]
-
-
-def compile_cases() -> tuple[CompileCase, ...]:
-    """Stem, wide layer and factorised pair in bf16 with the sm_86 tiles; stem and wide layer with the large tiles;
-    the wide layer in fp32 (tf32)."""
-    cases: list[CompileCase] = []
-    for size in BENCHMARK_SIZES:
-        if size.name == "narrow":  # the kernels of the wide layer with smaller blocks
-            continue
-        cases += _size_cases(size, 2, (86, 89))
-        if size.name in ("stem", "wide"):
-            cases += _size_cases(size, 2, LARGE_SHARED_TARGETS)
-        if size.name == "wide":
-            cases += _size_cases(size, 4, (86,))
-    return tuple(cases)

@@ -5,10 +5,11 @@ The tile sizes come from shared memory and register counts, not from timings: no
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from astrobiogen.kernels.conv_nd.geometry import MAX_AXES, Geometry
+from astrobiogen.kernels.conv_nd.geometry import GROUP, INNER_AXES, MAX_AXES, Geometry
 from astrobiogen.kernels.conv_nd.triton_forward import conv_packed, conv_taps
 from astrobiogen.kernels.conv_nd.triton_weight import weight_packed, weight_taps
 
@@ -39,8 +40,14 @@ class Tile:
 SMALL_SHARED = {"taps": Tile(128, 128, 32, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 32, 8, 3)}
 # sm_80 (164 KiB) and sm_90 (228 KiB): K = 64 halves the barriers; 96 KiB.
 LARGE_SHARED = {"taps": Tile(128, 128, 64, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 64, 8, 3)}
-# fp32 operands (tf32 or ieee): twice the bytes and, for ieee, no tensor cores: smaller tiles.
-SINGLE = {"taps": Tile(64, 64, 32, 4, 3), "packed": Tile(64, 64, 32, 4, 2), "weight": Tile(64, 64, 32, 4, 3)}
+# fp32 operands (tf32 or ieee): twice the bytes and, for ieee, no tensor cores: smaller tiles. 4 warps spilled 3 to 17
+# registers in "taps" (8 warps: none), 64 x 64 x 32 with 4 or 8 warps 6 to 15 in "packed".
+SINGLE = {"taps": Tile(64, 64, 32, 8, 3), "packed": Tile(64, 32, 32, 4, 2), "weight": Tile(64, 64, 32, 4, 3)}
+# Up to this many outputs per group 128 positions share one narrow block of sums, and the loads of x take the registers:
+# ptxas spilled 6 on sm_86. 64 positions: 98 registers, no spill.
+NARROW_OUTPUTS, NARROW_M = 16, 64
+# A group norm's per-channel sums beside 128 x 128 x 64 spilled 22 registers on sm_80; K = 32 takes 226.
+GROUP_K, GROUP_STAGES = 32, 4
 LARGE_SHARED_TARGETS = (80, 90)
 
 
@@ -71,6 +78,12 @@ class Problem:
     ) -> "Problem":
         """`channels`: read and written channels per group."""
         missing = MAX_AXES - len(kernel)
+        for name, size in (("input", source), ("output", target)):
+            if math.prod(size[-INNER_AXES:]) >= INT32_ELEMENTS:
+                raise ValueError(
+                    f"the last three axes of a convolution's {name} may hold at most {INT32_ELEMENTS - 1} positions on "
+                    f"CUDA, got {tuple(size[-INNER_AXES:])}"
+                )
         rows = zip(kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.mode)
         return cls(
             batch,
@@ -167,14 +180,44 @@ def tile_for(family: str, itemsize: int, target: int) -> Tile:
     return (LARGE_SHARED if target in LARGE_SHARED_TARGETS else SMALL_SHARED)[family]
 
 
+def forward_tile(problem: Problem, itemsize: int, target: int, norm: int = 0) -> Tile:
+    """The tile of `forward_launch`, before it is cut to the problem's sizes."""
+    if problem.packed:
+        return tile_for("packed", itemsize, target)
+    tile = tile_for("taps", itemsize, target)
+    if problem.target_channels <= NARROW_OUTPUTS:
+        tile = dataclasses.replace(tile, m=min(tile.m, NARROW_M))
+    if norm == GROUP and tile.k > GROUP_K:
+        tile = dataclasses.replace(tile, k=GROUP_K, stages=GROUP_STAGES)
+    return tile
+
+
+def holds_all_channels(problem: Problem, itemsize: int, target: int) -> bool:
+    """True where one tile holds all output channels of its positions, so that the epilogue can normalise them."""
+    return problem.groups == 1 and problem.target_channels <= forward_tile(problem, itemsize, target).n
+
+
+def position_tile(problem: Problem, itemsize: int, target: int) -> int:
+    """Positions of one (last two axes) plane that a program of `forward_launch` computes."""
+    return _fit(forward_tile(problem, itemsize, target).m, problem.plane)
+
+
 def forward_launch(
-    problem: Problem, itemsize: int, target: int, *, activation: int, keep: bool, precision: str
+    problem: Problem,
+    itemsize: int,
+    target: int,
+    *,
+    precision: str,
+    activation: int = 0,
+    keep: bool = False,
+    norm: int = 0,
 ) -> Launch:
-    """The launch of a convolution or its adjoint. The bias is always read, zeros if there is none: without that
-    addition ptxas (Triton 3.7) takes 255
-    registers and spills 29 in the 128 x 128 x 64 tile, with it 182 and none.
+    """The launch of a convolution or its adjoint. `norm` (index into `NORMS`): a channel norm needs
+    `holds_all_channels`; a group norm leaves partial statistics per tile. The bias is always read, zeros if there is
+    none: without that addition ptxas (Triton 3.7) takes 255 registers and spills 29 in the 128 x 128 x 64 tile, with
+    it 182 and none.
     """
-    tile = tile_for("packed" if problem.packed else "taps", itemsize, target)
+    tile = forward_tile(problem, itemsize, target, norm)
     depth = problem.source_channels
     if problem.packed:
         depth *= problem.axes[2][0] * problem.axes[3][0] * problem.axes[4][0]
@@ -183,6 +226,7 @@ def forward_launch(
     constants = {
         **problem.constants(),
         "TRANSPOSED": problem.transposed,
+        "NORM": norm,
         "ACTIVATION": activation,
         "KEEP": keep,
         "PRECISION": precision,

@@ -1,5 +1,5 @@
-"""Triton kernels of the convolution's weight gradient: per tap a [channels x positions] x [positions x outputs]
-product.
+"""Triton kernels of the convolution's weight gradient, per tap a [channels x positions] x [positions x outputs]
+product, and of its bias gradient.
 
 The positions are split over SPLITS programs by outer plane; each writes its own fp32 partial and the launcher adds
 the partials in a fixed
@@ -42,17 +42,16 @@ def weight_taps(
     c = tile // n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    first = PLANES * split // SPLITS
-    for at in range(PLANES * (split + 1) // SPLITS - first):
-        plane = first + at
+    share = (PLANES + SPLITS - 1) // SPLITS  # not PLANES * split // SPLITS: that product may pass 2^31
+    for at in range(tl.minimum(share, tl.maximum(PLANES - split * share, 0))):
+        plane = split * share + at
         batch, q1, q2, q3 = outer_position(plane, N1, N2, N3)
         r1, ok1 = source(q1, k1, D1, AXIS1, False)
         r2, ok2 = source(q2, k2, D2, AXIS2, False)
         r3, ok3 = source(q3, k3, D3, AXIS3, False)
         steps = tl.where(ok1 & ok2 & ok3, (NH * NW + BLOCK_K - 1) // BLOCK_K, 0)
-        x_plane = x + ((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 * (H * W * GROUPS * KG)
-        x_plane += r3.to(tl.int64) * (H * W * GROUPS * KG) + group * KG
-        g_plane = grad + plane.to(tl.int64) * (NH * NW * GROUPS * NG) + group * NG
+        x_plane = x + (((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 + r3) * H * W * (GROUPS * KG) + group * KG
+        g_plane = grad + plane.to(tl.int64) * NH * NW * (GROUPS * NG) + group * NG
         for step in range(steps):
             p = step * BLOCK_K + tl.arange(0, BLOCK_K)
             p_ok = p < NH * NW
@@ -98,16 +97,16 @@ def weight_packed(
     n = tile % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     tap = k // KG
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    first = PLANES * split // SPLITS
-    for at in range(PLANES * (split + 1) // SPLITS - first):
-        plane = first + at
+    share = (PLANES + SPLITS - 1) // SPLITS  # not PLANES * split // SPLITS: that product may pass 2^31
+    for at in range(tl.minimum(share, tl.maximum(PLANES - split * share, 0))):
+        plane = split * share + at
         batch, q1, q2, q3 = outer_position(plane, N1, N2, N3)
         r1, ok1 = source(q1, k12 // AXIS2[0], D1, AXIS1, False)
         r2, ok2 = source(q2, k12 % AXIS2[0], D2, AXIS2, False)
         r3, ok3 = source(q3, tap // (AXIS4[0] * AXIS5[0]), D3, AXIS3, False)
         steps = tl.where(ok1 & ok2, (NH * NW + BLOCK_K - 1) // BLOCK_K, 0)
-        x_volume = x + ((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 * (H * W * GROUPS * KG) + group * KG
-        g_plane = grad + plane.to(tl.int64) * (NH * NW * GROUPS * NG) + group * NG
+        x_volume = x + ((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 * H * W * (GROUPS * KG) + group * KG
+        g_plane = grad + plane.to(tl.int64) * NH * NW * (GROUPS * NG) + group * NG
         k_ok = (k < packed) & ok3
         for step in range(steps):
             p = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -126,3 +125,20 @@ def weight_packed(
             acc = product(tl.trans(a), b, acc, PRECISION)
     slot = ((split * GROUPS + group) * outer + k12).to(tl.int64) * (packed * NG)
     tl.store(partial + slot + k[:, None] * NG + n[None, :], acc, mask=(k < packed)[:, None] & (n < NG)[None, :])
+
+
+@triton.jit
+def row_sums(
+    grad, partial, ROWS, C: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """partial [PROGRAMS, C] fp32: sums of every PROGRAMS-th tile of rows of grad [ROWS, C]; the bias gradient."""
+    channel_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0) // channel_tiles
+    channel = tl.program_id(0) % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = channel < C
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for tile in range(program, (ROWS + BLOCK_R - 1) // BLOCK_R, PROGRAMS):
+        row = (tl.zeros((BLOCK_R,), tl.int64) + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = (row < ROWS)[:, None] & ok[None, :]
+        total += tl.sum(tl.load(grad + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32), 0)
+    tl.store(partial + program * C + channel, total, mask=ok)
