@@ -44,8 +44,8 @@ LARGE_SHARED = {"taps": Tile(128, 128, 64, 8, 3), "packed": Tile(64, 128, 64, 8,
 # registers in "taps" (8 warps: none), 64 x 64 x 32 with 4 or 8 warps 6 to 15 in "packed".
 SINGLE = {"taps": Tile(64, 64, 32, 8, 3), "packed": Tile(64, 32, 32, 4, 2), "weight": Tile(64, 64, 32, 4, 3)}
 # Up to this many outputs per group 128 positions share one narrow block of sums, and the loads of x take the registers:
-# ptxas spilled 6 on sm_86. 64 positions: 98 registers, no spill.
-NARROW_OUTPUTS, NARROW_M = 16, 64
+# ptxas spilled 6 (128 x 16 x 32, sm_86) and 11 (64 x 16 x 64, sm_80). 64 x 16 x 32: 98 registers, no spill.
+NARROW_OUTPUTS, NARROW_M, NARROW_K = 16, 64, 32
 # A group norm's per-channel sums beside 128 x 128 x 64 spilled 22 registers on sm_80; K = 32 takes 226.
 GROUP_K, GROUP_STAGES = 32, 4
 LARGE_SHARED_TARGETS = (80, 90)
@@ -186,7 +186,7 @@ def forward_tile(problem: Problem, itemsize: int, target: int, norm: int = 0) ->
         return tile_for("packed", itemsize, target)
     tile = tile_for("taps", itemsize, target)
     if problem.target_channels <= NARROW_OUTPUTS:
-        tile = dataclasses.replace(tile, m=min(tile.m, NARROW_M))
+        tile = dataclasses.replace(tile, m=min(tile.m, NARROW_M), k=min(tile.k, NARROW_K))
     if norm == GROUP and tile.k > GROUP_K:
         tile = dataclasses.replace(tile, k=GROUP_K, stages=GROUP_STAGES)
     return tile
