@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from astrobiogen.training.config import OptimizerConfig
 from astrobiogen.training.distributed import local_part
 from astrobiogen.training.distributed_optimizer import LocalShardOptimizer
 from astrobiogen.training.errors import UserError
+from astrobiogen.training.gated_adamw import GatedAdamW, gated
 
 _BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 
@@ -39,17 +40,40 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
     try:
-        library = importlib.import_module("bitsandbytes.optim")
+        library = importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(
             f"optimizer.name: got {config.name!r}, which needs bitsandbytes >= 0.50: pip install 'astrobiogen[bnb]' "
             f"(or --optimizer.name adamw); the import said: {error}"
         ) from error
-    make = getattr(library, _BITSANDBYTES[config.name])
+    make = gated(library, _BITSANDBYTES[config.name])
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return LocalShardOptimizer(groups, options, make)
     optimizer: torch.optim.Optimizer = make(groups, **options)
     return optimizer
+
+
+def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """A step of `optimizer`, made by `build_optimizer`, that changes nothing if `bad` is 1.
+
+    Decided on the device (see `GatedAdamW` for the exception); `settle` must follow once the host knows.
+
+    Args:
+        bad: 0 or 1, fp32, no axes, the same in all processes, where the gradients are.
+    """
+    inner = optimizer.inner if isinstance(optimizer, LocalShardOptimizer) else optimizer
+    first = inner.param_groups[0]["params"][0]
+    if isinstance(first, DTensor):
+        bad = DTensor.from_local(bad, first.device_mesh, [Replicate()], run_check=False)
+    inner.found_inf = bad  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def settle(optimizer: torch.optim.Optimizer, skipped: bool) -> None:
+    """Tell `optimizer` what `bad` was; PyTorch's fused one counts its steps on the device."""
+    inner = optimizer.inner if isinstance(optimizer, LocalShardOptimizer) else optimizer
+    if isinstance(inner, GatedAdamW):
+        inner.settle(skipped)
 
 
 class WeightAverage:

@@ -12,7 +12,7 @@ from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.distributed_model import Parallel, total_norm
 from astrobiogen.training.distributed_share import Round
 from astrobiogen.training.errors import NumericalError
-from astrobiogen.training.optimizer import WeightAverage
+from astrobiogen.training.optimizer import WeightAverage, settle, step_unless
 
 # Skipped windows that the report of a numerical stop lists.
 _REPORTED = 5
@@ -139,8 +139,6 @@ class Updater:
         self._config = config
         self._device = device
         self._dtype = dtype
-        # Fused optimizers skip a step by themselves where `found_inf` is not 0, without a word to the host.
-        self._gated = bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and not parallel.sharded
         self._nominal = config.data.batch_size * config.data.accumulation
 
     def add(self, shared: Round, batch: loading.Batch, emphasis: dict[str, float] | None = None) -> None:
@@ -162,8 +160,7 @@ class Updater:
     def finish(self) -> UpdateResult:
         """Close the window: rescale, check, clip, step, average.
 
-        The norm decides on the device whether the step is taken where the optimizer can be gated there (PyTorch's fused
-        AdamW); otherwise it is read first. Either way there is one wait for the device per window.
+        The norm decides on the device whether the step is taken. The host waits for it once, afterwards, to tell.
 
         Raises:
             NumericalError: more than `precision.skip_budget` updates in a row were not finite.
@@ -179,18 +176,15 @@ class Updater:
         if config.optimizer.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, total)
         bad = self.parallel.anywhere((~torch.isfinite(total)).float())
-        if self._gated:
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-            self.optimizer.step()
+        step_unless(bad, self.optimizer)
         norm, flag, *sums = _read(total, bad, window.sums)
         *sums, tokens = self.parallel.world.sum(sums)
         means = {name: value / window.samples for name, value in zip(window.names, sums, strict=True)}
         skipped = flag > 0
+        settle(self.optimizer, skipped)
         if skipped:
             self._skip(means, norm)
         else:
-            if not self._gated:
-                self.optimizer.step()
             self.updates += 1
             self.skipped_in_row = 0
             if self.average is not None:

@@ -1,13 +1,16 @@
 """Accumulation, clipping, skipping, loss scale, schedules, weight decay groups."""
 
+import copy
+import importlib
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from astrobiogen.training import schedule
+from astrobiogen.training import gated_adamw, schedule
 from astrobiogen.training.config import DataConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig
 from astrobiogen.training.distributed_model import Parallel
 from astrobiogen.training.distributed_share import Round
@@ -216,16 +219,136 @@ def test_micro_batches_never_wait_for_the_device() -> None:
     assert fake.window.batches == 2
 
 
-def test_a_bad_window_is_skipped_on_the_device_and_on_the_host_alike() -> None:
-    """Fused AdamW is gated by `found_inf` without a word to the host; others wait for the norm."""
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+WIDE = 1_000  # 6,000 weights in a matrix: moments of 8 bits, the last block of 256 not full
+
+
+def wide_updater(name: Any) -> Updater:
+    config = toy_config(
+        data=DataConfig(batch_size=4, accumulation=1),
+        optimizer=OptimizerConfig(name=name, learning_rate=0.05, ema_decay=0.9),
+    )
+    torch.manual_seed(0)
+    model = ToyModel(dropout=0.0, width=WIDE)
+    optimizer = build_optimizer(model, config.optimizer)
+    return Updater(Parallel.alone(model, toy_loss), optimizer, config, 10, torch.device("cpu"), torch.float32)
+
+
+def everything(made: Updater) -> list[Any]:
+    assert made.average is not None
+    return [
+        {name: value.clone() for name, value in made.model.state_dict().items()},
+        copy.deepcopy(made.optimizer.state_dict()["state"]),
+        {name: value.clone() for name, value in made.average.averages.items()},
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_bad_window_leaves_no_trace(name: str) -> None:
+    """Weights, moments and step counts after good and bad windows are those after the good ones alone, to the bit; so
+    is what a bad window leaves, also the very first one."""
+    mixed, good = wide_updater(name), wide_updater(name)
+    poison(mixed)
+    before = mixed.model.state_dict()["first.weight"].clone()
+    mixed.finish()
+    assert torch.equal(before, mixed.model.state_dict()["first.weight"])
+    for is_good in (True, False, False, True, True, False):
+        start = everything(mixed)
+        poison(mixed, is_good)
+        assert mixed.finish().skipped != is_good
+        if not is_good:
+            torch.testing.assert_close(everything(mixed), start, rtol=0, atol=0)
+            continue
+        assert not torch.equal(start[0]["first.weight"], mixed.model.state_dict()["first.weight"])
+        poison(good, True)
+        schedule_as_in(good, mixed)
+        good.finish()
+    assert (mixed.updates, mixed.skipped) == (3, 4)
+    torch.testing.assert_close(everything(mixed), everything(good), rtol=0, atol=0)
+    if name != "adamw":
+        moments = [state["state1"].dtype for state in mixed.optimizer.state.values()]
+        assert torch.uint8 in moments
+        assert torch.float32 in moments
+
+
+def schedule_as_in(good: Updater, mixed: Updater) -> None:
+    assert good.updates == mixed.updates - 1  # a skipped window takes no step of the schedule
+
+
+class Order(TorchDispatchMode):
+    """Notes in which order operations run and values reach the host."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        for name in ("tolist", "numpy", "cpu", "__array__"):
+            plain = getattr(torch.Tensor, name)
+
+            def noted(*args: Any, _name: str = name, _plain: Any = plain) -> Any:
+                self.events.append("read")
+                return _plain(*args)
+
+            patch.setattr(torch.Tensor, name, noted)
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        kinds = {"_local_scalar_dense": "read", "is_nonzero": "read", "optimizer_update": "step", "fused_adamw": "step"}
+        self.events.append(next((kind for part, kind in kinds.items() if part in name), name))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_host_waits_for_the_device_once_and_after_the_step(
+    name: str, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = wide_updater(name)
+    poison(made, True)
+    made.finish()
+    poison(made, good)
+    with Order(monkeypatch) as order:
+        made.finish()
+    steps = [number for number, event in enumerate(order.events) if event == "step"]
+    reads = [number for number, event in enumerate(order.events) if event == "read"]
+    assert steps
+    assert len(reads) == 1
+    assert reads[0] > steps[-1]
+    assert any("isfinite" in event or "aten.ne" in event for event in order.events[: steps[0]])
+
+
+def test_pieces_of_a_large_tensor_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
-    for gated in (True, False):
-        made = updater(4, 1)
-        assert made._gated
-        made._gated = gated
+    for piece in (gated_adamw._PIECE, 1024):
+        monkeypatch.setattr(gated_adamw, "_PIECE", piece)
+        made = wide_updater("adamw8bit")
         for good in (True, False, True):
             poison(made, good)
             made.finish()
-        assert (made.updates, made.skipped) == (2, 1)
-        states.append([made.model.state_dict(), made.optimizer.state_dict()["state"]])
+        states.append(everything(made))
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_the_gated_optimizer_is_bitsandbytes_own_update() -> None:
+    """The weights whose moments have 8 bits follow bitsandbytes' own step to the bit, the others to rounding."""
+    library = importlib.import_module("bitsandbytes.optim")
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(5_000, generator=generator).view(50, 100), torch.randn(30, generator=generator)]
+    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    settings = OptimizerConfig(name="adamw8bit", learning_rate=0.01, weight_decay=0.1)
+    module = torch.nn.ParameterList(ours)
+    gated = build_optimizer(module, settings)
+    options = {"lr": 0.01, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    groups = [{"params": [theirs[0]], "weight_decay": 0.1}, {"params": [theirs[1]], "weight_decay": 0.0}]
+    plain = library.AdamW8bit(groups, **options)
+    for _ in range(5):
+        for one, other in zip(ours, theirs):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        gated.step()
+        plain.step()
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="closure"):
+        gated.step(lambda: 0.0)
