@@ -130,7 +130,8 @@ class UnifiedMultiModalSystem(nn.Module):
 
         Args:
             batch: see docs/models.md. With ``climate_index`` or ``graph_index`` (int64 [B]) the cube or the graph
-                batch holds each distinct item once, and sample b uses item index[b].
+                batch holds each distinct item once, and sample b uses item index[b]. With ``text_rows`` (int64 [K],
+                ascending, K > 0) only the text of these samples is read, in place of a draw by `text_share`.
 
         Returns:
             ``logits`` [B, 2], ``regression`` [B], ``fused_features`` [B, fusion_dim], ``modality_weights`` [B, 5] in
@@ -170,12 +171,13 @@ class UnifiedMultiModalSystem(nn.Module):
             features["planet_params"] = self.planet_params(batch["planet_params"], batch.get("planet_params_mask"))
         for name, value in features.items():
             check_axes(f"{name} features", value, ("batch", "feature"), {"batch": size})
+        rows = self._text_rows(batch, size)
         if "text" in present:
             labels = batch.get("labels")
             if labels is not None:  # the words of an absent text are no targets
                 check_axes("labels", labels, ("batch", "sequence"), {"batch": size})
                 labels = labels.masked_fill(~present["text"][:, None], -100)
-            text = self._read(batch | {"labels": labels}, features, present)
+            text = self._read(batch | {"labels": labels}, features, present, rows)
             features["text"] = text["features"]
         fusion = self.fusion(features, present)
         absent = torch.zeros(size, dtype=torch.bool, device=fusion["logits"].device)
@@ -198,14 +200,17 @@ class UnifiedMultiModalSystem(nn.Module):
         }
 
     def _read(
-        self, batch: dict[str, Any], features: dict[str, torch.Tensor], present: dict[str, torch.Tensor]
+        self,
+        batch: dict[str, Any],
+        features: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor],
+        rows: torch.Tensor | None,
     ) -> dict[str, Any]:
-        """Results of the language model; ``features`` [B, H] in the order of the batch. Where `text_share` leaves
-        samples out, theirs are 0 and ``present["text"]`` is changed to False.
+        """Results of the language model; ``features`` [B, H] in the order of the batch. Samples outside `rows` (None:
+        none is) have features of 0, and their ``present["text"]`` is changed to False.
         """
         texts = {name: batch.get(name) for name in ("input_ids", "attention_mask", "labels")}
         size, others = present["text"].shape[0], {name: present[name] for name in features}
-        rows = self._drawn(size, present["text"].device)
         if rows is None:
             return self.text(**texts, modality_features=dict(features), modality_present=others)
         outputs = self.text(
@@ -218,12 +223,14 @@ class UnifiedMultiModalSystem(nn.Module):
         few = outputs["features"]
         return outputs | {"features": few.new_zeros(size, few.shape[1]).index_copy(0, rows, few)}
 
-    def _drawn(self, size: int, device: torch.device) -> torch.Tensor | None:
+    def _text_rows(self, batch: dict[str, Any], size: int) -> torch.Tensor | None:
         """Sorted numbers of the samples whose text is read; None for all of them."""
+        if batch.get("text_rows") is not None:
+            return batch["text_rows"]
         count = max(1, round(self.config.text_share * size))
         if not self.training or count >= size:
             return None
-        return torch.randperm(size, device=device)[:count].sort().values
+        return torch.randperm(size, device=self.fusion.prior.device)[:count].sort().values
 
     def _present(self, batch: dict[str, Any], size: int) -> dict[str, torch.Tensor]:
         """bool [B] per modality that this model has and the batch holds."""

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,10 @@ def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
         collate=functools.partial(blocks.collate_shared if settings.block else data.collate, pad_id=pad_id),
         fingerprint=fingerprint(bundle),
         validation_order=evaluation_order(bundle.validation, config),
-        counts=functools.partial(term_counts, bundle.train),
+        counts=TermCounts(bundle.train),
+        validation_counts=TermCounts(bundle.validation),
+        text_share=model_config.text_share,
+        every_parameter=True,  # the collate functions put an empty item in the place of an absent one
         augment=augmentation.roll_longitude if settings.roll_longitude else None,
     )
     return Assembly(bundle, task, model_config)
@@ -182,20 +186,30 @@ def evaluation_order(samples: data.HabitatDataset, config: TrainConfig) -> list[
     return blocks.in_blocks(samples, config.evaluation.batch_size, _EVALUATION_BLOCK) if config.data.block else None
 
 
-def term_counts(samples: data.HabitatDataset, indices: list[int]) -> dict[str, float]:
-    """How many things each term of the loss is a mean over in the batch `indices`, where that is not the number of
-    samples.
+class TermCounts:
+    """How many things each term of the loss is a mean over, where that is not the number of samples: see
+    `weighting.Counts`. Each sample is looked at once.
     """
-    chosen = [samples[index] for index in indices]
-    climates = float(sum(any(epoch is not None for epoch in sample.epochs) for sample in chosen))
-    return {
-        "reconstruction": climates,
-        "physics": climates,
-        "graph": float(sum(sample.graph is not None for sample in chosen)),
-        "llm": float(
-            sum(max(sample.input_ids.numel() - 1, 0) for sample in chosen)
-        ),  # the first token is not predicted
-    }
+
+    def __init__(self, samples: data.HabitatDataset) -> None:
+        self._samples = samples
+        self._known: dict[int, tuple[bool, bool, int]] = {}
+
+    def __call__(self, indices: Sequence[int], read: frozenset[int] | None = None) -> dict[str, float]:
+        """Counts of the batch `indices`, of which the texts of `read` (None: all) are read."""
+        found = [self._of(index) for index in indices]
+        climates = float(sum(climate for climate, _, _ in found))
+        tokens = sum(tokens for index, (_, _, tokens) in zip(indices, found) if read is None or index in read)
+        graphs = sum(graph for _, graph, _ in found)
+        return {"reconstruction": climates, "physics": climates, "graph": float(graphs), "llm": float(tokens)}
+
+    def _of(self, index: int) -> tuple[bool, bool, int]:
+        """Whether sample `index` has a climate, has a graph, and its predicted tokens (all but the first)."""
+        if index not in self._known:
+            sample = self._samples[index]
+            climate = any(epoch is not None for epoch in sample.epochs)
+            self._known[index] = climate, sample.graph is not None, max(sample.input_ids.numel() - 1, 0)
+        return self._known[index]
 
 
 def _loss(

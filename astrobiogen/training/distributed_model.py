@@ -50,6 +50,8 @@ class Parallel:
     Args:
         dtype: of the forward pass; with a half format FSDP2 also gathers the parameters of each block in it (half the
             traffic and memory), while gradients are summed over processes in fp32 and the shards stay fp32.
+        every_parameter: every batch's loss depends on every parameter. Otherwise DDP walks through the graph of each
+            update's last micro-batch for those it does not, and agrees on them.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Parallel:
         config: DistributedConfig,
         device: torch.device,
         dtype: torch.dtype,
+        every_parameter: bool = False,
     ) -> None:
         self.model = model
         self.world = world
@@ -70,9 +73,8 @@ class Parallel:
         if self.strategy == "fsdp2":
             shard(model, init_device_mesh(device.type, (world.size,)), config, dtype)
         elif self.strategy == "ddp":
-            # Which modalities a batch holds may differ between processes, and with it the parameters that are used.
             self.objective = DistributedDataParallel(
-                objective, find_unused_parameters=True, gradient_as_bucket_view=True
+                objective, find_unused_parameters=not every_parameter, gradient_as_bucket_view=True
             )
 
     @classmethod

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from astrobiogen.training import loading, metrics, precision, runtime
+from astrobiogen.training import loading, metrics, precision, runtime, weighting
 from astrobiogen.training.distributed import World
 from astrobiogen.training.distributed_share import shared_order
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
-# (outputs, batch[, factors of the terms]) -> (loss, terms); see `update.emphasis` for the factors.
+# (outputs, batch[, factors of the terms]) -> (loss, terms); see `weighting.emphasis` for the factors.
 LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -26,7 +26,7 @@ class Evaluation:
     Attributes:
         predictions: of the class, with groups.
         fraction, fraction_label: predicted and true habitable area-time fraction [n].
-        loss: mean over samples of the total loss, by the same function as in training.
+        loss: the total loss of all samples as one batch, by the same function as in training.
         parts: the same for each term.
         modality_weights: mean fusion weight of each modality; empty if the model gives none.
     """
@@ -197,6 +197,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     masked: str = "",
     order: Sequence[list[int]] | None = None,
+    counts: weighting.Counts | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
 ) -> Evaluation | None:
@@ -206,6 +207,8 @@ def evaluate(
         order: the batches, each sample once; default: consecutive ones of `batch_size`.
         dtype: format of the forward pass.
         masked: name of a modality to hide, or empty.
+        counts: how many things each term of the loss is a mean over, as `Task.counts`; the loss then is that of all
+            samples in one batch. Default: every term is a mean over samples.
         should_stop: polled before each batch; True in any process ends the pass.
         world: the processes that share the batches; each gets the whole result. Default: this one alone.
 
@@ -221,15 +224,18 @@ def evaluate(
     world = world or World()
     batches = loading.in_order(len(samples), batch_size) if order is None else order
     shares = shared_order(batches, world.rank, world.size)
+    size = len(samples)
+    totals = {} if counts is None else counts(range(size), None)
     with frozen(model):
         loaded = loading.load_batches(samples, collate, [indices for indices, _ in shares], device)
-        for (_, counts), (indices, batch) in zip(shares, loaded, strict=True):
+        for (_, own), (indices, batch) in zip(shares, loaded, strict=True):
             if world.any(should_stop()):
                 return None
             shown = mask_modality(batch, masked) if masked else batch
+            factors = [] if counts is None else [weighting.emphasis(counts(indices, None), len(indices), totals, size)]
             with precision.autocast(device, dtype):
                 outputs = model(shown)
-                loss, parts = loss_function(outputs, shown)
-            if counts:
+                loss, parts = loss_function(outputs, shown, *factors)
+            if own:
                 collected.add(indices, outputs, shown, loss, parts)
     return _Collected.merged(world.gather(collected)).finish()

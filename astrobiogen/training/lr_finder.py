@@ -20,7 +20,8 @@ from astrobiogen.training.distributed_share import Round, rounds
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.optimizer import build_optimizer
 from astrobiogen.training.state import Task
-from astrobiogen.training.update import Updater, WindowFactors
+from astrobiogen.training.update import Updater
+from astrobiogen.training.weighting import Weighting
 
 _LOG = logging.getLogger("astrobiogen")
 LOWEST, HIGHEST, UPDATES = 1e-6, 1.0, 100
@@ -48,16 +49,19 @@ class RangeTest:
     suggestion: float
 
 
-def _windows(task: Task, config: TrainConfig, device: torch.device) -> Iterator[tuple[Round, loading.Batch]]:
-    """Micro-batches in the order of training, epoch after epoch."""
+def _windows(
+    task: Task, config: TrainConfig, device: torch.device
+) -> Iterator[tuple[Round, loading.Batch, dict[str, float] | None]]:
+    """Micro-batches with their factors in the order of training, epoch after epoch."""
+    weighting = Weighting(task.counts, task.text_share, config.seed)
     epoch = 0
     while True:
         order = list(task.sampler.batches(epoch))
         todo = rounds(order, 0, config.data.accumulation, 1)
         shares = [shared.share(0) for shared in todo]
         loaded = loading.load_batches(task.train, task.collate, shares, device, config.data.workers)
-        for shared, (_, batch) in zip(todo, loaded, strict=True):
-            yield shared, batch
+        for shared, (indices, batch) in zip(todo, loaded, strict=True):
+            yield shared, *weighting(epoch, shared, indices, batch)
         epoch += 1
 
 
@@ -119,13 +123,12 @@ def find(
     model = task.model.to(device).train()
     parallel = Parallel(model, task.loss_function, World(), config.distributed, device, dtype)
     updater = Updater(parallel, build_optimizer(model, config.optimizer), config, UPDATES, device, dtype)
-    factors = WindowFactors(task.counts)
     rates: list[float] = []
     losses: list[float] = []
     ratio = (HIGHEST / LOWEST) ** (1 / (UPDATES - 1))
-    for shared, batch in _windows(task, config, device):
+    for shared, batch, factors in _windows(task, config, device):
         updater.peak_rate = LOWEST * ratio ** len(rates)
-        updater.add(shared, batch, factors(shared, shared.share(0)))
+        updater.add(shared, batch, factors)
         if not shared.closes:
             continue
         result = updater.finish()

@@ -15,6 +15,7 @@ from torch import nn
 from astrobiogen import data
 from astrobiogen.training import assemble, loading, precision, runtime
 from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.distributed import local_part
 
 # bitsandbytes: two moments of one byte each and an fp32 scale per block of 256, from 4,096 elements on; smaller tensors
 # stay fp32.
@@ -44,12 +45,12 @@ class Plan:
 
 
 def optimizer_bytes(model: nn.Module, name: str) -> int:
-    """Bytes of the optimizer's state after the first update."""
+    """Bytes of the optimizer's state after the first update, in this process."""
     total = 0
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        count = parameter.numel()
+        count = local_part(parameter).numel()
         if name == "adamw":
             total += 2 * count * parameter.element_size() + 4  # two moments in the weight's type, an fp32 step counter
         elif count >= _SMALLEST:
@@ -63,7 +64,7 @@ def saved_bytes(model: nn.Module, run: Any) -> int:
     """Bytes of the distinct storages that `run()`'s graph keeps for its backward pass, the model's own weights left
     out.
     """
-    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    own = {local_part(value).untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,12 +81,13 @@ def saved_bytes(model: nn.Module, run: Any) -> int:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of the distinct storages of all tensors inside `value` (dictionaries, lists, graph batches)."""
+    """Bytes of the distinct storages of all tensors inside `value` (dictionaries, lists, graph batches), of which
+    shards count what this process holds."""
     found: dict[int, int] = {}
 
     def walk(item: Any) -> None:
         if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
+            storage = local_part(item).untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
         elif isinstance(item, dict):
             for inner in item.values():
@@ -101,10 +103,14 @@ def tensor_bytes(value: Any) -> int:
 
 
 def state_plan(model: nn.Module, config: TrainConfig) -> Plan:
-    """What can be counted without running the model; works on the meta device."""
+    """What can be counted without running the model, in this process; works on the meta device."""
+
+    def held(value: torch.Tensor) -> int:
+        return local_part(value).numel() * value.element_size()
+
     count = sum(parameter.numel() for parameter in model.parameters())
-    weights = sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
-    gradients = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
+    weights = sum(held(value) for value in (*model.parameters(), *model.buffers()))
+    gradients = sum(held(value) for value in model.parameters() if value.requires_grad)
     average = weights if config.optimizer.ema_decay else 0
     return Plan(count, weights, gradients, optimizer_bytes(model, config.optimizer.name), average, None, None)
 

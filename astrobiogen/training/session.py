@@ -236,7 +236,7 @@ def examine(
         should_stop=should_stop,
         world=world,
     )
-    whole = run(test, order=assemble.evaluation_order(test, config))
+    whole = run(test, order=assemble.evaluation_order(test, config), counts=assemble.TermCounts(test))
     if whole is None:
         return None
     limit = settings.ablation_limit or len(test)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from astrobiogen.training import evaluation, loading
+from astrobiogen.training import evaluation, loading, weighting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +17,11 @@ class Task:
         model: `model(batch) -> outputs` with "logits" [B, 2] and "regression" [B].
         loss_function: `(outputs, batch) -> (loss, its terms)`, with a third argument `{term: factor}` if `counts` is
             given.
-        counts: sample numbers -> how many things each term of the loss is a mean over, for terms that are not means
-            over all samples.
+        counts: (numbers of training samples, those whose text is read) -> how many things each term of the loss is a
+            mean over, for terms that are not means over all samples.
+        validation_counts: the same for the validation set.
+        text_share: share of an update's samples whose text is read.
+        every_parameter: the loss of any batch depends on every parameter, whatever its samples lack.
         fingerprint: names the data; a run is only resumed on the same.
         validation_order: batches of the validation set; default: consecutive ones.
         augment: changes a training batch, drawing from PyTorch's global CPU generator only; None: nothing is changed.
@@ -32,7 +35,10 @@ class Task:
     collate: loading.Collate
     fingerprint: str
     validation_order: Sequence[list[int]] | None = None
-    counts: Callable[[list[int]], dict[str, float]] | None = None
+    counts: weighting.Counts | None = None
+    validation_counts: weighting.Counts | None = None
+    text_share: float = 1.0
+    every_parameter: bool = False
     augment: Callable[[loading.Batch], loading.Batch] | None = None
 
 

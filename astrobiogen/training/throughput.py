@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import astrobiogen
-from astrobiogen.training import evaluation, loading, memory, plan, probe
+from astrobiogen.training import evaluation, loading, memory, plan, probe, weighting
 from astrobiogen.training.state import Task
 
 _LOG = logging.getLogger("astrobiogen")
@@ -78,6 +78,9 @@ def measure(task: Task, device: torch.device, dtype: torch.dtype) -> Throughput:
         return Throughput(0.0, peak)
     indices = next(iter(task.sampler.batches(0)))
     batch = loading.to_device(task.collate([task.train[index] for index in indices]), weights.device)
+    read = weighting.TextShare(task.text_share, 0)(0, tuple(indices))
+    if read is not None:
+        batch = weighting.reading(batch, indices, read)
     try:
         flops = count_flops(task.model, task.loss_function, batch)
     except RuntimeError as error:

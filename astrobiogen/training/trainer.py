@@ -21,7 +21,8 @@ from astrobiogen.training.optimizer import build_optimizer
 from astrobiogen.training.saving import Saver
 from astrobiogen.training.state import Progress, Task
 from astrobiogen.training.throughput import Throughput
-from astrobiogen.training.update import Updater, UpdateResult, WindowFactors
+from astrobiogen.training.update import Updater, UpdateResult
+from astrobiogen.training.weighting import Weighting
 
 _LOG = logging.getLogger("astrobiogen")
 # Of the bootstrap after each epoch; the closing examination takes as many as `evaluation.bootstrap` says.
@@ -71,11 +72,12 @@ class Trainer:
         # FSDP2 moves each block itself, once it is sharded: the whole model need not fit on the device.
         sharded = self._world.distributed and config.distributed.strategy == "fsdp2"
         self.model = task.model if sharded else task.model.to(device)
-        parallel = Parallel(self.model, task.loss_function, self._world, config.distributed, device, dtype)
+        settings = config.distributed
+        parallel = Parallel(self.model, task.loss_function, self._world, settings, device, dtype, task.every_parameter)
         optimizer = build_optimizer(self.model, config.optimizer)
         distributed_state.seed_process(config.seed, self._world)
         self.updater = Updater(parallel, optimizer, config, updates, device, dtype)
-        self._factors = WindowFactors(task.counts)
+        self._weighting = Weighting(task.counts, task.text_share, config.seed)
         self._probe = MemoryProbe(folder, self.updater, config, device, dtype)
         self.saver = Saver(folder, task, config, self.updater, self.progress, monitor, observer)
 
@@ -118,8 +120,9 @@ class Trainer:
         for shared, (indices, batch) in zip(todo, loaded, strict=True):
             if self.task.augment is not None:
                 batch = self.task.augment(batch)
+            batch, factors = self._weighting(progress.epoch, shared, indices, batch)
             with self._probe.watching(batch) if self._probe.due(shared.closes) else contextlib.nullcontext():
-                self.updater.add(shared, batch, self._factors(shared, indices))
+                self.updater.add(shared, batch, factors)
                 progress.batch += shared.batches
                 progress.step += shared.batches
                 if shared.closes:
@@ -217,6 +220,7 @@ class Trainer:
                 device=self._device,
                 dtype=self._dtype,
                 order=self.task.validation_order,
+                counts=self.task.validation_counts,
                 should_stop=lambda: bool(self._interrupt.received),
                 world=self._world,
             )

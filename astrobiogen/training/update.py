@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,41 +61,6 @@ class UpdateResult:
     skipped: bool
 
 
-def emphasis(part: dict[str, float], size: int, window: dict[str, float], samples: int) -> dict[str, float]:
-    """Factors e[k] that make a window's loss the one of its full batch, for terms that are not means over samples.
-
-    Term k is a mean over part[k] things (tokens, samples that have a graph) in a micro-batch b of n_b samples, and
-    `Updater` weighs micro-batches by n_b of the N samples of the window: sum_b n_b / N * e_b[k] * mean_b =
-    sum_b count_b[k] * mean_b / sum_b count_b[k] for e_b[k] = (count_b[k] / n_b) / (sum_b count_b[k] / N).
-
-    Args:
-        part, size: counts and number of samples of the micro-batch.
-        window, samples: of the whole window.
-    """
-    return {name: part[name] / size / (window[name] / samples) if window[name] else 1.0 for name in part}
-
-
-class WindowFactors:
-    """`emphasis` for each round, with the counts of a window computed once.
-
-    Args:
-        counts: see `Task.counts`.
-    """
-
-    def __init__(self, counts: Callable[[list[int]], dict[str, float]] | None) -> None:
-        self._counts = counts
-        self._window: tuple[int, ...] = ()
-        self._totals: dict[str, float] = {}
-
-    def __call__(self, shared: Round, indices: list[int]) -> dict[str, float] | None:
-        """Factors for this process's share `indices` of a round; None where they are all 1."""
-        if self._counts is None or len(indices) == len(shared.window):
-            return None
-        if self._window != shared.window:
-            self._window, self._totals = shared.window, self._counts(list(shared.window))
-        return emphasis(self._counts(indices), len(indices), self._totals, len(shared.window))
-
-
 def _read(norm: torch.Tensor, bad: torch.Tensor, sums: torch.Tensor | None) -> list[float]:
     """All on the host in one transfer."""
     if sums is None:
@@ -146,7 +110,7 @@ class Updater:
 
         Args:
             batch: the samples `shared.share(rank)`.
-            emphasis: factors of the loss's terms, see `emphasis`.
+            emphasis: factors of the loss's terms, see `weighting.emphasis`.
         """
         world = self.parallel.world
         own = len(shared.parts[world.rank])
@@ -155,6 +119,8 @@ class Updater:
                 loss, parts = self.parallel.objective(batch, emphasis)
             (loss.float() * (own * world.size / self._nominal * self.scaler.scale)).backward()
         mask = batch.get("attention_mask")
+        if mask is not None and batch.get("text_rows") is not None:
+            mask = mask[batch["text_rows"]]
         self.window.add(shared, own, {"loss": loss, **parts}, None if mask is None else mask.sum())
 
     def finish(self) -> UpdateResult:

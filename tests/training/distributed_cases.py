@@ -5,6 +5,7 @@ RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python tests/training/
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,11 @@ from astrobiogen.training.config import (
     TrainConfig,
 )
 from astrobiogen.training.distributed import World
+from astrobiogen.training.memory import REPORT
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.state import Task
 from astrobiogen.training.trainer import Trainer
+from tests.training import ragged
 
 _spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("conftest.py"))
 assert _spec is not None
@@ -187,6 +190,79 @@ def mixed_precision(world: World, folder: Path) -> dict[str, Any]:
     return results
 
 
+def poisoned(value: float) -> Callable[[Trainer, runtime.Interrupt], None]:
+    """Give one sample of the first micro-batch, which is process 0's alone, this value."""
+
+    def change(trainer: Trainer, _interrupt: runtime.Interrupt) -> None:
+        first = next(iter(trainer.task.sampler.batches(0)))[0]
+        trainer.task.train.x[first] = value  # type: ignore[attr-defined]
+
+    return change
+
+
+# Scales that move within the 4 updates of a run.
+FP16 = PrecisionConfig(dtype="fp16", initial_scale=2.0**12, growth_interval=1, hysteresis=1)
+# Finite, and Inf as fp16.
+OVERFLOW = 1e6
+
+
+def half_precision() -> dict[str, TrainConfig]:
+    """fp16 runs by name; 3 epochs, so that there are 5 good updates after the bad one."""
+    return {
+        "ddp": config(precision=FP16, epochs=3),
+        "fsdp2": config("fsdp2", precision=FP16, epochs=3),
+        "fsdp2 8-bit": config("fsdp2", precision=FP16, epochs=3, optimizer=EIGHT_BIT),
+    }
+
+
+def fp16(world: World, folder: Path) -> dict[str, Any]:
+    """A sample of process 0 overflows in fp16: both skip and halve the scale; stopped twice and resumed, to the bit."""
+    results: dict[str, Any] = {}
+    for name, settings in half_precision().items():
+
+        def run(
+            part: str, *befores: Any, name: str = name, settings: TrainConfig = settings
+        ) -> tuple[Trainer, dict[str, Any]]:
+            def before(trainer: Trainer, interrupt: runtime.Interrupt) -> None:
+                for one in (poisoned(OVERFLOW), *befores):
+                    one(trainer, interrupt)
+
+            trainer = trained(settings, folder / name / part, world, dropout=0.2, dtype=torch.float16, before=before)
+            scalers = world.gather(trainer.updater.scaler.state_dict())
+            norms = world.gather([float(whole(value).norm()) for value in trainer.model.state_dict().values()])
+            return trainer, outcome(trainer) | {"scalers": scalers, "equal": norms[0] == norms[1]}
+
+        trainer, results[f"{name} whole"] = run("whole")
+        results[f"{name} whole"]["seen"] = sorted({str(kind[1]) for one in trainer.model.layers for kind in one.seen})
+        results[f"{name} whole"]["stored"] = sorted({str(value.dtype) for value in trainer.model.parameters()})
+        for stop in (1, 4):
+            _, results[f"{name} stop {stop}"] = run("part", stop_at(1, world, stop))
+        _, results[f"{name} resumed"] = run("part")
+    return results
+
+
+def ragged_window(world: World, _folder: Path) -> dict[str, Any]:
+    """Ragged samples of the real model, shared by the processes: the gradient and the loss of one update."""
+    results: dict[str, Any] = {}
+    for strategy in ("ddp", "fsdp2"):
+        for share in (1.0, 0.25):
+            gradients, loss = ragged.gradients(ragged.task(share), ragged.UNEVEN, world, strategy)
+            results[f"{strategy} {share}"] = {"gradients": gradients, "loss": loss}
+    return results
+
+
+def memory(world: World, folder: Path) -> dict[str, Any]:
+    """The memory report of a model whose weights outweigh the rest."""
+    results: dict[str, Any] = {}
+    for strategy in ("ddp", "fsdp2"):
+        settings = config(strategy, epochs=1, accumulation=2)
+        trainer = trained(settings, folder / strategy, world)
+        if world.main:
+            results[strategy] = json.loads((folder / strategy / REPORT).read_text())
+        results["parameters"] = sum(value.numel() for value in trainer.model.parameters())
+    return results
+
+
 def interrupted_and_resumed(world: World, folder: Path) -> dict[str, Any]:
     """A signal in process 1 only, inside an update and in validation; resumed, the run equals the uninterrupted one.
 
@@ -212,14 +288,10 @@ def interrupted_and_resumed(world: World, folder: Path) -> dict[str, Any]:
 def bad_batch(world: World, folder: Path) -> dict[str, Any]:
     """A NaN among the samples of one process: all skip the update, and go on with equal weights."""
 
-    def poison(trainer: Trainer, _interrupt: runtime.Interrupt) -> None:
-        first = next(iter(trainer.task.sampler.batches(0)))[0]
-        trainer.task.train.x[first] = float("nan")  # type: ignore[attr-defined]
-
     result: dict[str, Any] = {}
     for strategy in ("ddp", "fsdp2"):
         settings = config(strategy, epochs=1)
-        trainer = trained(settings, folder / strategy, world, before=poison)
+        trainer = trained(settings, folder / strategy, world, before=poisoned(float("nan")))
         counts = world.gather((trainer.updater.updates, trainer.updater.skipped))
         norms = world.gather([float(whole(value).detach().norm()) for value in trainer.model.parameters()])
         result[strategy] = outcome(trainer) | {"counts": counts, "equal": norms[0] == norms[1]}
@@ -245,7 +317,7 @@ def full_disk(world: World, folder: Path) -> dict[str, Any]:
     return result
 
 
-CASES = (equal_training, mixed_precision, interrupted_and_resumed, bad_batch, full_disk)
+CASES = (equal_training, mixed_precision, fp16, ragged_window, memory, interrupted_and_resumed, bad_batch, full_disk)
 
 
 def main(folder: Path) -> None:

@@ -1,19 +1,14 @@
 """Data and model as one task: batches, their order, and accumulation over ragged samples."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
 from astrobiogen import data
-from astrobiogen.training import assemble, augmentation, blocks, config
-from astrobiogen.training.distributed_model import Parallel
-from astrobiogen.training.distributed_share import rounds
-from astrobiogen.training.optimizer import build_optimizer
-from astrobiogen.training.update import Updater, WindowFactors
+from astrobiogen.training import assemble, augmentation, blocks, config, evaluation, weighting
+from tests.training import ragged
 
 
 @pytest.fixture(scope="module")
@@ -38,54 +33,85 @@ def test_shared_batch_equals_the_plain_one(bundle: data.DatasetBundle) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("split", [[1] * 32, [1, 2, 3, 4, 5, 6, 7, 4]], ids=["1 x 32", "uneven"])
-def test_accumulation_over_ragged_samples_equals_the_full_batch(bundle: data.DatasetBundle, split: list[int]) -> None:
-    """Texts of 1 to 32 tokens and an absent graph, all terms on: the gradient that reaches the optimizer after a window
-    of micro-batches against one batch of 32.
+@pytest.mark.parametrize("split", [(1,) * 32, ragged.UNEVEN], ids=["1 x 32", "uneven"])
+@pytest.mark.parametrize("text_share", [1.0, 0.25])
+def test_accumulation_over_ragged_samples_equals_the_full_batch(split: tuple[int, ...], text_share: float) -> None:
+    """The gradient that reaches the optimizer and the logged loss after a window of micro-batches, against one batch
+    of 32; with a share of the texts read, too: the same ones, and micro-batches without any.
     """
-    torch.manual_seed(0)
-    task = assemble.assemble(config.preset("tiny"), bundle).task
-    model = task.model.eval()
-    pairs = [bundle.train.pairs[number % len(bundle.train)] for number in range(32)]
-    store = bundle.train.store
-    keys = [(pair.climate, pair.organism) for pair in pairs]
-    tokens = {key: torch.as_tensor(store.tokens[key]).repeat(32)[: 1 + n] for n, key in enumerate(keys)}
-    organisms = dict(store.organisms)
-    organisms[pairs[4].organism] = dataclasses.replace(organisms[pairs[4].organism], graph=None)
-    ragged = data.HabitatDataset(dataclasses.replace(store, tokens=tokens, organisms=organisms), pairs, "ragged")
-
-    def gradients(sizes: list[int]) -> dict[str, torch.Tensor]:
-        ends = np.cumsum(sizes)
-        order = [list(range(end - size, end)) for end, size in zip(ends, sizes)]
-        settings = dataclasses.replace(
-            config.preset("tiny"),
-            data=config.DataConfig(batch_size=max(sizes), accumulation=len(sizes)),
-            optimizer=config.OptimizerConfig(clip_norm=0.0),
-        )
-        optimizer = build_optimizer(model, settings.optimizer)
-        seen: dict[str, torch.Tensor] = {}
-
-        def step() -> None:
-            seen.update(
-                {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
-            )
-
-        optimizer.step = step  # type: ignore[method-assign, assignment]
-        place = torch.device("cpu")
-        updater = Updater(Parallel.alone(model, task.loss_function), optimizer, settings, 1, place, torch.float32)
-        factors = WindowFactors(functools.partial(assemble.term_counts, ragged))
-        for shared in rounds(order, 0, len(sizes), 1):
-            indices = shared.share(0)
-            batch = data.collate([ragged[index] for index in indices])
-            updater.add(shared, batch, factors(shared, indices))
-        updater.finish()
-        return seen
-
-    full, parts = gradients([32]), gradients(split)
-    scale = torch.nn.utils.get_total_norm(list(full.values()))
+    full, loss = ragged.gradients(ragged.task(text_share), [32])
+    parts, same_loss = ragged.gradients(ragged.task(text_share), split)
     assert len(full) > 50
-    for name, value in full.items():
-        assert float((parts[name] - value).norm() / scale) < 1e-6, name
+    assert ragged.apart(full, parts) < 1e-6
+    assert same_loss == pytest.approx(loss, rel=1e-6)
+    other, _ = ragged.gradients(ragged.task(1.25 - text_share), [32])
+    assert ragged.apart(full, other) > 1e-3
+
+
+def test_texts_read_are_a_function_of_seed_epoch_and_samples() -> None:
+    window = tuple(range(100, 164))
+    share = weighting.TextShare(0.25, seed=3)
+    first = share(0, window)
+    assert first is not None
+    assert len(first) == 16
+    assert first < set(window)
+    assert first == weighting.TextShare(0.25, seed=3)(0, window)
+    assert len({first, share(1, window), share(0, window[::-1]), weighting.TextShare(0.25, seed=4)(0, window)}) == 4
+    assert weighting.TextShare(1.0, seed=3)(0, window) is None
+    assert len(weighting.TextShare(0.01, seed=3)(0, window) or ()) == 1
+    often = [len(first & (share(epoch, window) or frozenset())) for epoch in range(1, 200)]
+    assert 3.5 < sum(often) / len(often) < 4.5  # independent draws of 16 of 64 share 4 on average
+
+
+def test_tokens_are_those_of_the_texts_read(bundle: data.DatasetBundle) -> None:
+    task = assemble.assemble(config.preset("tiny"), bundle).task
+    indices = list(range(8))
+    batch = task.collate([task.train[index] for index in indices])
+    read = frozenset({1, 4})
+    shown = weighting.reading(batch, indices, read)
+    assert shown["text_rows"].tolist() == [1, 4]
+    counts = assemble.TermCounts(task.train)  # type: ignore[arg-type]
+    predicted = int((batch["labels"][shown["text_rows"], 1:] != -100).sum())
+    assert counts(indices, read)["llm"] == predicted > 0
+    assert counts(indices)["llm"] == counts(indices, frozenset(indices))["llm"] > predicted
+    none = weighting.reading(batch, indices, frozenset({99}))
+    assert none["text_rows"].tolist() == [0]
+    assert not none["modality_mask"][:, 3].any()
+    assert batch["modality_mask"][:, 3].any()
+
+
+@pytest.mark.parametrize("size", [5, 32])
+def test_the_validation_loss_is_that_of_all_samples_in_one_batch(size: int) -> None:
+    task = ragged.task(1.0)
+    result = evaluation.evaluate(
+        task.model, task.loss_function, task.validation, data.collate, batch_size=size,
+        device=torch.device("cpu"), counts=task.validation_counts,
+    )  # fmt: skip
+    assert result is not None
+    batch = data.collate([task.validation[index] for index in range(32)])
+    with torch.no_grad():
+        loss, parts = task.loss_function(task.model(batch), batch)
+    assert result.loss == pytest.approx(float(loss), rel=1e-6)
+    assert result.parts == pytest.approx({name: float(value) for name, value in parts.items()}, rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_every_parameter_has_a_gradient_whatever_is_absent(bundle: data.DatasetBundle, preset: str) -> None:
+    """What `Task.every_parameter` says, on which DDP without a search for unused parameters rests."""
+    torch.manual_seed(0)
+    task = assemble.assemble(config.preset(preset), bundle).task
+    assert task.every_parameter
+    bare = [
+        dataclasses.replace(
+            sample, graph=None, epochs=(None,) * len(sample.epochs), input_ids=sample.input_ids[:0],
+            spectrum_mask=torch.zeros_like(sample.spectrum_mask),
+        )
+        for sample in (bundle.train[0], bundle.train[1])
+    ]  # fmt: skip
+    batch = weighting.reading(task.collate(bare), [0, 1], frozenset({7}))
+    assert int(batch["modality_mask"].sum()) == 2  # the planets' parameters
+    task.loss_function(task.model.train()(batch), batch)[0].backward()
+    assert [name for name, value in task.model.named_parameters() if value.grad is None] == []
 
 
 def test_block_sampler_is_a_permutation_and_resumes(bundle: data.DatasetBundle) -> None:

@@ -146,6 +146,37 @@ def test_mixed_precision(pair: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2 8-bit"])
+def test_fp16_skips_together_and_resumes_to_the_bit(pair: dict[str, Any], name: str) -> None:
+    whole, resumed = pair["fp16"][f"{name} whole"], pair["fp16"][f"{name} resumed"]
+    assert whole["seen"] == ["torch.float16" if name.startswith("fsdp2") else "torch.float32"]
+    assert whole["stored"] == ["torch.float32"]
+    # One of the two updates of each epoch holds the sample that overflows.
+    assert (whole["updates"], whole["skipped"]) == (3, 3)
+    assert whole["equal"]
+    assert all(bool(torch.isfinite(value).all()) for value in whole["weights"].values())
+    assert whole["scalers"][0] == whole["scalers"][1]
+    assert whole["scalers"][0]["scale"] == 2.0**12  # halved and doubled three times
+    assert pair["fp16"][f"{name} stop 1"]["updates"] == 0
+    for key in ("scalers", "updates", "skipped", "best", "stopped"):
+        assert resumed[key] == whole[key]
+    for kind in ("weights", "averages"):
+        assert all(torch.equal(value, resumed[kind][key]) for key, value in whole[kind].items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_tokens_weigh_the_same_whichever_process_has_them(pair: dict[str, Any], strategy: str, share: float) -> None:
+    """Texts of 1 to 32 tokens and absent graphs, in micro-batches of 1 to 7 samples that two processes share, against
+    one process with all 32 samples in one batch.
+    """
+    got = pair["ragged_window"][f"{strategy} {share}"]
+    full, loss = cases.ragged.gradients(cases.ragged.task(share), [cases.ragged.SAMPLES])
+    assert len(full) > 50
+    assert cases.ragged.apart(full, got["gradients"]) < 1e-6
+    assert got["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2 8-bit"])
 def test_signal_in_one_process_stops_all_and_resuming_is_bitwise(pair: dict[str, Any], name: str) -> None:
     result = pair["interrupted_and_resumed"]
     assert result[f"{name} stop 1"]["batch"] == 2  # inside the window of four
