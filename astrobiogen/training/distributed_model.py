@@ -47,6 +47,10 @@ class Parallel:
       tensors, which is what the library's operators see. With `cpu_offload` the shards live in host memory between
       uses and the update runs there.
 
+    Attributes:
+        objective: (batch, factors) -> loss and terms, whose backward pass exchanges what is to be exchanged.
+        whole_objective: the same without DDP's exchange.
+
     Args:
         dtype: of the forward pass; with a half format FSDP2 also gathers the parameters of each block in it (half the
             traffic and memory), while gradients are summed over processes in fp32 and the shards stay fp32.
@@ -68,7 +72,7 @@ class Parallel:
         self.world = world
         self.strategy = config.strategy if world.distributed else "single"
         self._every_round = config.reduce_every_round
-        objective = Objective(model, loss_function)
+        self.whole_objective = objective = Objective(model, loss_function)
         self.objective: nn.Module = objective
         if self.strategy == "fsdp2":
             shard(model, init_device_mesh(device.type, (world.size,)), config, dtype)
@@ -91,6 +95,15 @@ class Parallel:
     def local_gradients(self) -> bool:
         """Whether gradients in the middle of an update differ between processes."""
         return self.strategy == "ddp"
+
+    def gathered_bytes(self, dtype: torch.dtype) -> int:
+        """About what whole blocks take at the peak of an FSDP2 backward pass: two of them (one in use, the next on its
+        way), each as it arrived and as parameters, and the gradients of one.
+        """
+        if not self.sharded:
+            return 0
+        sizes = sorted(sum(value.numel() for value in block.parameters()) for block in blocks(self.model))[-2:]
+        return 2 * sum(sizes) * dtype.itemsize + 4 * max(sizes, default=0)
 
     def may_stop(self, closes: bool) -> bool:
         """Whether a checkpoint after this round would hold all that a resumed run needs."""

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from astrobiogen.training import evaluation, loading, plan, precision, run_folder
 from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.optimizer import inner_of
 from astrobiogen.training.update import Updater
 
 _LOG = logging.getLogger("astrobiogen")
@@ -29,7 +30,7 @@ _NATIVE_MESSAGES = (b"SyncActivityProfilerHandler.cpp", b"CPUAllocator.cpp")
 def held(updater: Updater, batch: loading.Batch | None = None) -> dict[str, int]:
     """Bytes of the live tensors by category, each storage counted once."""
     model, average = updater.model, updater.average
-    state = [value for moments in updater.optimizer.state.values() for value in moments.values()]
+    state = [value for moments in inner_of(updater.optimizer).state.values() for value in moments.values()]
     parts: dict[str, list[Any]] = {
         "weights": [*model.parameters(), *model.buffers()],
         "gradients": [parameter.grad for parameter in model.parameters()],
@@ -47,13 +48,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class MemoryProbe:
-    """Measures one micro-batch with its update, once, and compares it with what the plan says of the same batch.
+    """Measures one micro-batch with its update in every process, once, and compares it with what the plan says of the
+    same batch.
 
     On a GPU the allocator's own peak is read; on a CPU the profiler records every allocation of PyTorch. Not in either:
     the CUDA context and libraries, Python, and what libraries allocate by themselves.
 
     Args:
-        folder: where memory_report.json goes.
+        folder: where process 0 writes memory_report.json, the report of the process that needed most, with all of them.
     """
 
     def __init__(self, folder: Path, updater: Updater, config: TrainConfig, device: torch.device, dtype: Any) -> None:
@@ -66,14 +68,13 @@ class MemoryProbe:
 
     def due(self, closes: bool) -> bool:
         """Whether the coming micro-batch is the one: the last of the second window, when the optimizer has state."""
-        parallel = self._updater.parallel
-        return closes and not self._done and self._updater.updates == 1 and parallel.world.size == 1
+        return closes and not self._done and self._updater.updates == 1
 
     @contextlib.contextmanager
     def watching(self, batch: loading.Batch) -> Iterator[None]:
         """Around the micro-batch and its update."""
         self._done = True
-        before = held(self._updater, batch)
+        before = held(self._updater, batch) | self._exchanged()
         planned = self._planned(before, batch)
         with self._peak(sum(before.values())) as peak:
             yield
@@ -88,7 +89,7 @@ class MemoryProbe:
 
         def run() -> torch.Tensor:
             with precision.autocast(self._device, self._dtype):
-                return updater.parallel.objective(batch, None)[0]
+                return updater.parallel.whole_objective(batch, None)[0]
 
         with evaluation.untouched(updater.model):
             saved = plan.saved_bytes(updater.model, run)
@@ -99,8 +100,15 @@ class MemoryProbe:
             "optimizer": counted.optimizer,
             "averaged weights": counted.average,
             "batch": plan.tensor_bytes(batch),
-            "activations and temporaries": saved,
+            **self._exchanged(),
+            "activations and temporaries": saved + updater.parallel.gathered_bytes(self._dtype),
         }
+
+    def _exchanged(self) -> dict[str, int]:
+        """What the processes keep for each other: DDP holds the gradients once more, in the buckets that it sends."""
+        if self._updater.parallel.strategy != "ddp":
+            return {}
+        return {"gradient buckets": plan.state_plan(self._updater.model, self._config).gradients}
 
     @contextlib.contextmanager
     def _peak(self, start: int) -> Iterator[list[int]]:
@@ -122,25 +130,37 @@ class MemoryProbe:
         result[0] = highest
 
     def _write(self, planned: dict[str, int], measured: dict[str, int]) -> None:
+        device, world = self._device, self._updater.parallel.world
         total_planned, total = sum(planned.values()), sum(measured.values())
-        ratio = total / total_planned
         report: dict[str, Any] = {
             "planned_bytes": planned | {"total": total_planned},
             "measured_bytes": measured | {"total": total},
-            "measured_over_planned": round(ratio, 4),
-            "device": str(self._device),
+            "measured_over_planned": round(total / total_planned, 4),
+            "device": str(device),
             "torch": torch.__version__,
-            "method": "allocator peak of the device" if self._device.type == "cuda" else "profiler's CPU allocations",
+            "method": "allocator peak of the device" if device.type == "cuda" else "profiler's CPU allocations",
         }
-        if self._device.type == "cuda":
-            report["reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
-            report["device_bytes"] = torch.cuda.mem_get_info(self._device)[1]
+        if device.type == "cuda":
+            report["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+            report["device_bytes"] = torch.cuda.mem_get_info(device)[1]
+        reports = world.gather(report)
+        if not world.main:
+            return
+        report = max(reports, key=lambda one: one["measured_bytes"]["total"])
+        if world.distributed:
+            report = report | {"processes": reports}
         run_folder.write_json(self._folder / REPORT, report)
-        text = f"memory: {total / _MIB:,.0f} MiB at the peak of an update, {ratio:.2f} of the planned"
+        self._say(report, world.size)
+
+    def _say(self, report: dict[str, Any], processes: int) -> None:
+        planned, measured = (report[f"{kind}_bytes"]["total"] / _MIB for kind in ("planned", "measured"))
+        ratio = measured / planned
+        whose = f" in the largest of {processes} processes" if processes > 1 else ""
+        text = f"memory: {measured:,.0f} MiB at the peak of an update{whose}, {ratio:.2f} of {planned:,.0f} planned"
         if _BAND[0] <= ratio <= _BAND[1]:
-            _LOG.info("%s %s MiB", text, f"{total_planned / _MIB:,.0f}")
+            _LOG.info(text)
         else:
-            _LOG.warning("%s %s MiB; see %s", text, f"{total_planned / _MIB:,.0f}", self._folder / REPORT)
+            _LOG.warning("%s; see %s", text, self._folder / REPORT)
 
 
 @contextlib.contextmanager

@@ -53,6 +53,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return optimizer
 
 
+def inner_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds the moments."""
+    return optimizer.inner if isinstance(optimizer, LocalShardOptimizer) else optimizer
+
+
 def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     """A step of `optimizer`, made by `build_optimizer`, that changes nothing if `bad` is 1.
 
@@ -61,7 +66,7 @@ def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     Args:
         bad: 0 or 1, fp32, no axes, the same in all processes, where the gradients are.
     """
-    inner = optimizer.inner if isinstance(optimizer, LocalShardOptimizer) else optimizer
+    inner = inner_of(optimizer)
     first = inner.param_groups[0]["params"][0]
     if isinstance(first, DTensor):
         bad = DTensor.from_local(bad, first.device_mesh, [Replicate()], run_check=False)
@@ -71,7 +76,7 @@ def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 def settle(optimizer: torch.optim.Optimizer, skipped: bool) -> None:
     """Tell `optimizer` what `bad` was; PyTorch's fused one counts its steps on the device."""
-    inner = optimizer.inner if isinstance(optimizer, LocalShardOptimizer) else optimizer
+    inner = inner_of(optimizer)
     if isinstance(inner, GatedAdamW):
         inner.settle(skipped)
 

@@ -176,6 +176,21 @@ def test_tokens_weigh_the_same_whichever_process_has_them(pair: dict[str, Any], 
     assert got["loss"] == pytest.approx(loss, rel=1e-6)
 
 
+def test_memory_is_measured_in_every_process(pair: dict[str, Any]) -> None:
+    weights = 4 * pair["memory"]["parameters"]
+    for strategy, share, limit in (("ddp", 1.0, 0.15), ("fsdp2", 0.5, 0.3)):
+        report = pair["memory"][strategy]
+        assert len(report["processes"]) == 2
+        for one in report["processes"]:
+            assert one["measured_bytes"]["weights"] == pytest.approx(share * weights, rel=0.02)
+            assert one["planned_bytes"]["optimizer"] == pytest.approx(2 * share * weights, rel=0.02)
+            assert one["measured_bytes"].get("gradient buckets", 0) == (weights if strategy == "ddp" else 0)
+            assert one["measured_over_planned"] == pytest.approx(1.0, abs=limit)
+        assert report["measured_bytes"] in [one["measured_bytes"] for one in report["processes"]]
+        largest = max(one["measured_bytes"]["total"] for one in report["processes"])
+        assert report["measured_bytes"]["total"] == largest
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2 8-bit"])
 def test_signal_in_one_process_stops_all_and_resuming_is_bitwise(pair: dict[str, Any], name: str) -> None:
     result = pair["interrupted_and_resumed"]
