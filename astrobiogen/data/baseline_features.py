@@ -74,7 +74,8 @@ def baseline_features(
     """
     store = dataset.store
     v, t, _, lev, lat, lon = store.spec.cube_shape
-    planet = {k: _planet_features(store.planets[k], (v, t, lev, lat, lon)) for k in {p.climate for p in dataset.pairs}}
+    climates = sorted({p.climate for p in dataset.pairs})  # epochs of a planet together: each climate is read once
+    planet = {k: _planet_features(store.planets[k], (v, t, lev, lat, lon)) for k in climates}
     organism = {k: _graph_features(store.organisms[k]) for k in {p.organism for p in dataset.pairs}}
     row = partial(_row, dataset, planet, organism)
     flat = np.stack([row(k) for k in range(len(dataset))]) if len(dataset) else np.zeros((0, 0), np.float32)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import lzma
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +30,65 @@ _DTYPES = ("bool", "int8", "uint8", "int16", "uint16", "int32", "int64", "float1
 AnyArray = NDArray[Any]
 
 
+class PackedArrays(Mapping[str, AnyArray]):
+    """Arrays of one file by name, each decoded when it is first asked for."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Mapping[str, Any]], blobs: Mapping[str, bytes]) -> None:
+        self._path, self._entries, self._blobs = path, entries, blobs
+        self._decoded: dict[str, AnyArray] = {}
+
+    def __getitem__(self, name: str) -> AnyArray:
+        """Array ``name``; a damaged blob, or one that does not fit its shape, is a ``DataError``."""
+        if name not in self._decoded:
+            entry = self._entries[name]
+            try:
+                self._decoded[name] = _decode(
+                    self._blobs[name], entry["coding"], np.dtype(entry["dtype"]), tuple(entry["shape"])
+                )
+            except (lzma.LZMAError, ValueError) as error:
+                raise DataError(self._path, name, f"damaged ({error})") from error
+        return self._decoded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the file."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        """Number of arrays."""
+        return len(self._entries)
+
+
 @dataclass(frozen=True)
 class Contents:
-    """Arrays and free attributes of one container file."""
+    """Arrays and free attributes of one container file; ``entries`` is what its header states of each array."""
 
     path: Path
-    arrays: dict[str, AnyArray]
+    arrays: PackedArrays
     attributes: dict[str, Any]
-    array_notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]]
+
+    @property
+    def array_notes(self) -> dict[str, dict[str, Any]]:
+        """Units and the like, by array."""
+        return {name: entry["notes"] for name, entry in self.entries.items()}
+
+    def expect(self, name: str, shape: tuple[int | None, ...], dtype: str) -> None:
+        """Check presence, dtype and shape (None: any length) of array ``name`` by the header, without decoding it."""
+        if name not in self.entries:
+            raise DataError(self.path, name, f"absent; the file holds {sorted(self.entries)}")
+        entry = self.entries[name]
+        if entry["dtype"] != dtype:
+            raise DataError(self.path, name, f"dtype {entry['dtype']}, expected {dtype}")
+        found = tuple(entry["shape"])
+        if len(found) != len(shape) or any(
+            want is not None and have != want for have, want in zip(found, shape, strict=True)
+        ):
+            raise DataError(self.path, name, f"shape {found}, expected {shape}")
 
     def get(self, name: str, shape: tuple[int | None, ...], dtype: str) -> AnyArray:
-        """Array ``name``, checked for presence, dtype and shape (None: any length)."""
-        if name not in self.arrays:
-            raise DataError(self.path, name, f"absent; the file holds {sorted(self.arrays)}")
-        array = self.arrays[name]
-        if array.dtype != np.dtype(dtype):
-            raise DataError(self.path, name, f"dtype {array.dtype}, expected {dtype}")
-        if array.ndim != len(shape) or any(
-            want is not None and have != want for have, want in zip(array.shape, shape, strict=True)
-        ):
-            raise DataError(self.path, name, f"shape {array.shape}, expected {shape}")
-        return array
+        """Array ``name`` after ``expect``."""
+        self.expect(name, shape, dtype)
+        return self.arrays[name]
 
 
 def _planes(array: AnyArray) -> bytes:
@@ -149,38 +188,36 @@ def write_arrays(
 
 
 def parse_arrays(path: Path, data: bytes) -> Contents:
-    """Decode the bytes of a container file; ``path`` is for messages.
+    """Contents of the bytes of a container file, arrays not yet decoded; ``path`` is for messages.
 
     Raises
     ------
     DataError
-        Wrong magic, broken header, truncated or damaged blob, or a blob that does not fit its shape; names the array.
+        Wrong magic, broken header or truncated blob; names the array.
     """
     if data[:8] != MAGIC:
         raise DataError(path, "", "is not a packed array file (wrong first 8 bytes)")
     size = int.from_bytes(data[8:12], "little")
     try:
         header = json.loads(data[12 : 12 + size])
-        entries, attributes = header["arrays"], header["attributes"]
+        entries = {
+            str(e["name"]): {key: e[key] for key in ("dtype", "shape", "coding", "offset", "bytes", "notes")}
+            for e in header["arrays"]
+        }
+        attributes = header["attributes"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(path, "header", f"cannot be read ({error}); the file is truncated or damaged") from error
-    arrays: dict[str, AnyArray] = {}
-    notes: dict[str, dict[str, Any]] = {}
-    for entry in entries:
+    blobs: dict[str, bytes] = {}
+    for name, entry in entries.items():
         start = 12 + size + entry["offset"]
-        blob = data[start : start + entry["bytes"]]
-        if len(blob) != entry["bytes"]:
-            raise DataError(path, entry["name"], f"truncated: {len(blob)} of {entry['bytes']} bytes are there")
-        try:
-            arrays[entry["name"]] = _decode(blob, entry["coding"], np.dtype(entry["dtype"]), tuple(entry["shape"]))
-        except (lzma.LZMAError, ValueError) as error:
-            raise DataError(path, entry["name"], f"damaged ({error})") from error
-        notes[entry["name"]] = entry["notes"]
-    return Contents(path, arrays, attributes, notes)
+        blobs[name] = data[start : start + entry["bytes"]]
+        if len(blobs[name]) != entry["bytes"]:
+            raise DataError(path, name, f"truncated: {len(blobs[name])} of {entry['bytes']} bytes are there")
+    return Contents(path, PackedArrays(path, entries, blobs), attributes, entries)
 
 
 def read_arrays(path: Path) -> Contents:
-    """Read and decode one container file; see ``parse_arrays``."""
+    """Read one container file; see ``parse_arrays``."""
     try:
         data = path.read_bytes()
     except OSError as error:

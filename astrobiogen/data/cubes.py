@@ -51,28 +51,37 @@ def _refuse_empty_levels(path: Path, variable: str, codes: NDArray[np.int16]) ->
         raise DataError(path, variable, f"levels {empty} are zero everywhere")
 
 
-def read_codes(contents: Contents, shape: tuple[int, int, int, int]) -> dict[str, NDArray[np.int16]]:
-    """Integer cubes ``ta`` and ``hus`` [T, lev, lat, lon] of one climate, checked for segment, shape, units, range and
-    empty levels.
+def check_header(contents: Contents, shape: tuple[int, int, int, int]) -> None:
+    """Segment, presence, dtype, shape [T, lev, lat, lon] and units of an input cube by its file's header; decodes
+    nothing.
     """
     segment = contents.attributes.get("segment")
     if segment != INPUT_SEGMENT:
         raise DataError(
             contents.path,
             "segment",
-            f"is {segment}; inputs come from segment {INPUT_SEGMENT} only (labels are segment 2)",
+            f"is {segment}; inputs come from segment {INPUT_SEGMENT} only (labels are segment {LABEL_SEGMENT})",
         )
+    for variable, unit in zip(VARIABLES, UNITS, strict=True):
+        contents.expect(variable, shape, "int16")
+        if (stated := contents.entries[variable]["notes"].get("units")) != unit:
+            raise DataError(contents.path, variable, f"units {stated!r}, expected {unit!r}")
+
+
+def read_codes(contents: Contents, shape: tuple[int, int, int, int]) -> dict[str, NDArray[np.int16]]:
+    """Integer cubes ``ta`` and ``hus`` [T, lev, lat, lon] of one climate: ``check_header``, then range and empty
+    levels of the decoded values.
+    """
+    check_header(contents, shape)
     found: dict[str, NDArray[np.int16]] = {}
     for variable, unit, limits in zip(VARIABLES, UNITS, (TA_RANGE, HUS_RANGE), strict=True):
-        codes = contents.get(variable, shape, "int16")
-        if (stated := contents.array_notes[variable].get("units")) != unit:
-            raise DataError(contents.path, variable, f"units {stated!r}, expected {unit!r}")
+        codes = contents.arrays[variable]
         if codes.min() < 0:
             raise DataError(contents.path, variable, "negative codes")
+        _refuse_empty_levels(contents.path, variable, codes)
         low, high = value_table(variable, int(codes.max()) + 1)[[codes.min(), codes.max()]]
         if low < limits[0] or high > limits[1]:
             raise DataError(contents.path, variable, f"values {low:.4g} to {high:.4g} {unit} lie outside {limits}")
-        _refuse_empty_levels(contents.path, variable, codes)
         found[variable] = codes
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch_geometric.data import Data
 
+from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.spec import DataSpec
 
 
@@ -26,7 +27,8 @@ class Sample:
         float32 [P] standardised (0 where missing), bool [P].
     epochs
         G entries, each float32 [V, T, lev, lat, lon] standardised, or None where the planet has no such epoch; the
-        last is the target.
+        last is the target. Read when an entry is asked for (``lazy.LazyEpochs``); the same object for all samples of
+        a climate.
     graph
         PyG ``Data`` of the metabolic network, or None.
     spectrum, spectrum_mask
@@ -44,7 +46,7 @@ class Sample:
     run_id: int
     planet_params: Tensor
     planet_params_mask: Tensor
-    epochs: tuple[Tensor | None, ...]
+    epochs: Sequence[Tensor | None]
     graph: Data | None
     spectrum: Tensor
     spectrum_mask: Tensor
@@ -62,7 +64,7 @@ class PlanetEntry:
     run_id: int
     params: Tensor
     params_mask: Tensor
-    epochs: tuple[Tensor | None, ...]
+    epochs: LazyEpochs
     spectrum: Tensor
     spectrum_mask: Tensor
     text: str
@@ -91,12 +93,16 @@ class PairEntry:
 
 @dataclass(frozen=True)
 class Store:
-    """Decoded data in memory, shared by all datasets of a bundle; ``tokens``: input ids by (climate, organism)."""
+    """What all datasets of a bundle share; ``tokens``: input ids by (climate, organism); ``cubes``: where the climates
+    are read; ``library``: every spectrum [W, 2] and mask [W] by name, also those of no climate.
+    """
 
     spec: DataSpec
     planets: Mapping[str, PlanetEntry]
     organisms: Mapping[str, OrganismEntry]
     tokens: Mapping[tuple[str, str], Tensor]
+    cubes: CubeCache
+    library: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class HabitatDataset(Dataset[Sample]):

@@ -7,11 +7,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from torch_geometric.data import Data
 
 from astrobiogen.data import features, splits
 from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, OrganismEntry, PairEntry, PlanetEntry, Store
 from astrobiogen.data.labels import CLASS_THRESHOLD
+from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.spec import DataSpec
 from astrobiogen.data.text import SPECIAL_TOKENS, TextEncoder
 
@@ -99,23 +101,25 @@ def make_graph(generator: np.random.Generator, metabolites: int, reactions: int)
     )
 
 
-def _planets(generator: np.random.Generator, spec: DataSpec) -> dict[str, PlanetEntry]:
+def _planets(generator: np.random.Generator, spec: DataSpec) -> tuple[dict[str, PlanetEntry], CubeCache]:
     v, t, g, lev, lat, lon = spec.cube_shape
     wave = torch.tensor(spec.wavelengths, dtype=torch.float32)
     out: dict[str, PlanetEntry] = {}
+    made: dict[str, Tensor] = {}
+    cubes = CubeCache(made.__getitem__, 0)  # they are in memory
     for p in range(_PLANETS):
         warmth = float(generator.normal())
-        cubes = [
-            torch.from_numpy((0.3 * generator.standard_normal((v, t, lev, lat, lon)) + warmth).astype(np.float32))
-            for _ in range(g)
-        ]
+        names = [f"synthetic{p}_g{k}" for k in range(g)]
+        for name in names:
+            values = 0.3 * generator.standard_normal((v, t, lev, lat, lon)) + warmth
+            made[name] = torch.from_numpy(values.astype(np.float32))
         params = torch.from_numpy(np.array([warmth, *generator.standard_normal(len(_PARAMS) - 1)], np.float32))
         for k in range(g):
             mask = torch.ones(len(_PARAMS), dtype=torch.bool)
             mask[-1] = p % 2 == 0
             has_spectrum = torch.full((spec.n_wavelengths,), p == 0)
             albedo = torch.from_numpy(generator.standard_normal(spec.n_wavelengths).astype(np.float32))
-            history = (*([None] * (g - 1 - k)), *cubes[: k + 1])
+            history = LazyEpochs((*([None] * (g - 1 - k)), *names[: k + 1]), cubes)
             words = " ".join(generator.choice(_WORDS, 8).tolist())
             key = f"synthetic{p}_g{k}"
             metadata = {"planet": f"synthetic{p}", "star_system": f"synthetic star {p}", "epoch": k, "climate": key}
@@ -123,7 +127,7 @@ def _planets(generator: np.random.Generator, spec: DataSpec) -> dict[str, Planet
             out[key] = PlanetEntry(
                 p * g + k, torch.where(mask, params, 0.0), mask, history, spectrum, has_spectrum, words, metadata
             )
-    return out
+    return out, cubes
 
 
 def make_bundle(n: int, seed: int) -> DatasetBundle:
@@ -143,7 +147,7 @@ def make_bundle(n: int, seed: int) -> DatasetBundle:
         raise ValueError(f"n is {n}, expected at least 1")
     generator = np.random.default_rng(seed)
     spec = make_spec()
-    planets = _planets(generator, spec)
+    planets, cubes = _planets(generator, spec)
     organisms = {
         f"synthetic organism {o}": OrganismEntry(
             make_graph(generator, int(generator.integers(20, 40)), int(generator.integers(15, 40))),
@@ -174,7 +178,7 @@ def make_bundle(n: int, seed: int) -> DatasetBundle:
                 else inside
             )
             cells[cell].append(PairEntry(climate, organism, fraction, int(fraction >= CLASS_THRESHOLD), cell))
-    store = Store(spec, planets, organisms, tokens)
+    store = Store(spec, planets, organisms, tokens, cubes)
     sets = {}
     for cell, pairs in cells.items():
         order = generator.permutation(len(pairs)).tolist()

@@ -152,17 +152,37 @@ def _segment(arrays: dict[str, np.ndarray], attributes: dict) -> None:
     [
         (_drop, r"\[hus\]: absent"),
         (_shape, r"\[ta\]: shape"),
-        (_empty_level, r"\[ta\]:"),
         (_segment, r"\[segment\]: is 2"),
     ],
 )
-def test_wrong_cubes_are_refused(
+def test_wrong_cubes_are_refused_when_loading(
     pack_copy: Path, reseal: Reseal, change: Callable[[dict[str, np.ndarray], dict], None], message: str
 ) -> None:
     rewrite(pack_copy / "climate/earth_g1.bin", change)
     reseal(pack_copy, "climate/earth_g1.bin")
     with pytest.raises(data.DataError, match=f"earth_g1.bin {message}"):
         data.load(pack_copy)
+
+
+def _hot(arrays: dict[str, np.ndarray], attributes: dict) -> None:
+    del attributes
+    arrays["ta"][3, 4, 5, 6] = 9000  # 900 K
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_empty_level, r"\[ta\]: levels \[3\] are zero everywhere"), (_hot, r"\[ta\]: values .* lie outside")],
+)
+def test_wrong_values_are_refused_when_a_sample_is_used(
+    pack_copy: Path, reseal: Reseal, change: Callable[[dict[str, np.ndarray], dict], None], message: str
+) -> None:
+    rewrite(pack_copy / "climate/earth_g1.bin", change)
+    reseal(pack_copy, "climate/earth_g1.bin")
+    bundle = data.load(pack_copy)
+    sample = next(s for s in bundle.train if s.metadata["climate"] == "earth_g1")
+    with pytest.raises(data.DataError, match=f"earth_g1.bin {message}"):
+        data.collate([sample])
+    assert any("earth_g1.bin [ta]" in problem for problem in check(pack_copy))
 
 
 def test_wrong_units_and_empty_graph_are_refused(pack_copy: Path, reseal: Reseal) -> None:
