@@ -1,9 +1,14 @@
 """``make-climate`` against a stand-in for the external program: balance, resumption, failures, parameters."""
 
 import csv
+import fcntl
 import gzip
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,7 @@ from astrobiogen.data.make_climate.parameters import climate_of
 # A model that approaches balance: the imbalance halves with every segment; the restart file holds their number.
 STAND_IN = """
 import os
+import time
 from pathlib import Path
 import numpy as np
 import netCDF4
@@ -25,8 +31,10 @@ import netCDF4
 class Model:
     def __init__(self, workdir, modelname, resolution, layers, ncpus, precision, outputtype):
         assert (resolution, layers, ncpus, precision, outputtype) == ("T21", 10, 1, 4, ".nc")
-        self.work, self.name = Path(workdir), modelname
+        self.work, self.name, self.executable = Path(workdir), modelname, "most_plasim_t21_l10_p1.x"
         self.work.mkdir()
+        if not (Path(__file__).parent / "no-compiler").exists():
+            (self.work / self.executable).touch()
 
     def configure(self, flux, restartfile, runsteps, mldepth, timestep, snapshots, **parameters):
         self.age = int(Path(restartfile).read_text()) if restartfile else 0
@@ -36,8 +44,14 @@ class Model:
         log = Path(os.environ["STAND_IN_LOG"])
         with log.open("a") as handle:
             handle.write(f"{self.name} {self.age}\\n")
-        if (log.parent / f"fail-{self.name}-{self.age}").exists():
-            raise SystemExit("blew up")
+        if (log.parent / "slow").exists():
+            time.sleep(60)
+        if (log.parent / f"fail-{self.name}-{self.age}").exists():  # as the program does: it moves its files away
+            self.work.rename(self.work.parent / (self.name + "_crashed"))
+            try:
+                raise FloatingPointError("blew up")
+            except FloatingPointError:
+                raise RuntimeError("ExoPlaSim has crashed or begun producing garbage.")
         toa = 16.0 * 0.5 ** self.age
         with netCDF4.Dataset(self.work / "MOST.00000.nc", "w") as f:
             sizes = {"time": 12, "lev": 10, "lat": 4, "lon": 8}
@@ -74,6 +88,8 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tables/oec_planets.csv.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "site").mkdir()
     (tmp_path / "site/exoplasim.py").write_text(STAND_IN)
+    (tmp_path / "site/exoplasim-3.4.2.dist-info").mkdir()
+    (tmp_path / "site/exoplasim-3.4.2.dist-info/METADATA").write_text("Name: exoplasim\nVersion: 3.4.2\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "calls.txt"))
     monkeypatch.setattr(jobs, "_POLL", 0.05)
@@ -104,7 +120,8 @@ def test_runs_to_balance_resumes_and_names_new_planets(raw: Path, capsys: pytest
     text = capsys.readouterr().out
     assert "1 balanced, 0 not balanced, 1 failed" in text
     assert f"failed: {key}" in text
-    assert "blew up" in text
+    assert "status 1: FloatingPointError: blew up" in text  # the cause, not the program's last word
+    assert (raw / f"climate-work/{key}/{key}_crashed").exists()
     before = [line for line in calls(raw) if line.startswith(key)]
     assert before == [f"{key} {k}" for k in range(3)]
     (raw / f"fail-{key}-2").unlink()
@@ -118,14 +135,16 @@ def test_runs_to_balance_resumes_and_names_new_planets(raw: Path, capsys: pytest
     assert found[0].parameters["pCO2"] == 0.01
     with xr.open_dataset(raw / f"climate/{key}_seg2.nc", decode_times=False) as dataset:
         assert dataset.attrs["converged"] == 1
+        assert dataset.attrs["source"].startswith("ExoPlaSim 3.4.2, T21L10")
         assert "junk" not in dataset
+    assert not (raw / f"climate-work/{key}/{key}_crashed").exists()
     with (raw / "tables/planets.csv").open() as handle:
         assert list(csv.DictReader(handle)) == [{"prefix": "myworldb", "name": "My World b", "star_system": "My Star"}]
     assert not list((raw / "climate-work" / key).glob("segment-0*"))
     with pytest.raises(data.DataError, match="other parameters"):  # another run must not continue this one
         jobs.Job(
             climate_of(raw / "x", dict(zip(COLUMNS, ROWS[0], strict=True)), 0, 0.01),
-            raw / "climate-work" / key, "python", jobs.Settings(segment_days=90.0),
+            raw / "climate-work" / key, "python", jobs.Settings(segment_days=90.0), "3.4.2",
         ).run(raw / "climate", jobs.threading.Event(), lambda _: None)  # fmt: skip
 
 
@@ -149,6 +168,8 @@ def test_parameters_follow_the_rule(raw: Path, capsys: pytest.CaptureFixture) ->
     assert run.parameters["synchronous"] is True
     free = climate_of(raw / "oec.csv", dict(zip(COLUMNS, ROWS[1], strict=True)), 0, 0.1).parameters
     assert (free["synchronous"], free["rotationperiod"]) == (False, 1.0)
+    heavy = climate_of(raw / "oec.csv", {**row, "pl_mass_jup": "0.08"}, 1, 0.1).parameters  # 25 Earth masses: a limit
+    assert heavy["gravity"] == run.parameters["gravity"]
     for name, message in (("Giant b", "hardly rocky"), ("Vague b", r"st_mass_sun\]: is not in"), ("Nix", "no such")):
         assert main(["make-climate", "--raw", str(raw), "--planets", name, "--dry-run"]) == 2
         assert message.replace("\\", "") in capsys.readouterr().err
@@ -159,13 +180,54 @@ def test_parameters_follow_the_rule(raw: Path, capsys: pytest.CaptureFixture) ->
 
 def test_absent_program_is_named(raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     command = ["make-climate", "--raw", str(raw), "--planets", "TOI-700 d"]
-    monkeypatch.setenv("PYTHONPATH", "")
-    (raw / "site/exoplasim.py").unlink()
+    (raw / "site/no-compiler").touch()
     assert main(command) == 2
-    assert "pip install exoplasim" in capsys.readouterr().err
+    assert "most_plasim_t21_l10_p1.x was not built; are gfortran, g++ and make installed?" in capsys.readouterr().err
+    (raw / "site/no-compiler").unlink()
+    (raw / "site/netCDF4.py").write_text("raise ModuleNotFoundError(\"No module named 'netCDF4'\")")
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert "No module named 'netCDF4'" in message
+    assert "meson ninja netCDF4 exoplasim" in message
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert main(command) == 2
+    assert "ModuleNotFoundError: No module named 'exoplasim'" in capsys.readouterr().err
     assert main([*command, "--python", str(raw / "nothing")]) == 2
     assert "cannot be started" in capsys.readouterr().err
     assert not (raw / "climate").exists()
+
+
+def test_a_terminated_command_ends_its_runs_and_continues(raw: Path) -> None:
+    (raw / "slow").touch()
+    key = "toi700d_g0_pCO2_0.01bar"
+    words = ["make-climate", "--raw", str(raw), "--planets", "TOI-700 d", "--co2", "0.01"]
+    where = {**os.environ, "PYTHONPATH": f"{Path(data.__file__).parents[2]}{os.pathsep}{raw / 'site'}"}
+    command = [sys.executable, "-m", "astrobiogen.data", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=where)
+    lock = raw / "climate-work" / key / "lock"
+    for _ in range(600):
+        if calls(raw):
+            break
+        time.sleep(0.1)
+    assert calls(raw) == [f"{key} 0"]
+    again = [sys.executable, "driver.py", "0"]
+    second = subprocess.run(again, cwd=lock.parent, capture_output=True, text=True, env=where, check=False)
+    assert "another process runs this climate" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
+    with lock.open("w") as handle:  # free: the running segment has ended too
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (raw / "slow").unlink()
+    assert main(words) == 0
+    assert calls(raw) == [f"{key} {k}" for k in (0, 0, 1, 2, 3, 4)]
+
+
+def test_short_segments_are_refused(raw: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["make-climate", "--raw", str(raw), "--planets", "TOI-700 d", "--segment-days", "15"])
+    assert "--segment-days: got 15, expected at least 60 (12 means of 5 days)" in capsys.readouterr().err
 
 
 def test_an_error_page_is_no_catalogue(raw: Path, capsys: pytest.CaptureFixture) -> None:
@@ -181,7 +243,8 @@ def test_the_rule_gives_the_parameters_of_the_bundled_climates() -> None:
     catalogue = folder / "tables/oec_planets.csv.gz"
     with gzip.open(catalogue, "rt") as handle:
         rows = {row["name"]: row for row in csv.DictReader(handle)}
-    for name, prefix in (("TOI-700 d", "toi700d"), ("Kepler-442 b", "kepler442b"), ("LHS 1140 b", "lhs1140b")):
+    for name, prefix in (("TOI-700 d", "toi700d"), ("Kepler-442 b", "kepler442b"), ("LHS 1140 b", "lhs1140b"),
+                         ("LP 890-9 c", "lp8909c")):  # fmt: skip
         with xr.open_dataset(folder / f"climate/{prefix}_g1_pCO2_0.01bar_seg1.nc", decode_times=False) as dataset:
             expected = json.loads(dataset.attrs["parameters"])
         found = climate_of(catalogue, rows[name], 1, 0.01).parameters

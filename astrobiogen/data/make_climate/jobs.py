@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -21,6 +22,10 @@ from astrobiogen.data.make_climate.parameters import Climate
 YEAR = 360.0  # days of the model's year
 KEPT = ("ta", "ua", "va", "hus", "cl", "ts", "tas", "ps", "sic", "pr", "evap", "clt", "prw", "alb", "rst", "rlut")
 _POLL = 0.5  # seconds
+MIN_SEGMENT_DAYS = 60.0  # ExoPlaSim writes 5-day means; with fewer than 12 it would fill the 12 times by interpolation
+# what an exception of the program looks like in its log; the first of an attempt is the cause, the last only says that
+# something was wrong
+_EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,12 @@ def balanced(history: list[Segment], settings: Settings) -> bool:
     return worst <= settings.max_imbalance and abs(drift) <= settings.max_drift
 
 
+def cause(log: str) -> str:
+    """What the log of a failed attempt says went wrong: its first exception, else its last line."""
+    found = _EXCEPTION.search(log)
+    return found.group().strip() if found else (log.strip().splitlines() or ["no output"])[-1]
+
+
 class Job:
     """One climate in ``folder``; ``run`` continues from what the folder holds.
 
@@ -90,10 +101,13 @@ class Job:
         Interpreter that can import exoplasim.
     settings
         How long to run.
+    version
+        Version of ExoPlaSim, for the files' provenance.
     """
 
-    def __init__(self, planned: Climate, folder: Path, python: str, settings: Settings) -> None:
+    def __init__(self, planned: Climate, folder: Path, python: str, settings: Settings, version: str) -> None:
         self.planned, self.folder, self.python, self.settings = planned, folder, python, settings
+        self.version = version
         self.history: list[Segment] = []
 
     def _prepare(self) -> None:
@@ -125,6 +139,7 @@ class Job:
     def _segment(self, number: int, stop: threading.Event) -> None:
         """Run the external program for one segment; its whole process group ends with ``stop``."""
         log = self.folder / "log.txt"
+        before = log.stat().st_size if log.exists() else 0
         with log.open("ab") as handle:
             process = subprocess.Popen(
                 [self.python, "driver.py", str(number)],
@@ -140,9 +155,8 @@ class Job:
                     process.wait()
                     raise InterruptedError
         if process.returncode != 0:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            last = lines[-1] if lines else "no output"
-            raise DataError(log, f"segment {number}", f"ExoPlaSim ended with status {process.returncode}: {last}")
+            problem = cause(log.read_bytes()[before:].decode("utf-8", errors="replace"))
+            raise DataError(log, f"segment {number}", f"ExoPlaSim ended with status {process.returncode}: {problem}")
 
     def _figures(self, number: int) -> Segment:
         """Energy balance and temperature of a segment, from its file."""
@@ -206,7 +220,7 @@ class Job:
             chosen = dataset[[name for name in KEPT if name in dataset]]
             chosen.attrs = {
                 "title": f"{self.planned.key}, segment {segment}, after {years:.1f} model years",
-                "source": "ExoPlaSim T21L10 (external program), run by astrobiogen.data make-climate",
+                "source": f"ExoPlaSim {self.version}, T21L10 (external program), run by astrobiogen.data make-climate",
                 "planet": self.planned.body.name,
                 "parameters": json.dumps(self.planned.parameters),
                 "converged": int(converged),

@@ -2,7 +2,8 @@
 
 * luminosity L = R*^2 (T / 5772 K)^4, semi-major axis a = (M* (P / 365.25 d)^2)^(1/3), flux S = 1361 W/m2 L / a^2;
 * a missing radius or mass follows from the other: R = M^0.279 in Earth units (Chen and Kipping 2017, rocky branch), and
-  its inverse; a minimum mass counts as the mass;
+  its inverse; a minimum mass counts as the mass; a mass above that of an iron planet of the radius is an upper limit
+  and counts as missing (LP 890-9 c: 25 Earth masses at 1.37 Earth radii in the catalogue);
 * synchronous rotation where P < 60 d, else a day of 24 hours;
 * an aquaplanet with 1 bar of N2, the CO2 that is asked for, no O2, circular orbit, no obliquity.
 """
@@ -22,6 +23,8 @@ SOLAR_CONSTANT, SUN_TEMPERATURE, YEAR = 1361.0, 5772.0, 365.25  # W/m2, K (IAU 2
 JUPITER_RADIUS, JUPITER_MASS = 11.209, 317.83  # in Earth's
 STANDARD_GRAVITY = 9.80665  # m/s2
 RADIUS_EXPONENT = 0.279
+# R = 0.86 M^(1/3.7) in Earth units: Zeng, Sasselov and Jacobsen 2016 (ApJ 819, 127) at a core mass fraction of 1
+IRON_RADIUS, IRON_EXPONENT = 0.86, 1.0 / 3.7
 SYNCHRONOUS_BELOW = 60.0  # d
 LARGEST_RADIUS = 2.0  # Earth radii; beyond it the planet is hardly rocky
 COLDEST_STAR, HOTTEST_STAR = 2300.0, 7200.0  # K
@@ -65,6 +68,8 @@ def size(path: Path, row: dict[str, str]) -> tuple[float, float]:
     radius, mass = radius * JUPITER_RADIUS, mass * JUPITER_MASS
     if math.isnan(radius) and math.isnan(mass):
         raise DataError(path, f"{row['name']}, pl_rad_jup", "neither radius nor mass is in the catalogue")
+    if mass > (radius / IRON_RADIUS) ** (1.0 / IRON_EXPONENT):
+        mass = math.nan
     if math.isnan(radius):
         radius = mass**RADIUS_EXPONENT
     if math.isnan(mass):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,7 +20,8 @@ import rich.progress
 
 from astrobiogen.data.builders.planets import CATALOGUE, read_catalogue
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.make_climate.jobs import Job, Segment, Settings
+from astrobiogen.data.make_climate.driver import PREPARE
+from astrobiogen.data.make_climate.jobs import MIN_SEGMENT_DAYS, Job, Segment, Settings, cause
 from astrobiogen.data.make_climate.parameters import Climate, climate_of
 from astrobiogen.data.progress import say
 
@@ -33,20 +36,32 @@ def planned(catalogue: Path, names: Sequence[str], p_co2: Sequence[float]) -> li
     return [climate_of(catalogue, rows[name], k, p) for name in names for k, p in enumerate(p_co2)]
 
 
-def require_exoplasim(python: str) -> None:
-    """Refuse early, and say how to install the external program."""
-    try:
-        done = subprocess.run([python, "-c", "import exoplasim"], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise DataError(python, "--python", f"cannot be started ({error.strerror})") from error
+def prepare(python: str) -> str:
+    """Make ExoPlaSim ready in the interpreter ``python``, compiling it at its first use; returns its version.
+
+    Raises
+    ------
+    DataError
+        The interpreter, the package, netCDF4 or the compilers are absent: names what, and how to install it.
+    """
+    say("making ExoPlaSim ready (the first use of an installation compiles it, about a minute)")
+    with tempfile.TemporaryDirectory(prefix="exoplasim-") as folder:
+        try:
+            done = subprocess.run(
+                [python, "-c", PREPARE, folder], capture_output=True, text=True, errors="replace", check=False,
+                stdin=subprocess.DEVNULL, cwd=folder,
+            )  # fmt: skip
+        except OSError as error:
+            raise DataError(python, "--python", f"cannot be started ({error.strerror})") from error
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DataError(
             python,
             "exoplasim",
-            f"cannot be imported there ({last}). It is an external program (GPL-2.0): install it with "
-            "'pip install exoplasim' in an environment with gfortran, and name that interpreter with --python",
+            f"is not ready there ({cause(done.stderr)}). It is an external program (GPL-2.0): in an environment of its "
+            "own, with gfortran, g++ and make on the system, pip install 'numpy<2' 'setuptools<70' meson ninja netCDF4 "
+            "exoplasim, and name that environment's interpreter with --python",
         )
+    return done.stdout.strip().splitlines()[-1]
 
 
 def table(runs: Sequence[Climate], settings: Settings) -> str:
@@ -112,7 +127,9 @@ class Outcome:
     failed: list[str]
 
 
-def run_all(runs: Sequence[Climate], output: Path, work: Path, python: str, settings: Settings, jobs: int) -> Outcome:
+def run_all(
+    runs: Sequence[Climate], output: Path, work: Path, python: str, settings: Settings, jobs: int, version: str
+) -> Outcome:
     """Run climates, ``jobs`` at a time, each on one core; a failed one does not stop the others.
 
     Raises
@@ -124,7 +141,7 @@ def run_all(runs: Sequence[Climate], output: Path, work: Path, python: str, sett
     outcome = Outcome([], [], [])
 
     def one(run: Climate) -> bool:
-        job = Job(run, work / run.key, python, settings)
+        job = Job(run, work / run.key, python, settings, version)
         return job.run(output, stop, lambda history: board.update(run.key, history))
 
     with board.shown(), ThreadPoolExecutor(jobs) as pool:
@@ -142,6 +159,20 @@ def run_all(runs: Sequence[Climate], output: Path, work: Path, python: str, sett
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return outcome
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM (a batch system's time limit) ends the running segments as Ctrl-C does; they would go on alone."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def name_planets(path: Path, runs: Sequence[Climate]) -> None:
@@ -201,6 +232,10 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     for name in ("jobs", "segment_days", "max_years", "max_imbalance", "max_drift", "timestep", "mixed_layer"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected a positive number")
+    if options.segment_days < MIN_SEGMENT_DAYS:
+        parser.error(
+            f"--segment-days: got {options.segment_days:g}, expected at least {MIN_SEGMENT_DAYS:g} (12 means of 5 days)"
+        )
     if min(options.co2) <= 0:
         parser.error(f"--co2: got {min(options.co2)}, expected positive pressures in bar")
     return options
@@ -222,10 +257,11 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         sys.stdout.write(table(runs, settings) + "\n")
         return 0
-    require_exoplasim(options.python)
+    version = prepare(options.python)
     output, work = options.raw / "climate", options.work or options.raw / "climate-work"
     name_planets(options.raw / "tables/planets.csv", runs)
-    outcome = run_all(runs, output, work, options.python, settings, options.jobs)
+    with _terminated_as_interrupted():
+        outcome = run_all(runs, output, work, options.python, settings, options.jobs, version)
     for key in outcome.unconverged:
         sys.stdout.write(f"not balanced after {settings.max_years:g} years (written, marked): {key}\n")
     for line in outcome.failed:
