@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from astrobiogen.data.check import check
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.pack import Pack, open_pack
 
+RECORDED = Path(__file__).parent / "recorded"
 GRID = grids.standard_grid()
 VOLUME, SURFACE = ("time", "lev", "lat", "lon"), ("time", "lat", "lon")
 SYSTEMS = 7  # two for the test, one for validation, four for training
@@ -140,6 +142,9 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spectrum += "".join(f"{w:.4f} {0.2 + 0.1 * np.sin(5 * w):.5f} 0.01\n" for w in np.linspace(0.3, 2.4, 4000))
     (folder / "spectra/psg/p0_g0.txt").write_text(spectrum)
     (folder / "spectra/psg/p1_g0.txt").write_text(PAGE)
+    for name in ("geexhp_dados2.parquet", "geexhp_datagen3.parquet"):
+        shutil.copy(RECORDED / name, folder / "spectra/psg" / name)
+    (folder / "spectra/psg/page.parquet").write_text(PAGE)
     whole = gzip.compress(b"0.3 0.2\n" * 400)
     (folder / "spectra/vpl/Mars_geo_albedo.txt.gz").write_bytes(whole[: len(whole) // 2])
     return folder
@@ -148,7 +153,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     output = tmp_path_factory.mktemp("pack")
-    return output, build(raw, output, workers=2)
+    return output, build(raw, output, workers=2, psg_tables=True)
 
 
 # file, field and rule of everything that was planted
@@ -174,6 +179,7 @@ EXPECTED = (
     (r"organisms.csv [Nowhere.json]: Nowhere species has no known growth range", "organism left out"),
     (r"Mars_geo_albedo.txt.gz: cannot be read", "spectrum left out"),
     (r"p1_g0.txt [# Wave/freq]: no such header line", "spectrum left out"),
+    (r"page.parquet: is not a Parquet table", "table of spectra left out"),
     (r"LICENSES.md: is missing", "licences"),
 )
 
@@ -197,6 +203,9 @@ def test_what_remains_is_sound_and_loads(built: tuple[Path, list[str]]) -> None:
     assert len(bundle.train) > 0
     assert bool(store.planets["p0_g0"].spectrum_mask.all())
     assert not bool(store.planets["p1_g0"].spectrum_mask.any())
+    assert set(store.library) == {"p0_g0", "geexhp_dados2:0", "geexhp_datagen3:0", "geexhp_datagen3:1"}
+    spectrum, mask = store.library["geexhp_dados2:0"]
+    assert (spectrum.shape, int(mask.sum())) == ((256, 2), 196)
     names = bundle.spec.planet_param_names
     masked = {n for n, known in zip(names, store.planets["p2_g0"].params_mask.tolist(), strict=True) if not known}
     assert masked == {"star_mass", "star_radius", "star_metallicity", "star_age", "log10_orbital_period"}
@@ -204,6 +213,21 @@ def test_what_remains_is_sound_and_loads(built: tuple[Path, list[str]]) -> None:
     row = open_pack(output).climates[0]
     assert row.toa_imbalance_label == pytest.approx(-1.0)
     assert row.ts_drift == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_pack_is_replaced_by_a_whole_one_only(raw: Path, built: tuple[Path, list[str]], tmp_path: Path) -> None:
+    old = Path(shutil.copytree(built[0], tmp_path / "pack"))
+    (tmp_path / "raw/climate").mkdir(parents=True)
+    (tmp_path / "raw/climate/p0_g0_test_seg1.nc").write_text(PAGE)
+    with pytest.raises(data.DataError, match="no usable climate file"):
+        build(tmp_path / "raw", old)
+    assert check(old) == []
+    (tmp_path / "pack.part").mkdir()  # an interrupted build
+    (tmp_path / "pack.part/x").write_text("x")
+    build(raw, old, workers=2)
+    assert check(old) == []
+    assert set(data.load(old).train.store.library) == {"p0_g0"}  # built without the tables
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["pack", "raw"]
 
 
 def test_labels_from_the_raw_files(raw: Path, built: tuple[Path, list[str]], capsys: pytest.CaptureFixture) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -68,9 +69,10 @@ def build_pairs(output: Path, climates: list[ClimateRow], organisms: list[Organi
     return done
 
 
-def build_spectra(work: Work, climates: list[ClimateRow]) -> Library:
-    """Pack the albedo library and the PSG spectra of climates (``spectra/psg/<planet>_g<epoch>.txt``); returns names,
-    albedo [n, 256] and which climate has which.
+def build_spectra(work: Work, climates: list[ClimateRow], psg_tables: bool) -> Library:
+    """Pack the albedo library and the PSG spectra of climates (``spectra/psg/<planet>_g<epoch>.txt``), with
+    ``psg_tables`` also the spectra of no climate in ``spectra/psg/*.parquet``; returns names, albedo [n, 256] and which
+    climate has which.
     """
     keys = {f"{c.planet}_g{c.epoch}": (c.planet, c.epoch) for c in climates}
     paired = {place: name for place, name in spectra.PAIRED.items() if place in keys.values()}
@@ -85,6 +87,10 @@ def build_spectra(work: Work, climates: list[ClimateRow]) -> Library:
                 raise DataError(path, "", "is named after no climate of this build")
             rows[path.stem] = spectra.read_psg(path)
             paired[keys[path.stem]] = path.stem
+            work.record("spectra.bin", path)
+    for path in sorted((work.raw / "spectra/psg").glob("*.parquet")) if psg_tables else ():
+        with work.tolerated("table of spectra left out"):
+            rows |= spectra.read_psg_table(path)
             work.record("spectra.bin", path)
     paired = {place: name for place, name in paired.items() if name in rows}
     albedo = np.array([a for a, _ in rows.values()], np.float32).reshape(len(rows), spectra.BINS)
@@ -183,23 +189,49 @@ def write_manifest(work: Work, summary: dict[str, Any]) -> None:
     (work.output / pack.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def build(raw: Path, output: Path, workers: int = 2) -> list[str]:
-    """Build the pack in ``output`` (emptied first if it is a pack) from ``raw``; returns what was left out and why."""
+def build(raw: Path, output: Path, workers: int = 2, psg_tables: bool = False) -> list[str]:
+    """Build the pack in ``output`` from ``raw``; returns what was left out and why.
+
+    A pack that is there already is replaced when the new one is complete: the work is done in ``<output>.part``.
+
+    Raises
+    ------
+    DataError
+        Nothing usable in ``raw``, or ``output`` is not empty and not a pack; what was there stays as it was.
+    """
     if not (raw / "climate").is_dir():
         raise DataError(raw, "climate", "folder absent; lay raw files out as docs/data.md describes")
-    if output.exists() and any(output.iterdir()):
-        if not (output / pack.MANIFEST).is_file():
-            raise DataError(output, "", "is not empty and not a packed dataset; nothing was changed")
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    work = Work(raw, output, workers)
+    if output.exists() and not output.is_dir():
+        raise DataError(output, "", "is a file, expected a folder; nothing was changed")
+    if output.exists() and any(output.iterdir()) and not (output / pack.MANIFEST).is_file():
+        raise DataError(output, "", "is not empty and not a packed dataset; nothing was changed")
+    part, old = (output.with_name(output.name + end) for end in (".part", ".old"))
+    for left in (part, old):  # by an interrupted build
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+    work = Work(raw, part, workers)
+    try:
+        _build(work, psg_tables)
+    except DataError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    if output.exists():
+        os.replace(output, old)
+    os.replace(part, output)
+    shutil.rmtree(old, ignore_errors=True)
+    return work.problems
+
+
+def _build(work: Work, psg_tables: bool) -> None:
+    """All files of the pack in ``work.output``."""
+    raw, output = work.raw, work.output
     climates = build_climates(work)
     if work.grid is None:
         raise DataError(raw / "climate", "", "no usable climate file: " + "; ".join(work.problems[:3]))
     organisms = build_networks(work)
     if not organisms:
         raise DataError(raw / "metabolic", "", "no usable network: " + "; ".join(work.problems[-3:]))
-    library = build_spectra(work, climates)
+    library = build_spectra(work, climates, psg_tables)
     pairs = build_pairs(output, climates, organisms, work.grid)
     build_text(work, climates, organisms, pairs)
     write_rows(output / "climates.csv", climates, ClimateRow)
@@ -213,7 +245,6 @@ def build(raw: Path, output: Path, workers: int = 2) -> list[str]:
         shutil.copyfile(licences, output / "LICENSES.md")
     counts = {"climates": len(climates), "organisms": len(organisms), "pairs": len(pairs)}
     write_manifest(work, {"counts": counts, "spectrum_names": library[0]})
-    return work.problems
 
 
 def main(arguments: list[str]) -> int:
@@ -228,10 +259,15 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the pack; replaced if it is one already")
     parser.add_argument("--workers", type=int, default=2, help="processes that read networks, at least 1 (default 2)")
+    parser.add_argument(
+        "--psg-tables",
+        action="store_true",
+        help="also pack the spectra of no climate in spectra/psg/*.parquet (needs astrobiogen[psg])",
+    )
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers: got {options.workers}, expected at least 1")
-    problems = build(options.raw, options.output, options.workers)
+    problems = build(options.raw, options.output, options.workers, options.psg_tables)
     counts = pack.read_manifest(options.output)["counts"]
     for problem in problems:
         sys.stdout.write(f"left out or masked: {problem}\n")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import re
 from pathlib import Path
 
 import numpy as np
-import pandas
 from numpy.typing import NDArray
 
 from astrobiogen.data.errors import DataError
@@ -31,7 +31,7 @@ LIBRARY: dict[str, tuple[str, int, int]] = {
 # Which climate has which spectrum: the 3.0 Ga Earth (no O2, 50 mbar CO2) and today's. All others have none.
 PAIRED = {("earth", 0): "archean_earth", ("earth", 2): "modern_earth"}
 
-
+_PSG_UNITS = {"GENERATOR-RANGEUNIT": "um", "GENERATOR-RADUNITS": "rif"}
 # words of a wavelength unit -> factor to micrometres
 _LENGTHS = ((("um", "micron", "microns"), 1.0), (("nm",), 1e-3), (("A", "Angstrom", "Angstroms"), 1e-4))
 
@@ -67,14 +67,17 @@ def read_spectrum(folder: Path, name: str) -> tuple[NDArray[np.float32], NDArray
 
 
 def _binned(
-    path: Path, wave: NDArray[np.float64], albedo: NDArray[np.float64]
+    path: Path, wave: NDArray[np.float64], albedo: NDArray[np.float64], where: str = ""
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    if wave.shape != albedo.shape:
+        raise DataError(path, f"{where}albedo", f"{albedo.size} values for {wave.size} wavelengths")
     if not np.isfinite(albedo).all() or not np.isfinite(wave).all():
-        raise DataError(path, "albedo", "holds non-finite values")
+        raise DataError(path, f"{where}albedo", "holds non-finite values")
     place = np.digitize(wave, wavelength_edges()) - 1
     inside = (place >= 0) & (place < BINS)
     if not inside.any():
-        raise DataError(path, "wavelength", f"{wave.min():.4g} to {wave.max():.4g} um, none in {WAVELENGTH_RANGE}")
+        reach = f"{wave.min():.4g} to {wave.max():.4g} um"
+        raise DataError(path, f"{where}wavelength", f"{reach}, none in {WAVELENGTH_RANGE}")
     count = np.bincount(place[inside], minlength=BINS)
     total = np.bincount(place[inside], weights=albedo[inside], minlength=BINS)
     return (total / np.maximum(count, 1)).astype(np.float32), count > 0
@@ -118,19 +121,50 @@ def read_psg(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     return _binned(path, table[:, 0] * scale, table[:, 1])
 
 
-def read_psg_parquet(path: Path, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Bin-mean albedo [256] and mask of one row of a table of PSG spectra (one spectrum per row, as the geexhp project
-    keeps them): a list column that begins with "wave" [um], and one that begins with "albedo" or "total [I/F". Needs
+def read_psg_table(path: Path) -> dict[str, tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    """Bin-mean albedo [256] and mask of every row of a Parquet table of PSG spectra, by ``<file name>:<row>``.
+
+    One spectrum per row, as the geexhp project keeps them: a column that begins with "wave" [um] and one that begins
+    with "albedo" or "total [i/f", each a list of numbers or a text of numbers with commas. Where the table has PSG's
+    ``GENERATOR-RANGEUNIT`` and ``GENERATOR-RADUNITS``, they must be "um" and "rif" (apparent albedo). Needs
     ``pyarrow``.
+
+    Raises
+    ------
+    DataError
+        pyarrow is absent, the file is unreadable, a column is absent, or a row has another unit, lists of different
+        length or values that are no finite numbers: names the row.
     """
     try:
-        table = pandas.read_parquet(path)
-    except ImportError as error:
-        raise DataError(path, "", "needs the package pyarrow: pip install pyarrow") from error
-    except (OSError, ValueError) as error:
-        raise DataError(path, "", f"cannot be read ({error})") from error
-    wave = next((c for c in table.columns if c.lower().startswith("wave")), None)
-    albedo = next((c for c in table.columns if c.lower().startswith(("albedo", "total [i/f"))), None)
-    if wave is None or albedo is None:
-        raise DataError(path, "wavelength, albedo", f"absent; the columns are {list(table.columns)[:8]}")
-    return _binned(path, np.asarray(table[wave].iloc[row], float), np.asarray(table[albedo].iloc[row], float))
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise DataError(path, "", "needs the package pyarrow: pip install 'astrobiogen[psg]'") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names: list[str] = file.schema_arrow.names
+            wave = next((c for c in names if c.lower().startswith("wave")), None)
+            albedo = next((c for c in names if c.lower().startswith(("albedo", "total [i/f"))), None)
+            if wave is None or albedo is None:
+                raise DataError(path, "wavelength, albedo", f"absent; the columns are {names[:8]}")
+            units = [c for c in _PSG_UNITS if c in names]
+            columns = file.read([wave, albedo, *units]).to_pydict()
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from them
+        if isinstance(error, DataError):
+            raise
+        raise DataError(path, "", f"is not a Parquet table ({error})") from error
+    found: dict[str, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
+    for k, (x, y) in enumerate(zip(columns[wave], columns[albedo], strict=True)):
+        for unit in units:
+            if columns[unit][k] != _PSG_UNITS[unit]:
+                raise DataError(path, f"row {k}, {unit}", f"is {columns[unit][k]!r}, expected {_PSG_UNITS[unit]!r}")
+        place = f"row {k}"
+        found[f"{path.stem}:{k}"] = _binned(path, _numbers(path, place, x), _numbers(path, place, y), f"{place}, ")
+    return found
+
+
+def _numbers(path: Path, place: str, value: object) -> NDArray[np.float64]:
+    """A list of numbers, or a text of them with commas."""
+    try:
+        return np.array(value.split(",") if isinstance(value, str) else value, np.float64).reshape(-1)
+    except (ValueError, TypeError) as error:
+        raise DataError(path, place, f"is no list of numbers ({error})") from error
