@@ -1,4 +1,11 @@
-"""Fetchers against a local server with small stored answers in the services' formats; no real service is asked."""
+"""Fetchers against a local server that sends recorded bodies (``recorded/README.md`` says whence); no real service is
+asked.
+
+Recorded: two systems of the Open Exoplanet Catalogue, BioModels' file list of one model and the SBML of another, a
+table of PSG spectra, a netCDF file. Of these no record was found, and they are written by hand: the listings of the
+ROCKE-3D and THAI sites (links as web servers write them), the answer of BioModels' search, and the header lines of
+the PSG answer, whose numbers are recorded.
+"""
 
 import csv
 import gzip
@@ -21,24 +28,12 @@ from astrobiogen.data.fetch.download import Web
 
 WEB = Web(timeout=5.0, retries=2, first_pause=0.01)
 PAGE = b"<!DOCTYPE html><html><body>Service temporarily unavailable</body></html>"
-# two systems in the catalogue's tags: a single star, and a planet around both stars of a binary
-SYSTEMS = b"""<systems>
-<system><name>TRAPPIST-1</name><distance errorminus="0.4">12.1</distance>
- <star><name>TRAPPIST-1</name><temperature>2559</temperature><mass>0.0802</mass><radius>0.117</radius>
-  <metallicity>0.04</metallicity><spectraltype>M8 V</spectraltype>
-  <planet><name>TRAPPIST-1 e</name><name>other</name><radius>0.0819</radius><mass>0.0008</mass><period>6.09957</period>
-   <discoverymethod>transit</discoverymethod><description>One of  seven.</description></planet>
-  <planet><name>TRAPPIST-1 f</name><radius>0.0932</radius><period>9.20648</period></planet></star></system>
-<system><name>Kepler-16</name><binary><star><name>A</name><mass>0.69</mass></star><star><name>B</name></star>
- <planet><name>Kepler-16 b</name><period>228.8</period></planet></binary></system>
-</systems>"""
-SBML = (
-    b'<?xml version="1.0"?><sbml xmlns="http://www.sbml.org/sbml/level2" level="2" version="1"><model id="m"/></sbml>'
-)
-SPECTRUM = (
-    b"# Spectral unit: Wavelength [um]\n# Radiance unit: I/F apparent albedo\n# Wave/freq Total Noise\n"
-    + b"".join(b"%.3f 0.3 0.01\n" % (0.3 + 0.001 * k) for k in range(2000))
-)
+RECORDED = Path(__file__).parent / "recorded"
+SYSTEMS = (RECORDED / "oec_systems.xml").read_bytes()
+FILES = (RECORDED / "biomodels_files_BIOMD0000001077.json").read_bytes()
+SBML = gzip.decompress((RECORDED / "BIOMD0000001064.xml.gz").read_bytes())
+SPECTRUM = (RECORDED / "psg_exo0_rif.txt").read_bytes()
+NETCDF = (RECORDED / "earth_g2_ts.nc").read_bytes()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -83,17 +78,20 @@ def test_catalogue(server: str, tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert run.main(["oec", "--raw", str(tmp_path), "--url", f"{server}/systems.xml.gz"], WEB) == 0
     assert "not been verified" in capsys.readouterr().err
     rows = read_catalogue(tmp_path / "tables/oec_planets.csv.gz")
-    assert set(rows) == {"TRAPPIST-1 e", "TRAPPIST-1 f", "Kepler-16 b"}
-    e = rows["TRAPPIST-1 e"]
-    assert (e["system"], e["st_teff_k"], e["pl_rad_jup"], e["pl_period_d"]) == (
-        "TRAPPIST-1",
-        "2559",
-        "0.0819",
-        "6.09957",
-    )
-    assert rows["Kepler-16 b"]["st_mass_sun"] == ""  # two stars: neither is "the" star
+    assert set(rows) == {"TRAPPIST-1 e", "TRAPPIST-1 h", "Kepler-16 (AB) b"}
+    assert rows["TRAPPIST-1 e"] == {
+        "name": "TRAPPIST-1 e", "system": "TRAPPIST-1", "distance_pc": "12.1", "st_teff_k": "2559",
+        "st_mass_sun": "0.0802", "st_rad_sun": "0.117", "st_met": "0.04", "st_age_gyr": "", "st_spt": "M8 V",
+        "pl_rad_jup": "0.0819", "pl_mass_jup": "0.0008", "pl_period_d": "6.099570", "pl_sma_au": "0.02818",
+        "pl_ecc": "0.007", "pl_teq_k": "251.3", "method": "transit", "year": "2017", "status": "Confirmed planets",
+    }  # fmt: skip
+    binary = rows["Kepler-16 (AB) b"]
+    assert binary["st_mass_sun"] == ""  # two stars: neither is "the" star
+    assert (binary["pl_period_d"], binary["status"]) == ("228.776", "Confirmed planets")
     with gzip.open(tmp_path / "text/oec_descriptions.jsonl.gz", "rt") as handle:
-        assert [json.loads(line)["text"] for line in handle] == ["One of seven."]
+        texts = [json.loads(line) for line in handle]
+    assert [t["planet"] for t in texts] == ["TRAPPIST-1 e", "Kepler-16 (AB) b"]
+    assert texts[1]["text"].startswith("Kepler-16 (AB) b is a circum-binary planet. It is orbiting two stars.")
     for body in (PAGE, gzip.compress(SYSTEMS)[:100], b"<systems></systems>", b""):
         with pytest.raises(data.DataError, match=r"systems\.xml"):
             oec.parse(body, "systems.xml")
@@ -105,25 +103,31 @@ def test_catalogue(server: str, tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_networks(server: str, tmp_path: Path) -> None:
-    files = {"main": [{"name": "notes.txt"}, {"name": "iX 1.xml", "fileSize": "10"}], "additional": []}
+    main = "Adlung2021 _model_jakstat_pa.xml"  # with the space that it has; the fourth file is .xml too but not main
     Server.answers |= {
-        "/model/files/MODEL1?format=json": (200, json.dumps(files).encode()),
-        "/model/download/MODEL1?filename=iX 1.xml": (200, SBML),
-        "/model/files/MODEL2?format=json": (200, json.dumps(files).encode()),
-        "/model/download/MODEL2?filename=iX 1.xml": (200, b"PK\x03\x04zip"),
+        "/model/files/BIOMD0000001077?format=json": (200, FILES),
+        f"/model/download/BIOMD0000001077?filename={main}": (200, SBML),
+        "/model/files/MODEL2?format=json": (200, FILES),
+        f"/model/download/MODEL2?filename={main}": (200, b"PK\x03\x04zip"),
         "/model/files/MODEL3?format=json": (200, b'{"main": []}'),
+        "/model/files/MODEL5?format=json": (200, PAGE),
         "/search?query=methanogen&numResults=100&format=json": (
             200,
             b'{"matches": 1, "models": [{"id": "MODEL1", "name": "iX"}]}',
         ),
     }
     assert biomodels.search("methanogen", WEB, server) == [{"id": "MODEL1", "name": "iX"}]
-    (path,) = biomodels.fetch(tmp_path, WEB, ["MODEL1"], server)
+    (path,) = biomodels.fetch(tmp_path, WEB, ["BIOMD0000001077"], server)
     assert gzip.decompress(path.read_bytes()) == SBML
     asked = len(Server.asked)
-    biomodels.fetch(tmp_path, WEB, ["MODEL1"], server)
+    biomodels.fetch(tmp_path, WEB, ["BIOMD0000001077"], server)
     assert len(Server.asked) == asked  # it is there already
-    for name, message in (("MODEL2", "is not SBML"), ("MODEL3", r"lists no \.xml"), ("MODEL4", "HTTP status 404")):
+    for name, message in (
+        ("MODEL2", "is not SBML"),
+        ("MODEL3", r"lists no \.xml"),
+        ("MODEL4", "HTTP status 404"),
+        ("MODEL5", "is a web page, not data"),
+    ):
         with pytest.raises(data.DataError, match=message):
             biomodels.fetch(tmp_path, WEB, [name], server)
         assert not (tmp_path / f"metabolic/sbml/{name}.xml.gz").exists()
@@ -131,14 +135,20 @@ def test_networks(server: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["rocke3d", "thai"])
 def test_climates_of_a_listing(server: str, tmp_path: Path, source: str) -> None:
-    xr.Dataset({"x": ("t", [1.0])}).to_netcdf(tmp_path / "x.nc", engine="netcdf4")
-    body = (tmp_path / "x.nc").read_bytes()
-    links = "".join(f'<a href="{n}">x</a>' for n in ("../", "X016.aij.nc", "X016.aijl.nc", "X032.aij.nc", "readme.txt"))
-    Server.answers |= {"/runs/": (200, f"<html>{links}</html>".encode()), "/runs/X016.aij.nc": (200, body),
-                       "/runs/X016.aijl.nc": (200, body), "/runs/X032.aij.nc": (200, PAGE)}  # fmt: skip
+    links = "".join(f'<a href="{n}">x</a>' for n in ("../", "AIJ/", "https://elsewhere.org/", "X016.aij.nc", "a.txt"))
+    below = "".join(f'<a href="{n}">x</a>' for n in ("/runs/", "X016.aijl.nc", "X032.aij.nc"))
+    Server.answers |= {
+        "/runs/": (200, f"<html>{links}</html>".encode()),
+        "/runs/AIJ/": (200, f"<html>{below}</html>".encode()),
+        "/runs/X016.aij.nc": (200, NETCDF),
+        "/runs/AIJ/X016.aijl.nc": (200, NETCDF),
+        "/runs/AIJ/X032.aij.nc": (200, PAGE),
+    }
     assert run.main([source, "--raw", str(tmp_path), "--url", f"{server}/runs/", "--pattern", "^X016"], WEB) == 0
     folder = tmp_path / f"climate-{source}"
     assert sorted(p.name for p in folder.iterdir()) == ["X016.aij.nc", "X016.aijl.nc"]
+    with xr.open_dataset(folder / "X016.aij.nc", decode_times=False) as dataset:
+        assert dataset["ts"].shape == (2, 32, 64)
     with pytest.raises(data.DataError, match=r"X032\.aij\.nc \[content\]: is a web page"):
         climates.fetch(source, tmp_path, WEB, "X032", f"{server}/runs/")
     assert sorted(p.name for p in folder.iterdir()) == ["X016.aij.nc", "X016.aijl.nc"]
@@ -154,7 +164,7 @@ def test_spectrum(server: str, tmp_path: Path) -> None:
     assert "type=rad" in Server.asked[0]
     assert "<OBJECT-NAME>TRAPPIST-1 e" in Server.asked[0]
     albedo, mask = read_psg(tmp_path / "spectra/psg/trappist1e_g1.txt")
-    assert albedo[mask] == pytest.approx(0.3)
+    assert albedo[mask][0] == pytest.approx(2.5e-2, rel=0.03)
     config.write_text("<GENERATOR-RADUNITS>Wsrm2um\n")
     with pytest.raises(data.DataError, match="expected 'rif'"):
         run.main(["psg", "--raw", str(tmp_path), "--url", f"{server}/api.php", str(config)], WEB)
@@ -188,8 +198,8 @@ def test_truncated_and_busy_services(server: str, tmp_path: Path) -> None:
         (b"# Spectral unit: Wavelength [um]\n# Radiance unit: W/m2\n# Wave/freq Total\n1 2\n", r"\[Radiance unit\]"),
         (SPECTRUM.replace(b"Total", b"Planet"), r"\[Total\]"),
         (SPECTRUM + b"0.5 oops 1\n", "no row of numbers"),
-        (SPECTRUM.replace(b" 0.3 ", b" nan ", 1), "non-finite"),
-        (SPECTRUM.split(b"0.300")[0], "holds no rows"),
+        (SPECTRUM.replace(b" 2.53908e-02 ", b" nan ", 1), "non-finite"),
+        (SPECTRUM.split(b"4.5")[0], "holds no rows"),
     ],
 )
 def test_bad_spectra(tmp_path: Path, text: bytes, message: str) -> None:

@@ -39,17 +39,26 @@ class _Links(html.parser.HTMLParser):
             self.found.append(target)
 
 
+def _targets(url: str, web: Web) -> list[str]:
+    """Absolute links of a page."""
+    page = _Links()
+    page.feed(web.get(url).decode("utf-8", errors="replace"))
+    return [urllib.parse.urljoin(url, target) for target in page.found]
+
+
 def listing(url: str, web: Web, pattern: str) -> list[str]:
-    """URLs of the ``.nc`` files on the page ``url`` whose name matches ``pattern``, in its order.
+    """URLs of the ``.nc`` files on the page ``url``, and in the folders that it lists below itself, whose name matches
+    ``pattern``, in the pages' order.
 
     Raises
     ------
     DataError
         No answer, or none matches.
     """
-    page = _Links()
-    page.feed(web.get(url).decode("utf-8", errors="replace"))
-    every = [urllib.parse.urljoin(url, target) for target in page.found]
+    every = _targets(url, web)
+    # ROCKE-3D sorts by kind of file (AIJ/, AIJL/, ...); links up the tree or elsewhere are not followed
+    for folder in dict.fromkeys(u for u in every if u.endswith("/") and u.startswith(url) and u != url):
+        every += _targets(folder, web)
     files = [u for u in every if urllib.parse.urlparse(u).path.endswith((".nc", ".nc4"))]
     chosen = [u for u in files if re.search(pattern, urllib.parse.urlparse(u).path.rsplit("/", 1)[-1])]
     if not chosen:
