@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections import Counter
@@ -26,6 +27,8 @@ _COLOURS = {
     "new_both": "#aa3377",
 }  # fmt: skip
 _BALANCED = 2.0  # W/m2
+_WORLD = (0.0, 360.0, -90.0, 90.0)  # degrees: left, right, bottom, top of a map
+_NAMED_SPECTRA = 12  # more of them are drawn without names
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -43,33 +46,33 @@ def plot_maps(pack: Pack, folder: Path) -> None:
     spec = pack.spec
     shape = (spec.months, len(spec.levels), len(spec.latitudes), len(spec.longitudes))
     rows = [c for c in pack.climates if (c.planet, c.epoch) in _MAPPED] or list(pack.climates[:3])
-    figure = _figure(15, 2.7 * len(rows))
+    figure = _figure(15, 2.6 * len(rows) + 0.4)
     axes = figure.subplots(len(rows), 4, squeeze=False)
-    extent = (0.0, 360.0, -90.0, 90.0)
     for line, row in zip(axes, rows, strict=True):
         codes = cubes.read_codes(pack.contents(row.cube_file), shape)
         ta, hus = (cubes.value_table(v, int(codes[v].max()) + 1)[codes[v]].mean(axis=0) for v in cubes.VARIABLES)
         ts, sic = cubes.read_surface(pack.root / row.surface_file, *shape[:1], *shape[2:])
         label = ts.mean(axis=0)
         low, high = min(ta[-1].min(), label.min()), max(ta[-1].max(), label.max())
-        fields = ((ta[-1], "input: lowest-level T [K]", "magma"),
-                  (1000.0 * hus[-1], "input: humidity [g/kg]", "YlGnBu"),
-                  (label, "label segment: surface T [K]", "magma"))  # fmt: skip
-        for axis, (field, title, colours) in zip((line[0], line[1], line[3]), fields, strict=True):
-            limits = {"vmin": low, "vmax": high} if colours == "magma" else {}
-            picture = axis.imshow(field, extent=extent, aspect="auto", cmap=colours, **limits)
-            axis.set_title(title, fontsize=9)
-            axis.set_xticks((0, 90, 180, 270, 360))
-            axis.set_yticks((-90, -45, 0, 45, 90))
+        fields = ((ta[-1], "magma", low, high), (1000.0 * hus[-1], "YlGnBu", 0.0, None), (label, "magma", low, high))
+        for axis, (field, colours, least, most) in zip((line[0], line[1], line[3]), fields, strict=True):
+            picture = axis.imshow(field, extent=_WORLD, aspect="auto", cmap=colours, vmin=least, vmax=most)
+            axis.set(xticks=(0, 90, 180, 270, 360), yticks=(-90, -45, 0, 45, 90))
             figure.colorbar(picture, ax=axis)
         section = line[2].contourf(spec.latitudes, spec.levels, ta.mean(axis=2), levels=16, cmap="magma")
+        line[2].set(xticks=(-90, -45, 0, 45, 90), xlim=(-90, 90), ylabel="p / surface pressure")
         line[2].invert_yaxis()
-        line[2].set_title("input: zonal mean T [K] over latitude and sigma", fontsize=9)
         figure.colorbar(section, ax=line[2])
         ice = sic.mean(axis=0)
         if ice.min() < labels.ICE_LIMIT < ice.max():
             line[3].contour(spec.longitudes, spec.latitudes, ice, levels=[labels.ICE_LIMIT], colors="w")
-        line[0].set_ylabel(f"{row.catalogue_name}, epoch {row.epoch}")
+        line[0].set_ylabel(f"{row.catalogue_name}, epoch {row.epoch}\nlatitude")
+    titles = ("input: temperature, lowest level [K]", "input: humidity, lowest level [g/kg]",
+              "input: zonal mean temperature [K]", "label: surface temperature [K], ice edge white")  # fmt: skip
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    for axis, name in zip(axes[-1], ("longitude", "longitude", "latitude", "longitude"), strict=True):
+        axis.set_xlabel(name)
     _save(figure, folder / "maps.png")
 
 
@@ -82,17 +85,18 @@ def plot_graphs(pack: Pack, folder: Path) -> None:
         degrees = np.concatenate(
             [np.bincount(g["edge_index"].flatten().numpy())[g["node_type"].numpy() == kind] for g in graphs]
         )
-        counts = np.bincount(degrees)
-        known = np.flatnonzero(counts)
-        left.loglog(known[known > 0], counts[known[known > 0]] / len(graphs), ".", label=name)
-    left.set(xlabel="degree (cofactors: hundreds)", ylabel="nodes per network", title="degree distribution")
+        # by powers of sqrt(2): single degrees above ten hold less than one node per network
+        edges = np.unique(np.ceil(np.sqrt(2.0) ** np.arange(2 * math.log2(degrees.max() + 1) + 2)))
+        counts, _ = np.histogram(degrees, edges)
+        density, middles = counts / np.diff(edges) / len(graphs), np.sqrt(edges[:-1] * (edges[1:] - 1))
+        left.loglog(middles[counts > 0], density[counts > 0], "o-", ms=4, lw=1, label=name)
+    left.set(xlabel="degree", ylabel="nodes per network and degree", title="degrees (the highest: water, protons, ATP)")
     left.legend(frameon=False)
-    for domain in sorted({o.domain for o in pack.organisms}):
-        chosen = [o for o in pack.organisms if o.domain == domain]
+    domains = sorted({o.domain for o in pack.organisms}, key="BEA".find)  # the many first, so that they hide no others
+    for domain, mark in zip(domains, itertools.cycle("osD")):
+        sizes = [(o.metabolites, o.reactions) for o in pack.organisms if o.domain == domain]
         name = {"A": "archaea", "B": "bacteria", "E": "eukaryotes"}.get(domain, domain)
-        right.scatter(
-            [o.metabolites for o in chosen], [o.reactions for o in chosen], s=16, label=f"{name} ({len(chosen)})"
-        )
+        right.scatter(*zip(*sizes, strict=True), s=18, marker=mark, label=f"{name} ({len(sizes)})")
     right.set(xlabel="metabolites", ylabel="reactions", title=f"{len(graphs)} networks")
     right.legend(frameon=False)
     _save(figure, folder / "networks.png")
@@ -113,10 +117,11 @@ def plot_labels(pack: Pack, folder: Path) -> None:
     left.set(xlabel="organisms, cold- to heat-loving", ylabel="climates, cold to warm", title="S of every pair")
     figure.colorbar(picture, ax=left)
     present = [cell for cell in splits.CELLS if any(p.cell == cell for p in pack.pairs)]
-    values = [[p.fraction for p in pack.pairs if p.cell == cell] for cell in present]
+    values = [[p.fraction for p in pack.pairs if p.cell == cell and p.fraction > 0] for cell in present]
+    none = sum(p.fraction == 0 for p in pack.pairs)
     middle.hist(values, bins=30, stacked=True, color=[_COLOURS[c] for c in present], label=present)
     middle.axvline(pack.spec.class_threshold, color="k", ls="--", lw=1, label="class 1 from here")
-    middle.set(xlabel="S", ylabel="pairs", title="distribution of S by cell")
+    middle.set(xlabel="S", ylabel="pairs", title=f"S by cell; {none} pairs of S = 0 are not shown")
     middle.legend(frameon=False, fontsize=8)
     colours = ["C0" if o.niche_source.startswith("Corkrey") else "C1" for o in ordered]
     right.hlines(range(len(ordered)), [o.niche_low for o in ordered], [o.niche_high for o in ordered], colors=colours)
@@ -170,15 +175,23 @@ def plot_climates(pack: Pack, folder: Path) -> None:
 
 
 def plot_spectra(pack: Pack, folder: Path) -> None:
-    """The albedo spectra; thick ones are paired with a climate."""
+    """The albedo spectra, those that are paired with a climate and the rest of the library."""
     contents = pack.contents("spectra.bin")
-    figure = _figure(9, 4)
-    axis = figure.subplots()
+    figure = _figure(11, 3.8)
+    left, right = figure.subplots(1, 2, sharey=True)
     paired = set(contents.attributes["paired"].values())
-    for name, albedo in zip(contents.attributes["names"], contents.arrays["albedo"], strict=True):
-        axis.plot(pack.spec.wavelengths, albedo, lw=2.0 if name in paired else 0.6, label=name)
-    axis.set(xlabel="wavelength [um]", ylabel="albedo", title="thick: paired with a climate")
-    axis.legend(fontsize=7, ncols=2, frameon=False)
+    named = len(contents.attributes["names"]) - len(paired) <= _NAMED_SPECTRA
+    arrays = (contents.attributes["names"], contents.arrays["albedo"], contents.arrays["mask"])
+    for name, albedo, mask in zip(*arrays, strict=True):
+        values, axis = np.where(mask, albedo, math.nan), left if name in paired else right
+        style = {"label": name.replace("_", " ")} if named or axis is left else {"color": "0.5", "alpha": 0.3}
+        axis.plot(pack.spec.wavelengths, values, lw=1.6 if axis is left else 0.9, **style)
+    for axis, title in ((left, "of a climate"), (right, "of no climate")):
+        axis.set(xlabel="wavelength [um]", title=title)
+        if axis.get_legend_handles_labels()[0]:
+            place = {"loc": "upper right"} if axis is left else {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+            axis.legend(fontsize=8, frameon=False, **place)
+    left.set_ylabel("albedo")
     _save(figure, folder / "spectra.png")
 
 
