@@ -32,7 +32,9 @@ def usage() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a subcommand; a data problem or a missing optional package is one line on standard error and status 2."""
+    """Run a subcommand; a data problem, a missing optional package, or a file or folder that the system refuses is one
+    line on standard error and status 2.
+    """
     if arguments[:1] in (["-h"], ["--help"]):
         sys.stdout.write(usage())
         return 0
@@ -50,6 +52,11 @@ def main(arguments: list[str]) -> int:
         return 2
     except DataError as error:
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

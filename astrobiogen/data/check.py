@@ -272,6 +272,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--pairs", type=int, default=20, help="how many pairs with --raw (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="which pairs with --raw (default 0)")
     options = parser.parse_args(arguments)
+    if options.pairs < 1:
+        parser.error(f"--pairs: got {options.pairs}, expected at least 1")
     root = options.folder
     problems = check(root)
     if options.raw is not None and not problems:
@@ -280,7 +282,7 @@ def main(arguments: list[str]) -> int:
     for problem in problems:
         sys.stdout.write(f"PROBLEM {problem}\n")
     if problems:
-        sys.stdout.write(f"{root}: {len(problems)} problems\n")
+        sys.stdout.write(f"{root}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n")
         return 1
     counts = read_manifest(root).get("counts", {})
     sys.stdout.write(f"{root}: sound ({', '.join(f'{n} {what}' for what, n in counts.items())})\n")

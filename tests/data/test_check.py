@@ -206,3 +206,9 @@ def test_missing_folder_and_usage(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([]) == 2
     assert main(["check", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["check", "--raw", str(tmp_path), "--pairs", "-3"])
+    assert "--pairs: got -3, expected at least 1" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["describe", "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {tmp_path / 'file'}: File exists"

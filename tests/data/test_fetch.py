@@ -168,8 +168,13 @@ def test_spectrum(server: str, tmp_path: Path) -> None:
     config.write_text("<GENERATOR-RADUNITS>Wsrm2um\n")
     with pytest.raises(data.DataError, match="expected 'rif'"):
         run.main(["psg", "--raw", str(tmp_path), "--url", f"{server}/api.php", str(config)], WEB)
+    radiance = (RECORDED / "psg_exo0_rif.txt").read_bytes().replace(b"I/F [apparent albedo]", b"Spectral radiance")
+    Server.answers["/api.php"] = (200, radiance)
     other = tmp_path / "earth_g0.cfg"
     other.write_text("<GENERATOR-RADUNITS>rif\n")
+    with pytest.raises(data.DataError, match=r"cannot be used: \[Radiance unit\] is 'Spectral radiance'"):
+        run.main(["psg", "--raw", str(tmp_path), "--url", f"{server}/api.php", str(other)], WEB)
+    assert not (tmp_path / "spectra/psg/earth_g0.txt").exists()
     Server.answers["/api.php"] = (200, b"ERROR: the limit of requests was reached")
     with pytest.raises(data.DataError, match="limit of requests"):
         run.main(["psg", "--raw", str(tmp_path), "--url", f"{server}/api.php", str(other)], WEB)

@@ -67,7 +67,7 @@ def read_spectrum(folder: Path, name: str) -> tuple[NDArray[np.float32], NDArray
 
 
 def _binned(
-    path: Path, wave: NDArray[np.float64], albedo: NDArray[np.float64], where: str = ""
+    path: Path | str, wave: NDArray[np.float64], albedo: NDArray[np.float64], where: str = ""
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     if wave.shape != albedo.shape:
         raise DataError(path, f"{where}albedo", f"{albedo.size} values for {wave.size} wavelengths")
@@ -95,10 +95,18 @@ def read_psg(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         Unreadable, an error message instead of a spectrum, another unit, or non-finite values.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        body = path.read_bytes()
     except OSError as error:
         raise DataError(path, "", f"cannot be read ({error})") from error
-    notes = {k.strip("# ").lower(): v for k, _, v in (line.partition(":") for line in lines if line.startswith("#"))}
+    return parse_psg(path, body)
+
+
+def parse_psg(path: Path | str, body: bytes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """``read_psg`` of the bytes of an answer; ``path`` is for messages."""
+    lines = body.decode("utf-8", errors="replace").splitlines()
+    notes = {
+        k.strip("# ").lower(): v.strip() for k, _, v in (line.partition(":") for line in lines if line.startswith("#"))
+    }
     header = next((line for line in lines if line.lower().startswith("# wave")), None)
     if header is None:
         raise DataError(path, "# Wave/freq", f"no such header line; the file begins with {lines[:1]}")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.fetch.download import Web, looks_like_a_page, sbml
+from astrobiogen.data.fetch.download import Web, keep, looks_like_a_page, sbml
 
 URL = "https://www.ebi.ac.uk/biomodels"
 
@@ -63,8 +62,5 @@ def fetch(raw: Path, web: Web, identifiers: list[str], base: str = URL) -> list[
         body = web.get(url)
         if problem := sbml(body):
             raise DataError(url, "content", problem)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(gzip.compress(body, mtime=0))
-        os.replace(part, path)
+        keep(path, gzip.compress(body, mtime=0))
     return made

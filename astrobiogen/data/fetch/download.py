@@ -72,11 +72,16 @@ class Web:
         body = self.get(url, form)
         if problem := check(body):
             raise DataError(url, "content", problem)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(body)
-        os.replace(part, path)
+        keep(path, body)
         return hashlib.sha256(body).hexdigest()
+
+
+def keep(path: Path, body: bytes) -> None:
+    """Write ``path`` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(body)
+    os.replace(part, path)
 
 
 def looks_like_a_page(body: bytes) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.fetch.download import Web, looks_like_a_page
+from astrobiogen.data.fetch.download import Web, keep, looks_like_a_page
 
 URL = "https://github.com/OpenExoplanetCatalogue/oec_gzip/raw/master/systems.xml.gz"
 COLUMNS: tuple[str, ...] = (
@@ -88,6 +88,5 @@ def fetch(raw: Path, web: Web, url: str = URL) -> list[Path]:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
     made = {raw / "tables/oec_planets.csv.gz": table.getvalue(), raw / "text/oec_descriptions.jsonl.gz": lines}
     for path, text in made.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(text.encode(), mtime=0))
+        keep(path, gzip.compress(text.encode(), mtime=0))
     return list(made)

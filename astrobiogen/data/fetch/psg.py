@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from astrobiogen.data.builders.spectra import read_psg
+from astrobiogen.data.builders.spectra import parse_psg
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.fetch.download import Web, looks_like_a_page
 
@@ -17,10 +17,14 @@ UNITS = "<GENERATOR-RADUNITS>"
 
 
 def answer(body: bytes) -> str:
-    """Content check: a table with its header; a message of the service is quoted."""
-    if b"# Wave" in body or b"# WAVE" in body:
-        return ""
-    return looks_like_a_page(body) or f"holds no spectrum: {body[:120].decode('utf-8', errors='replace')!r}"
+    """Content check: a spectrum that ``build`` can read; a message of the service is quoted."""
+    if b"# Wave" not in body and b"# WAVE" not in body:
+        return looks_like_a_page(body) or f"holds no spectrum: {body[:120].decode('utf-8', errors='replace')!r}"
+    try:
+        parse_psg("answer", body)
+    except DataError as error:
+        return f"cannot be used: [{error.field}] {error.problem}"
+    return ""
 
 
 def configuration(path: Path) -> str:
@@ -43,6 +47,5 @@ def fetch(raw: Path, web: Web, configurations: list[Path], url: str = URL) -> li
     for config in configurations:
         path = raw / "spectra/psg" / f"{config.stem}.txt"
         web.save(url, path, answer, form={"type": "rad", "file": configuration(config)})
-        read_psg(path)  # refuses other units before a build would
         made.append(path)
     return made
