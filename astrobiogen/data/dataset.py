@@ -56,6 +56,13 @@ class Sample:
     fraction: float
     metadata: dict[str, Any]
 
+    @property
+    def has_climate(self) -> bool:
+        """Whether there is any epoch; reads none."""
+        if isinstance(self.epochs, LazyEpochs):
+            return any(self.epochs.present)
+        return any(epoch is not None for epoch in self.epochs)
+
 
 @dataclass(frozen=True)
 class PlanetEntry:

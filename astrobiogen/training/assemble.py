@@ -207,8 +207,8 @@ class TermCounts:
         """Whether sample `index` has a climate, has a graph, and its predicted tokens (all but the first)."""
         if index not in self._known:
             sample = self._samples[index]
-            climate = any(self._samples.store.planets[self._samples.pairs[index].climate].epochs.present)
-            self._known[index] = climate, sample.graph is not None, max(sample.input_ids.numel() - 1, 0)
+            tokens = max(sample.input_ids.numel() - 1, 0)
+            self._known[index] = sample.has_climate, sample.graph is not None, tokens
         return self._known[index]
 
 
