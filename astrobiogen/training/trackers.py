@@ -1,7 +1,9 @@
 """Optional trackers: TensorBoard events, Weights & Biases, trackio. log.jsonl stays the record, these are copies."""
 
+import contextlib
 import importlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -86,11 +88,21 @@ class Wandb:
 
 
 class Trackio:
-    """A trackio run in its local SQLite store; nothing leaves the machine."""
+    """A trackio run in its local SQLite store (`$TRACKIO_DIR`, by default in Hugging Face's cache); nothing leaves the
+    machine. What it prints goes to stderr: stdout is for results.
+    """
 
     def __init__(self, folder: Path, config: MonitorConfig, settings: dict[str, Any]) -> None:
         self._library = _library("trackio", "trackio", "trackio")
-        self._library.init(project=config.project, name=folder.name, config=settings, resume="allow")
+        with contextlib.redirect_stdout(sys.stderr):
+            self._library.init(
+                project=config.project,
+                name=folder.name,
+                config=settings,
+                resume="allow",
+                auto_log_gpu=False,  # NVML's readings come with our records
+                auto_log_cpu=False,
+            )
 
     def log(self, values: dict[str, float], step: int) -> None:
         """One row."""
@@ -98,7 +110,8 @@ class Trackio:
 
     def close(self) -> None:
         """Write what is left."""
-        self._library.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            self._library.finish()
 
 
 def open_trackers(folder: Path, config: MonitorConfig, settings: dict[str, Any]) -> dict[str, Tracker]:
