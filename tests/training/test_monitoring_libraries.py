@@ -74,7 +74,7 @@ with Monitor(Path(sys.argv[1]), MonitorConfig(progress="plain")) as monitor:
 
 def run(script: str, *arguments: str, **environment: str) -> str:
     """Standard error of a process with no way out to the network."""
-    closed = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    closed = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     everything = os.environ | closed | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | environment
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=everything, text=True, capture_output=True, timeout=120, check=False)
