@@ -12,6 +12,7 @@ from pathlib import Path
 
 from astrobiogen.training import cli, plan, run_folder, runtime, session
 from astrobiogen.training.distributed import World, launched_rank
+from astrobiogen.training.errors import UserError
 
 
 @dataclasses.dataclass
@@ -31,7 +32,12 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
     cuda = runtime.choose_device(options.config.runtime.device).type == "cuda"
     with World.join(options.config.distributed.timeout_minutes, cuda) as world:
         place.folder = world.on_main(lambda: _folder(options))
-        return session.train(options.config, place.folder, bool(options.resume), world)
+        try:
+            return session.train(options.config, place.folder, bool(options.resume), world)
+        except UserError:
+            if world.main and not options.resume:
+                run_folder.discard_unbegun(place.folder)
+            raise
 
 
 def _find_learning_rate(options: cli.Options, place: _Place) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import os
 import sys
@@ -104,7 +105,16 @@ def _parsed(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> js
     try:
         return parser.parse_args(list(arguments))
     except jsonargparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split()) + _meant(parser, str(error))) from error
+
+
+def _meant(parser: jsonargparse.ArgumentParser, message: str) -> str:
+    """The option that an unknown one is most like, if any is."""
+    _, found, rest = message.partition("nrecognized arguments: ")
+    wrong = rest.split()[0].partition("=")[0] if found and rest.split() else ""
+    known = [name for action in parser._actions for name in action.option_strings]
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; --help lists all options" if wrong else ""
 
 
 def _as_config(parser: jsonargparse.ArgumentParser, values: jsonargparse.Namespace) -> TrainConfig:

@@ -60,6 +60,21 @@ def create(output: str, preset: str) -> Path:
     return folder
 
 
+def discard_unbegun(folder: Path) -> None:
+    """Take back a run folder in which no training began, so that the command, put right, can use its name. Only what
+    the beginning of a run writes is deleted; with anything else in it the folder stays.
+    """
+    names = {CONFIG, ENVIRONMENT, LOCK, "log.jsonl", "train.log"}
+    parts = [folder, *folder.glob("process-*")]
+    files = [path for part in parts for path in part.iterdir() if path not in parts]
+    if any(path.name not in names or not path.is_file() for path in files):
+        return
+    for path in files:
+        path.unlink()
+    for part in reversed(parts):
+        part.rmdir()
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """The run folder for this process alone, until it ends, however it ends.

@@ -176,3 +176,17 @@ def test_help_and_printed_config(capsys: pytest.CaptureFixture[str], tmp_path: P
     file = tmp_path / "printed.yaml"
     file.write_text(capsys.readouterr().out)
     assert cli.parse(["--config", str(file)]).config == dataclasses.replace(config.preset("small"), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--optimizer.learning_rte", "did you mean --optimizer.learning_rate?"),
+        ("--find_lr", "did you mean --find-lr?"),
+        ("--xyzzy", "--help lists all options"),
+    ],
+)
+def test_unknown_options_name_the_nearest_one(option: str, hint: str) -> None:
+    for arguments in ([option, "1"], [f"{option}=1"]):
+        with pytest.raises(UserError, match=re.escape(hint)):
+            cli.parse(arguments)

@@ -309,3 +309,20 @@ def test_learning_rate_finder(
     assert train.main([*OPTIONS, "--find-lr", "--output", str(tmp_path / "lr")]) == 0
     assert "Suggested peak: --optimizer.learning_rate 1.0e-03" in capsys.readouterr().out
     assert {"lr_finder.json", "lr_finder.png"} <= {path.name for path in (tmp_path / "lr").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--data.path", "/nonexistent"], ["--model.cnn_config.dept", "3"]], ids=["no data", "unknown key"]
+)
+def test_a_run_that_never_began_leaves_no_folder(
+    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert train.main([*OPTIONS, *wrong, "--output", str(folder)]) != 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "log.jsonl").touch()
+    (folder / "notes.txt").touch()
+    run_folder.discard_unbegun(folder)
+    assert {path.name for path in folder.iterdir()} == {"log.jsonl", "notes.txt"}
