@@ -228,3 +228,32 @@ def test_a_numerical_stop_writes_the_samples_down(make_run: MakeRun, tmp_path: P
     report = json.loads((tmp_path / "nonfinite_report.json").read_text())
     assert [update["batches"] for update in report["updates"]] == [order[:4], order[4:]]
     assert report["updates"][0]["means"]["loss"] == "nan"
+
+
+def test_early_stopping_goes_on_counting_after_a_resume(make_run: MakeRun) -> None:
+    """All of `Progress` is in the checkpoint; patience ends a resumed run in the epoch in which it ends a whole one."""
+    config = toy_config(epochs=12, stop=StopConfig(patience=2), optimizer=DIVERGING)
+    whole = make_run(config, "whole")
+    whole.trainer.fit()
+    assert whole.trainer.progress.stopped.startswith("early: no better")
+    first = make_run(config, "part")
+    task = first.trainer.task
+    seen = 0
+
+    def counting(samples: list[Any]) -> dict[str, Any]:
+        nonlocal seen
+        seen += 1
+        if seen == 10:  # in the second epoch
+            first.interrupt.received = "SIGTERM"
+        return collate(samples)
+
+    first.trainer.task = dataclasses.replace(task, collate=counting)
+    assert not first.trainer.fit()
+    second = make_run(config, "part")
+    assert second.trainer.saver.resume()
+    assert second.trainer.progress == dataclasses.replace(
+        first.trainer.progress, seconds=second.trainer.progress.seconds
+    )
+    second.trainer.fit()
+    for name in ("epoch", "step", "best", "best_epoch", "bad_epochs", "stopped"):
+        assert getattr(second.trainer.progress, name) == getattr(whole.trainer.progress, name), name
