@@ -5,7 +5,8 @@
 // logits in place and multiplies it twice; both products accumulate in fp32 (fp64 for fp64). The vocabulary is the outer loop: a tile of the
 // weight, and of its gradient, stays in the cache while all tokens pass.
 //
-// bf16 and fp16 go through fp32 tiles: fp32 GEMMs are exact on them, and machines without bf16 units run the half-precision GEMM ~50x slower.
+// bf16 on CPUs that multiply it in hardware has tiles of bf16 (the backward is in linear_cross_entropy_bf16.cpp). Elsewhere bf16, and fp16 everywhere, go
+// through fp32 tiles: fp32 GEMMs are exact on them, and machines without such units run the half-precision GEMM ~50x slower.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -26,6 +27,7 @@
 #include "common/math.h"
 #include "common/simd.h"
 #include "linear_cross_entropy.h"
+#include "linear_cross_entropy_gemm.h"
 
 namespace astrobiogen::linear_cross_entropy {
 
@@ -49,9 +51,10 @@ struct Running {
   T sum;      // of z
 };
 
-template <typename T>
+// `Z`: the dtype of the tile; `T`: of the sums, float or double.
+template <typename T, typename Z>
 struct Statistics {
-  const T* logits;  // [tokens, columns]
+  const Z* logits;  // [tokens, columns]
   const int64_t* target;
   Running<T>* running;
   T* target_logit;
@@ -73,13 +76,7 @@ struct Slope {
   Options options;
 };
 
-// Eight lanes at a time in the loops: GCC 12 lowers comparisons of 64-byte vectors to scalar code on AVX2 (forward +
-// backward at 512 x 512 x 32,000: 1.18 s with them, 0.92 s without).
 ASTRO_INLINE simd::f32x8 capped(simd::f32x8 z, float softcap) {
-  return softcap > 0.0f ? softcap * simd::tanh(z / softcap) : z;
-}
-
-ASTRO_INLINE simd::f32x16 capped(simd::f32x16 z, float softcap) {
   return softcap > 0.0f ? softcap * simd::tanh(z / softcap) : z;
 }
 
@@ -96,45 +93,21 @@ ASTRO_INLINE T shift_to(Running<T>& r, T maximum) {
   return shift;
 }
 
-ASTRO_INLINE void statistics_row(const Statistics<float>& a, int64_t row) {
-  using namespace simd;
-  const float* z = a.logits + row * a.columns;
-  const float lowest = -std::numeric_limits<float>::infinity();
-  const int64_t whole = a.columns - a.columns % kLanes, rest = a.columns - whole;
+template <Level L, typename Z>
+ASTRO_INLINE void statistics_row(const Statistics<float, Z>& a, int64_t row) {
+  const Z* z = a.logits + row * a.columns;
   Running<float>& r = a.running[row];
-  f32x8 high[2] = {splat8(lowest), splat8(lowest)};
-  for (int64_t j = 0; j < whole; j += kLanes)
-    for (int64_t half = 0; half < 2; ++half) {
-      const f32x8 v = load8(z + j + half * kHalfLanes);
-      high[half] = v > high[half] ? v : high[half];
-    }
-  float maximum = lowest;
-  for (int64_t lane = 0; lane < kHalfLanes; ++lane) maximum = std::max(maximum, std::max(high[0][lane], high[1][lane]));
-  for (int64_t j = whole; j < a.columns; ++j) maximum = std::max(maximum, z[j]);
-  if (a.softcap > 0.0f) maximum = capped(splat(maximum), a.softcap)[0];  // the cap is monotonic
-  const float shift = shift_to(r, maximum);
-  f32x8 sums[2] = {}, totals[2] = {};
-  for (int64_t j = 0; j < whole; j += kLanes)
-    for (int64_t half = 0; half < 2; ++half) {
-      const f32x8 v = capped(load8(z + j + half * kHalfLanes), a.softcap);
-      sums[half] += exp_nonpositive(v - shift);
-      totals[half] += v;
-    }
-  f32x16 sum_exp = join(sums[0], sums[1]), total = join(totals[0], totals[1]);
-  if (rest > 0) {
-    const f32x16 v = capped(load_partial(z + whole, rest), a.softcap);
-    f32x16 e = exp(v - shift);
-    for (int64_t lane = rest; lane < kLanes; ++lane) e[lane] = 0.0f;
-    sum_exp += e;
-    total += v;  // capped(0) = 0 in the lanes past the end
-  }
-  r.sum_exp += sum(sum_exp);
-  r.sum += sum(total);
+  const RowSums sums = row_sums<kWidth<L>>(z, a.columns, a.softcap);
+  const float shift = shift_to(r, sums.maximum);
+  r.sum_exp += static_cast<float>(sums.sum_exp) * std::exp(sums.shift() - shift);
+  r.sum += static_cast<float>(sums.total);
   const int64_t column = a.target[row] - a.first;
-  if (column >= 0 && column < a.columns) a.target_logit[row] = capped(splat(z[column]), a.softcap)[0];
+  if (column >= 0 && column < a.columns) a.target_logit[row] = capped(simd::splat8(static_cast<float>(z[column])), a.softcap)[0];
 }
 
-ASTRO_INLINE void statistics_row(const Statistics<double>& a, int64_t row) {
+// fp64 serves gradient checks: plain loops, whatever the level.
+template <Level>
+ASTRO_INLINE void statistics_row(const Statistics<double, double>& a, int64_t row) {
   const double* z = a.logits + row * a.columns;
   Running<double>& r = a.running[row];
   double maximum = -std::numeric_limits<double>::infinity();
@@ -191,30 +164,18 @@ ASTRO_INLINE void slope_row(const Slope<T>& a, int64_t row) {
 }
 
 struct StatisticsRows {
-  template <Level L>
-  static ASTRO_INLINE void run(const Statistics<float>& a, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) statistics_row(a, row);
+  template <Level L, typename T, typename Z>
+  static ASTRO_INLINE void run(const Statistics<T, Z>& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) statistics_row<L>(a, row);
   }
 };
 
 struct SlopeRows {
-  template <Level L>
-  static ASTRO_INLINE void run(const Slope<float>& a, int64_t begin, int64_t end) {
+  template <Level L, typename T>
+  static ASTRO_INLINE void run(const Slope<T>& a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) slope_row(a, row);
   }
 };
-
-void statistics_rows(const Statistics<float>& a, int64_t begin, int64_t end) { dispatch<StatisticsRows>(a, begin, end); }
-
-void slope_rows(const Slope<float>& a, int64_t begin, int64_t end) { dispatch<SlopeRows>(a, begin, end); }
-
-void statistics_rows(const Statistics<double>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) statistics_row(a, row);
-}
-
-void slope_rows(const Slope<double>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) slope_row(a, row);
-}
 
 int64_t grain(int64_t columns) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, columns)); }
 
@@ -224,7 +185,7 @@ struct Tiling {
   int64_t columns;
   Tiling(int64_t all_tokens, int64_t vocabulary)
       : tokens(std::clamp<int64_t>(all_tokens, 1, kTokens)),
-        columns(std::min({vocabulary, kMaxColumns, (kTile / tokens + 15) / 16 * 16})) {}
+        columns(std::min({vocabulary, kMaxColumns, (kTile / tokens + 31) / 32 * 32})) {}
 };
 
 // fp16 and bf16 as fp32, everything else as it is; a strided matrix stays strided where the BLAS can take it.
@@ -258,11 +219,14 @@ void finish(const Tensor& target, const Running<T>* running, const T* target_log
   }
 }
 
-template <typename T>
+// In tiles of `Z`: as the weight comes, or fp32 for half precision without products of its own.
+template <typename T, typename Z>
 std::tuple<Tensor, Tensor> forward_typed(const Tensor& x_any, const Tensor& weight, const Tensor& target, const Options& o) {
-  const Tensor x = wide(x_any);
+  constexpr at::ScalarType tile_type = c10::CppTypeToScalarType<Z>::value;
+  const Tensor x = x_any.to(tile_type);
+  const auto sums = x.options().dtype(c10::CppTypeToScalarType<T>::value);
   const int64_t tokens = x.size(0), vocabulary = weight.size(0);
-  Tensor loss = at::empty({tokens}, x.options()), lse = at::empty({tokens}, x.options());
+  Tensor loss = at::empty({tokens}, sums), lse = at::empty({tokens}, sums);
   if (tokens == 0) return {loss, lse};
   const Tiling tiling(tokens, vocabulary);
   const Tensor buffer = at::empty({tiling.tokens * tiling.columns}, x.options());
@@ -270,14 +234,14 @@ std::tuple<Tensor, Tensor> forward_typed(const Tensor& x_any, const Tensor& weig
   std::vector<T> target_logit(tokens, T(0));
   for (int64_t first = 0; first < vocabulary; first += tiling.columns) {
     const int64_t columns = std::min(tiling.columns, vocabulary - first);
-    const Tensor w = wide(weight.narrow(0, first, columns)).t();
+    const Tensor w = weight.narrow(0, first, columns).to(tile_type).t();
     for (int64_t start = 0; start < tokens; start += tiling.tokens) {
       const int64_t rows = std::min(tiling.tokens, tokens - start);
       Tensor logits = tile_view(buffer, rows, columns);
       at::mm_out(logits, x.narrow(0, start, rows), w);
-      const Statistics<T> a{logits.const_data_ptr<T>(), target.const_data_ptr<int64_t>() + start, running.data() + start,
-                            target_logit.data() + start, columns, first, static_cast<T>(o.softcap)};
-      at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { statistics_rows(a, begin, end); });
+      const Statistics<T, Z> a{logits.const_data_ptr<Z>(), target.const_data_ptr<int64_t>() + start, running.data() + start,
+                               target_logit.data() + start, columns, first, static_cast<T>(o.softcap)};
+      at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<StatisticsRows>(a, begin, end); });
     }
   }
   finish<T>(target, running.data(), target_logit.data(), vocabulary, o, loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>());
@@ -320,7 +284,7 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_an
       at::mm_out(logits, x_rows, w.t());
       const Slope<T> a{logits.mutable_data_ptr<T>(), target.const_data_ptr<int64_t>() + start, lse.const_data_ptr<T>() + start,
                        grad.const_data_ptr<T>() + start, columns, first, vocabulary, o};
-      at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { slope_rows(a, begin, end); });
+      at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<SlopeRows>(a, begin, end); });
       if (need_x) accumulate(grad_x.narrow(0, start, rows), logits, w, first == 0);
       if (need_weight) accumulate(grad_w, logits.t(), x_rows, start == 0);
     }
@@ -338,7 +302,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const Tensor target = target_any.contiguous();
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
-  return x.scalar_type() == at::kDouble ? forward_typed<double>(x, weight, target, o) : forward_typed<float>(x, weight, target, o);
+  if (x.scalar_type() == at::kDouble) return forward_typed<double, double>(x, weight, target, o);
+  if (x.scalar_type() == at::kBFloat16 && has_bf16_products()) return forward_typed<float, c10::BFloat16>(x, weight, target, o);
+  return forward_typed<float, float>(x, weight, target, o);
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x, const Tensor& weight, const Tensor& target_any, const Tensor& lse_any,
@@ -346,6 +312,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x, con
   const c10::impl::ExcludeDispatchKeyGuard guard(no_autocast());
   const Tensor target = target_any.contiguous(), lse = lse_any.contiguous(), grad = grad_any.to(lse.scalar_type()).contiguous();
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
+  if (x.scalar_type() == at::kBFloat16 && has_bf16_products())
+    return backward_bf16(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight);
   return x.scalar_type() == at::kDouble ? backward_typed<double>(grad, x, weight, target, lse, o, need_x, need_weight)
                                         : backward_typed<float>(grad, x, weight, target, lse, o, need_x, need_weight);
 }

@@ -1,4 +1,4 @@
-// What the two files of the fused loss share.
+// What the files of the fused loss share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,5 +31,9 @@ bool has_bf16_products();
 // Summed loss over `divisor`, dx and dweight from bf16 products; contiguous arguments.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients_bf16(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, float divisor,
                                                               const Options& o, bool need_x, bool need_weight);
+
+// `backward` from bf16 products; contiguous arguments, `grad` and `lse` in fp32.
+std::tuple<at::Tensor, at::Tensor> backward_bf16(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
+                                                 const at::Tensor& lse, const Options& o, bool need_x, bool need_weight);
 
 }  // namespace astrobiogen::linear_cross_entropy

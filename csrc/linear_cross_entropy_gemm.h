@@ -5,8 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "common/dispatch.h"
 #include "common/pairs.h"
@@ -60,6 +62,53 @@ template <int N>
 ASTRO_INLINE simd::F<N> capped(simd::F<N> z, float softcap) {
   if constexpr (N == 8) return softcap * simd::tanh(z / softcap);
   else return simd::join(softcap * simd::tanh(simd::low(z) / softcap), softcap * simd::tanh(simd::high(z) / softcap));
+}
+
+// What the log-sum-exp of one row of logits is made of.
+struct RowSums {
+  float maximum;   // of the capped logits
+  double sum_exp;  // of exp(z - maximum), or of exp(z) while the maximum is -Inf
+  double total;    // of z
+  float shift() const { return maximum == -std::numeric_limits<float>::infinity() ? 0.0f : maximum; }
+};
+
+// Of `columns` logits in fp32, bf16 or fp16, before the cap.
+template <int N, typename Z>
+ASTRO_INLINE RowSums row_sums(const Z* z, int64_t columns, float softcap) {
+  using Vector = simd::F<N>;
+  const float lowest = -std::numeric_limits<float>::infinity();
+  const int64_t whole = columns - columns % (2 * N);
+  const auto cap = [softcap](float v) { return softcap > 0.0f ? softcap * std::tanh(v / softcap) : v; };
+  Vector highest[2] = {Vector{} + lowest, Vector{} + lowest};
+  for (int64_t j = 0; j < whole; j += 2 * N) {
+    const auto v = simd::load_pair<N>(z + j);
+    highest[0] = v.first > highest[0] ? v.first : highest[0];
+    highest[1] = v.second > highest[1] ? v.second : highest[1];
+  }
+  RowSums sums{lowest, 0.0, 0.0};
+  for (int64_t lane = 0; lane < N; ++lane) sums.maximum = std::max(sums.maximum, std::max(highest[0][lane], highest[1][lane]));
+  for (int64_t j = whole; j < columns; ++j) sums.maximum = std::max(sums.maximum, static_cast<float>(z[j]));
+  sums.maximum = cap(sums.maximum);  // the cap is monotonic
+  const float shift = sums.shift();
+  Vector exps[2] = {}, totals[2] = {};
+  for (int64_t j = 0; j < whole; j += 2 * N) {
+    auto v = simd::load_pair<N>(z + j);
+    if (softcap > 0.0f) v = {capped<N>(v.first, softcap), capped<N>(v.second, softcap)};
+    exps[0] += exp_below(v.first - shift);
+    exps[1] += exp_below(v.second - shift);
+    totals[0] += v.first;
+    totals[1] += v.second;
+  }
+  for (int64_t lane = 0; lane < N; ++lane) {
+    sums.sum_exp += static_cast<double>(exps[0][lane]) + exps[1][lane];
+    sums.total += static_cast<double>(totals[0][lane]) + totals[1][lane];
+  }
+  for (int64_t j = whole; j < columns; ++j) {
+    const float v = cap(static_cast<float>(z[j]));
+    sums.sum_exp += std::exp(v - shift);
+    sums.total += v;
+  }
+  return sums;
 }
 
 // to[k][0 .. width) = from[k][0 .. live), zeros behind, for `rows` rows.
