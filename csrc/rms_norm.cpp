@@ -84,21 +84,22 @@ ASTRO_INLINE Pair get(const T* p, int64_t live, std::bool_constant<Whole>) {
   else return simd::load_pair_partial<kLanes>(p, live);
 }
 
-template <bool Streamed, typename T, bool Whole>
+template <Level L, simd::Round R, bool Streamed, typename T, bool Whole>
 ASTRO_INLINE void put(T* p, Pair v, int64_t live, std::bool_constant<Whole>) {
-  if constexpr (Whole) simd::put_pair<kLanes>(p, v, Streamed);
-  else simd::store_pair_partial<kLanes>(p, v, live);
+  if constexpr (Whole) simd::put_pair<L, R, kLanes>(p, v, Streamed);
+  else simd::put_pair_partial<L, R, kLanes>(p, v, live);
 }
 
 ASTRO_INLINE float sum(simd::f32x8 a, simd::f32x8 b) { return simd::sum(simd::join(a, b)); }
 
-template <typename T>
-ASTRO_INLINE void prefetch(const T* p) {
-  for (size_t byte = 0; byte < kPair * sizeof(T); byte += 64) simd::prefetch(reinterpret_cast<const char*>(p) + byte);
+// The lines of the pair at p; of half precision a line holds both chains' pairs.
+template <typename T, int Index>
+ASTRO_INLINE void prefetch(const T* p, Chain<Index>) {
+  if constexpr (sizeof(T) == 4 || Index == 0) simd::prefetch(p);
 }
 
 // `next` rows lie `a.hidden` further on; asking for one past the end does no harm.
-template <typename T, bool Add, bool Streamed>
+template <typename T, Level L, bool Add, bool Streamed>
 ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   using namespace simd;
   const int64_t hidden = a.hidden;
@@ -108,8 +109,8 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
     Pair v = get(x + j, live, whole);
     if constexpr (Add) {
       const Pair r = get(residual + j, live, whole);
-      store_pair<kLanes>(scratch + j, {v.first + r.first, v.second + r.second});
-      v = load_pair<kLanes>(scratch + j);  // rounded: the norm must see the very numbers the caller gets
+      v = rounded<T, kLanes>({v.first + r.first, v.second + r.second});  // the norm must see the very numbers the caller gets
+      put_pair<L, Round::kExact, kLanes>(scratch + j, v, false);
     }
     squares[chain][0] += v.first * v.first;
     squares[chain][1] += v.second * v.second;
@@ -119,19 +120,19 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   a.rstd[row] = rstd;
   const T* from = Add ? scratch : x;
   T *y = a.y + row * hidden, *sum = Add ? a.sum + row * hidden : nullptr;
-  walk(hidden, [&](int64_t j, auto whole, int64_t live, auto) ASTRO_LAMBDA_INLINE {
+  walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
     if constexpr (Streamed) {
-      prefetch(x + hidden + j);
-      if constexpr (Add) prefetch(residual + hidden + j);
+      prefetch(x + hidden + j, chain);
+      if constexpr (Add) prefetch(residual + hidden + j, chain);
     }
     const Pair v = get(from + j, live, whole), w = load_pair<kLanes>(a.weight + j);
-    if constexpr (Add) put<Streamed>(sum + j, v, live, whole);
-    put<Streamed>(y + j, {v.first * rstd * w.first, v.second * rstd * w.second}, live, whole);
+    if constexpr (Add) put<L, Round::kExact, Streamed>(sum + j, v, live, whole);
+    put<L, Round::kAway, Streamed>(y + j, {v.first * rstd * w.first, v.second * rstd * w.second}, live, whole);
   });
 }
 
 // Adds this row's grad_y * x * rstd to grad_weight (in the order of the weight) while the row is in L1.
-template <typename T, bool Add, bool Streamed>
+template <typename T, Level L, bool Add, bool Streamed>
 ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_weight) {
   using namespace simd;
   const int64_t hidden = a.hidden;
@@ -148,11 +149,11 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
   });
   const float correction = rms_norm::sum(dots[0][0] + dots[1][0], dots[0][1] + dots[1][1]) / static_cast<float>(hidden) * rstd;
   T* grad_x = a.grad_x + row * hidden;
-  walk(hidden, [&](int64_t j, auto whole, int64_t live, auto) ASTRO_LAMBDA_INLINE {
+  walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
     if constexpr (Streamed) {
-      prefetch(x + hidden + j);
-      prefetch(grad_y + hidden + j);
-      if constexpr (Add) prefetch(grad_sum + hidden + j);
+      prefetch(x + hidden + j, chain);
+      prefetch(grad_y + hidden + j, chain);
+      if constexpr (Add) prefetch(grad_sum + hidden + j, chain);
     }
     const Pair v = get(x + j, live, whole), g = get(grad_y + j, live, whole), w = load_pair<kLanes>(a.weight + j);
     Pair value{(g.first * w.first - v.first * correction) * rstd, (g.second * w.second - v.second * correction) * rstd};
@@ -160,7 +161,7 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
       const Pair other = get(grad_sum + j, live, whole);
       value = {value.first + other.first, value.second + other.second};
     }
-    put<Streamed>(grad_x + j, value, live, whole);
+    put<L, Round::kAway, Streamed>(grad_x + j, value, live, whole);
   });
 }
 
@@ -171,9 +172,9 @@ struct ForwardRows {
     // The rounded sum of one row stays here, in L1, for the second walk: what went past the cache cannot be read back cheaply.
     std::vector<T> scratch(Add ? padded(a.hidden) : 0);
     if (a.streamed)
-      for (int64_t row = begin; row < end; ++row) forward_row<T, Add, true>(a, row, scratch.data());
+      for (int64_t row = begin; row < end; ++row) forward_row<T, L, Add, true>(a, row, scratch.data());
     else
-      for (int64_t row = begin; row < end; ++row) forward_row<T, Add, false>(a, row, scratch.data());
+      for (int64_t row = begin; row < end; ++row) forward_row<T, L, Add, false>(a, row, scratch.data());
     simd::stream_fence();
   }
 };
@@ -183,9 +184,9 @@ struct BackwardRows {
   template <Level L>
   static ASTRO_INLINE void run(const Backward<T>& a, int64_t begin, int64_t end, float* grad_weight) {
     if (a.streamed)
-      for (int64_t row = begin; row < end; ++row) backward_row<T, Add, true>(a, row, grad_weight);
+      for (int64_t row = begin; row < end; ++row) backward_row<T, L, Add, true>(a, row, grad_weight);
     else
-      for (int64_t row = begin; row < end; ++row) backward_row<T, Add, false>(a, row, grad_weight);
+      for (int64_t row = begin; row < end; ++row) backward_row<T, L, Add, false>(a, row, grad_weight);
     simd::stream_fence();
   }
 };

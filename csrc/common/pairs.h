@@ -1,7 +1,7 @@
 // 2 N consecutive elements as two vectors of N fp32 lanes (N = 8, or 16 on AVX-512), for kernels that do the same to every element.
 //
 // The two vectors hold the elements in the order that costs least to load and store: first and second half for fp32 and fp16; even and odd elements for
-// bf16, which one shift and one mask widen (2 instructions for 16 elements at any level, no shuffles) and a shift, a mask and an OR narrow. fp32 tables
+// bf16, which one shift and one mask widen (2 instructions for 16 elements at any level, no shuffles) and a shift and a blend narrow. fp32 tables
 // that meet them, such as a norm's weight, are brought into the same order once (`arrange`).
 #pragma once
 
@@ -10,6 +10,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "dispatch.h"
 #include "math.h"
 #include "simd.h"
 
@@ -69,17 +70,36 @@ ASTRO_INLINE Pair<N> load_pair(const c10::Half* p) {
   else return {join(load8(p), load8(p + 8)), join(load8(p + 16), load8(p + 24))};
 }
 
-// Round to nearest even, in the upper half of each lane. NaN must have no bit set below its upper half, else the carry may turn it into a number: true
-// of every NaN that comes from bf16 and of every NaN the processor makes; `arrange` sees to fp32 tables.
-template <int N>
+// How fp32 becomes bf16. NaN must have no bit set below its upper half, else the carry may turn it into a number: true of every NaN that comes from bf16
+// and of every NaN the processor makes; `arrange` sees to fp32 tables.
+enum class Round {
+  kEven,   // to nearest, ties to even: for what may well be a tie, such as the sum of two bf16 numbers
+  kAway,   // to nearest, ties away from zero: the same largest error for one instruction instead of four; for results that are inexact in fp32
+  kExact,  // not at all: the lower half is zero
+};
+
+// The result stands in the upper half of each lane.
+template <Round R, int N>
 ASTRO_INLINE typename Lanes<N>::U round_bf16(F<N> v) {
   const typename Lanes<N>::U bits = (typename Lanes<N>::U)v;
-  return (bits + ((bits >> 16) & 1u)) + 0x7fffu;
+  if constexpr (R == Round::kEven) return (bits + ((bits >> 16) & 1u)) + 0x7fffu;
+  else if constexpr (R == Round::kAway) return bits + 0x8000u;
+  else return bits;
 }
 
-template <int N>
+template <Level L, Round R, int N>
 ASTRO_INLINE typename Lanes<N>::U narrow(Pair<N> v) {
-  return (round_bf16<N>(v.first) >> 16) | (round_bf16<N>(v.second) & 0xffff0000u);
+  using U = typename Lanes<N>::U;
+  const U first = round_bf16<R, N>(v.first) >> 16, second = round_bf16<R, N>(v.second);
+#if defined(ASTRO_HAS_LEVELS)
+  if constexpr (N == 8 && L != Level::kBaseline) {
+    U both;
+    asm("vpblendw $0xaa, %2, %1, %0" : "=x"(both) : "x"(first), "x"(second));  // the odd halfwords of `second`
+    return both;
+  }
+#endif
+  if constexpr (R == Round::kExact) return first | second;
+  return first | (second & 0xffff0000u);
 }
 
 template <int N>
@@ -87,11 +107,6 @@ ASTRO_INLINE void store_pair(float* p, Pair<N> v) {
   using Memory = typename Lanes<N>::FloatMemory;
   *reinterpret_cast<Memory*>(p) = v.first;
   *reinterpret_cast<Memory*>(p + N) = v.second;
-}
-
-template <int N>
-ASTRO_INLINE void store_pair(c10::BFloat16* p, Pair<N> v) {
-  *reinterpret_cast<typename Lanes<N>::WordMemory*>(p) = narrow<N>(v);
 }
 
 template <int N>
@@ -107,6 +122,25 @@ ASTRO_INLINE void store_pair(c10::Half* p, Pair<N> v) {
   }
 }
 
+template <int N, Level L = Level::kBaseline, Round R = Round::kEven>
+ASTRO_INLINE void store_pair(c10::BFloat16* p, Pair<N> v) {
+  *reinterpret_cast<typename Lanes<N>::WordMemory*>(p) = narrow<L, R, N>(v);
+}
+
+// `v` as T holds it, still in fp32.
+template <typename T, int N>
+ASTRO_INLINE Pair<N> rounded(Pair<N> v) {
+  if constexpr (std::is_same_v<T, float>) {
+    return v;
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return {(F<N>)(round_bf16<Round::kEven, N>(v.first) & 0xffff0000u), (F<N>)(round_bf16<Round::kEven, N>(v.second) & 0xffff0000u)};
+  } else {
+    alignas(64) T elements[2 * N];
+    store_pair<N>(elements, v);
+    return load_pair<N>(elements);
+  }
+}
+
 // Stores that bypass the cache: a cached store first reads the line it overwrites, a third of the traffic of a kernel that reads once and writes
 // once. Worth it for outputs past kStreamBytes, which no later reader would find in L2 anyway. `p` must be aligned (`can_stream`), and the writing
 // thread ends with `stream_fence`. Elsewhere than on x86, and for fp16, an ordinary store.
@@ -119,67 +153,87 @@ ASTRO_INLINE bool can_stream(const T* p, int64_t row, int64_t total) {
          row * sizeof(T) % kStreamAlignment == 0;
 }
 
+// Elements from p to the next address that can be streamed to.
+template <typename T>
+ASTRO_INLINE int64_t until_aligned(const T* p) {
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kStreamAlignment / sizeof(T));
+}
+
 #if defined(__SSE2__)
+template <Level L>
 ASTRO_INLINE void stream_bytes(void* p, u32x8 v) {
-  __m128i* to = static_cast<__m128i*>(p);
-#if defined(__clang__) || __GNUC__ >= 12
-  _mm_stream_si128(to, (__m128i)__builtin_shufflevector(v, v, 0, 1, 2, 3));
-  _mm_stream_si128(to + 1, (__m128i)__builtin_shufflevector(v, v, 4, 5, 6, 7));
-#else  // right, but through the stack
+#if defined(ASTRO_HAS_LEVELS)
+  if constexpr (L != Level::kBaseline) {
+    asm volatile("vmovntdq %1, %0" : "=m"(*static_cast<u32x8*>(p)) : "x"(v));
+    return;
+  }
+#endif
   __m128i half[2];
   std::memcpy(half, &v, sizeof(v));
-  for (int k = 0; k < 2; ++k) _mm_stream_si128(to + k, half[k]);
-#endif
+  for (int k = 0; k < 2; ++k) _mm_stream_si128(static_cast<__m128i*>(p) + k, half[k]);
 }
 
 // Only the AVX-512 level has 16 lanes.
-ASTRO_INLINE void stream_bytes(void* p, Lanes<16>::U v) { asm volatile("vmovntdq %1, %0" : "=m"(*static_cast<Lanes<16>::U*>(p)) : "v"(v)); }
-
-template <int N>
-ASTRO_INLINE void stream_pair(float* p, Pair<N> v) {
-  stream_bytes(p, (typename Lanes<N>::U)v.first);
-  stream_bytes(p + N, (typename Lanes<N>::U)v.second);
-}
-
-template <int N>
-ASTRO_INLINE void stream_pair(c10::BFloat16* p, Pair<N> v) {
-  stream_bytes(p, narrow<N>(v));
-}
-
-template <int N>
-ASTRO_INLINE void stream_pair(c10::Half* p, Pair<N> v) {
-  store_pair<N>(p, v);
+template <Level>
+ASTRO_INLINE void stream_bytes(void* p, Lanes<16>::U v) {
+  asm volatile("vmovntdq %1, %0" : "=m"(*static_cast<Lanes<16>::U*>(p)) : "v"(v));
 }
 
 ASTRO_INLINE void stream_fence() { _mm_sfence(); }
 #else
-template <int N, typename T>
-ASTRO_INLINE void stream_pair(T* p, Pair<N> v) {
-  store_pair<N>(p, v);
+template <Level, typename U>
+ASTRO_INLINE void stream_bytes(void* p, U v) {
+  std::memcpy(p, &v, sizeof(v));
 }
 
 ASTRO_INLINE void stream_fence() {}
 #endif
 
-template <int N, typename T>
+template <Level L, Round R, int N, typename T>
 ASTRO_INLINE void put_pair(T* p, Pair<N> v, bool streamed) {
-  if (streamed) stream_pair<N>(p, v);
-  else store_pair<N>(p, v);
+  using U = typename Lanes<N>::U;
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (streamed) stream_bytes<L>(p, narrow<L, R, N>(v));
+    else store_pair<N, L, R>(p, v);
+  } else if constexpr (std::is_same_v<T, float>) {
+    if (streamed) {
+      stream_bytes<L>(p, (U)v.first);
+      stream_bytes<L>(p + N, (U)v.second);
+    } else {
+      store_pair<N>(p, v);
+    }
+  } else {
+    store_pair<N>(p, v);
+  }
 }
 
-// The first `count` of 2 N elements (0 < count < 2 N); the others are 0. Touches nothing past p + count.
+// Fewer than 2 Size / sizeof(T) elements, by halves: memcpy with a length known only at run time is a call.
+template <size_t Size, typename T>
+ASTRO_INLINE void copy_few(T* to, const T* from, int64_t count) {
+  if constexpr (Size >= sizeof(T)) {
+    constexpr int64_t kPiece = Size / sizeof(T);
+    if (count & kPiece) {
+      std::memcpy(to, from, Size);
+      to += kPiece;
+      from += kPiece;
+    }
+    copy_few<Size / 2>(to, from, count);
+  }
+}
+
+// The first `count` of 2 N elements (0 < count <= 2 N); the others are 0. Touches nothing past p + count.
 template <int N, typename T>
 ASTRO_INLINE Pair<N> load_pair_partial(const T* p, int64_t count) {
   alignas(64) T elements[2 * N] = {};
-  std::memcpy(elements, p, count * sizeof(T));
+  copy_few<2 * N * sizeof(T)>(elements, p, count);
   return load_pair<N>(elements);
 }
 
-template <int N, typename T>
-ASTRO_INLINE void store_pair_partial(T* p, Pair<N> v, int64_t count) {
+template <Level L, Round R, int N, typename T>
+ASTRO_INLINE void put_pair_partial(T* p, Pair<N> v, int64_t count) {
   alignas(64) T elements[2 * N];
-  store_pair<N>(elements, v);
-  std::memcpy(p, elements, count * sizeof(T));
+  put_pair<L, R, N>(elements, v, false);
+  copy_few<2 * N * sizeof(T)>(p, elements, count);
 }
 
 // Where element i of a table stands once the table is in the order of Pair<8> of T.

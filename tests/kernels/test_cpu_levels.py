@@ -135,6 +135,10 @@ def test_stores_past_the_cache(columns: int, dtype: torch.dtype) -> None:
     ]
     for large, small in zip(whole, zip(*parts)):
         assert torch.equal(large, torch.cat(small))
+    # Rows that start anywhere: only their aligned middle goes past the cache.
+    packed = torch.randn(101, 2 * 22_001, dtype=dtype)
+    rows = [ops.swiglu_packed(row.unsqueeze(0)) for row in packed]
+    assert torch.equal(ops.swiglu_packed(packed), torch.cat(rows))
     x, weight = torch.randn(600, 4352, dtype=dtype), torch.randn(4352, dtype=dtype)
     y, rstd = torch.ops.astrobiogen.rms_norm(x, weight, 1e-6)
     assert torch.equal(y, torch.cat([ops.rms_norm(rows, weight) for rows in x.split(50)]))
@@ -177,6 +181,32 @@ def test_loss_with_gradients_in_the_forward(tokens: int, hidden: int, vocabulary
         size = expected.abs().max().item()
         # fp32 products of a few hundred terms: a few units of 6e-8 of the largest value
         torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=2e-6 * size + 1e-7)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_loss_without_gradients_and_per_token(reduction: str, dtype: torch.dtype) -> None:
+    """Several tiles of tokens and vocabulary, at the rule of the shared battery (bf16: fp32 tiles or bf16 ones)."""
+    x, weight = torch.randn(530, 24, dtype=dtype), torch.randn(1100, 24, dtype=dtype)
+    target = torch.randint(0, 1100, (530,))
+    target[::7] = -100
+    upstream = torch.randn(530) if reduction == "none" else torch.tensor(1.0)
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 9.0}
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            value = ops.linear_cross_entropy(x, weight, target, **options)
+        leaves = [t.detach().requires_grad_() for t in (x, weight)]
+        loss = ops.linear_cross_entropy(*leaves, target, **options)
+        return [value, *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
+
+    got = run(x, weight)
+    with use_kernels("reference"):
+        eager, exact = run(x, weight), run(x.double(), weight.double())
+    for value, plain, truth, factor in zip(got, eager, exact, (2.0, 3.0, 3.0)):
+        allowed = factor * (plain - truth).abs().max() + 8 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (value - truth).abs().max() <= allowed
 
 
 @pytest.mark.usefixtures("level")
