@@ -34,8 +34,9 @@ def linear_cross_entropy(
     in nats: `F.cross_entropy(F.linear(x, weight), target, ...)` plus the z-loss of PaLM (arXiv:2204.02311) and the soft
     cap of Gemma 2 (arXiv:2408.00118). Forward: one GEMM, kept as (lse, loss) per token; backward: recomputes the logits
     tile by tile; three GEMMs. On the CPU in float32 or bfloat16 with a scalar loss both gradients are computed in the
-    forward pass from the same logits, three GEMMs in all, and kept until the backward pass. Under autocast, `x` and
-    `weight` are cast to the autocast dtype, as for `F.linear`.
+    forward pass from the same logits, three GEMMs in all, and kept until the backward pass. bfloat16 logits are rounded
+    to bfloat16, as `F.linear` rounds them, where the device multiplies bfloat16. Under autocast, `x` and `weight` are
+    cast to the autocast dtype, as for `F.linear`.
 
     Args:
         x: [..., H], float32, bfloat16, float16 or float64.
@@ -174,19 +175,10 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    lse: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_x: bool,
-    need_weight: bool,
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, *options: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    del grad, target, lse, ignore_index, label_smoothing, z_loss, softcap
+    del grad, target, lse
+    *_, need_x, need_weight = options
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
@@ -210,18 +202,10 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
 
 
 def _fake_gradients(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    divisor: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_x: bool,
-    need_weight: bool,
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, divisor: torch.Tensor, *options: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    del target, divisor, ignore_index, label_smoothing, z_loss, softcap
+    del target, divisor
+    *_, need_x, need_weight = options
     total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
     return total, x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 

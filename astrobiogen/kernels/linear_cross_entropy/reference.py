@@ -11,23 +11,18 @@ softcap(a) = c tanh(a / c), or a itself without a cap (c = 0 in the ops). The lo
 this is the definition, not the fast way.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 
-def linear_cross_entropy(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> torch.Tensor:
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *options: Any) -> torch.Tensor:
     """Loss per token, [tokens], from x [tokens, H], weight [V, H] and target [tokens]; differentiable any number of
-    times.
+    times. `options` as `linear_cross_entropy_forward`.
     """
-    return linear_cross_entropy_forward(x, weight, target, ignore_index, label_smoothing, z_loss, softcap)[0]
+    return linear_cross_entropy_forward(x, weight, target, *options)[0]
 
 
 def linear_cross_entropy_forward(
@@ -89,25 +84,27 @@ def linear_cross_entropy_backward(
     return grad_x, grad_weight
 
 
-def linear_cross_entropy_gradients(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    divisor: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `linear_cross_entropy_gradients`: the summed loss over `divisor` (0-d), and its dx and dweight."""
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    loss, lse = linear_cross_entropy_forward(x, weight, target, *options)
-    divisor = divisor.to(loss.dtype)
-    grad = torch.ones_like(loss) / divisor
-    gradients = linear_cross_entropy_backward(grad, x, weight, target, lse, *options, need_x, need_weight)
-    return loss.sum() / divisor, *gradients
+def compose_gradients(
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The op `linear_cross_entropy_gradients` from the other two, one after the other: the summed loss over `divisor`
+    (0-d), and its dx and dweight.
+    """
+
+    def gradients(
+        x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, divisor: torch.Tensor, *options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        *shared, need_x, need_weight = options
+        loss, lse = forward(x, weight, target, *shared)
+        divisor = divisor.to(loss.dtype)
+        grad = torch.ones_like(loss) / divisor
+        return loss.sum() / divisor, *backward(grad, x, weight, target, lse, *shared, need_x, need_weight)
+
+    return gradients
+
+
+linear_cross_entropy_gradients = compose_gradients(linear_cross_entropy_forward, linear_cross_entropy_backward)
 
 
 def check_targets(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -241,27 +241,8 @@ def linear_cross_entropy_backward(
     return total_x.to(x.dtype), grad_weight
 
 
-def linear_cross_entropy_gradients(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    divisor: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launcher of the op `linear_cross_entropy_gradients`: the other two, one after the other (the public function
-    takes them apart on a GPU).
-    """
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    loss, lse = linear_cross_entropy(x, weight, target, *options)
-    divisor = divisor.to(loss.dtype)
-    grad = torch.ones_like(loss) / divisor
-    gradients = linear_cross_entropy_backward(grad, x, weight, target, lse, *options, need_x, need_weight)
-    return loss.sum() / divisor, *gradients
+# The public function takes them apart on a GPU.
+linear_cross_entropy_gradients = reference.compose_gradients(linear_cross_entropy, linear_cross_entropy_backward)
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
