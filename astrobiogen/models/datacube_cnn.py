@@ -8,6 +8,7 @@ from torch import nn
 
 from astrobiogen.layers import ConvNd, RMSNorm
 from astrobiogen.models._common import check_axes, maybe_checkpoint, require, resolve_config
+from astrobiogen.models.climate_statistics import ClimateStatistics
 from astrobiogen.models.datacube_config import AXES, DatacubeConfig, Ints5
 from astrobiogen.models.datacube_head import PatchBudgets, PatchDecoder, patchify
 from astrobiogen.models.physics import AtmosphereBudgets, area_weights, over_epochs
@@ -34,8 +35,9 @@ class RebuiltDatacubeCNN(nn.Module):
     A strided patch stem, `depth` residual blocks of true five-dimensional convolutions with down-sampling between
     them, per-axis padding (climate_time and longitude are circles), and, in parallel on the stem's output, a
     transformer over patch tokens of all five axes. Features keep the vertical: per level the area-weighted mean over
-    the globe and the months, for the last epoch and for the mean of all existing epochs. The prediction is read from
-    the deepest map only, a real bottleneck.
+    the globe and the months, for the last epoch and for the mean of all existing epochs. With `statistics_thresholds`
+    the area-weighted distribution of the near-surface climate (`ClimateStatistics`) is read beside these patterns and
+    added. The prediction is read from the deepest map only, a real bottleneck.
 
     Args:
         config: a `DatacubeConfig`; default `DatacubeConfig()`.
@@ -67,6 +69,16 @@ class RebuiltDatacubeCNN(nn.Module):
             )  # fmt: skip
             width += config.embed_dim
         self.to_features = nn.Linear(width, config.feature_dim)
+        if config.statistics_thresholds:
+            self.statistics = ClimateStatistics(
+                config.latitude_edges, [config.variables.index(name) for name in config.statistics_variables],
+                config.statistics_levels, config.statistics_thresholds,
+            )  # fmt: skip
+            size = len(config.statistics_variables) * config.statistics_levels * config.statistics_thresholds
+            self.read_statistics = nn.Sequential(
+                nn.Linear(size, config.feature_dim), nn.SiLU(), nn.Dropout(config.dropout),
+                nn.Linear(config.feature_dim, config.feature_dim),
+            )  # fmt: skip
         self.dropout = nn.Dropout(config.dropout)
         self.feature_norm = RMSNorm(config.feature_dim)
         self.decoder = PatchDecoder(previous, config)
@@ -95,7 +107,8 @@ class RebuiltDatacubeCNN(nn.Module):
             return_prediction: also return the decoded cube; no loss needs it in memory.
 
         Returns:
-            ``features`` [B, feature_dim], ``reconstruction_loss`` [B] (mean squared error over existing epochs, in
+            ``features`` [B, feature_dim], ``statistics_features`` [B, feature_dim] (the same from the statistics alone;
+            only with statistics), ``reconstruction_loss`` [B] (mean squared error over existing epochs, in
             standard deviations), ``physics_violations`` (name -> [B]; empty when off), ``physics_loss`` [B] their
             sum, on request ``prediction`` (the cube's shape, standardised).
         """
@@ -116,7 +129,7 @@ class RebuiltDatacubeCNN(nn.Module):
         pooled = self._pool(deep, epoch_mask)
         if config.use_vit_features:
             pooled = torch.cat([pooled, self.vit(stem)], dim=-1)
-        outputs: dict[str, Any] = {"features": self.feature_norm(self.to_features(self.dropout(pooled)))}
+        outputs = self._features(self.to_features(self.dropout(pooled)), cube, epoch_mask)
         outputs |= self._score(self.decoder.hidden(deep), patches, cube, epoch_mask)
         if return_prediction:
             outputs["prediction"] = self.decoder(deep)
@@ -127,6 +140,14 @@ class RebuiltDatacubeCNN(nn.Module):
         present = _pool_mask(epoch_mask, self.config.patch_size[1]).to(patches.dtype)
         marks = present[:, None, :, None, None, None, None] * self.epoch_presence
         return (self.stem(patches) + marks).movedim(-1, 1)
+
+    def _features(self, patterns: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor) -> dict[str, Any]:
+        """Features from the patterns [B, feature_dim] and, where there are any, the statistics."""
+        if not self.config.statistics_thresholds:
+            return {"features": self.feature_norm(patterns)}
+        shares = self.statistics(cube, epoch_mask).flatten(1)
+        found = self.read_statistics(shares.to(patterns.dtype))
+        return {"features": self.feature_norm(patterns + found), "statistics_features": self.feature_norm(found)}
 
     def _pool(self, deep: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:
         """[B, C, months, epochs, lev, lat, lon] -> [B, 2 · C · lev]: the last epoch and the mean of existing epochs."""

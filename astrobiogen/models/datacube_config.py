@@ -30,6 +30,9 @@ class DatacubeConfig:
         use_vit_features: add the transformer over patch tokens.
         embed_dim, num_heads, num_transformer_layers: its size.
         vit_patch_size: its patches, in cells of the stem's output.
+        statistics_thresholds: thresholds of `ClimateStatistics`, whose reading is added to the features; 0: none.
+        statistics_variables: names of the variables it takes.
+        statistics_levels: how many of the lowest levels it takes.
         use_physics_constraints: budgets of the prediction against the input.
         use_gradient_checkpointing: recompute each block in the backward pass.
         variables: names along the variable axis.
@@ -54,6 +57,9 @@ class DatacubeConfig:
     num_heads: int = 8
     num_transformer_layers: int = 6
     vit_patch_size: Ints5 = (2, 1, 5, 2, 4)
+    statistics_thresholds: int = 0
+    statistics_variables: tuple[str, ...] = ("ta",)
+    statistics_levels: int = 1
     use_physics_constraints: bool = True
     use_gradient_checkpointing: bool = False
     variables: tuple[str, ...] = ("ta", "hus")
@@ -90,6 +96,13 @@ class DatacubeConfig:
             self.latitude_padding != "pole" or self.stem_grid[4] % 2 == 0,
             f"latitude_padding 'pole' needs an even number of longitudes behind the stem, got {self.stem_grid[4]}",
         )
+        if self.statistics_thresholds:
+            unknown = sorted(set(self.statistics_variables) - set(self.variables))
+            require(not unknown, f"statistics_variables: unknown {unknown}, expected some of {self.variables}")
+            require(
+                1 <= self.statistics_levels <= self.grid[2],
+                f"statistics_levels must be 1 to {self.grid[2]}, got {self.statistics_levels}",
+            )
         require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
 
     @property

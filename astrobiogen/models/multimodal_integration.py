@@ -1,7 +1,6 @@
 """Fusion of any subset of modalities by cross-attention, with adaptive weights that take part in the result."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +24,7 @@ class FusionConfig:
         use_adaptive_weighting: weigh the modalities per sample; off: equal weights over those present.
         modality_dropout: probability of hiding a modality from the fusion, in training only; one always stays.
         modality_dropouts: the same for single modalities by name, in place of `modality_dropout`.
-        evaluation_hides: modalities that a second reading does without; in evaluation the class probabilities and the
-            regression are the mean of both readings. Training hides modalities at random, so both are inputs that the
-            weights know; empty: one reading.
+        use_modality_heads: predict the classes from each modality alone as well (``modality_logits``).
         dropout: on every branch, in training only.
         modality_dims: feature size of each modality, in order.
     """
@@ -39,7 +36,7 @@ class FusionConfig:
     use_adaptive_weighting: bool = True
     modality_dropout: float = 0.0
     modality_dropouts: dict[str, float] = dataclasses.field(default_factory=dict)
-    evaluation_hides: tuple[str, ...] = ()
+    use_modality_heads: bool = True
     dropout: float = 0.1
     modality_dims: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -60,11 +57,10 @@ class FusionConfig:
         """Probability of hiding each of `modality_dims`.
 
         Raises:
-            ValueError: `modality_dropouts` or `evaluation_hides` names a modality that is not there.
+            ValueError: `modality_dropouts` names a modality that is not there.
         """
-        for key in ("modality_dropouts", "evaluation_hides"):
-            unknown = sorted(set(getattr(self, key)) - set(self.modality_dims))
-            require(not unknown, f"{key}: unknown modalities {unknown}, expected some of {list(self.modality_dims)}")
+        unknown = sorted(set(self.modality_dropouts) - set(self.modality_dims))
+        require(not unknown, f"modality_dropouts: unknown modalities {unknown}, expected some of {list(self.modality_dims)}")
         return tuple(self.modality_dropouts.get(name, self.modality_dropout) for name in self.modality_dims)
 
 
@@ -101,20 +97,26 @@ class RebuiltMultimodalIntegration(nn.Module):
         self.layers = nn.ModuleList(CrossAttentionLayer(config) for _ in range(config.num_fusion_layers))
         if config.use_adaptive_weighting:
             self.score = nn.Linear(width, 1, bias=False)  # a softmax ignores a bias
-        self.modality_heads = nn.ModuleDict({name: nn.Linear(width, 2) for name in config.modality_dims})
+        if config.use_modality_heads:
+            self.modality_heads = nn.ModuleDict({name: nn.Linear(width, 2) for name in config.modality_dims})
         self.norm = RMSNorm(width)
         self.dropout = nn.Dropout(config.dropout)
         self.classification_head = nn.Linear(width, 2)
         self.regression_head = nn.Linear(width, 1)
 
     def forward(
-        self, features: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
+        self,
+        features: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor] | None = None,
+        familiarity: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Fuse.
 
         Args:
             features: [B, size] per modality; a modality without an entry is absent for all samples. At least one entry.
             present: bool [B] per modality; default True for every entry.
+            familiarity: in evaluation, f [B] in [0, 1] per modality: how much it resembles what was trained on. The
+                answer is f times that with the modality plus 1 − f times that without it; default 1.
 
         Returns:
             ``fused_features`` [B, fusion_dim], ``logits`` [B, 2], ``regression`` [B] in [0, 1], ``modality_weights``
@@ -126,21 +128,22 @@ class RebuiltMultimodalIntegration(nn.Module):
             mask = _drop_modalities(mask, self.hiding)
         tokens = self.token_norm(tokens)
         fused, weights = self._fuse(tokens, mask)
-        logits, regression = self._heads(fused)
-        if self.config.evaluation_hides and not self.training:
-            second = self._heads(self._fuse(tokens, self._without_hidden(mask))[0])
-            both = torch.stack([at_least_float32(reading).log_softmax(-1) for reading in (logits, second[0])])
-            logits = (both.logsumexp(0) - math.log(2)).to(logits.dtype)
-            regression = (regression + second[1]) / 2
-        heads = [head(tokens[:, index]) for index, head in enumerate(self.modality_heads.values())]
-        return {
+        answer = self._heads(fused)
+        if not self.training:
+            for name, known in (familiarity or {}).items():
+                without = self._heads(self._fuse(tokens, self._without(mask, name))[0])
+                answer = mean_answer(answer, without, known)
+        outputs = {
             "fused_features": fused,
-            "logits": logits,
-            "regression": regression,
+            "logits": answer[0],
+            "regression": answer[1],
             "modality_weights": weights,
-            "modality_logits": torch.stack(heads, dim=1),
             "present": mask,
         }
+        if self.config.use_modality_heads:
+            heads = [head(tokens[:, index]) for index, head in enumerate(self.modality_heads.values())]
+            outputs["modality_logits"] = torch.stack(heads, dim=1)
+        return outputs
 
     def _fuse(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Fused vector [B, fusion_dim] and adaptive weights [B, M] from what `mask` [B, M] shows."""
@@ -156,11 +159,9 @@ class RebuiltMultimodalIntegration(nn.Module):
         """Class logits [B, 2] and regression [B]."""
         return self.classification_head(self.dropout(fused)), self.regression_head(self.dropout(fused))[:, 0].sigmoid()
 
-    def _without_hidden(self, mask: torch.Tensor) -> torch.Tensor:
-        """`mask` without `evaluation_hides`, but as it was for a sample that would be left with nothing."""
-        kept = mask & torch.tensor(
-            [name not in self.config.evaluation_hides for name in self.config.modality_dims], device=mask.device
-        )
+    def _without(self, mask: torch.Tensor, hidden: str) -> torch.Tensor:
+        """`mask` without one modality, but as it was for a sample that would be left with nothing."""
+        kept = mask & torch.tensor([name != hidden for name in self.config.modality_dims], device=mask.device)
         return torch.where(kept.any(1, keepdim=True), kept, mask)
 
     def _tokens(
@@ -231,6 +232,19 @@ class CrossAttentionLayer(nn.Module):
         attended = self.dropout(self.o_proj(attended.transpose(1, 2).flatten(2)))
         normed, latents = self.mlp_norm(attended, latents)
         return latents + self.dropout(self.mlp(normed))
+
+
+def mean_answer(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [B, 2], regression [B]) of weight · `one` + (1 − weight) · `other` in class probabilities and regression,
+    for `weight` [B] in [0, 1]."""
+    weight = at_least_float32(weight).clamp(1e-30, 1.0)
+    logs = [at_least_float32(answer[0]).log_softmax(-1) for answer in (one, other)]
+    shares = [weight.log()[:, None], (1.0 - weight).clamp(min=1e-30).log()[:, None]]
+    logits = torch.stack([log + share for log, share in zip(logs, shares)]).logsumexp(0)
+    regression = weight * one[1] + (1.0 - weight) * other[1]
+    return logits.to(one[0].dtype), regression.to(one[1].dtype)
 
 
 def _drop_modalities(mask: torch.Tensor, probabilities: Sequence[float]) -> torch.Tensor:

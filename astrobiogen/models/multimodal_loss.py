@@ -14,7 +14,8 @@ def compute_multimodal_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted sum of seven terms, each a mean over the samples that have what it needs (0 if none has).
 
-    * classification: cross-entropy of ``logits`` against ``habitability_label``, smoothed by ``label_smoothing``
+    * classification: cross-entropy of ``logits`` against ``habitability_label``, smoothed by ``label_smoothing``; in
+      training mean over both fusions, if there are two (`summary_share`)
     * regression: squared error of ``regression`` against ``habitability_fraction``
     * reconstruction: squared error of the decoded cube, in standard deviations
     * physics: violations of the decoded cube's water and energy budgets
@@ -36,10 +37,14 @@ def compute_multimodal_loss(
     logits = at_least_float32(outputs["logits"])
     zero = logits.sum() * 0.0
     label = batch["habitability_label"]
-    parts = {"classification": F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)}
-    fraction = batch.get("habitability_fraction")
-    regression = at_least_float32(outputs["regression"])
-    parts["regression"] = zero if fraction is None else F.mse_loss(regression, fraction.to(regression.dtype))
+    parts = {"classification": zero, "regression": zero}
+    for weight, chosen, regression in _readings(outputs, config.summary_share):
+        error = F.cross_entropy(at_least_float32(chosen), label, label_smoothing=config.label_smoothing)
+        parts["classification"] = parts["classification"] + weight * error
+        fraction = batch.get("habitability_fraction")
+        if fraction is not None:
+            error = F.mse_loss(at_least_float32(regression), fraction.to(at_least_float32(regression).dtype))
+            parts["regression"] = parts["regression"] + weight * error
     cnn, graph, text = outputs["cnn_outputs"], outputs["graph_vae_outputs"], outputs["llm_outputs"]
     parts["reconstruction"] = _mean(cnn["reconstruction_loss"], present["climate"]) if cnn else zero
     parts["physics"] = _mean(cnn["physics_loss"], present["climate"]) if cnn else zero
@@ -50,6 +55,14 @@ def compute_multimodal_loss(
     for name, value in parts.items():
         total = total + getattr(config, f"{name}_weight") * value
     return total, {name: value.detach() for name, value in (parts | {"total": total}).items()}
+
+
+def _readings(outputs: dict[str, Any], share: float) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
+    """(weight, logits, regression) of the fusions; one of weight 1 in evaluation, where they are averaged."""
+    fusion, first = outputs["fusion_outputs"], (outputs["logits"], outputs["regression"])
+    if "second_logits" not in fusion:
+        return [(1.0, *first)]
+    return [(1.0 - share, *first), (share, fusion["second_logits"], fusion["second_regression"])]
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

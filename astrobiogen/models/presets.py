@@ -68,12 +68,12 @@ def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
         ),
         cnn_config=DatacubeConfig(
             base_channels=16, max_channels=32, depth=2, feature_dim=64, dropout=0.1, embed_dim=32, num_heads=2,
-            num_transformer_layers=1, **_cube(spec, (3, 1, 2, 4, 8)),
+            num_transformer_layers=1, statistics_thresholds=16, **_cube(spec, (3, 1, 2, 4, 8)),
         ),
         fusion_config=FusionConfig(
             fusion_dim=64, num_attention_heads=4, num_fusion_layers=1, num_latents=2, modality_dropout=0.1,
             modality_dropouts={"graph": 0.5, "planet_params": 0.75},
-            evaluation_hides=("graph", "spectrum", "text", "planet_params"), dropout=0.2,
+            dropout=0.2,
         ),
         spectrum_config=SpectrumConfig(
             hidden_dim=32, queries=2, frequencies=8, feature_dim=32, dropout=0.1, wavelength_range=_waves(spec)
@@ -81,6 +81,8 @@ def tiny(spec: SpecLike) -> MultiModalTrainingConfig:
         planet_config=PlanetParameterConfig(
             n_parameters=len(spec.planet_param_names), hidden_dim=32, feature_dim=32, dropout=0.1
         ),
+        use_network_summary=True,
+        summary_share=0.75,
         text_share=0.25,
         label_smoothing=0.1,
     )  # fmt: skip

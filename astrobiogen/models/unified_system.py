@@ -12,17 +12,20 @@ from astrobiogen.kernels._registry import use_kernels
 from astrobiogen.models._common import check_axes, require, resolve_config
 from astrobiogen.models.datacube_cnn import RebuiltDatacubeCNN
 from astrobiogen.models.datacube_config import DatacubeConfig
+from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors
 from astrobiogen.models.graph_vae import GraphVAEConfig, RebuiltGraphVAE
 from astrobiogen.models.llm_config import LLMConfig
 from astrobiogen.models.llm_integration import RebuiltLLMIntegration
-from astrobiogen.models.multimodal_integration import FusionConfig, RebuiltMultimodalIntegration
+from astrobiogen.models.multimodal_integration import FusionConfig, RebuiltMultimodalIntegration, mean_answer
+from astrobiogen.models.network_summary import NetworkSummary
 from astrobiogen.models.planet_encoder import PlanetParameterConfig, PlanetParameterEncoder
 from astrobiogen.models.spectrum_encoder import SpectrumConfig, SpectrumEncoder
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
 PER_ITEM = (
     "features", "reconstruction_loss", "physics_violations", "physics_loss", "mu", "logvar", "z", "node_loss",
-    "edge_loss", "stoichiometry_loss", "kl", "constraints", "loss_per_sample",
+    "edge_loss", "stoichiometry_loss", "kl", "constraints", "loss_per_sample", "statistics_features",
+    "summary_features", "familiarity",
 )  # fmt: skip
 WEIGHTS = (
     "classification_weight",
@@ -44,6 +47,11 @@ class MultiModalTrainingConfig:
             `modality_dims` of the language model and of the fusion are filled in by the system from the parts'
             feature sizes and must be empty here.
         modalities: which encoders exist, some of `MODALITIES`.
+        use_network_summary: add `NetworkSummary` to the graph features. In evaluation, a metabolic network unlike those
+            of the training set, which `remember_networks` takes in, then counts as hidden in the fusion, in proportion.
+        summary_share: weight s of a second fusion, with weights of its own, that sees `ClimateStatistics` and
+            `NetworkSummary` only: in evaluation the class probabilities and the regression are 1 − s times those of the
+            whole fusion plus s times its; the same mean in the classification and regression losses. 0: there is none.
         text_share: share of a batch's samples, drawn anew each time, whose text is read in training (at least one); the
             others count as having none. A pair's text is the one input that no two samples share, so it costs most.
         label_smoothing: of the classification's target, in [0, 1).
@@ -59,6 +67,8 @@ class MultiModalTrainingConfig:
     spectrum_config: SpectrumConfig = dataclasses.field(default_factory=SpectrumConfig)
     planet_config: PlanetParameterConfig = dataclasses.field(default_factory=PlanetParameterConfig)
     modalities: tuple[str, ...] = MODALITIES
+    use_network_summary: bool = False
+    summary_share: float = 0.0
     text_share: float = 1.0
     label_smoothing: float = 0.0
     classification_weight: float = 1.0
@@ -78,6 +88,7 @@ class MultiModalTrainingConfig:
             require(getattr(self, name) >= 0.0, f"{name} must not be negative, got {getattr(self, name)}")
         require(self.kernels in ("auto", "reference"), f"kernels must be 'auto' or 'reference', got {self.kernels!r}")
         require(0.0 < self.text_share <= 1.0, f"text_share must be in (0, 1], got {self.text_share}")
+        require(0.0 <= self.summary_share < 1.0, f"summary_share must be in [0, 1), got {self.summary_share}")
         require(0.0 <= self.label_smoothing < 1.0, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name in ("llm_config", "fusion_config"):
             require(not getattr(self, name).modality_dims, f"{name}.modality_dims is set by the system; leave it empty")
@@ -111,6 +122,9 @@ class UnifiedMultiModalSystem(nn.Module):
         if "graph" in config.modalities:
             self.graph = RebuiltGraphVAE(config.graph_config)
             dims["graph"] = self.graph.feature_dim
+            if config.use_network_summary:
+                graph = config.graph_config
+                self.network_summary = NetworkSummary(graph.node_features, self.graph.feature_dim, graph.dropout)
         if "spectrum" in config.modalities:
             self.spectrum = SpectrumEncoder(config.spectrum_config)
             dims["spectrum"] = self.spectrum.feature_dim
@@ -124,6 +138,12 @@ class UnifiedMultiModalSystem(nn.Module):
         self.fusion = RebuiltMultimodalIntegration(
             _of_the_present(config.fusion_config, ordered), modality_dims=ordered
         )
+        simple = {"climate": config.cnn_config.statistics_thresholds > 0, "graph": config.use_network_summary}
+        simple_dims = {name: ordered[name] for name, exists in simple.items() if exists and name in ordered}
+        if config.summary_share and simple_dims:
+            self.summary_fusion = RebuiltMultimodalIntegration(
+                _of_the_present(config.fusion_config, simple_dims), modality_dims=simple_dims, use_modality_heads=False
+            )
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Run everything that the batch holds.
@@ -163,7 +183,11 @@ class UnifiedMultiModalSystem(nn.Module):
             )
             features["climate"] = cnn["features"]
         if "graph" in present:
-            graph = _per_sample(self.graph(batch["metabolic_graph"]), batch, "graph_index")
+            graph = self.graph(batch["metabolic_graph"])
+            if self.config.use_network_summary:
+                graph |= self.network_summary(self._networks(batch["metabolic_graph"]))
+                graph["features"] = graph["features"] + graph["summary_features"]
+            graph = _per_sample(graph, batch, "graph_index")
             features["graph"] = graph["features"]
         if "spectrum" in present:
             features["spectrum"] = self.spectrum(batch["spectroscopy"], batch.get("spectroscopy_mask"))
@@ -179,7 +203,12 @@ class UnifiedMultiModalSystem(nn.Module):
                 labels = labels.masked_fill(~present["text"][:, None], -100)
             text = self._read(batch | {"labels": labels}, features, present, rows)
             features["text"] = text["features"]
-        fusion = self.fusion(features, present)
+        familiarity = {"graph": graph["familiarity"]} if "familiarity" in graph else None
+        fusion = self.fusion(features, present, familiarity)
+        simple = {"climate": cnn.get("statistics_features"), "graph": graph.get("summary_features")}
+        simple = {name: value for name, value in simple.items() if value is not None}
+        if self.config.summary_share and simple:
+            fusion |= self._second_reading(fusion, simple, {name: present[name] for name in simple}, familiarity)
         absent = torch.zeros(size, dtype=torch.bool, device=fusion["logits"].device)
         return {
             "logits": fusion["logits"],
@@ -198,6 +227,38 @@ class UnifiedMultiModalSystem(nn.Module):
             "llm_outputs": text,
             "fusion_outputs": fusion,
         }
+
+    def _second_reading(
+        self,
+        first: dict[str, torch.Tensor],
+        features: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor],
+        familiarity: dict[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """Training: ``second_logits`` and ``second_regression``; evaluation: ``logits`` and ``regression`` averaged with
+        those of the `first` fusion, where a sample has one of `features`."""
+        second = self.summary_fusion(features, present, familiarity)
+        if self.training:
+            return {f"second_{name}": second[name] for name in ("logits", "regression")}
+        share = self.config.summary_share * torch.stack(list(present.values())).any(0)
+        answers = [(reading["logits"], reading["regression"]) for reading in (second, first)]
+        return dict(zip(("logits", "regression"), mean_answer(*answers, share)))
+
+    def remember_networks(self, graphs: Any) -> None:
+        """Take in the distinct networks of the training set (`torch_geometric` `Batch`), see `use_network_summary`.
+
+        Raises:
+            ValueError: the system was built without.
+        """
+        require(
+            self.config.use_network_summary and "graph" in self.config.modalities,
+            "remember_networks: use_network_summary is off",
+        )
+        self.network_summary.remember(self._networks(graphs))
+
+    def _networks(self, graphs: Any) -> GraphTensors:
+        config = self.config.graph_config
+        return graph_tensors(graphs, config.node_features, config.laplacian_dim, config.random_walk_dim)
 
     def _read(
         self,
@@ -305,5 +366,4 @@ def _of_the_present(config: FusionConfig, present: Collection[str]) -> FusionCon
     return dataclasses.replace(
         config,
         modality_dropouts={name: value for name, value in config.modality_dropouts.items() if name not in absent},
-        evaluation_hides=tuple(name for name in config.evaluation_hides if name not in absent),
     )

@@ -158,6 +158,8 @@ def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
     """Data, model and loss as one task. Draws the weights from the global generator: seed it before."""
     model, model_config = build_model(config, bundle.spec)
     settings, pad_id = config.data, bundle.spec.pad_id
+    if model_config.use_network_summary and "graph" in model_config.modalities:
+        model.remember_networks(blocks.distinct_networks(bundle.train, pad_id))
     sampler: loading.Sampler
     if settings.block:
         sampler = blocks.BlockSampler(blocks.keys_of(bundle.train), settings.batch_size, config.seed, settings.block)

@@ -9,6 +9,7 @@ the same; which pairs meet in a batch is not.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -91,6 +92,15 @@ def collate_shared(samples: Sequence[data.Sample], pad_id: int) -> loading.Batch
         "graph_mask": modality_mask[:, 1].clone(),
         "modality_mask": modality_mask,
     }
+
+
+def distinct_networks(samples: data.HabitatDataset, pad_id: int) -> Any:
+    """The metabolic graphs of `samples`, each once, as a `torch_geometric` `Batch`."""
+    first = {pair.organism: number for number, pair in reversed(list(enumerate(samples.pairs)))}
+    chosen = [samples[number] for number in sorted(first.values())]
+    nothing = (None,) * len(chosen[0].epochs)
+    light = [dataclasses.replace(sample, epochs=nothing) for sample in chosen]
+    return data.collate(light, pad_id=pad_id, cube_shape=(1, 1, 1, 1, 1))["metabolic_graph"]
 
 
 def _distinct(names: Sequence[int]) -> tuple[list[int], torch.Tensor]:

@@ -139,7 +139,7 @@ def quiet() -> Callable[[MultiModalTrainingConfig], MultiModalTrainingConfig]:
             graph_config=dataclasses.replace(config.graph_config, dropout=0.0),
             cnn_config=dataclasses.replace(config.cnn_config, dropout=0.0),
             fusion_config=dataclasses.replace(
-                config.fusion_config, dropout=0.0, modality_dropout=0.0, modality_dropouts={}, evaluation_hides=()
+                config.fusion_config, dropout=0.0, modality_dropout=0.0, modality_dropouts={}
             ),
             text_share=1.0,
             spectrum_config=dataclasses.replace(config.spectrum_config, dropout=0.0),

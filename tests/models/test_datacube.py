@@ -1,6 +1,7 @@
 """The datacube network: axes, padding, masks, sizes, features of full rank."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,40 @@ def test_switches_remove_exactly_their_parameters() -> None:
     without_physics = RebuiltDatacubeCNN(CONFIG, use_physics_constraints=False)
     assert trainable_parameters(without_physics) == trainable_parameters(whole)  # budgets have nothing to learn
     assert without_physics(cube())["physics_violations"] == {}
+
+
+def test_statistics_are_a_reading_of_their_own() -> None:
+    model = RebuiltDatacubeCNN(CONFIG, statistics_thresholds=5)
+    removed = trainable_parameters(model) - trainable_parameters(RebuiltDatacubeCNN(CONFIG))
+    assert removed == trainable_parameters(model.read_statistics)
+    x = cube(4)
+    outputs = model(x)
+    (outputs["features"].sum() + outputs["reconstruction_loss"].sum() + outputs["physics_loss"].sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    mirrored = model(x.flip(-1).roll(3, dims=-1))
+    assert (outputs["features"] != outputs["statistics_features"]).any(1).all()
+    torch.testing.assert_close(mirrored["statistics_features"], outputs["statistics_features"])
+    assert not torch.allclose(mirrored["features"], outputs["features"])
+    nearest = x.clone()
+    nearest[:, 1:] += 1.0
+    nearest[:, :, :, :, :-1] += 1.0
+    nearest[:, :, :, :-1] += 1.0  # other variables, higher levels, earlier epochs
+    torch.testing.assert_close(model(nearest)["statistics_features"], outputs["statistics_features"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"statistics_thresholds": 4, "statistics_variables": ("wind",)}, "wind"),
+        ({"statistics_thresholds": 4, "statistics_levels": 5}, "statistics_levels must be 1 to 4, got 5"),
+        ({"statistics_thresholds": 1}, "thresholds must be at least 2"),
+    ],
+)
+def test_wrong_statistics_raise(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RebuiltDatacubeCNN(CONFIG, **change)
 
 
 def test_stem_is_a_strided_convolution() -> None:

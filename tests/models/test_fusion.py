@@ -101,27 +101,32 @@ def test_modality_dropout_by_name() -> None:
         RebuiltMultimodalIntegration(CONFIG, modality_dropouts={"sound": 0.5})
 
 
-def test_a_second_reading_without_some_modalities_is_averaged_in_evaluation_only() -> None:
-    hides = ("graph", "text")
-    plain = RebuiltMultimodalIntegration(CONFIG)
-    twice = RebuiltMultimodalIntegration(CONFIG, evaluation_hides=hides)
-    twice.load_state_dict(plain.state_dict())
-    given = features(4)
-    nothing = torch.zeros(4, dtype=torch.bool)
-    torch.testing.assert_close(twice.train()(given)["logits"], plain.train()(given)["logits"])
-    whole, part = plain.eval()(given), plain(given, dict.fromkeys(hides, nothing))
-    both = twice.eval()(given)
-    for got, first, second in (
-        (both["logits"].softmax(-1), whole["logits"].softmax(-1), part["logits"].softmax(-1)),
-        (both["regression"], whole["regression"], part["regression"]),
-    ):
-        torch.testing.assert_close(got, (first + second) / 2)
-    torch.testing.assert_close(both["modality_weights"], whole["modality_weights"])
-    # a sample that has hidden modalities only is read as it is
-    left = {"climate": nothing}
-    torch.testing.assert_close(twice(given, left)["logits"].softmax(-1), plain(given, left)["logits"].softmax(-1))
-    with pytest.raises(ValueError, match="sound"):
-        RebuiltMultimodalIntegration(CONFIG, evaluation_hides=("sound",))
+def test_an_unfamiliar_modality_counts_as_hidden_in_evaluation() -> None:
+    model = RebuiltMultimodalIntegration(CONFIG)
+    given, known = features(4), torch.tensor([0.0, 0.25, 0.9, 1.0])
+    hidden = {"graph": torch.zeros(4, dtype=torch.bool)}
+    torch.testing.assert_close(model(given, familiarity={"graph": known})["logits"], model(given)["logits"])
+    whole, part = model.eval()(given), model(given, hidden)
+    outputs = model(given, familiarity={"graph": known})
+    share = known[:, None]
+    expected = share * whole["logits"].softmax(-1) + (1 - share) * part["logits"].softmax(-1)
+    torch.testing.assert_close(outputs["logits"].softmax(-1), expected)
+    torch.testing.assert_close(outputs["regression"], known * whole["regression"] + (1 - known) * part["regression"])
+    torch.testing.assert_close(outputs["modality_weights"], whole["modality_weights"])
+    # a sample that has nothing else is read as it is
+    alone = {name: torch.zeros(4, dtype=torch.bool) for name in given if name != "graph"}
+    torch.testing.assert_close(
+        model(given, alone, {"graph": known})["logits"].softmax(-1), model(given, alone)["logits"].softmax(-1)
+    )
+
+
+def test_heads_of_single_modalities_are_a_switch() -> None:
+    model = RebuiltMultimodalIntegration(CONFIG, use_modality_heads=False)
+    whole = RebuiltMultimodalIntegration(CONFIG)
+    gone = {name for name, _ in whole.named_parameters()} - {name for name, _ in model.named_parameters()}
+    assert gone
+    assert all(name.startswith("modality_heads.") for name in gone)
+    assert "modality_logits" not in model(features(2))
 
 
 def test_results_are_in_range() -> None:

@@ -240,6 +240,11 @@ SWITCHES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "graph.use_gradient_checkpointing": ({"use_gradient_checkpointing": True}, "", "", ""),
     "cnn.use_vit_features": ({"use_vit_features": False}, r"climate\.vit\..*", "", r"climate\.to_features\.weight"),
+    "cnn.statistics_thresholds": (
+        {"statistics_thresholds": 0}, r"climate\.read_statistics\.\d\.(weight|bias)", "", ""
+    ),
+    "use_network_summary": ({"use_network_summary": False}, r"network_summary\.read\.\d\.(weight|bias)", "", ""),
+    "summary_share": ({"summary_share": 0.0}, r"summary_fusion\..*", "", ""),
     "cnn.use_physics_constraints": ({"use_physics_constraints": False}, "", "", ""),
     "cnn.latitude_padding": ({"latitude_padding": "pole"}, "", "", ""),
     "cnn.convolution": (
@@ -258,7 +263,8 @@ def test_a_switch_touches_exactly_its_parameters_and_a_gradient_reaches_the_rest
     config = quiet(presets.tiny(spec))
     change, gone, come, resized = SWITCHES[switch]
     part = f"{switch.split('.')[0]}_config"
-    other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **change)})
+    inside = {part: dataclasses.replace(getattr(config, part), **change)} if "." in switch else change
+    other = dataclasses.replace(config, **inside)
     before = {name: value.shape for name, value in UnifiedMultiModalSystem(config).named_parameters()}
     system = UnifiedMultiModalSystem(other)
     after = {name: value.shape for name, value in system.named_parameters()}
