@@ -60,7 +60,9 @@ class FusionConfig:
             ValueError: `modality_dropouts` names a modality that is not there.
         """
         unknown = sorted(set(self.modality_dropouts) - set(self.modality_dims))
-        require(not unknown, f"modality_dropouts: unknown modalities {unknown}, expected some of {list(self.modality_dims)}")
+        require(
+            not unknown, f"modality_dropouts: unknown modalities {unknown}, expected some of {list(self.modality_dims)}"
+        )
         return tuple(self.modality_dropouts.get(name, self.modality_dropout) for name in self.modality_dims)
 
 

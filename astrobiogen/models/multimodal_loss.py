@@ -14,9 +14,9 @@ def compute_multimodal_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted sum of seven terms, each a mean over the samples that have what it needs (0 if none has).
 
-    * classification: cross-entropy of ``logits`` against ``habitability_label``, smoothed by ``label_smoothing``; in
-      training mean over both fusions, if there are two (`summary_share`)
-    * regression: squared error of ``regression`` against ``habitability_fraction``
+    * classification: cross-entropy of ``logits`` against ``habitability_label``, smoothed by ``label_smoothing``
+    * regression: squared error of ``regression`` against ``habitability_fraction``; both terms are means over the two
+      fusions where there are two (`summary_share`)
     * reconstruction: squared error of the decoded cube, in standard deviations
     * physics: violations of the decoded cube's water and energy budgets
     * consistency: KL(fused prediction || single-modality prediction), mean over a sample's modalities; the fused side
@@ -38,7 +38,8 @@ def compute_multimodal_loss(
     zero = logits.sum() * 0.0
     label = batch["habitability_label"]
     parts = {"classification": zero, "regression": zero}
-    for weight, chosen, regression in _readings(outputs, config.summary_share):
+    readings = _readings(outputs, config.summary_share)
+    for weight, chosen, regression in readings:
         error = F.cross_entropy(at_least_float32(chosen), label, label_smoothing=config.label_smoothing)
         parts["classification"] = parts["classification"] + weight * error
         fraction = batch.get("habitability_fraction")
@@ -48,7 +49,7 @@ def compute_multimodal_loss(
     cnn, graph, text = outputs["cnn_outputs"], outputs["graph_vae_outputs"], outputs["llm_outputs"]
     parts["reconstruction"] = _mean(cnn["reconstruction_loss"], present["climate"]) if cnn else zero
     parts["physics"] = _mean(cnn["physics_loss"], present["climate"]) if cnn else zero
-    parts["consistency"] = _consistency(logits, outputs["fusion_outputs"])
+    parts["consistency"] = _consistency(at_least_float32(readings[0][1]), outputs["fusion_outputs"])
     parts["llm"] = text.get("loss", zero)
     parts["graph"] = _mean(graph["loss_per_sample"], present["graph"]) if graph else zero
     total = zero
@@ -58,11 +59,12 @@ def compute_multimodal_loss(
 
 
 def _readings(outputs: dict[str, Any], share: float) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
-    """(weight, logits, regression) of the fusions; one of weight 1 in evaluation, where they are averaged."""
-    fusion, first = outputs["fusion_outputs"], (outputs["logits"], outputs["regression"])
+    """(weight, logits, regression) of each fusion."""
+    fusion = outputs["fusion_outputs"]
     if "second_logits" not in fusion:
-        return [(1.0, *first)]
-    return [(1.0 - share, *first), (share, fusion["second_logits"], fusion["second_regression"])]
+        return [(1.0, outputs["logits"], outputs["regression"])]
+    weights = {"first": 1.0 - share, "second": share}
+    return [(weight, fusion[f"{which}_logits"], fusion[f"{which}_regression"]) for which, weight in weights.items()]
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,10 @@ class NetworkSummary(nn.Module):
     A description holds the mean features of the metabolites and of the reactions and the log counts of both. It is
     standardised over the networks that `remember` took in (the training set's), cut off at ± 5, and read by two layers.
 
-    Familiarity is 0.2 + 0.6 exp(−(d / w)² / 2), with d the root mean square difference from the nearest remembered description
-    and w half the median distance of a remembered network from its nearest other one. It uses descriptions and not
-    learned features, which may map what is new onto what is known. With nothing remembered, every network has 1.
-    It is never 0 or 1: a known network on an unknown planet is not certain, nor is an unknown one without information.
+    Familiarity is 0.2 + 0.6 exp(−(d / w)² / 2), with d the root mean square difference from the nearest remembered
+    description and w half the median distance of a remembered network from its nearest other one; 1 with nothing
+    remembered. It uses descriptions and not learned features, which may map what is new onto what is known. It is not 0
+    or 1: what is learned of a known network need not hold on an unknown planet, and an unknown one tells something.
 
     What was remembered is part of the state dict, however many networks it were.
 

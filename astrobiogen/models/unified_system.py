@@ -141,9 +141,11 @@ class UnifiedMultiModalSystem(nn.Module):
         simple = {"climate": config.cnn_config.statistics_thresholds > 0, "graph": config.use_network_summary}
         simple_dims = {name: ordered[name] for name, exists in simple.items() if exists and name in ordered}
         if config.summary_share and simple_dims:
+            several = config.fusion_config.use_adaptive_weighting and len(simple_dims) > 1
             self.summary_fusion = RebuiltMultimodalIntegration(
-                _of_the_present(config.fusion_config, simple_dims), modality_dims=simple_dims, use_modality_heads=False
-            )
+                _of_the_present(config.fusion_config, simple_dims), modality_dims=simple_dims, use_modality_heads=False,
+                use_adaptive_weighting=several,
+            )  # fmt: skip
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Run everything that the batch holds.
@@ -207,7 +209,7 @@ class UnifiedMultiModalSystem(nn.Module):
         fusion = self.fusion(features, present, familiarity)
         simple = {"climate": cnn.get("statistics_features"), "graph": graph.get("summary_features")}
         simple = {name: value for name, value in simple.items() if value is not None}
-        if self.config.summary_share and simple:
+        if hasattr(self, "summary_fusion"):
             fusion |= self._second_reading(fusion, simple, {name: present[name] for name in simple}, familiarity)
         absent = torch.zeros(size, dtype=torch.bool, device=fusion["logits"].device)
         return {
@@ -235,14 +237,22 @@ class UnifiedMultiModalSystem(nn.Module):
         present: dict[str, torch.Tensor],
         familiarity: dict[str, torch.Tensor] | None,
     ) -> dict[str, torch.Tensor]:
-        """Training: ``second_logits`` and ``second_regression``; evaluation: ``logits`` and ``regression`` averaged with
-        those of the `first` fusion, where a sample has one of `features`."""
-        second = self.summary_fusion(features, present, familiarity)
+        """``first_logits``, ``first_regression``, ``second_logits``, ``second_regression`` of both fusions; the first
+        takes the place of the second where a sample has none of `features`. In evaluation also ``logits`` and
+        ``regression``, their mean.
+        """
+        answers = {name: [first[name], first[name]] for name in ("logits", "regression")}
+        if features:
+            second = self.summary_fusion(features, present, familiarity)
+            held = torch.stack(list(present.values())).any(0)
+            answers["logits"][1] = torch.where(held[:, None], second["logits"], first["logits"])
+            answers["regression"][1] = torch.where(held, second["regression"], first["regression"])
+        both = {f"{which}_{name}": answers[name][k] for k, which in enumerate(("first", "second")) for name in answers}
         if self.training:
-            return {f"second_{name}": second[name] for name in ("logits", "regression")}
-        share = self.config.summary_share * torch.stack(list(present.values())).any(0)
-        answers = [(reading["logits"], reading["regression"]) for reading in (second, first)]
-        return dict(zip(("logits", "regression"), mean_answer(*answers, share)))
+            return both
+        whole, summaries = zip(*answers.values())
+        share = torch.full_like(first["regression"], self.config.summary_share)
+        return both | dict(zip(answers, mean_answer(summaries, whole, share)))
 
     def remember_networks(self, graphs: Any) -> None:
         """Take in the distinct networks of the training set (`torch_geometric` `Batch`), see `use_network_summary`.

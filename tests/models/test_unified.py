@@ -187,11 +187,19 @@ def test_leaving_a_modality_out_removes_its_parameters(
     rest = tuple(other for other in MODALITIES if other != name)
     whole, smaller = UnifiedMultiModalSystem(config), UnifiedMultiModalSystem(config, modalities=rest)
     own = {key for key, _ in whole.named_parameters()} - {key for key, _ in smaller.named_parameters()}
-    places = ("", "fusion.projections.", "fusion.modality_heads.", "text.modality_projections.")
-    allowed = tuple(f"{place}{name}." for place in places)
+    places = (
+        "",
+        "fusion.projections.",
+        "fusion.modality_heads.",
+        "text.modality_projections.",
+        "summary_fusion.projections.",
+    )
+    more = {"climate": ("summary_fusion.score.",), "graph": ("summary_fusion.score.", "network_summary.")}
+    allowed = (*(f"{place}{name}." for place in places), *more.get(name, ()))
     assert own
     assert all(key.startswith(allowed) for key in own)
     rows = config.fusion_config.fusion_dim + (0 if name == "text" else config.llm_config.hidden_size)  # type vectors
+    rows += config.fusion_config.fusion_dim if name in ("climate", "graph") else 0  # of the fusion of summaries
     named = sum(value.numel() for key, value in whole.named_parameters() if key in own)
     assert trainable_parameters(whole) - trainable_parameters(smaller) == named + rows
     outputs = smaller(make_batch(2, spec))
@@ -241,9 +249,15 @@ SWITCHES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "graph.use_gradient_checkpointing": ({"use_gradient_checkpointing": True}, "", "", ""),
     "cnn.use_vit_features": ({"use_vit_features": False}, r"climate\.vit\..*", "", r"climate\.to_features\.weight"),
     "cnn.statistics_thresholds": (
-        {"statistics_thresholds": 0}, r"climate\.read_statistics\.\d\.(weight|bias)", "", ""
+        {"statistics_thresholds": 0},
+        r"climate\.read_statistics\.\d\.\w+|summary_fusion\.(projections\.climate\.\w+|score\.weight)",
+        "", r"summary_fusion\.types\.weight",
     ),
-    "use_network_summary": ({"use_network_summary": False}, r"network_summary\.read\.\d\.(weight|bias)", "", ""),
+    "use_network_summary": (
+        {"use_network_summary": False},
+        r"network_summary\.read\.\d\.\w+|summary_fusion\.(projections\.graph\.\w+|score\.weight)",
+        "", r"summary_fusion\.types\.weight",
+    ),
     "summary_share": ({"summary_share": 0.0}, r"summary_fusion\..*", "", ""),
     "cnn.use_physics_constraints": ({"use_physics_constraints": False}, "", "", ""),
     "cnn.latitude_padding": ({"latitude_padding": "pole"}, "", "", ""),
@@ -251,7 +265,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         {"convolution": "dense"}, r"climate\.stages\.\d\.convolutions\.2\.(weight|bias)", "",
         r"climate\.stages\.\d\.convolutions\.\d\.weight",
     ),
-    "fusion.use_adaptive_weighting": ({"use_adaptive_weighting": False}, r"fusion\.score\.weight", "", ""),
+    "fusion.use_adaptive_weighting": ({"use_adaptive_weighting": False}, r"(summary_)?fusion\.score\.weight", "", ""),
 }  # fmt: skip
 
 
