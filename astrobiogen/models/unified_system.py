@@ -205,12 +205,7 @@ class UnifiedMultiModalSystem(nn.Module):
                 labels = labels.masked_fill(~present["text"][:, None], -100)
             text = self._read(batch | {"labels": labels}, features, present, rows)
             features["text"] = text["features"]
-        familiarity = {"graph": graph["familiarity"]} if "familiarity" in graph else None
-        fusion = self.fusion(features, present, familiarity)
-        simple = {"climate": cnn.get("statistics_features"), "graph": graph.get("summary_features")}
-        simple = {name: value for name, value in simple.items() if value is not None}
-        if hasattr(self, "summary_fusion"):
-            fusion |= self._second_reading(fusion, simple, {name: present[name] for name in simple}, familiarity)
+        fusion = self._fused(features, present, cnn, graph)
         absent = torch.zeros(size, dtype=torch.bool, device=fusion["logits"].device)
         return {
             "logits": fusion["logits"],
@@ -229,6 +224,22 @@ class UnifiedMultiModalSystem(nn.Module):
             "llm_outputs": text,
             "fusion_outputs": fusion,
         }
+
+    def _fused(
+        self,
+        features: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor],
+        cnn: dict[str, Any],
+        graph: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        """What the fusion says, and the fusion of summaries, if there is one."""
+        familiarity = {"graph": graph["familiarity"]} if "familiarity" in graph else None
+        fusion = self.fusion(features, present, familiarity)
+        if not hasattr(self, "summary_fusion"):
+            return fusion
+        found = {"climate": cnn.get("statistics_features"), "graph": graph.get("summary_features")}
+        simple = {name: value for name, value in found.items() if value is not None}
+        return fusion | self._second_reading(fusion, simple, {name: present[name] for name in simple}, familiarity)
 
     def _second_reading(
         self,

@@ -188,12 +188,9 @@ def test_leaving_a_modality_out_removes_its_parameters(
     whole, smaller = UnifiedMultiModalSystem(config), UnifiedMultiModalSystem(config, modalities=rest)
     own = {key for key, _ in whole.named_parameters()} - {key for key, _ in smaller.named_parameters()}
     places = (
-        "",
-        "fusion.projections.",
-        "fusion.modality_heads.",
-        "text.modality_projections.",
+        "", "fusion.projections.", "fusion.modality_heads.", "text.modality_projections.",
         "summary_fusion.projections.",
-    )
+    )  # fmt: skip
     more = {"climate": ("summary_fusion.score.",), "graph": ("summary_fusion.score.", "network_summary.")}
     allowed = (*(f"{place}{name}." for place in places), *more.get(name, ()))
     assert own
