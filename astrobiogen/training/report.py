@@ -8,7 +8,7 @@ from typing import Any
 from astrobiogen.training import final, metrics, report_plots
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
+body{font:15px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #d0d7de}
 .cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}
 .card{border:1px solid #d0d7de;border-radius:8px;padding:.6rem 1rem;min-width:9rem}
@@ -16,7 +16,7 @@ h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem;bo
 .scroll{overflow-x:auto}table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums;font-size:.9rem}
 td,th{border-bottom:1px solid #d0d7de;padding:.25rem .7rem;text-align:right;white-space:nowrap}
 th{color:#57606a;font-weight:600}td.left,th.left{text-align:left}tr.model td{background:#ddf4ff;font-weight:600}
-.plots{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;flex:0 0 31rem;max-width:100%}img{width:100%}
+.plots{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;flex:0 1 25rem;min-width:min(22rem,100%)}img{width:100%}
 figcaption{font-size:.85rem;color:#57606a}p.note{color:#57606a;font-size:.9rem}
 """
 TABLE_HEAD = ("test cell", "method", "n", "accuracy", "AUROC", "cross-entropy", "ECE")
@@ -60,6 +60,13 @@ def figures_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _figures(result: Mapping[str, Any]) -> str:
+    """The closing table with the name of a test cell on its first row only."""
+    rows = figures_rows(result)
+    named = [[cell if cell != before[0] else "", *rest] for before, (cell, *rest) in zip([[""], *rows], rows)]
+    return _table(TABLE_HEAD, named, 2, "model")
+
+
 def verdict(item: Mapping[str, Any]) -> str:
     """Whether masking a modality made the cross-entropy worse, better, or neither outside the interval."""
     change = item["masked_minus_whole"]["loss"]
@@ -93,7 +100,7 @@ def _ablation(result: Mapping[str, Any]) -> str:
         "Lines: 95 % intervals.",
     )
     head = ("masked modality", "change of accuracy", "change of AUROC", "change of cross-entropy", "reading")
-    return f"<h2>Ablation</h2>{_table(head, rows)}{plot}"
+    return f'<h2>Ablation</h2>{_table(head, rows)}<div class="plots">{plot}</div>'
 
 
 def _cards(result: Mapping[str, Any]) -> str:
@@ -146,7 +153,8 @@ def _weights(result: Mapping[str, Any]) -> str:
         return ""
     caption = "Mean weight of each modality in the fusion, test set."
     names, values = list(weights), list(weights.values())
-    return "<h2>Modality weights</h2>" + report_plots.bars(names, values, None, "mean fusion weight", caption)
+    plot = report_plots.bars(names, values, None, "mean fusion weight", caption)
+    return f'<h2>Modality weights</h2><div class="plots">{plot}</div>'
 
 
 def render(
@@ -175,7 +183,7 @@ def render(
         f"in {run['training_seconds']} s; best epoch {run['best_epoch']}; ended: {html.escape(run['stopped'])}. "
         f"Data: {html.escape(str(result['data']))}.</p>",
         _cards(result),
-        f"<h2>Test figures</h2>{_table(TABLE_HEAD, figures_rows(result), 2, 'model')}<p class=note>"
+        f"<h2>Test figures</h2>{_figures(result)}<p class=note>"
         f"{html.escape(final.INTERVAL_METHOD)}. The label is made by a climate model, flux-balance analysis and growth "
         "ranges; it is not observed habitability.</p>",
         f'<div class="plots">{report_plots.roc(predictions)}{report_plots.confusion(model)}'
