@@ -18,7 +18,7 @@ PACKAGE = ROOT / "astrobiogen"
 @pytest.mark.parametrize(
     ("absent", "modules"),
     [
-        ("torch_geometric", "astrobiogen, astrobiogen.ops"),
+        ("torch_geometric", "astrobiogen, astrobiogen.ops, astrobiogen.layers"),
         ("triton", "astrobiogen, astrobiogen.ops, astrobiogen.train, astrobiogen.evaluate"),
         ("bitsandbytes", "astrobiogen.train, astrobiogen.training.optimizer"),
         ("transformers", "astrobiogen.train, astrobiogen.integrations"),
