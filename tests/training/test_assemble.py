@@ -114,6 +114,23 @@ def test_every_parameter_has_a_gradient_whatever_is_absent(bundle: data.DatasetB
     assert [name for name, value in task.model.named_parameters() if value.grad is None] == []
 
 
+def test_the_model_remembers_the_networks_of_the_training_set_only(bundle: data.DatasetBundle) -> None:
+    settings = config.preset("tiny")
+    assembly = assemble.assemble(settings, bundle)
+    known = {pair.organism for pair in bundle.train.pairs}
+    model = assembly.task.model
+    assert len(model.network_summary.known) == len(known)
+    loaded, _ = assemble.build_model(settings, bundle.spec)
+    loaded.load_state_dict(model.state_dict())
+    samples = [*bundle.train.pairs[:40], *bundle.test.pairs[:40]]
+    batch = data.collate([data.HabitatDataset(bundle.train.store, samples, "some")[k] for k in range(len(samples))])
+    for restored in (model, loaded):
+        familiar = restored.network_summary(restored._networks(batch["metabolic_graph"]))["familiarity"]
+        expected = torch.tensor([pair.organism in known for pair in samples])
+        assert torch.equal(familiar == familiar.max(), expected)
+        assert 0 < expected.sum() < len(samples)
+
+
 def test_block_sampler_is_a_permutation_and_resumes(bundle: data.DatasetBundle) -> None:
     generator = torch.Generator().manual_seed(0)
     grid = [
