@@ -29,6 +29,8 @@ from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.config_dict import from_dict
 from astrobiogen.training.errors import CheckpointError, UserError
 
+_LOG = logging.getLogger("astrobiogen")
+
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -109,6 +111,7 @@ def _run(given: Sequence[str]) -> int:
     runtime.prepare(config.runtime, config.seed)
     with astrobiogen.use_kernels(config.runtime.kernels), runtime.Interrupt() as interrupt:
         assembly = assemble.assemble(config, assemble.load_bundle(config))
+        _LOG.info("data: %s; %s; %s", assembly.task.fingerprint, device, dtype)
         models = [_loaded(assembly, its, *member).to(device) for its, member in zip(configs, found, strict=True)]
 
         def examine(model: nn.Module, settings: TrainConfig) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
@@ -164,7 +167,8 @@ def _run_facts(model: Any, content: checkpoint.Content) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("astrobiogen").setLevel(logging.INFO)
     given = sys.argv[1:] if arguments is None else arguments
     return cli.guarded(lambda: _run(given), lambda: Path(tempfile.gettempdir()) / "astrobiogen-crash.log")
 

@@ -3,6 +3,8 @@ modality masked."""
 
 import contextlib
 import dataclasses
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +16,9 @@ from astrobiogen.training import loading, metrics, precision, runtime, weighting
 from astrobiogen.training.distributed import World
 from astrobiogen.training.distributed_share import shared_order
 
+_LOG = logging.getLogger("astrobiogen")
+# Between two lines that tell how far a long pass is.
+_TELL_SECONDS = 15.0
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
 # (outputs, batch[, factors of the terms]) -> (loss, terms); see `weighting.emphasis` for the factors.
 LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -226,9 +231,13 @@ def evaluate(
     shares = shared_order(batches, world.rank, world.size)
     size = len(samples)
     totals = {} if counts is None else counts(range(size), None)
+    told = time.monotonic()
     with frozen(model):
         loaded = loading.load_batches(samples, collate, [indices for indices, _ in shares], device)
-        for (_, own), (indices, batch) in zip(shares, loaded, strict=True):
+        for number, ((_, own), (indices, batch)) in enumerate(zip(shares, loaded, strict=True)):
+            if time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                _LOG.info("evaluated %d of %d batches", number, len(shares))
             if world.any(should_stop()):
                 return None
             shown = mask_modality(batch, masked) if masked else batch

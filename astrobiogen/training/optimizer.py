@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -39,6 +40,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
+    # It warns on stderr of every run on a CPU that a 4-bit matrix product, which is not used here, will be slow.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         library = importlib.import_module("bitsandbytes")
     except ImportError as error:

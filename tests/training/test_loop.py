@@ -257,3 +257,14 @@ def test_early_stopping_goes_on_counting_after_a_resume(make_run: MakeRun) -> No
     second.trainer.fit()
     for name in ("epoch", "step", "best", "best_epoch", "bad_epochs", "stopped"):
         assert getattr(second.trainer.progress, name) == getattr(whole.trainer.progress, name), name
+
+
+def test_a_long_evaluation_tells_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "astrobiogen"):
+        evaluated(ToyModel())
+        assert caplog.text == ""
+        monkeypatch.setattr(evaluation, "_TELL_SECONDS", -1.0)
+        evaluated(ToyModel())
+    assert "evaluated 5 of 6 batches" in caplog.text
