@@ -162,7 +162,8 @@ def find_learning_rate(config: TrainConfig, folder: Path) -> int:
     lr_finder.publish(result, folder)
     console.print(
         f"Suggested peak: --optimizer.learning_rate {result.suggestion:.1e} (steepest fall of the loss at "
-        f"{result.steepest:.1e}); plot: {folder / 'lr_finder.png'}"
+        f"{result.steepest:.1e}); plot: {folder / 'lr_finder.png'}",
+        soft_wrap=True,
     )
     return 0
 
