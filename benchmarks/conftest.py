@@ -40,9 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     group.addoption(
+        "--fresh-pages",
+        action="store_true",
+        help="leave malloc as it is: every large result pays the page faults that a program outside a benchmark pays; "
+        "rows go to a folder of their own",
+    )
+    group.addoption(
         "--cpu-level",
         choices=["baseline", "avx2", "avx512"],
-        help="run our C++ kernels at a lower instruction-set level than the CPU has (not convolution)",
+        help="run our C++ kernels at a lower instruction-set level than the CPU has",
     )
 
 
@@ -50,7 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Threads, allocator, and where the rows are gathered."""
     config.stash[ROWS] = []
     torch.set_num_threads(config.getoption("--threads"))
-    keep_freed_pages()
+    if not config.getoption("--fresh-pages"):
+        keep_freed_pages()
     if config.getoption("--cpu-level"):
         set_cpu_level(config.getoption("--cpu-level"))
     # A backward is timed many times over one graph, which compiled code that reuses saved buffers refuses.
@@ -138,6 +145,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for line in table(group):
             terminalreporter.write_line(line)
     facts = environment.facts(_device_of(config)) | {"set": config.getoption("--set")}
+    if config.getoption("--fresh-pages"):
+        facts |= {"device": facts["device"] + ", fresh pages", "device_slug": facts["device_slug"] + "-fresh-pages"}
     terminalreporter.write_line(
         f"contention: a busy loop got {facts['core_share']:.0%} of a core at the end of the run"
     )

@@ -78,7 +78,7 @@ Tensor empty_rows(const Tensor& x, at::IntArrayRef out, int64_t channels) {
 // Whole cache lines only: a register block of 16 or 32 channels covers them where rows of y are multiples of 64 bytes.
 bool streamed(const Tensor& y) {
   const int64_t row = y.size(-1) * y.element_size();
-  return y.element_size() == 4 && row % 64 == 0 && static_cast<int64_t>(y.nbytes()) >= kHugeBytes && reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0;
+  return y.element_size() == 4 && row % 64 == 0 && static_cast<int64_t>(y.nbytes()) >= kHugeBytes && reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 64 == 0;
 }
 
 std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,

@@ -82,6 +82,28 @@ Tensor volume(const Tensor& rows, int64_t axes) {
   return native(rows.reshape(shape).contiguous());
 }
 
+// A kernel of one tap over the last three axes is a matrix product per outer tap, [positions, C] x [C, O]: on rows as they are, added to the result in
+// place. As convolutions of ATen these took 3 times as long (a copy of the volume, a result of its own, an addition).
+bool is_product(const Geometry& g, at::IntArrayRef kernel) {
+  bool product = g.groups == 1;
+  for (int64_t axis = std::max<int64_t>(0, g.axes() - kInnerAxes); axis < g.axes(); ++axis)
+    product &= kernel[axis] == 1 && g.stride[axis] == 1 && g.padding[axis] == 0;
+  return product;
+}
+
+// The [O, C] matrix of an outer tap, or a view of it in a weight gradient.
+Tensor tap_matrix(Tensor weight, const OuterTap& tap) {
+  for (int64_t k : tap.index) weight = weight.select(2, k);
+  return weight.reshape({weight.size(0), weight.size(1)});
+}
+
+// body(left, right) on matrices [positions, channels] that cover both: whole where memory allows, else per index of the leading axis.
+void in_matrices(const Tensor& left, const Tensor& right, const std::function<void(Tensor, const Tensor&)>& body) {
+  if (left.numel() == 0) return;
+  if (left.is_contiguous() && right.is_contiguous()) return body(left.view({-1, left.size(-1)}), right.view({-1, right.size(-1)}));
+  for (int64_t at = 0; at < left.size(0); ++at) in_matrices(left[at], right[at], body);
+}
+
 struct Inner {
   std::vector<int64_t> stride, padding, dilation, none;
   explicit Inner(const Geometry& g) {
@@ -90,38 +112,6 @@ struct Inner {
     none.assign(stride.size(), 0);
   }
 };
-
-// The part of the kernel that can reach data. A zero-padded axis shorter than the kernel's reach has taps that only ever see zeros; they are cut
-// off where that leaves the same padding at both ends.
-struct Crop {
-  Geometry geometry;
-  std::vector<int64_t> first, count;
-};
-
-Crop crop(const Geometry& g, at::IntArrayRef size, at::IntArrayRef kernel) {
-  Crop result{g, std::vector<int64_t>(kernel.size(), 0), kernel.vec()};
-  for (int64_t axis = 0; axis < g.axes(); ++axis) {
-    const int64_t out = g.output_size(axis, size[axis], kernel[axis]);
-    const auto live = [&](int64_t k) {
-      const auto [low, high] = live_range(out, size[axis], g.stride[axis], k * g.dilation[axis] - g.padding[axis]);
-      return low < high;
-    };
-    int64_t head = 0, tail = 0;
-    while (head + 1 < kernel[axis] && !live(head)) ++head;
-    while (head + tail + 1 < kernel[axis] && !live(kernel[axis] - 1 - tail)) ++tail;
-    const int64_t rest = g.padding[axis] - head * g.dilation[axis];
-    if (head != tail || rest < 0) continue;
-    result.geometry.padding[axis] = rest;
-    result.first[axis] = head;
-    result.count[axis] = kernel[axis] - head - tail;
-  }
-  return result;
-}
-
-Tensor crop_weight(Tensor weight, const Crop& crop) {
-  for (size_t axis = 0; axis < crop.first.size(); ++axis) weight = weight.narrow(2 + axis, crop.first[axis], crop.count[axis]);
-  return weight;
-}
 
 std::vector<int64_t> spatial(const Tensor& rows) { return rows.sizes().slice(1, rows.dim() - 2).vec(); }
 
@@ -147,6 +137,32 @@ void accumulate(Tensor& total, const Tensor& result, const std::vector<int64_t>&
 }
 
 }  // namespace
+
+Crop crop(const Geometry& g, at::IntArrayRef size, at::IntArrayRef kernel) {
+  Crop result{g, std::vector<int64_t>(kernel.size(), 0), kernel.vec()};
+  for (int64_t axis = 0; axis < g.axes(); ++axis) {
+    if (g.mode[axis] != kZeros) continue;
+    const int64_t out = g.output_size(axis, size[axis], kernel[axis]);
+    const auto live = [&](int64_t k) {
+      const auto [low, high] = live_range(out, size[axis], g.stride[axis], k * g.dilation[axis] - g.padding[axis]);
+      return low < high;
+    };
+    int64_t head = 0, tail = 0;
+    while (head + 1 < kernel[axis] && !live(head)) ++head;
+    while (head + tail + 1 < kernel[axis] && !live(kernel[axis] - 1 - tail)) ++tail;
+    const int64_t rest = g.padding[axis] - head * g.dilation[axis];
+    if (head != tail || rest < 0) continue;
+    result.geometry.padding[axis] = rest;
+    result.first[axis] = head;
+    result.count[axis] = kernel[axis] - head - tail;
+  }
+  return result;
+}
+
+Tensor crop_weight(Tensor weight, const Crop& crop) {
+  for (size_t axis = 0; axis < crop.first.size(); ++axis) weight = weight.narrow(2 + axis, crop.first[axis], crop.count[axis]);
+  return weight;
+}
 
 Tensor add_halo(Tensor rows, const Geometry& g, Halo which) {
   for (int64_t axis = 0; axis < g.axes(); ++axis) {
@@ -205,6 +221,14 @@ Tensor compose_forward(const Tensor& x, const Tensor& whole_weight, const Geomet
   const std::vector<int64_t> size = spatial(rows), out = g.output_size(size, weight.sizes().slice(2));
   const std::vector<int64_t> shape = rows_shape(rows.size(0), out, weight.size(0));
   Tensor total;
+  if (is_product(g, weight.sizes().slice(2))) {
+    total = at::zeros(shape, rows.options());
+    for (const OuterTap& tap : outer_taps(g, size, out, weight.sizes().slice(2))) {
+      const Tensor matrix = tap_matrix(weight, tap).t();
+      in_matrices(cut_output(total, tap), cut_input(rows, tap), [&](Tensor y, const Tensor& x) { y.addmm_(x, matrix); });
+    }
+    return total;
+  }
   int64_t all = 1;
   for (int64_t axis = 0; axis + kInnerAxes < g.axes(); ++axis) all *= out[axis];
   for (const OuterTap& tap : outer_taps(g, size, out, weight.sizes().slice(2))) {
@@ -226,6 +250,14 @@ Tensor compose_transpose(const Tensor& grad, const Tensor& whole_weight, const G
   const std::vector<int64_t> out = spatial(grad);
   const std::vector<int64_t> shape = rows_shape(grad.size(0), padded, weight.size(1) * g.groups);
   Tensor total;
+  if (is_product(g, weight.sizes().slice(2))) {
+    total = at::zeros(shape, grad.options());
+    for (const OuterTap& tap : outer_taps(g, padded, out, weight.sizes().slice(2))) {
+      const Tensor matrix = tap_matrix(weight, tap);
+      in_matrices(cut_input(total, tap), cut_output(grad, tap), [&](Tensor y, const Tensor& x) { y.addmm_(x, matrix); });
+    }
+    return fold_halo(total, geometry);
+  }
   int64_t all = 1;
   for (int64_t axis = 0; axis + kInnerAxes < g.axes(); ++axis) all *= padded[axis];
   for (const OuterTap& tap : outer_taps(g, padded, out, weight.sizes().slice(2))) {
@@ -252,6 +284,16 @@ Tensor compose_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   Tensor whole = at::zeros(shape, grad.options());
   const Tensor result = crop_weight(whole, cropped);
+  if (is_product(g, cropped.count)) {
+    for (const OuterTap& tap : outer_taps(g, spatial(rows), spatial(grad), cropped.count)) {
+      Tensor sum = at::zeros({result.size(0), result.size(1)}, grad.options());
+      in_matrices(cut_output(grad, tap), cut_input(rows, tap), [&](Tensor y, const Tensor& x) { sum.addmm_(y.t(), x); });
+      Tensor part = result;
+      for (int64_t k : tap.index) part = part.select(2, k);
+      part.copy_(sum.view(part.sizes()));
+    }
+    return whole;
+  }
   for (const OuterTap& tap : outer_taps(g, spatial(rows), spatial(grad), cropped.count)) {
     Tensor part = result;
     for (int64_t k : tap.index) part = part.select(2, k);

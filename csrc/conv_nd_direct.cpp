@@ -24,6 +24,8 @@ constexpr int64_t kSegment = 128;
 // Weights beyond L2 are streamed once per unit: this many positions share a stream.
 constexpr int64_t kSharePositions = 256;
 constexpr int64_t kSmallWeightBytes = 512 * 1024;
+// All points of a block of channels and their lines are kept together where the weights and the lines take at most this each.
+constexpr int64_t kResidentBytes = 128 * 1024;
 
 struct Job {
   const Plan* plan;
@@ -32,6 +34,7 @@ struct Job {
   const float* weight;  // [points][blocks][taps][row_taps][block]
   Epilogue epilogue;
   int64_t unit_tiles, segments, segment, chunk;
+  bool resident;  // `resident_unit` instead of `unit`
 };
 
 struct Tap {
@@ -47,11 +50,8 @@ struct Scratch {
 };
 
 template <typename Vec, int N, int M>
-ASTRO_INLINE void block(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset, float* sums, bool fresh) {
+ASTRO_INLINE void accumulate(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset, Vec (&acc)[M][N]) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
-  Vec acc[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) acc[m][v] = fresh ? Vec{} : load_as<Vec>(sums + m * kBlock + v * kWidth);
   const int64_t step = plan.position_step;
   for (int64_t at = 0; at < count; ++at) {
     const float* w = weight + taps[at].tap * plan.row_taps * kBlock;
@@ -68,25 +68,135 @@ ASTRO_INLINE void block(const Plan& plan, const Tap* taps, int64_t count, const 
       }
     }
   }
+}
+
+template <typename Vec, int N, int M>
+ASTRO_INLINE void block(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset, float* sums, bool fresh) {
+  constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
+  Vec acc[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) acc[m][v] = fresh ? Vec{} : load_as<Vec>(sums + m * kBlock + v * kWidth);
+  accumulate<Vec, N, M>(plan, taps, count, weight, offset, acc);
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < N; ++v) store_as<Vec>(sums + m * kBlock + v * kWidth, acc[m][v]);
+}
+
+// Calls step<Size>(position) until `count` positions are done, in register blocks of M and less.
+template <int M, typename Step>
+ASTRO_INLINE void in_blocks(int64_t count, Step step) {
+  int64_t p = 0;
+  // Eight left over: 4 + 4 keeps more registers busy than 6 + 2.
+  for (; count - p >= M && !(M == 6 && count - p == 8); p += M) step.template operator()<M>(p);
+  if constexpr (M > 8)
+    for (; count - p >= 8; p += 8) step.template operator()<8>(p);
+  for (; count - p >= 4; p += 4) step.template operator()<4>(p);
+  for (; count - p >= 2; p += 2) step.template operator()<2>(p);
+  for (; p < count; ++p) step.template operator()<1>(p);
 }
 
 template <typename Vec, int N, int M>
 ASTRO_INLINE void positions(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count, float* sums, bool fresh) {
   constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
-  int64_t p = 0;
-  const auto step = [&]<int Size>() ASTRO_LAMBDA_INLINE {
+  in_blocks<M>(count, [&]<int Size>(int64_t p) ASTRO_LAMBDA_INLINE {
     block<Vec, N, Size>(plan, taps, live, weight, offset + p * plan.position_step, sums + p * kBlock, fresh);
-    p += Size;
+  });
+}
+
+// Where the outputs of a block of channels go: [tile rows], none where null; `step` floats between positions.
+struct Output {
+  float* row[kMaxTile];
+  int64_t step;
+  const float* bias;  // of the block, or null
+  bool streamed;
+};
+
+// Vec is one register here. The whole line at once: as four pieces of 16 bytes streamed stores took twice the time.
+template <typename Vec>
+ASTRO_INLINE void put_register(float* p, Vec v, bool streamed) {
+#if defined(ASTRO_HAS_LEVELS)
+  if (streamed) {
+    if constexpr (sizeof(Vec) == 64) asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<simd::f32x16_memory*>(p)) : "v"(v));
+    else put_whole(p, v, true);
+    return;
+  }
+#endif
+  store_as<Vec>(p, v);
+}
+
+// What one register block reads of every point: its live taps and its weights.
+struct Points {
+  const Tap* taps;        // of all points, one after the other
+  const int64_t* first;   // [points + 1] into taps
+  const float* weight;    // of the block of channels at point 0
+  int64_t weight_step;    // between points
+};
+
+// The outputs of one register block from all of its points, each added on to what the others made of it: of the four points of a pair, m1 + m2 starts
+// the sums of m0, and m1 - m2 those of m3. Nothing but the outputs, from position `at` on, leaves L1. One loop
+// over the points: as sixteen copies of its body the code was larger than the instruction cache (stem 76 ms instead of 60).
+template <typename Vec, int N, int M>
+ASTRO_INLINE void all_points(const Plan& plan, const Points& points, int64_t offset, const Output& out, int64_t position) {
+  constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
+  constexpr int kOrder[4] = {1, 2, 0, 3};
+  // held: outer pair's point 1, then point 1 - point 2; sum: point 1 + point 2; each for both outputs of the inner pair.
+  alignas(64) float difference[M * kBlock] = {}, held[2][M * kBlock] = {}, sum[2][M * kBlock];
+  const auto each = [&](auto&& body) ASTRO_LAMBDA_INLINE {
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) body(m, v, m * kBlock + v * kWidth);
   };
-  // Eight left over: 4 + 4 keeps more registers busy than 6 + 2.
-  while (count - p >= M && !(M == 6 && count - p == 8)) step.template operator()<M>();
-  if constexpr (M > 8)
-    while (count - p >= 8) step.template operator()<8>();
-  while (count - p >= 4) step.template operator()<4>();
-  while (count - p >= 2) step.template operator()<2>();
-  while (p < count) step.template operator()<1>();
+  const bool outer = plan.pairs == 2;
+  Vec acc[M][N] = {};
+  for (int64_t step = 0; step < plan.points; ++step) {
+    const int row = outer ? kOrder[step / 4] : 0, inner = kOrder[step % 4];
+    const int64_t point = 4 * row + inner, first = points.first[point];
+    accumulate<Vec, N, M>(plan, points.taps + first, points.first[point + 1] - first, points.weight + point * points.weight_step, offset, acc);
+    if (inner == 1) {
+      each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE {
+        store_as<Vec>(difference + at, acc[m][v]);
+        acc[m][v] = Vec{};
+      });
+      continue;
+    }
+    if (inner == 2) {
+      each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE {
+        const Vec other = load_as<Vec>(difference + at);
+        store_as<Vec>(difference + at, other - acc[m][v]);
+        acc[m][v] += other;
+      });
+      if (outer && row == 0) each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(sum[0] + at); });
+      if (row == 3) each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(held[0] + at); });
+      continue;
+    }
+    const int which = inner == 3;
+    if (row == 2) {
+      each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE {
+        const Vec other = load_as<Vec>(held[which] + at);
+        store_as<Vec>(sum[which] + at, other + acc[m][v]);
+        store_as<Vec>(held[which] + at, other - acc[m][v]);
+      });
+    } else if (row == 1) {
+      each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { store_as<Vec>(held[which] + at, acc[m][v]); });
+    } else if (float* to = out.row[(row == 3 ? 2 : 0) + which]; to != nullptr) {
+      Vec bias[N] = {};
+      for (int v = 0; v < N && out.bias != nullptr; ++v) bias[v] = load_as<Vec>(out.bias + v * kWidth);
+      to += position * out.step;
+      each([&](int m, int v, int64_t) ASTRO_LAMBDA_INLINE { put_register<Vec>(to + m * out.step + v * kWidth, acc[m][v] + bias[v], out.streamed); });
+    }
+    if (which == 1) {
+      each([&](int m, int v, int64_t) ASTRO_LAMBDA_INLINE { acc[m][v] = Vec{}; });
+    } else {
+      each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] = load_as<Vec>(difference + at); });
+      if (outer && row == 0) each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(sum[1] + at); });
+      if (row == 3) each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(held[1] + at); });
+    }
+  }
+}
+
+template <typename Vec, int N, int M>
+ASTRO_INLINE void all_positions(const Plan& plan, const Points& points, int64_t offset, int64_t count, const Output& out) {
+  in_blocks<M>(count, [&]<int Size>(int64_t p) ASTRO_LAMBDA_INLINE {
+    all_points<Vec, N, Size>(plan, points, offset + p * plan.position_step, out, p);
+  });
 }
 
 // The outputs of one tile at one position and vector from its points, `step` floats apart.
@@ -97,16 +207,16 @@ ASTRO_INLINE void gather(const float* sums, int64_t step, Vec* out) {
   } else if constexpr (Pairs == 1) {
     const Vec m1 = load_as<Vec>(sums + step), m2 = load_as<Vec>(sums + 2 * step);
     out[0] = load_as<Vec>(sums) + m1 + m2;
-    out[1] = m1 - m2 - load_as<Vec>(sums + 3 * step);
+    out[1] = m1 - m2 + load_as<Vec>(sums + 3 * step);
   } else {
     Vec first[4], second[4];
     for (int j = 0; j < 4; ++j) {
       const Vec m1 = load_as<Vec>(sums + (4 + j) * step), m2 = load_as<Vec>(sums + (8 + j) * step);
       first[j] = load_as<Vec>(sums + j * step) + m1 + m2;
-      second[j] = m1 - m2 - load_as<Vec>(sums + (12 + j) * step);
+      second[j] = m1 - m2 + load_as<Vec>(sums + (12 + j) * step);
     }
-    out[0] = first[0] + first[1] + first[2], out[1] = first[1] - first[2] - first[3];
-    out[2] = second[0] + second[1] + second[2], out[3] = second[1] - second[2] - second[3];
+    out[0] = first[0] + first[1] + first[2], out[1] = first[1] - first[2] + first[3];
+    out[2] = second[0] + second[1] + second[2], out[3] = second[1] - second[2] + second[3];
   }
 }
 
@@ -116,49 +226,57 @@ struct Target {
   at::ScalarType dtype;
   const int64_t* rows;
   int64_t width, begin, count;
+  bool finished;  // the sums are outputs, not points
 };
 
+// Block b of channels: `sums` [points][point_step], or finished outputs [tile rows][point_step] for Pairs == 0.
 template <typename Vec, typename T, int Pairs>
-ASTRO_INLINE void store_tile(const Job& job, const Target& t, const float* sums) {
+ASTRO_INLINE void store_block(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t point_step) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float);
   constexpr int kRows = 1 << Pairs;
-  const Plan& plan = *job.plan;
   const Epilogue& e = *t.epilogue;
-  const int64_t block_step = job.segment * plan.block, point_step = job.unit_tiles * plan.blocks * block_step;
-  for (int64_t b = 0; b < plan.blocks; ++b) {
-    const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
-    for (int64_t v = 0; v < plan.block; v += kWidth) {
-      const int64_t at = channel + v, lanes = std::min<int64_t>(kWidth, plan.group_outputs - inside - v);
-      if (lanes <= 0) break;
-      const Vec bias = e.bias == nullptr ? Vec{} : load_lanes<Vec>(e.bias + at, lanes, 0.0f);
-      const float* from = sums + b * block_step + v;
-      for (int64_t p = 0; p < t.count; ++p, from += plan.block) {
-        Vec out[kRows];
-        gather<Vec, Pairs>(from, point_step, out);
-        for (int which = 0; which < kRows; ++which) {
-          if (t.rows[which] < 0) continue;
-          const Vec z = out[which] + bias;
-          const int64_t target = (t.rows[which] * t.width + t.begin + p) * plan.outputs + at;
-          if (e.kept != nullptr) put(static_cast<T*>(e.kept) + target, z, lanes, e.streamed);
-          put(static_cast<T*>(e.y) + target, activate(z, e.activation), lanes, e.streamed);
-        }
+  const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
+  for (int64_t v = 0; v < plan.block; v += kWidth) {
+    const int64_t at = channel + v, lanes = std::min<int64_t>(kWidth, plan.group_outputs - inside - v);
+    if (lanes <= 0) break;
+    const Vec bias = e.bias == nullptr ? Vec{} : load_lanes<Vec>(e.bias + at, lanes, 0.0f);
+    const float* from = sums + v;
+    for (int64_t p = 0; p < t.count; ++p, from += plan.block) {
+      Vec out[kRows];
+      gather<Vec, Pairs>(from, point_step, out);
+      for (int which = 0; which < kRows; ++which) {
+        if (t.rows[which] < 0) continue;
+        const Vec z = out[which] + bias;
+        const int64_t target = (t.rows[which] * t.width + t.begin + p) * plan.outputs + at;
+        if (e.kept != nullptr) put(static_cast<T*>(e.kept) + target, z, lanes, e.streamed);
+        put(static_cast<T*>(e.y) + target, activate(z, e.activation), lanes, e.streamed);
       }
     }
   }
 }
 
 template <typename Vec, typename T>
-ASTRO_INLINE void store_pairs(const Job& job, const Target& t, const float* sums) {
-  if (job.plan->pairs == 0) store_tile<Vec, T, 0>(job, t, sums);
-  else if (job.plan->pairs == 1) store_tile<Vec, T, 1>(job, t, sums);
-  else store_tile<Vec, T, 2>(job, t, sums);
+ASTRO_INLINE void store_pairs(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t point_step) {
+  if (t.finished) {
+    for (int64_t which = 0; which < plan.tile_rows; ++which) {
+      Target row = t;
+      row.rows = t.rows + which;
+      store_block<Vec, T, 0>(plan, row, b, sums + which * point_step, 0);
+    }
+  } else if (plan.pairs == 0) {
+    store_block<Vec, T, 0>(plan, t, b, sums, point_step);
+  } else if (plan.pairs == 1) {
+    store_block<Vec, T, 1>(plan, t, b, sums, point_step);
+  } else {
+    store_block<Vec, T, 2>(plan, t, b, sums, point_step);
+  }
 }
 
 template <typename Vec>
-ASTRO_INLINE void store_any(const Job& job, const Target& t, const float* sums) {
-  if (t.dtype == at::kFloat) store_pairs<Vec, float>(job, t, sums);
-  else if (t.dtype == at::kBFloat16) store_pairs<Vec, c10::BFloat16>(job, t, sums);
-  else store_pairs<Vec, c10::Half>(job, t, sums);
+ASTRO_INLINE void store_any(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t point_step) {
+  if (t.dtype == at::kFloat) store_pairs<Vec, float>(plan, t, b, sums, point_step);
+  else if (t.dtype == at::kBFloat16) store_pairs<Vec, c10::BFloat16>(plan, t, b, sums, point_step);
+  else store_pairs<Vec, c10::Half>(plan, t, b, sums, point_step);
 }
 
 struct Positions {
@@ -172,10 +290,24 @@ struct Positions {
 
 struct Store {
   template <Level L>
-  static ASTRO_INLINE void run(const Job& job, const Target& t, const float* sums) {
-    store_any<std::conditional_t<L == Level::kAvx512, simd::f32x16, simd::f32x8>>(job, t, sums);
+  static ASTRO_INLINE void run(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t point_step) {
+    store_any<std::conditional_t<L == Level::kAvx512, simd::f32x16, simd::f32x8>>(plan, t, b, sums, point_step);
   }
 };
+
+struct AllPositions {
+  template <Level L>
+  static ASTRO_INLINE void run(const Plan& plan, const Points& points, int64_t offset, int64_t count, const Output& out) {
+    if constexpr (L != Level::kAvx512) all_positions<simd::f32x8, 2, 6>(plan, points, offset, count, out);
+    else if (plan.block == 16) all_positions<simd::f32x16, 1, 16>(plan, points, offset, count, out);
+    else all_positions<simd::f32x16, 2, 8>(plan, points, offset, count, out);
+  }
+};
+
+void store(const Job& job, const Target& t, const float* sums) {
+  const int64_t block_step = job.segment * job.plan->block, point_step = job.unit_tiles * job.plan->blocks * block_step;
+  for (int64_t b = 0; b < job.plan->blocks; ++b) dispatch<Store>(*job.plan, t, b, sums + b * block_step, point_step);
+}
 
 void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t point, int64_t tap, int64_t begin, int64_t end, Scratch& s) {
   const Plan& plan = *job.plan;
@@ -194,13 +326,13 @@ void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t point, int
   }
 }
 
-// The tile's outputs with all of their channels, in L1 or L2, then the norm over them.
+// The tile's outputs with all of their channels, in L1 or L2 (already there where `sums` is null), then the norm over them.
 void normalize_tile(const Job& job, const int64_t* rows, const float* sums, int64_t begin, int64_t count, Scratch& s) {
   const Plan& plan = *job.plan;
   const int64_t local[kMaxTile] = {0, 1, 2, 3};
   Epilogue plain;
   plain.y = s.outputs.data();
-  dispatch<Store>(job, Target{&plain, at::kFloat, local, count, 0, count}, sums);
+  if (sums != nullptr) store(job, {&plain, at::kFloat, local, count, 0, count, false}, sums);
   const NormTarget target{plan.outputs, job.dtype, &job.epilogue};
   for (int64_t which = 0; which < plan.tile_rows; ++which) {
     if (rows[which] < 0) continue;
@@ -238,17 +370,61 @@ void unit(const Job& job, int64_t index, Scratch& s) {
     int64_t rows[kMaxTile];
     tile_outputs(plan, tile_at(plan, first + r), rows);
     const float* sums = s.sums.data() + r * tile_step;
-    if (job.epilogue.norm == kNoNorm) dispatch<Store>(job, Target{&job.epilogue, job.dtype, rows, plan.out_width, begin, count}, sums);
+    if (job.epilogue.norm == kNoNorm) store(job, {&job.epilogue, job.dtype, rows, plan.out_width, begin, count, false}, sums);
     else normalize_tile(job, rows, sums, begin, count, s);
   }
 }
 
+// A unit of one tile whose points are all finished per register block (`all_points`).
+void resident_unit(const Job& job, int64_t index, Scratch& s) {
+  const Plan& plan = *job.plan;
+  const Tile tile = tile_at(plan, index / job.segments);
+  const int64_t begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width), count = end - begin;
+  const int64_t line_size = plan.reach(0, job.segment) * plan.channels, block_floats = plan.taps * plan.row_taps * plan.block;
+  int64_t first[kMaxPoints + 1] = {0}, found = 0;
+  for (int64_t point = 0; point < plan.points; ++point) {
+    for (int64_t k = 0; k < plan.taps; ++k) {
+      Line line;
+      if (!find_line(plan, tile, point, k, line)) continue;
+      float* to = s.lines.data() + found * line_size;
+      build_line(plan, job.x, job.dtype, line, begin, end, to);
+      s.taps[found++] = {to, k};
+    }
+    first[point + 1] = found;
+  }
+  int64_t rows[kMaxTile];
+  tile_outputs(plan, tile, rows);
+  const int64_t local[kMaxTile] = {0, 1, 2, 3}, row_step = job.segment * plan.block;
+  Epilogue plain;
+  plain.y = s.outputs.data();
+  const Epilogue& e = job.epilogue;
+  const bool normed = e.norm != kNoNorm;
+  // fp32 without an activation or a remainder of channels goes to y from the registers: the stores run beside the products.
+  const bool straight = !normed && e.activation == kNone && e.kept == nullptr && job.dtype == at::kFloat && plan.group_outputs % plan.block == 0;
+  Output out{{nullptr, nullptr, nullptr, nullptr}, straight ? plan.outputs : plan.block, nullptr, straight && e.streamed};
+  const Target target = normed ? Target{&plain, at::kFloat, local, count, 0, count, true}
+                               : Target{&job.epilogue, job.dtype, rows, plan.out_width, begin, count, true};
+  for (int64_t b = 0; b < plan.blocks; ++b) {
+    const Points points{s.taps.data(), first, job.weight + b * block_floats, plan.blocks * block_floats};
+    for (int64_t which = 0; which < plan.tile_rows; ++which) {
+      if (!straight) out.row[which] = s.sums.data() + which * row_step;
+      else if (rows[which] >= 0) out.row[which] = static_cast<float*>(e.y) + (rows[which] * plan.out_width + begin) * plan.outputs + b * plan.block;
+    }
+    if (straight && e.bias != nullptr) out.bias = e.bias + b * plan.block;
+    dispatch<AllPositions>(plan, points, b / plan.group_blocks * plan.group_channels, count, out);
+    if (!straight) dispatch<Store>(plan, target, b, s.sums.data(), row_step);
+  }
+  if (normed) normalize_tile(job, rows, nullptr, begin, count, s);
+}
+
 Job make_job(const Plan& plan, const Tensor& rows, const Tensor& packed, const Epilogue& epilogue) {
-  Job job{&plan, rows.const_data_ptr(), rows.scalar_type(), packed.const_data_ptr<float>(), epilogue, 1, 1, 1, 1};
+  Job job{&plan, rows.const_data_ptr(), rows.scalar_type(), packed.const_data_ptr<float>(), epilogue, 1, 1, 1, 1, false};
   job.segment = segment_size(plan.out_width), job.segments = (plan.out_width + job.segment - 1) / job.segment;
   if (packed.numel() * 4 > kSmallWeightBytes) job.unit_tiles = std::max<int64_t>(1, kSharePositions / job.segment);
   const int64_t tap_bytes = 4 * (plan.row_taps * plan.blocks * plan.block / plan.groups + job.unit_tiles * plan.reach(0, job.segment) * plan.channels);
   job.chunk = std::clamp<int64_t>(kChunkBytes / tap_bytes, 1, plan.taps);
+  const int64_t lines = plan.points * plan.taps * plan.reach(0, job.segment) * plan.channels;
+  job.resident = plan.pairs > 0 && packed.numel() / plan.blocks * 4 <= kResidentBytes && lines * 4 <= kResidentBytes;
   return job;
 }
 
@@ -260,19 +436,21 @@ int64_t segment_size(int64_t width) {
 }
 
 void direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, bool pairs) {
-  const Plan plan = make_plan(rows, weight.size(0), weight.sizes().slice(2), geometry, pairs);
-  const Tensor packed = pack_weight(weight, plan);
+  const Crop cropped = crop(geometry, rows.sizes().slice(1, geometry.axes()), weight.sizes().slice(2));
+  const Plan plan = make_plan(rows, weight.size(0), cropped.count, cropped.geometry, pairs);
+  const Tensor packed = pack_weight(crop_weight(weight, cropped), plan);
   const Job job = make_job(plan, rows, packed, epilogue);
   const int64_t units = (plan.tiles() + job.unit_tiles - 1) / job.unit_tiles * job.segments;
   std::atomic<int64_t> next{0};  // units differ in live taps and cores in load: threads take the next one when they are free
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), units), 1, [&](int64_t begin, int64_t end) {
     Scratch s;
-    s.lines.resize(job.unit_tiles * job.chunk * plan.reach(0, job.segment) * plan.channels);
-    s.sums.resize(plan.points * job.unit_tiles * plan.blocks * job.segment * plan.block);
+    const int64_t lines = job.resident ? plan.points * plan.taps : job.unit_tiles * job.chunk;
+    s.lines.resize(lines * plan.reach(0, job.segment) * plan.channels);
+    s.sums.resize(job.resident ? plan.tile_rows * job.segment * plan.block : plan.points * job.unit_tiles * plan.blocks * job.segment * plan.block);
     if (epilogue.norm != kNoNorm) s.outputs.resize(plan.tile_rows * job.segment * plan.outputs);
-    s.taps.resize(job.unit_tiles * job.chunk), s.live.resize(job.unit_tiles), s.started.resize(job.unit_tiles);
+    s.taps.resize(lines), s.live.resize(job.unit_tiles), s.started.resize(job.unit_tiles);
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t index = next++; index < units; index = next++) unit(job, index, s);
+      for (int64_t index = next++; index < units; index = next++) job.resident ? resident_unit(job, index, s) : unit(job, index, s);
     if (epilogue.streamed) streamed_fence();
   });
 }

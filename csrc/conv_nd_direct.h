@@ -3,8 +3,8 @@
 // A convolution is seen as rows along the last axis; the taps over the (at most four) axes before it are "kernel rows". Where such a row axis has
 // kernel 3, stride 1 and dilation 1, two neighbouring outputs are computed together from four "points" instead of six products (Winograd's F(2,3)):
 //
-//   points  m0 = (d0 - d2) g0,  m1 = (d1 + d2) (g0 + g1 + g2) / 2,  m2 = (d2 - d1) (g0 - g1 + g2) / 2,  m3 = (d1 - d3) g2
-//   outputs y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3
+//   points  m0 = (d0 - d2) g0,  m1 = (d1 + d2) (g0 + g1 + g2) / 2,  m2 = (d2 - d1) (g0 - g1 + g2) / 2,  m3 = (d3 - d1) g2
+//   outputs y0 = m0 + m1 + m2,  y1 = m1 - m2 + m3
 //
 // with d the four input rows and g the taps. On two axes at once 16 points replace 36 products. Circular axes are never paired: which outputs share
 // a tile would depend on where the circle was cut, and rolling the input could change the output's last bits.
@@ -23,12 +23,12 @@ constexpr int64_t kMaxPoints = 16;  // 4 per paired axis
 constexpr int64_t kMaxTile = 4;     // output rows of one tile
 
 // Which two of the four input rows a point combines, and the sign of the second; the first has +1.
-constexpr int64_t kPointRow[4][2] = {{0, 2}, {1, 2}, {2, 1}, {1, 3}};
+constexpr int64_t kPointRow[4][2] = {{0, 2}, {1, 2}, {2, 1}, {3, 1}};
 constexpr float kPointSign[4] = {-1.0f, 1.0f, -1.0f, -1.0f};
 // The weight of a point from the three taps.
 constexpr float kPointTap[4][3] = {{1.0f, 0.0f, 0.0f}, {0.5f, 0.5f, 0.5f}, {0.5f, -0.5f, 0.5f}, {0.0f, 0.0f, 1.0f}};
 // What a point adds to the two outputs.
-constexpr float kPointOutput[4][2] = {{1.0f, 0.0f}, {1.0f, 1.0f}, {1.0f, -1.0f}, {0.0f, -1.0f}};
+constexpr float kPointOutput[4][2] = {{1.0f, 0.0f}, {1.0f, 1.0f}, {1.0f, -1.0f}, {0.0f, 1.0f}};
 
 struct Axis {
   int64_t size = 1, out = 1, kernel = 1;

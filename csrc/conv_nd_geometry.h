@@ -72,6 +72,17 @@ enum class Halo { kAll, kFarPoles };
 
 inline bool far_pole(const Geometry& g, int64_t axis) { return g.mode[axis] == kPole && axis + 2 < g.axes(); }
 
+// The part of the kernel that can reach data. A zero-padded axis shorter than the kernel's reach has taps that only ever see zeros; they are cut
+// off where that leaves the same padding at both ends.
+struct Crop {
+  Geometry geometry;
+  std::vector<int64_t> first, count;
+};
+
+// conv_nd_compose.cpp
+Crop crop(const Geometry& geometry, at::IntArrayRef size, at::IntArrayRef kernel);
+at::Tensor crop_weight(at::Tensor weight, const Crop& crop);
+
 // conv_nd_compose.cpp: sums of ATen convolutions over the last three axes, fp32 or fp64 rows.
 at::Tensor add_halo(at::Tensor rows, const Geometry& geometry, Halo which);
 at::Tensor fold_halo(at::Tensor rows, const Geometry& geometry);

@@ -1,8 +1,8 @@
 // Own CPU weight gradient: dW[k, o] = sum over positions of x[position + k] dy[position, o], the adjoint of the forward kernel's tiles.
 //
 // The gradient of a point's weight is (its input lines) x (its share of dy): with F(2,3) 4 products for 2 outputs instead of 6, and the three taps come
-// back as g0 = m0 + (m1 + m2) / 2, g1 = (m1 - m2) / 2, g2 = (m1 + m2) / 2 + m3. Per tile and point, dy's rows are added up once to
-// [blocks][positions][block]; then register blocks of 8 taps x 32 channels (AVX-512; 16 x 16 or, AVX2, 6 x 16) run along the positions.
+// back as g0 = m0 + (m1 + m2) / 2, g1 = (m1 - m2) / 2, g2 = (m1 + m2) / 2 + m3. Per tile, point and block of
+// channels, dy's rows are added up once to [positions][block]; then register blocks of 8 taps x 32 channels (AVX-512; 16 x 16 or, AVX2, 6 x 16) run along the positions.
 // Sums go to one partial per chunk of tiles; the number of chunks depends on the shape only, so any thread count gives the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -25,16 +25,19 @@ constexpr int64_t kPartialBytes = 1024 * 1024;
 // Sums that one unit of work writes again and again: half of a small L2.
 constexpr int64_t kUnitBytes = 256 * 1024;
 constexpr int64_t kSegment = 128;  // positions of the last axis at a time
+constexpr int64_t kLineBytes = 128 * 1024;  // lines of all points are kept up to this
 
 struct Job {
   const Plan* plan;
   const void *x, *grad;
   at::ScalarType dtype;
   int64_t chunks, subsets, subset;  // chunks of tiles x subsets of outer taps
+  bool resident;                    // the lines of all points are kept, and blocks of channels are the outer loop
 };
 
 struct Scratch {
-  std::vector<float> line, packed, sums;
+  std::vector<float> lines, grad, packed, sums;  // grad: a tile's rows of dy, [blocks][tile rows][kSegment][block]; packed: of one point and block
+  std::vector<int64_t> taps;                     // live ones, of `lines`
 };
 
 template <typename Vec, int N, int M>
@@ -82,79 +85,118 @@ struct Products {
   }
 };
 
-// Positions outermost: dy's rows are read in their order; channels outermost would read one line of every position and miss the cache each time.
-template <typename T, int Count>
-ASTRO_INLINE void pack_rows(const Plan& plan, const T* const* from, const float* sign, int64_t count, float* packed, int64_t step) {
+// One row of dy as fp32 [blocks][tile rows][positions][block] (this row's part of it), absent channels zero. All channels of a position together: dy is
+// read in its order, once per tile. Read per block of channels and point, it missed the cache every time (pack 78 ms, products 37 ms on the stem).
+template <typename T>
+ASTRO_INLINE void spread_row(const Plan& plan, const T* from, int64_t count, float* to, int64_t step) {
   using namespace simd;
-  for (int64_t p = 0; p < count; ++p)
+  for (int64_t p = 0; p < count; ++p, from += plan.outputs)
     for (int64_t b = 0; b < plan.blocks; ++b) {
       const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
       for (int64_t v = 0; v < plan.block; v += kLanes) {
-        const int64_t lanes = std::clamp<int64_t>(plan.group_outputs - inside - v, 0, kLanes), at = p * plan.outputs + channel + v;
-        f32x16 sum = splat(0.0f);
-        for (int k = 0; k < Count && lanes > 0; ++k) sum += (lanes == kLanes ? load(from[k] + at) : load_partial(from[k] + at, lanes)) * sign[k];
-        store(packed + b * step + p * plan.block + v, sum);
+        const int64_t lanes = std::clamp<int64_t>(plan.group_outputs - inside - v, 0, kLanes);
+        f32x16 value = splat(0.0f);
+        if (lanes == kLanes) value = load(from + channel + v);
+        else if (lanes > 0) value = load_partial(from + channel + v, lanes);
+        store(to + b * step + p * plan.block + v, value);
       }
     }
 }
 
-template <typename T>
-ASTRO_INLINE void pack_any(const Job& job, const int64_t* offset, const float* sign, int found, int64_t count, float* packed) {
-  const T* from[kMaxTile];
-  for (int k = 0; k < found; ++k) from[k] = static_cast<const T*>(job.grad) + offset[k];
-  const int64_t step = kSegment * job.plan->block;
-  if (found == 1) pack_rows<T, 1>(*job.plan, from, sign, count, packed, step);
-  else if (found == 2) pack_rows<T, 2>(*job.plan, from, sign, count, packed, step);
-  else pack_rows<T, 4>(*job.plan, from, sign, count, packed, step);
-}
-
-struct Pack {
+struct SpreadRow {
   template <Level L>
-  static ASTRO_INLINE void run(const Job& job, const int64_t* offset, const float* sign, int found, int64_t count, float* packed) {
-    if (job.dtype == at::kFloat) pack_any<float>(job, offset, sign, found, count, packed);
-    else if (job.dtype == at::kBFloat16) pack_any<c10::BFloat16>(job, offset, sign, found, count, packed);
-    else pack_any<c10::Half>(job, offset, sign, found, count, packed);
+  static ASTRO_INLINE void run(const Job& job, int64_t first, int64_t count, float* to, int64_t step) {
+    const int64_t offset = first * job.plan->outputs;
+    if (job.dtype == at::kFloat) spread_row(*job.plan, static_cast<const float*>(job.grad) + offset, count, to, step);
+    else if (job.dtype == at::kBFloat16) spread_row(*job.plan, static_cast<const c10::BFloat16*>(job.grad) + offset, count, to, step);
+    else spread_row(*job.plan, static_cast<const c10::Half*>(job.grad) + offset, count, to, step);
   }
 };
 
-// The gradient of one point's products in one tile, packed [blocks][positions][block]; false where no output uses the point.
-bool pack_grad(const Job& job, const int64_t* rows, int64_t point, int64_t begin, int64_t count, float* packed) {
-  const Plan& plan = *job.plan;
-  int64_t offset[kMaxTile];
+// The sum of two or four signed rows of dy, `size` floats, a multiple of the vector.
+struct Combine {
+  template <Level L>
+  static ASTRO_INLINE void run(const float* const* from, const float* sign, int count, int64_t size, float* to) {
+    using namespace simd;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      f32x16 sum = load(from[0] + i) * sign[0] + load(from[1] + i) * sign[1];
+      if (count == 4) sum += load(from[2] + i) * sign[2] + load(from[3] + i) * sign[3];
+      store(to + i, sum);
+    }
+  }
+};
+
+// Which rows of a tile one point's gradient adds up, and their signs.
+struct GradRows {
+  int count = 0;
+  int64_t which[kMaxTile];
   float sign[kMaxTile];
-  int found = 0;
+};
+
+// Rows past the end of a paired axis are zeros: they are left out by pairs, so that two or four remain.
+GradRows grad_rows(const Plan& plan, int64_t point) {
+  GradRows result;
   for (int64_t which = 0; which < plan.tile_rows; ++which) {
     float factor = 1.0f;
     if (plan.pairs == 1) factor = kPointOutput[point][which];
     if (plan.pairs == 2) factor = kPointOutput[point / 4][which / 2] * kPointOutput[point % 4][which % 2];
-    if (factor == 0.0f || rows[which] < 0) continue;
-    offset[found] = (rows[which] * plan.out_width + begin) * plan.outputs;
-    sign[found++] = factor;
+    if (factor == 0.0f) continue;
+    result.which[result.count] = which, result.sign[result.count++] = factor;
   }
-  if (found > 0) dispatch<Pack>(job, offset, sign, found, count, packed);
-  return found > 0;
+  return result;
 }
 
 void tile_sums(const Job& job, int64_t index, int64_t first_tap, int64_t taps, Scratch& s, float* sums) {
   const Plan& plan = *job.plan;
   const Tile tile = tile_at(plan, index);
-  int64_t rows[kMaxTile];
+  int64_t rows[kMaxTile], first[kMaxPoints + 1] = {0};
   tile_outputs(plan, tile, rows);
-  const int64_t tap_floats = plan.row_taps * plan.block;
+  const int64_t tap_floats = plan.row_taps * plan.block, line_size = plan.reach(0, kSegment) * plan.channels;
+  const int64_t row_step = kSegment * plan.block, block_step = plan.tile_rows * row_step;
   for (int64_t begin = 0; begin < plan.out_width; begin += kSegment) {
-    const int64_t end = std::min(begin + kSegment, plan.out_width);
-    for (int64_t point = 0; point < plan.points; ++point) {
-      if (!pack_grad(job, rows, point, begin, end - begin, s.packed.data())) continue;
+    const int64_t end = std::min(begin + kSegment, plan.out_width), count = end - begin;
+    for (int64_t which = 0; which < plan.tile_rows; ++which) {
+      float* to = s.grad.data() + which * row_step;
+      if (rows[which] >= 0) dispatch<SpreadRow>(job, rows[which] * plan.out_width + begin, count, to, block_step);
+      else for (int64_t b = 0; b < plan.blocks; ++b) std::fill_n(to + b * block_step, count * plan.block, 0.0f);
+    }
+    const auto build = [&](int64_t point) {
       for (int64_t tap = 0; tap < taps; ++tap) {
         Line line;
         if (!find_line(plan, tile, point, first_tap + tap, line)) continue;
-        build_line(plan, job.x, job.dtype, line, begin, end, s.line.data());
-        for (int64_t b = 0; b < plan.blocks; ++b) {
-          const float* grad = s.packed.data() + b * kSegment * plan.block;
-          const float* x = s.line.data() + b / plan.group_blocks * plan.group_channels;
-          float* to = sums + ((point * plan.blocks + b) * job.subset + tap) * tap_floats;
-          for (int64_t k = 0; k < plan.run_count; ++k, x += plan.run_step, to += plan.run_length * plan.block) dispatch<Products>(plan, x, grad, end - begin, to);
-        }
+        build_line(plan, job.x, job.dtype, line, begin, end, s.lines.data() + first[point + 1] * line_size);
+        s.taps[first[point + 1]++] = tap;
+      }
+    };
+    const auto multiply = [&](int64_t point, int64_t b) {
+      const GradRows from = grad_rows(plan, point);
+      const bool present = std::any_of(from.which, from.which + from.count, [&](int64_t which) { return rows[which] >= 0; });
+      if (!present) return;
+      const float* row[kMaxTile];
+      for (int k = 0; k < from.count; ++k) row[k] = s.grad.data() + b * block_step + from.which[k] * row_step;
+      const float* grad = row[0];  // a single row has the sign +1
+      if (from.count > 1) {
+        dispatch<Combine>(static_cast<const float* const*>(row), from.sign, from.count, count * plan.block, s.packed.data());
+        grad = s.packed.data();
+      }
+      for (int64_t at = first[point]; at < first[point + 1]; ++at) {
+        const float* x = s.lines.data() + at * line_size + b / plan.group_blocks * plan.group_channels;
+        float* to = sums + ((point * plan.blocks + b) * job.subset + s.taps[at]) * tap_floats;
+        for (int64_t k = 0; k < plan.run_count; ++k, x += plan.run_step, to += plan.run_length * plan.block) dispatch<Products>(plan, x, grad, count, to);
+      }
+    };
+    if (job.resident) {
+      for (int64_t point = 0; point < plan.points; ++point) {
+        first[point + 1] = first[point];
+        build(point);
+      }
+      for (int64_t b = 0; b < plan.blocks; ++b)
+        for (int64_t point = 0; point < plan.points; ++point) multiply(point, b);
+    } else {
+      for (int64_t point = 0; point < plan.points; ++point) {
+        first[point] = first[point + 1] = 0;
+        build(point);
+        for (int64_t b = 0; b < plan.blocks; ++b) multiply(point, b);
       }
     }
   }
@@ -197,11 +239,14 @@ void finish(const Job& job, const KernelRows& kernel, int64_t subset, const floa
 
 }  // namespace
 
-Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry, bool pairs) {
-  const Plan plan = make_plan(rows, grad.size(-1), kernel, geometry, pairs);
+Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRef whole_kernel, const Geometry& geometry, bool pairs) {
+  const Crop cropped = crop(geometry, rows.sizes().slice(1, geometry.axes()), whole_kernel);
+  const at::IntArrayRef kernel = cropped.count;
+  const Plan plan = make_plan(rows, grad.size(-1), kernel, cropped.geometry, pairs);
   const int64_t tap_bytes = 4 * plan.points * plan.blocks * plan.row_taps * plan.block, whole = tap_bytes * plan.taps;
-  Job job{&plan, rows.const_data_ptr(), grad.const_data_ptr(), rows.scalar_type(), 1, 1, 1};
+  Job job{&plan, rows.const_data_ptr(), grad.const_data_ptr(), rows.scalar_type(), 1, 1, 1, false};
   job.subset = std::clamp<int64_t>(kUnitBytes / tap_bytes, 1, plan.taps);
+  job.resident = plan.points * job.subset * plan.reach(0, kSegment) * plan.channels * 4 <= kLineBytes;
   job.subsets = (plan.taps + job.subset - 1) / job.subset;
   const int64_t limit = std::max<int64_t>(kPartialBytes, (rows.numel() + grad.numel()) * rows.element_size() / 20);
   job.chunks = std::clamp<int64_t>(std::min(kMaxChunks / job.subsets, limit / whole), 1, std::max<int64_t>(1, plan.tiles()));
@@ -216,8 +261,11 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), units), 1, [&](int64_t begin, int64_t end) {
     Scratch s;
-    s.line.resize(plan.reach(0, kSegment) * plan.channels);
-    s.packed.resize(plan.blocks * kSegment * plan.block);
+    const int64_t lines = job.subset * (job.resident ? plan.points : 1);
+    s.lines.resize(lines * plan.reach(0, kSegment) * plan.channels);
+    s.grad.resize(plan.blocks * plan.tile_rows * kSegment * plan.block);
+    s.packed.resize(kSegment * plan.block);
+    s.taps.resize(lines);
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t index = next++; index < units; index = next++) {
         const int64_t subset = index / job.chunks, chunk = index % job.chunks;
@@ -233,7 +281,12 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
     at::parallel_for(0, job.subsets, 1, [&](int64_t begin, int64_t end) {
       for (int64_t subset = begin; subset < end; ++subset) finish(job, table, subset, sums + subset * job.chunks * unit_floats, unit_floats, to);
     });
-  return result;
+  if (kernel == whole_kernel) return result;
+  shape.resize(2);
+  shape.insert(shape.end(), whole_kernel.begin(), whole_kernel.end());
+  Tensor padded = at::zeros(shape, result.options());
+  crop_weight(padded, cropped).copy_(result);
+  return padded;
 }
 
 }  // namespace astrobiogen::conv_nd

@@ -82,8 +82,7 @@ PYBIND11_MODULE(_C, module) {
     return names;
   }, "The levels that this CPU and build offer, lowest first.");
   module.def("set_cpu_level", [](const std::string& name) { astrobiogen::set_level(level_named(name)); }, pybind11::arg("level"),
-             "Run the kernels at a lower level than the CPU has, for tests and benchmarks. Kernels that choose by themselves (attention, convolution) "
-             "are not affected.");
+             "Run the kernels at a lower level than the CPU has, for tests and benchmarks.");
   module.def("build_info", &build_info, "Compiler version, C++ standard and whether OpenMP is on.");
   module.def("num_threads", [] { return at::get_num_threads(); }, "Threads that a kernel may use now.");
 }

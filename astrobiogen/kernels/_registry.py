@@ -40,6 +40,7 @@ class _Entry:
     name: str
     reference: Callable[..., Any]
     triton: str  # "module:function"; empty for an op that has no Triton kernel yet
+    cpu_rule: str  # which of several C++ implementations serves a call; empty where there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,9 @@ _ENTRIES: dict[str, _Entry] = {}
 _WARNED: set[tuple[str, str]] = set()
 
 
-def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: str = "") -> None:
+def define(
+    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: str = "", cpu_rule: str = ""
+) -> None:
     """Define the op `schema` with its reference as the default kernel, its fake (shape) function and its Triton
     launcher.
 
@@ -77,11 +80,12 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
         reference: plain PyTorch with the op's exact signature and results; serves every device that has no kernel.
         fake: returns empty outputs of the right shape, dtype and device, touching no data.
         triton: ``"module:function"`` of the CUDA launcher, imported on the first CUDA call.
+        cpu_rule: for `kernel_status`, where the C++ kernel chooses between implementations by a call's sizes: the rule.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    _ENTRIES[name] = _Entry(name, reference, triton)
+    _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule)
     LIBRARY.impl(name, _warning_reference(name, reference), "CompositeExplicitAutograd")
     if triton and importlib.util.find_spec("triton") is not None:
         LIBRARY.impl(name, _lazy_launcher(triton), "CUDA")
@@ -173,7 +177,7 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 
 def _cpu_status(entry: _Entry) -> KernelStatus:
     if has_kernel(entry.name, "CPU"):
-        return KernelStatus(entry.name, "cpu", "c++", "the extension astrobiogen._C is loaded")
+        return KernelStatus(entry.name, "cpu", "c++", entry.cpu_rule or "the extension astrobiogen._C is loaded")
     if importlib.util.find_spec("astrobiogen._C") is None:
         reason = "the extension astrobiogen._C was not built: a C++ compiler was missing when astrobiogen was installed"
     else:

@@ -1,6 +1,7 @@
 """Convolution over one to five axes: the shared battery on the CPU and in Triton, its ties to PyTorch's own
 convolutions, and bad input."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import astrobiogen
-from astrobiogen import ops
+from astrobiogen import layers, ops
 from astrobiogen.kernels._case import Case
 from astrobiogen.kernels.conv_nd.samples import CASES, TRANSPOSED_CASES
 from astrobiogen.testing import check_battery, check_op
@@ -138,6 +139,30 @@ def test_output_has_channels_innermost_and_feeds_the_next_layer_without_a_copy()
     assert y.movedim(1, -1).is_contiguous()
 
 
+def calls_aten_convolution(channels: int, outputs: int, kernel: tuple[int, ...], dtype: torch.dtype) -> bool:
+    x = torch.randn(1, channels, *(6,) * len(kernel)).to(dtype)
+    weight = torch.randn(outputs, channels, *kernel).to(dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        ops.conv_nd(x, weight, padding=tuple(taps // 2 for taps in kernel))
+    return any(event.key == "aten::convolution" for event in profiler.key_averages())
+
+
+def test_cpu_rule_is_what_kernel_status_says() -> None:
+    """Both sides of every border in the rule's text: dtype, outputs, inputs without pairs, pairs."""
+    rules = {row.op: row.reason for row in astrobiogen.kernel_status() if row.device == "cpu"}
+    rule = rules["conv_nd"]
+    assert rule == rules["conv_transpose_nd"] == rules["conv_nd_weight_grad"] == rules["conv_nd_norm"]
+    assert all(part in rule for part in ("float32, bfloat16 and float16", ">= 8 outputs", "<= 4 inputs", "<= 3/4"))
+    unpaired, paired = (1, 1, 2), (3, 3, 3)
+    assert not calls_aten_convolution(4, 8, unpaired, torch.float32)
+    assert calls_aten_convolution(5, 8, unpaired, torch.float32)
+    assert calls_aten_convolution(4, 7, unpaired, torch.float32)
+    assert not calls_aten_convolution(5, 8, paired, torch.float32)
+    assert not calls_aten_convolution(4, 8, unpaired, torch.bfloat16)
+    assert not calls_aten_convolution(4, 8, unpaired, torch.float16)
+    assert calls_aten_convolution(4, 8, unpaired, torch.float64)
+
+
 def test_no_gradient_keeps_no_activation_input() -> None:
     x, weight = torch.randn(1, 2, 4, 4), torch.randn(8, 2, 3, 3, requires_grad=True)
     with torch.no_grad():
@@ -159,6 +184,34 @@ def test_stem_adds_less_than_a_tenth_of_its_activations_in_memory() -> None:
     # Measured: 1.0035 outputs forward, 0.057 backward.
     assert peak_bytes(run) < 4 * y.numel() + 0.1 * activations
     assert peak_bytes(lambda: torch.autograd.grad(y, (weight, bias), upstream)) < 0.1 * activations
+
+
+LAYERS = {
+    "ConvNd": lambda: layers.ConvNd(2, 2, 9, 3, padding=1, activation="silu"),
+    "Conv4d": lambda: layers.Conv4d(2, 9, (1, 1, 3, 3), padding=(0, 0, 1, 1)),
+    "Conv5d": lambda: layers.Conv5d(5, 3, (3, 1, 1, 1, 1), padding=(1, 0, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("build", LAYERS.values(), ids=list(LAYERS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_under_autocast(build: Callable[[], layers.ConvNd], dtype: torch.dtype) -> None:
+    """Values and gradients are those of the layer in half precision; parameters and their gradients stay fp32."""
+    layer = build()
+    x = torch.randn(2, layer.in_channels, *(4, 3, 3, 2, 2)[: layer.n_axes], requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (x, *layer.parameters()), upstream)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    half = build().to(dtype)
+    half.load_state_dict(layer.state_dict())
+    narrow = x.detach().to(dtype).requires_grad_()
+    expected = half(narrow)
+    assert torch.equal(y, expected)
+    for mine, other in zip(gradients, torch.autograd.grad(expected, (narrow, *half.parameters()), upstream)):
+        assert torch.equal(mine, other.float())
 
 
 GOOD: dict[str, Any] = {

@@ -10,7 +10,7 @@ from astrobiogen import ops, use_kernels
 from astrobiogen.kernels._case import Case
 from astrobiogen.kernels.attention import samples as attention_samples
 from astrobiogen.kernels.conv_nd.samples import CASES as CONV_CASES
-from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case
+from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case, random_case
 from astrobiogen.kernels.rms_norm import reference as rms_norm_reference
 from astrobiogen.kernels.rms_norm.samples import CASES as RMS_NORM_CASES
 from astrobiogen.kernels.rms_norm.samples import with_residual
@@ -219,6 +219,25 @@ def test_loss_does_not_depend_on_threads_or_on_the_run() -> None:
         loss = ops.linear_cross_entropy(x, weight, target)
         found.append((loss.detach(), *torch.autograd.grad(loss, (x, weight))))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+@pytest.mark.usefixtures("level")
+def test_random_convolutions() -> None:
+    """Any geometry: tiles, tails and pairs of every width, against fp64."""
+    for seed in range(60):
+        arguments = random_case(seed)
+        names = ("x", "weight", "bias")
+        wide = [arguments[name].requires_grad_() for name in names]
+        single = [arguments[name].detach().float().requires_grad_() for name in names]
+        with use_kernels("reference"):
+            exact = ops.conv_nd(**arguments)
+        y = ops.conv_nd(**{**arguments, **dict(zip(names, single))})
+        upstream = torch.randn_like(exact)
+        expected = torch.autograd.grad(exact, wide, upstream, materialize_grads=True)
+        found = torch.autograd.grad(y, single, upstream.float(), materialize_grads=True)
+        for got, right in zip((y, *found), (exact, *expected)):
+            # As in test_conv_nd_properties: inputs are rounded to fp32 first.
+            assert float((got.double() - right).norm()) <= 1e-5 * float(right.norm()) + 1e-5, seed
 
 
 def test_an_unknown_level_is_refused() -> None:

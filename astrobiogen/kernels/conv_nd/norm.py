@@ -11,6 +11,7 @@ from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_norm
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, Norm
 from astrobiogen.kernels.conv_nd.op import (
+    CPU_RULE,
     GEOMETRY_SCHEMA,
     Activation,
     Ints,
@@ -135,6 +136,7 @@ _registry.define(
     reference=reference.conv_nd_norm_op,
     fake=_fake_conv_norm,
     triton=f"{_TRITON}:conv_nd_norm",
+    cpu_rule=CPU_RULE,
 )
 _registry.define(
     "conv_nd_norm_backward(Tensor grad, Tensor kept, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, "

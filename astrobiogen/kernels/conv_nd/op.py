@@ -17,6 +17,12 @@ from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry
 
 _TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
 
+# csrc/conv_nd.cpp, own_kernel; the figures behind it are in the README.
+CPU_RULE = (
+    "own kernel for float32, bfloat16 and float16 with >= 8 outputs per group and either <= 4 inputs per group or "
+    "pairs of outputs that leave <= 3/4 of the products; otherwise a composition of ATen convolutions"
+)
+
 Ints = int | Sequence[int]
 PaddingMode = Literal["zeros", "circular", "reflect", "replicate", "pole"]
 Activation = Literal["silu", "gelu"] | None
@@ -246,18 +252,21 @@ _registry.define(
     reference=reference.conv_nd_op,
     fake=_fake_conv,
     triton=f"{_TRITON}:conv_nd",
+    cpu_rule=CPU_RULE,
 )
 _registry.define(
     f"conv_transpose_nd(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY_SCHEMA}, SymInt[] size) -> Tensor",
     reference=reference.conv_transpose_nd_op,
     fake=_fake_transpose,
     triton=f"{_TRITON}:conv_transpose_nd",
+    cpu_rule=CPU_RULE,
 )
 _registry.define(
     f"conv_nd_weight_grad(Tensor grad, Tensor x, SymInt[] kernel, {GEOMETRY_SCHEMA}) -> Tensor",
     reference=reference.conv_nd_weight_grad_op,
     fake=_fake_weight_grad,
     triton=f"{_TRITON}:conv_nd_weight_grad",
+    cpu_rule=CPU_RULE,
 )
 _registry.define(
     "conv_nd_bias_grad(Tensor grad) -> Tensor",
