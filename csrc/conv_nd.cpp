@@ -35,9 +35,15 @@ Geometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArr
   return {stride.vec(), padding.vec(), mode.vec(), dilation.vec(), groups};
 }
 
+// One tap over the last three axes: ATen's convolution of such a volume costs a copy, a result of its own and an addition per outer tap.
+bool pointwise(at::IntArrayRef kernel) {
+  const int64_t axes = static_cast<int64_t>(kernel.size());
+  return axes > kInnerAxes && std::all_of(kernel.end() - kInnerAxes, kernel.end(), [](int64_t taps) { return taps == 1; });
+}
+
 bool own_kernel(const Tensor& rows, int64_t inputs, int64_t outputs, at::IntArrayRef kernel, const Geometry& geometry) {
   if (rows.scalar_type() == at::kDouble || outputs < kManyOutputs) return false;
-  return inputs <= kFewChannels || paired_share(rows, kernel, geometry) <= kPairedShare;
+  return inputs <= kFewChannels || pointwise(kernel) || paired_share(rows, kernel, geometry) <= kPairedShare;
 }
 
 // An infinite or NaN weight must not reach outputs whose taps it does not belong to, as a paired point would carry it.

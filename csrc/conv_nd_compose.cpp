@@ -84,8 +84,9 @@ Tensor volume(const Tensor& rows, int64_t axes) {
 
 // A kernel of one tap over the last three axes is a matrix product per outer tap, [positions, C] x [C, O]: on rows as they are, added to the result in
 // place. As convolutions of ATen these took 3 times as long (a copy of the volume, a result of its own, an addition).
-bool is_product(const Geometry& g, at::IntArrayRef kernel) {
-  bool product = g.groups == 1;
+// Not where an axis is circular: which rows a matrix kernel computes as its remainder depends on where the circle was cut, and with it their last bits.
+bool is_product(const Geometry& whole, const Geometry& g, at::IntArrayRef kernel) {
+  bool product = g.groups == 1 && std::find(whole.mode.begin(), whole.mode.end(), kCircular) == whole.mode.end();
   for (int64_t axis = std::max<int64_t>(0, g.axes() - kInnerAxes); axis < g.axes(); ++axis)
     product &= kernel[axis] == 1 && g.stride[axis] == 1 && g.padding[axis] == 0;
   return product;
@@ -221,7 +222,7 @@ Tensor compose_forward(const Tensor& x, const Tensor& whole_weight, const Geomet
   const std::vector<int64_t> size = spatial(rows), out = g.output_size(size, weight.sizes().slice(2));
   const std::vector<int64_t> shape = rows_shape(rows.size(0), out, weight.size(0));
   Tensor total;
-  if (is_product(g, weight.sizes().slice(2))) {
+  if (is_product(geometry, g, weight.sizes().slice(2))) {
     total = at::zeros(shape, rows.options());
     for (const OuterTap& tap : outer_taps(g, size, out, weight.sizes().slice(2))) {
       const Tensor matrix = tap_matrix(weight, tap).t();
@@ -250,7 +251,7 @@ Tensor compose_transpose(const Tensor& grad, const Tensor& whole_weight, const G
   const std::vector<int64_t> out = spatial(grad);
   const std::vector<int64_t> shape = rows_shape(grad.size(0), padded, weight.size(1) * g.groups);
   Tensor total;
-  if (is_product(g, weight.sizes().slice(2))) {
+  if (is_product(geometry, g, weight.sizes().slice(2))) {
     total = at::zeros(shape, grad.options());
     for (const OuterTap& tap : outer_taps(g, padded, out, weight.sizes().slice(2))) {
       const Tensor matrix = tap_matrix(weight, tap);
@@ -284,7 +285,7 @@ Tensor compose_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   Tensor whole = at::zeros(shape, grad.options());
   const Tensor result = crop_weight(whole, cropped);
-  if (is_product(g, cropped.count)) {
+  if (is_product(geometry, g, cropped.count)) {
     for (const OuterTap& tap : outer_taps(g, spatial(rows), spatial(grad), cropped.count)) {
       Tensor sum = at::zeros({result.size(0), result.size(1)}, grad.options());
       in_matrices(cut_output(grad, tap), cut_input(rows, tap), [&](Tensor y, const Tensor& x) { sum.addmm_(y.t(), x); });

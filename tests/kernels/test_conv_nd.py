@@ -117,6 +117,16 @@ def test_rolling_a_circular_axis_rolls_the_output_bitwise(channels: int, outputs
         assert torch.equal(rolled, y.roll(steps, axis)), f"axis {axis}"
 
 
+# The second takes the composition: fewer than 8 outputs. A matrix product's remainder rows would differ in their bits.
+@pytest.mark.parametrize(("channels", "outputs"), [(19, 10), (19, 6)])
+def test_rolling_under_a_pointwise_inner_kernel(channels: int, outputs: int) -> None:
+    x, weight = torch.randn(2, channels, 5, 2, 3, 6, 13), torch.randn(outputs, channels, 3, 1, 1, 1, 1)
+    options: dict[str, Any] = {"padding": (1, 0, 0, 0, 0), "padding_mode": "circular"}
+    y = ops.conv_nd(x, weight, **options)
+    for axis, steps in ((-5, 2), (-1, 1), (-2, 1)):
+        assert torch.equal(ops.conv_nd(x.roll(steps, axis), weight, **options), y.roll(steps, axis)), f"axis {axis}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thread_count_does_not_change_a_bit(dtype: torch.dtype) -> None:
     x = torch.randn(2, 2, 5, 3, 4, 20).to(dtype).requires_grad_()
@@ -157,6 +167,8 @@ def test_cpu_rule_is_what_kernel_status_says() -> None:
     assert not calls_aten_convolution(4, 8, unpaired, torch.float32)
     assert calls_aten_convolution(5, 8, unpaired, torch.float32)
     assert calls_aten_convolution(4, 7, unpaired, torch.float32)
+    assert not calls_aten_convolution(5, 8, (2, 1, 1, 1), torch.float32)
+    assert calls_aten_convolution(5, 8, (2, 1, 1, 2), torch.float32)
     assert not calls_aten_convolution(5, 8, paired, torch.float32)
     assert not calls_aten_convolution(4, 8, unpaired, torch.bfloat16)
     assert not calls_aten_convolution(4, 8, unpaired, torch.float16)
