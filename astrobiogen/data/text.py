@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,15 +72,41 @@ class TextEncoder:
         planet, organism = self.tokenizer.encode_batch([planet_text, organism_text], add_special_tokens=False)
         return self.join(planet.ids, organism.ids, source)
 
-    def encode_pairs(
-        self, planets: Mapping[str, str], organisms: Mapping[str, str], source: str
-    ) -> dict[tuple[str, str], torch.Tensor]:
-        """Ids of every (planet, organism), each text encoded once."""
-        ids = {
-            name: self.tokenizer.encode(text, add_special_tokens=False).ids
-            for name, text in {**planets, **organisms}.items()
-        }
-        return {(p, o): self.join(ids[p], ids[o], f"{source}: text of {p}, {o}") for p in planets for o in organisms}
+    def encode_pairs(self, planets: Mapping[str, str], organisms: Mapping[str, str], source: str) -> PairTokens:
+        """Ids of every (planet, organism), each text encoded once; a pair without words is a ``DataError``."""
+        ids = [
+            {name: self.tokenizer.encode(text, add_special_tokens=False).ids for name, text in texts.items()}
+            for texts in (planets, organisms)
+        ]
+        return PairTokens(self, ids[0], ids[1], source)
+
+
+class PairTokens(Mapping[tuple[str, str], torch.Tensor]):
+    """Ids [L] of every (planet, organism), joined when they are asked for: what is held grows with the texts, not with
+    the pairs.
+    """
+
+    def __init__(
+        self, encoder: TextEncoder, planets: dict[str, list[int]], organisms: dict[str, list[int]], source: str
+    ) -> None:
+        self._encoder, self._planets, self._organisms, self._source = encoder, planets, organisms, source
+        empty = [next((name for name, ids in texts.items() if not ids), None) for texts in (planets, organisms)]
+        if empty[0] is not None and empty[1] is not None:
+            self[empty[0], empty[1]]  # raises
+
+    def __getitem__(self, key: tuple[str, str]) -> torch.Tensor:
+        """Ids of one pair."""
+        planet, organism = key
+        place = f"{self._source}: text of {planet}, {organism}"
+        return self._encoder.join(self._planets[planet], self._organisms[organism], place)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Every (planet, organism)."""
+        return itertools.product(self._planets, self._organisms)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._planets) * len(self._organisms)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

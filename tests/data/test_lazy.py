@@ -16,6 +16,7 @@ from astrobiogen import data
 from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.load import SAMPLE_FOLDER, read_cube
 from astrobiogen.data.pack import open_pack
+from astrobiogen.data.text import TextEncoder, load_tokenizer
 from astrobiogen.training import loading
 
 MIB = 2**20
@@ -71,6 +72,19 @@ def test_workers_give_the_same_batches(bundle: data.DatasetBundle) -> None:
         for name in ("climate_datacube", "climate_mask", "input_ids", "spectroscopy", "habitability_fraction"):
             assert torch.equal(one[name], two[name]), name
         assert torch.equal(one["metabolic_graph"].x, two["metabolic_graph"].x)
+
+
+def test_texts_are_joined_when_asked_for(bundle: data.DatasetBundle) -> None:
+    tokens, store = bundle.train.store.tokens, bundle.train.store
+    assert len(tokens) == len(store.planets) * len(store.organisms) == sum(1 for _ in tokens)
+    pair = bundle.train.pairs[7]
+    encoder = TextEncoder(load_tokenizer(SAMPLE_FOLDER / "tokenizer.json"), bundle.spec.max_text_tokens)
+    wanted = encoder.encode(store.planets[pair.climate].text, store.organisms[pair.organism].text)
+    assert torch.equal(tokens[pair.climate, pair.organism], wanted)
+    with pytest.raises(KeyError):
+        tokens["nowhere", pair.organism]
+    with pytest.raises(data.DataError, match=r"here: text of a, y \[text\]: holds no words"):
+        encoder.encode_pairs({"a": "", "b": "rock"}, {"x": "sugar", "y": ""}, "here")
 
 
 def test_the_least_recently_used_go_first() -> None:
