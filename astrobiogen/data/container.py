@@ -187,6 +187,17 @@ def write_arrays(
     path.write_bytes(MAGIC + len(header).to_bytes(4, "little") + header + b"".join(blobs))
 
 
+def _well_formed(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the header says what it must, in the types that it must have."""
+    numbers = [entry["offset"], entry["bytes"], *entry["shape"]]
+    return (
+        all(type(n) is int and n >= 0 for n in numbers)
+        and entry["dtype"] in _DTYPES
+        and entry["coding"] in ("raw", "delta2")
+        and isinstance(entry["notes"], dict)
+    )
+
+
 def parse_arrays(path: Path, data: bytes) -> Contents:
     """Contents of the bytes of a container file, arrays not yet decoded; ``path`` is for messages.
 
@@ -200,11 +211,9 @@ def parse_arrays(path: Path, data: bytes) -> Contents:
     size = int.from_bytes(data[8:12], "little")
     try:
         header = json.loads(data[12 : 12 + size])
-        entries = {
-            str(e["name"]): {key: e[key] for key in ("dtype", "shape", "coding", "offset", "bytes", "notes")}
-            for e in header["arrays"]
-        }
-        attributes = header["attributes"]
+        entries = {str(e["name"]): e for e in header["arrays"] if _well_formed(e)}
+        if len(entries) != len(header["arrays"]) or not isinstance(attributes := header["attributes"], dict):
+            raise ValueError("an array's entry is not well formed")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(path, "header", f"cannot be read ({error}); the file is truncated or damaged") from error
     blobs: dict[str, bytes] = {}
