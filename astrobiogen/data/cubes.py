@@ -17,7 +17,7 @@ TA_STEP = 0.1  # K: error at most 0.05 K; the raw files themselves are rounded t
 HUS_STEP = 0.01  # natural-log units: relative error at most 0.5 %
 # kg/kg; anything drier is stored as 0 (stratosphere and polar night: the colder planets' upper levels)
 HUS_FLOOR = 1e-7
-TS_STEP = 1.0 / 16.0  # K: exact, the raw files hold multiples of 1/16 K
+TS_STEP = 1.0 / 16.0  # K; the raw files of the bundled climates hold multiples of it
 SIC_STEP = 1.0 / 200.0  # rounded down, so that "less than 0.5" keeps its answer
 INPUT_SEGMENT, LABEL_SEGMENT = 1, 2
 TA_RANGE, HUS_RANGE = (90.0, 500.0), (0.0, 0.2)  # outside: not an atmosphere this model can have made
@@ -32,6 +32,16 @@ def quantise_hus(hus: NDArray[np.floating]) -> NDArray[np.int16]:
     """Specific humidity [kg/kg] to int16: 0 below 1e-7, else 1 + round(ln(hus / 1e-7) / 0.01)."""
     safe = np.maximum(hus.astype(np.float64), HUS_FLOOR)
     return np.where(hus < HUS_FLOOR, 0, 1 + np.round(np.log(safe / HUS_FLOOR) / HUS_STEP)).astype(np.int16)
+
+
+def quantise_ts(ts: NDArray[np.floating]) -> NDArray[np.int16]:
+    """Surface temperature [K] to int16 in steps of 1/16 K."""
+    return np.round(ts.astype(np.float64) / TS_STEP).astype(np.int16)
+
+
+def quantise_sic(sic: NDArray[np.floating]) -> NDArray[np.int16]:
+    """Sea-ice cover [1] to int16 in steps of 1/200, rounded down."""
+    return np.floor(np.clip(sic.astype(np.float64), 0.0, 1.0) / SIC_STEP + 1e-9).astype(np.int16)
 
 
 def value_table(variable: str, size: int) -> NDArray[np.float64]:

@@ -34,7 +34,6 @@ def climate(warmth: float, segment: int) -> xr.Dataset:
     lat, lon = np.radians(GRID.latitudes)[:, None], np.radians(GRID.longitudes)[None]
     season = np.sin(2 * np.pi * np.arange(12) / 12)[:, None, None]
     ts = 290.0 + warmth + segment - 45.0 * np.sin(lat) ** 2 + 5.0 * season * np.sin(lat) + 2.0 * np.cos(lon)
-    ts = np.round(ts * 16) / 16
     ta = ts[:, None] - 70.0 * (1.0 - GRID.levels)[None, :, None, None]
     hus = 0.01 * np.exp((ta - 290.0) / 15.0)
     fields = {

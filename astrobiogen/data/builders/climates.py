@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
-
 from astrobiogen.data import cubes, labels, pack
 from astrobiogen.data.builders import climate, grids, planets, text
 from astrobiogen.data.builders.planets import Body
@@ -31,8 +29,7 @@ def _write(work: Work, key: str, first: climate.ClimateFile, second: climate.Cli
     }
     cube_attributes = {**common, "segment": cubes.INPUT_SEGMENT}
     write_arrays(work.output / f"climate/{key}.bin", codes, cube_attributes, notes, delta2=_INPUT)
-    ts = np.round(second.fields["ts"] / cubes.TS_STEP).astype(np.int16)
-    sic = np.floor(np.clip(second.fields["sic"], 0.0, 1.0) / cubes.SIC_STEP + 1e-9).astype(np.int16)
+    ts, sic = cubes.quantise_ts(second.fields["ts"]), cubes.quantise_sic(second.fields["sic"])
     notes = {
         "ts": {"units": "K", "step": cubes.TS_STEP},
         "sic": {"units": "1", "step": cubes.SIC_STEP, "rounding": "down"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from astrobiogen.data import labels
+from astrobiogen.data import cubes, labels
 from astrobiogen.data.builders import climate, fba, grids
 from astrobiogen.data.builders.network import read_network
 from astrobiogen.data.builders.organisms import FOLDER, TABLE, niche, organism_name, read_table
@@ -52,7 +52,10 @@ def _fraction(pack: Pack, raw: Path, pair: PairRow, row: dict[str, str], growth:
     later = climate.read_climate(path, ("ts", "sic"), grids.standard_grid())
     weights = labels.latitude_weights(latitude_bounds(later.grid.latitudes))
     low, high, _ = niche(raw / TABLE, row)
-    share = labels.niche_fraction(later.fields["ts"], later.fields["sic"], weights, low, high)
+    # S is defined on fields in these steps (docs/data.md), whatever precision a raw file has
+    ts = cubes.quantise_ts(later.fields["ts"]) * cubes.TS_STEP
+    sic = cubes.quantise_sic(later.fields["sic"]) * cubes.SIC_STEP
+    share = labels.niche_fraction(ts, sic, weights, low, high)
     return share * labels.gate(growth.anyway, growth.without_o2, float(later.parameters.get("pO2", 0.0)))
 
 
