@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "conv_nd_norm.h"
+#include "conv_nd_patches.h"
 
 namespace astrobiogen::conv_nd {
 
@@ -91,8 +92,10 @@ std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const 
                                    at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups, int64_t activation,
                                    bool keep) {
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
-  Tensor rows = to_rows(x), kept = keep ? Tensor() : at::empty({0}, x.options());
-  if (own_kernel(rows, weight.size(1), weight.size(0) / groups, weight.sizes().slice(2), geometry)) {
+  const bool patches = are_patches(geometry, weight.sizes().slice(2)) && x.scalar_type() != at::kDouble;
+  const Tensor rows = patches ? Tensor() : to_rows(x);
+  Tensor kept = keep ? Tensor() : at::empty({0}, x.options());
+  if (!patches && own_kernel(rows, weight.size(1), weight.size(0) / groups, weight.sizes().slice(2), geometry)) {
     const std::vector<int64_t> out = geometry.output_size(x.sizes().slice(2), weight.sizes().slice(2));
     Tensor y = empty_rows(x, out, weight.size(0));
     if (keep) kept = fresh(y.sizes(), y.options());
@@ -105,7 +108,7 @@ std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const 
     if (y.numel() > 0) direct_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, pairs_allowed(weight));
     return {from_rows(y), keep ? from_rows(kept) : kept};
   }
-  Tensor total = compose_forward(rows.to(arithmetic(x)), weight.to(arithmetic(x)), geometry);
+  Tensor total = patches ? patches_forward(x.to(at::kFloat), weight.to(at::kFloat)) : compose_forward(rows.to(arithmetic(x)), weight.to(arithmetic(x)), geometry);
   if (bias) total.add_(bias->to(arithmetic(x)));
   if (keep) kept = total.to(x.scalar_type());
   if (activation == kSilu) total = keep ? at::silu(total) : at::silu_(total);
@@ -224,7 +227,9 @@ Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optio
     if (wide) y.add_(*wide);
     return from_rows(y.to(x.scalar_type()));
   }
-  Tensor total = compose_transpose(rows.to(arithmetic(x)), weight.to(arithmetic(x)), geometry, size);
+  const Tensor wide_weight = weight.to(arithmetic(x));
+  Tensor total = are_patches(geometry, weight.sizes().slice(2)) ? patches_transpose(rows.to(arithmetic(x)), wide_weight, size)
+                                                                : compose_transpose(rows.to(arithmetic(x)), wide_weight, geometry, size);
   if (bias) total = total.add(bias->to(arithmetic(x)));
   return from_rows(total.to(x.scalar_type()).contiguous());
 }
@@ -232,6 +237,8 @@ Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optio
 Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups) {
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
+  if (are_patches(geometry, kernel) && x.scalar_type() != at::kDouble)
+    return patches_weight_grad(to_rows(grad).to(at::kFloat), x.to(at::kFloat), kernel).to(x.scalar_type());
   const Tensor rows = to_rows(x);
   if (own_kernel(rows, x.size(1) / groups, grad.size(1) / groups, kernel, geometry))
     return direct_weight_grad(to_rows(grad), add_halo(rows, geometry, Halo::kFarPoles), kernel, after_far_poles(geometry), true).to(x.scalar_type());

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from astrobiogen import ops
 from astrobiogen.layers import ConvNd, RMSNorm
-from astrobiogen.models._common import check_axes, maybe_checkpoint, require, resolve_config
+from astrobiogen.models._common import at_least_float32, check_axes, maybe_checkpoint, require, resolve_config
 from astrobiogen.models.climate_statistics import ClimateStatistics
 from astrobiogen.models.datacube_config import AXES, DatacubeConfig, Ints5
-from astrobiogen.models.datacube_head import PatchBudgets, PatchDecoder, patchify
+from astrobiogen.models.datacube_head import PatchBudgets, PatchDecoder
 from astrobiogen.models.physics import AtmosphereBudgets, area_weights, over_epochs
 from astrobiogen.models.vision_transformer import GridTransformer
 
@@ -121,8 +122,7 @@ class RebuiltDatacubeCNN(nn.Module):
         check_axes(
             "climate_mask", epoch_mask, ("batch", "geological_time"), {"batch": batch, "geological_time": epochs}
         )
-        patches = patchify(cube, config.patch_size)
-        stem = self._embed(patches, epoch_mask)
+        stem, image = self._embed(cube, epoch_mask)
         deep = stem
         for stage in self.stages:
             deep = maybe_checkpoint(config.use_gradient_checkpointing, stage, deep)
@@ -130,16 +130,26 @@ class RebuiltDatacubeCNN(nn.Module):
         if config.use_vit_features:
             pooled = torch.cat([pooled, self.vit(stem)], dim=-1)
         outputs = self._features(self.to_features(self.dropout(pooled)), cube, epoch_mask)
-        outputs |= self._score(self.decoder.hidden(deep), patches, cube, epoch_mask)
+        outputs |= self._score(self.decoder.hidden(deep), image, cube, epoch_mask)
         if return_prediction:
             outputs["prediction"] = self.decoder(deep)
         return outputs
 
-    def _embed(self, patches: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:
-        """Strided convolution of the stem, plus a learned vector where the epoch exists."""
-        present = _pool_mask(epoch_mask, self.config.patch_size[1]).to(patches.dtype)
-        marks = present[:, None, :, None, None, None, None] * self.epoch_presence
-        return (self.stem(patches) + marks).movedim(-1, 1)
+    def _embed(self, cube: torch.Tensor, epoch_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(stem [B, C, *stem grid], Wᵀ patch [B, *stem grid, C + 1] for the decoder's error).
+
+        Both are linear in the patches and come from one strided convolution, which reads the cube once, in fp32. The
+        stem adds a learned vector where the epoch exists.
+        """
+        patch, channels = self.config.patch_size, self.config.base_channels
+        with torch.autocast(cube.device.type, enabled=False):
+            weight = torch.cat([at_least_float32(self.stem.weight), self.decoder.weight().t()])
+            kernels = weight.view(-1, self.config.input_variables, *patch)
+            both = ops.conv_nd(at_least_float32(cube), kernels, None, stride=patch).movedim(1, -1)
+        stem, image = both.split([channels, channels + 1], dim=-1)
+        present = _pool_mask(epoch_mask, patch[1]).to(self.stem.weight.dtype)
+        marks = present[:, None, :, None, None, None, None] * self.epoch_presence + self.stem.bias
+        return (stem.to(marks.dtype) + marks).movedim(-1, 1), image
 
     def _features(self, patterns: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor) -> dict[str, Any]:
         """Features from the patterns [B, feature_dim] and, where there are any, the statistics."""
@@ -158,10 +168,10 @@ class RebuiltDatacubeCNN(nn.Module):
         return torch.cat([per_epoch[:, :, -1].flatten(1), mean.flatten(1)], dim=-1)
 
     def _score(
-        self, hidden: torch.Tensor, patches: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor
+        self, hidden: torch.Tensor, image: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor
     ) -> dict[str, Any]:
         """Reconstruction error and physics violations per sample."""
-        error = self.decoder.squared_error(hidden, patches).mean((3, 4, 5))
+        error = self.decoder.squared_error(hidden, image, cube)
         blocks = _pool_mask(epoch_mask, self.config.patch_size[1])
         violations: dict[str, torch.Tensor] = {}
         if self.config.use_physics_constraints:

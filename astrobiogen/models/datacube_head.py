@@ -1,9 +1,8 @@
 """Patches of a cube and a linear decoder over them whose error and budgets need no decoded cube in memory.
 
 The decoder is linear in its hidden state h: patch = W h. So the squared error is hᵀ(WᵀW)h − 2 hᵀ(Wᵀ patch) +
-    |patch|², and any weighted
-sum of the decoded field, such as a water budget, is (wᵀW) h. Both read the input and write nothing of its size,
-forward or backward.
+|patch|², and any weighted sum of the decoded field, such as a water budget, is (wᵀW) h. Both read the input and write
+nothing of its size, forward or backward.
 """
 
 import math
@@ -17,17 +16,8 @@ from astrobiogen.models.datacube_config import DatacubeConfig, Ints5
 from astrobiogen.models.physics import LATENT_HEAT, AtmosphereBudgets
 
 
-def patchify(cube: torch.Tensor, patch: Ints5) -> torch.Tensor:
-    """[B, V, *grid · patch] -> [B, *grid, V · Π patch]: what a convolution with kernel = stride = patch sees."""
-    batch, variables, *sizes = cube.shape
-    shape = [batch, variables]
-    for size, step in zip(sizes, patch):
-        shape += [size // step, step]
-    return cube.reshape(shape).permute(0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11).flatten(6)
-
-
 def unpatchify(patches: torch.Tensor, patch: Ints5) -> torch.Tensor:
-    """Inverse of `patchify`."""
+    """Patches [B, *grid, V · Π patch] side by side, [B, V, *grid · patch]."""
     batch, *grid, _ = patches.shape
     blocks = patches.reshape(batch, *grid, -1, *patch)
     order = [0, 6]
@@ -65,21 +55,31 @@ class PatchDecoder(nn.Module):
         """The decoded cube [B, V, *grid]."""
         return unpatchify(self.decode(self.hidden(deep)), self.patch)
 
-    def augmented(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(h with a trailing 1, W with the bias as its last column), fp32: decoded patch = W h."""
-        ones = hidden.new_ones(*hidden.shape[:-1], 1)
-        weight = torch.cat([self.decode.weight, self.decode.bias[:, None]], dim=1)
-        return at_least_float32(torch.cat([hidden, ones], dim=-1)), at_least_float32(weight)
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """h with a trailing 1, fp32 [B, *stem grid, base_channels + 1]."""
+        return at_least_float32(torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], dim=-1))
 
-    def squared_error(self, hidden: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of each decoded patch against `patches` [B, *stem grid, K], fp32 [B, *stem grid]."""
+    def weight(self) -> torch.Tensor:
+        """W with the bias as its last column, fp32 [K, base_channels + 1]: decoded patch = W h."""
+        return at_least_float32(torch.cat([self.decode.weight, self.decode.bias[:, None]], dim=1))
+
+    def squared_error(self, hidden: torch.Tensor, image: torch.Tensor, cube: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the decoded cube, fp32 [B, months, epochs] at the stem's resolution.
+
+        Args:
+            hidden: [B, *stem grid, base_channels].
+            image: fp32 [B, *stem grid, base_channels + 1], Wᵀ patch of every patch of `cube`.
+            cube: [B, V, *grid], to agree with.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
-            rows, weight = self.augmented(hidden)
-            target = at_least_float32(patches)
-            own = ((rows @ (weight.t() @ weight)) * rows).sum(-1)
-            cross = ((target @ weight) * rows).sum(-1)
-            power = torch.linalg.vector_norm(target, dim=-1).square()  # no field of squares in memory
-            return (own - 2.0 * cross + power).clamp(min=0.0) / patches.shape[-1]
+            rows, weight = self.rows(hidden), self.weight()
+            difference = ((rows @ (weight.t() @ weight) - 2.0 * image) * rows).sum((3, 4, 5, 6))
+            exact = torch.promote_types(cube.dtype, torch.float32)
+            lines = torch.linalg.vector_norm(cube, dim=-1, dtype=exact)  # no field of squares in memory
+            per_time = lines.square().sum((1, 4, 5))
+            blocks = per_time.unflatten(2, (-1, self.patch[1])).unflatten(1, (-1, self.patch[0]))
+            cells = math.prod(rows.shape[3:6]) * weight.shape[0]
+            return (difference + blocks.sum((2, 4))).clamp(min=0.0) / cells
 
 
 class PatchBudgets(nn.Module):
@@ -135,7 +135,7 @@ class PatchBudgets(nn.Module):
             energy: the same.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            rows, weight = decoder.augmented(hidden)
+            rows, weight = decoder.rows(hidden), decoder.weight()
             through = torch.einsum("zykmq,kc->zycmq", self.weights, weight)
             decoded = torch.einsum("btgzyxc,zycmq->btgzyxmq", rows, through)
             sums = decoded.sum((3, 4, 5))

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from astrobiogen import ops
 from astrobiogen.models import AtmosphereBudgets, DatacubeConfig
-from astrobiogen.models.datacube_head import PatchBudgets, PatchDecoder, patchify, unpatchify
+from astrobiogen.models.datacube_head import PatchBudgets, PatchDecoder, unpatchify
 from astrobiogen.models.physics import HEAT_CAPACITY, LATENT_HEAT, area_weights
 
 BOUNDS = (90.0, 50.0, 10.0, -20.0, -90.0)
@@ -95,11 +96,19 @@ def test_wrong_input_names_the_axis(budgets: AtmosphereBudgets) -> None:
         AtmosphereBudgets(("ta", "ua"), SIGMA, BOUNDS, 8, MEAN, STD)
 
 
-def test_patchify_is_inverted() -> None:
+def patches_of(cube: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
+    """[B, *grid, V · Π patch], what a convolution with kernel = stride = patch sees."""
+    size = cube.shape[1] * math.prod(patch)
+    picks = torch.eye(size).view(size, cube.shape[1], *patch)
+    return ops.conv_nd(cube, picks, stride=patch).movedim(1, -1)
+
+
+def test_unpatchify_puts_patches_side_by_side() -> None:
     cube = torch.randn(2, 3, 4, 2, 6, 4, 8)
     patch = (2, 1, 3, 2, 4)
-    patches = patchify(cube, patch)
+    patches = patches_of(cube, patch)
     assert patches.shape == (2, 2, 2, 2, 2, 2, 3 * 48)
+    assert torch.equal(patches[1, 0, 1, 1, 0, 1], cube[1, :, :2, 1:2, 3:, :2, 4:].flatten())
     assert torch.equal(unpatchify(patches, patch), cube)
 
 
@@ -111,8 +120,9 @@ def test_patch_errors_and_budgets_equal_those_of_the_decoded_field() -> None:
     budgets = AtmosphereBudgets(config.variables, SIGMA, BOUNDS, 8, MEAN, STD)
     decoder, summed = PatchDecoder(6, config), PatchBudgets(budgets, config)
     deep, cube = torch.randn(2, 6, 2, 2, 3, 2, 2), torch.randn(2, 2, 4, 2, 3, 4, 8)
-    hidden, patches, field = decoder.hidden(deep), patchify(cube, config.patch_size), decoder(deep)
-    error = decoder.squared_error(hidden, patches).mean((1, 2, 3, 4, 5))
+    hidden, field = decoder.hidden(deep), decoder(deep)
+    image = patches_of(cube, config.patch_size) @ decoder.weight()
+    error = decoder.squared_error(hidden, image, cube).mean((1, 2))
     torch.testing.assert_close(error, (field - cube).square().mean((1, 2, 3, 4, 5, 6)))
     water, energy, _ = summed(decoder, hidden, *budgets.anomaly(cube))
     found = budgets.violations(field, cube)

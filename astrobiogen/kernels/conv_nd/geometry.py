@@ -54,6 +54,11 @@ class Geometry:
         rows = zip(size, kernel, self.stride, self.padding, self.dilation)
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows]
 
+    def is_patches(self, kernel: Sequence[int]) -> bool:
+        """Whether windows of `kernel` neither overlap nor leave gaps: the convolution is a matrix product of patches."""
+        dense = all(step == 1 or taps == 1 for step, taps in zip(self.dilation, kernel))
+        return tuple(kernel) == self.stride and not any(self.padding) and dense and self.groups == 1
+
     def transposed_size(self, size: Sequence[int], kernel: Sequence[int], extra: Sequence[int]) -> list[int]:
         """Spatial size of the transposed convolution's output: (L - 1) s - 2p + d(K - 1) + 1 + extra per axis."""
         rows = zip(size, kernel, self.stride, self.padding, self.dilation, extra)

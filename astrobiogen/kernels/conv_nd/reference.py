@@ -3,7 +3,8 @@
 y[b, o, q] = act( bias[o] + sum over c in the group of o, k in the kernel of  weight[o, c, k] * P(x)[b, c, q*stride +
 k*dilation - padding] )
 
-P extends x beyond its ends by the padding mode of each axis. The sum runs as a loop over the taps of all axes but the
+P extends x beyond its ends by the padding mode of each axis. Windows that do not overlap (stride = kernel, no padding)
+are one matrix product over patches. Otherwise the sum runs as a loop over the taps of all axes but the
 last three, each tap
 one `torch.convolution` with channels innermost on the rows that the tap can reach; taps that only touch zero padding
 are skipped.
@@ -188,8 +189,10 @@ def _scale(hat: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
     """bias + convolution, in the accumulation dtype where outer taps were summed."""
     inner = geometry.after_halo()
-    padded = add_halo(x, geometry)
     kernel = weight.shape[2:]
+    if len(kernel) > INNER_AXES and geometry.is_patches(kernel):
+        return F.linear(_patches(x, kernel), weight.flatten(1), bias).movedim(-1, 1)
+    padded = add_halo(x, geometry)
     if len(kernel) <= INNER_AXES:
         return _native(padded, weight, bias, inner)
     rows = padded.movedim(1, -1).contiguous()
@@ -204,6 +207,17 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     if bias is not None:
         total = total + bias.to(total.dtype)
     return total.movedim(-1, 1)
+
+
+def _patches(x: torch.Tensor, kernel: Sequence[int]) -> torch.Tensor:
+    """x [B, C, *spatial] in windows side by side, [B, *out, C · Π kernel]; the remainder of an axis is left out."""
+    shape = list(x.shape[:2])
+    for axis, taps in enumerate(kernel):
+        x = x.narrow(2 + axis, 0, x.shape[2 + axis] // taps * taps)
+        shape += [x.shape[2 + axis] // taps, taps]
+    axes = len(kernel)
+    outer, inner = (range(start, 2 + 2 * axes, 2) for start in (2, 3))
+    return x.reshape(shape).permute(0, *outer, 1, *inner).flatten(1 + axes)
 
 
 def _transpose_padded(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry, size: list[int]) -> torch.Tensor:

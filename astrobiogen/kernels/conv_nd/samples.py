@@ -84,6 +84,12 @@ def _channel_last(make: TensorMaker) -> dict[str, Any]:
     return {"x": x, "weight": make.randn(8, 4, 3, 3, 3), "bias": None, "padding": (0, 1, 1), "activation": "silu"}
 
 
+def _patches(make: TensorMaker) -> dict[str, Any]:
+    """Stride = kernel, an axis with a remainder, channels innermost."""
+    x = make.randn(2, 4, 3, 7, 3).movedim(-1, 1)
+    return {"x": x, "weight": make.randn(19, 3, 2, 3, 2), "bias": make.randn(19), "stride": (2, 3, 2)}
+
+
 _MIXED = ("circular", "replicate", "zeros", "pole", "circular")
 _NO_BIAS = ("x", "weight")
 
@@ -102,6 +108,16 @@ CASES = (
     Case("strided", _strided, ARGUMENTS),
     Case("expanded", _expanded, ARGUMENTS),
     Case("channel-last", _channel_last, _NO_BIAS),
+    Case("patches", _patches, ARGUMENTS),
+    Case(
+        "patches-5d",
+        _dense(2, 33, (4, 1, 2, 4, 12), (2, 1, 2, 2, 4), batch=2, stride=(2, 1, 2, 2, 4), activation="silu"),
+        ARGUMENTS,
+        interpret=False,
+    ),
+    Case(
+        "patches-gradcheck", _dense(2, 3, (4, 3), (2, 3), stride=(2, 3)), ARGUMENTS, gradcheck=True, interpret=False
+    ),
     Case(
         "4d-stride",
         _dense(4, 8, (2, 3, 3, 4), (2, 1, 3, 3), stride=(1, 2, 1, 2), padding=(0, 0, 1, 1), bias=False),
