@@ -1,6 +1,7 @@
 """Language model, graph autoencoder, datacube network, two small encoders, their fusion, and the whole system."""
 
 from astrobiogen.models import presets as presets
+from astrobiogen.models._common import CountsUpdates as CountsUpdates
 from astrobiogen.models.datacube_cnn import RebuiltDatacubeCNN as RebuiltDatacubeCNN
 from astrobiogen.models.datacube_cnn import cube_from_legacy as cube_from_legacy
 from astrobiogen.models.datacube_config import DatacubeConfig as DatacubeConfig

@@ -1,5 +1,7 @@
-"""What the models share: configuration overrides, shape checks that name the axis, checkpointing, masked means."""
+"""What the models share: schedules over updates, configuration overrides, shape checks that name the axis,
+checkpointing, masked means."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -8,6 +10,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 Config = TypeVar("Config")
+
+
+class CountsUpdates(abc.ABC):
+    """A module with a schedule over optimizer updates. Whoever trains calls `after_update` once behind each update that
+    was taken, however many forward calls its micro-batches made."""
+
+    @abc.abstractmethod
+    def after_update(self) -> None:
+        """Count one update."""
 
 
 def resolve_config(cls: type[Config], config: Config | None, overrides: dict[str, Any]) -> Config:

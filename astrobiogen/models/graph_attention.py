@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from astrobiogen import ops
 from astrobiogen.layers import RMSNorm, SwiGLU
 from astrobiogen.models._common import at_least_float32
 from astrobiogen.models.graph_inputs import GraphTensors, segment_max, segment_sum
@@ -26,22 +27,12 @@ class EdgeAttention(nn.Module):
         self.kv_proj = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
         self.o_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
 
-    def forward(
-        self, x: torch.Tensor, receiver: torch.Tensor, sender: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        """Attend: x [N, C]; receiver, sender int64 [M] (every edge once per direction); bias [M, heads]."""
+    def forward(self, x: torch.Tensor, edges: ops.EdgeLists, bias: torch.Tensor) -> torch.Tensor:
+        """Attend: x [N, C]; `edges` hold every edge once per direction, M in all; bias [M, heads]."""
         nodes, width = x.shape
-        q = (self.q_proj(x) * (width // self.heads) ** -0.5).index_select(0, receiver)
-        k, v = self.kv_proj(x).index_select(0, sender).chunk(2, dim=-1)
-        # Sums over a head's columns, and one number per head spread over them, as products with a 0/1 matrix: a
-        # broadcast over [M, heads, 8] runs eight elements at a time.
-        spread = torch.eye(self.heads, dtype=q.dtype, device=q.device).repeat_interleave(width // self.heads, dim=1)
-        scores = at_least_float32((q * k) @ spread.t()) + bias
-        highest = segment_max(scores, receiver, nodes)
-        weights = (scores - highest.index_select(0, receiver)).exp()
-        total = segment_sum(weights, receiver, nodes).clamp(min=torch.finfo(torch.float32).tiny)
-        messages = (weights.to(v.dtype) @ spread) * v
-        return self.o_proj(segment_sum(messages, receiver, nodes) * (total.reciprocal().to(v.dtype) @ spread))
+        q = self.q_proj(x).view(nodes, self.heads, -1)
+        k, v = self.kv_proj(x).view(nodes, 2, self.heads, -1).unbind(1)
+        return self.o_proj(ops.edge_attention(q, k, v, bias, edges).view(nodes, width))
 
 
 class GlobalPool(nn.Module):
@@ -92,8 +83,7 @@ class GraphLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        receiver: torch.Tensor,
-        sender: torch.Tensor,
+        edges: ops.EdgeLists,
         bias: torch.Tensor,
         graph_of_node: torch.Tensor,
         n_graphs: int,
@@ -101,7 +91,7 @@ class GraphLayer(nn.Module):
         """Map node states [N, C] to [N, C]; arguments as in `EdgeAttention` and `GlobalPool`."""
         normed = self.attention_norm(x)
         tokens = self.broadcast(self.pool(normed, graph_of_node, n_graphs))
-        branch = self.attention(normed, receiver, sender, bias) + tokens.index_select(0, graph_of_node)
+        branch = self.attention(normed, edges, bias) + tokens.index_select(0, graph_of_node)
         normed, x = self.mlp_norm(self.dropout(branch), x)
         return x + self.dropout(self.mlp(normed))
 

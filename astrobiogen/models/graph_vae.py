@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from astrobiogen import ops
 from astrobiogen.layers import RMSNorm, SwiGLU
-from astrobiogen.models._common import at_least_float32, maybe_checkpoint, require, resolve_config
+from astrobiogen.models._common import CountsUpdates, at_least_float32, maybe_checkpoint, require, resolve_config
 from astrobiogen.models.biochemistry import network_of, normalise_flux, violations
 from astrobiogen.models.graph_attention import GlobalPool, GraphLayer, StructuralEmbedding, laplacian_products
 from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors, segment_mean, segment_sum
@@ -33,7 +34,7 @@ class GraphVAEConfig:
         dropout: in training only.
         use_biochemical_constraints: decode fluxes and add the balances of `models.biochemistry` to the loss.
         beta: weight of the KL divergence (per latent dimension).
-        beta_warmup_steps: training calls over which the weight rises linearly from 0 to `beta`; 0: `beta` from the
+        beta_warmup_steps: optimizer updates over which the weight rises linearly from 0 to `beta`; 0: `beta` from the
             start. Evaluation always takes `beta`.
         constraint_weight: weight of the summed violations.
         use_gradient_checkpointing: recompute each block in the backward pass.
@@ -72,7 +73,7 @@ class GraphVAEConfig:
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
 
 
-class RebuiltGraphVAE(nn.Module):
+class RebuiltGraphVAE(CountsUpdates, nn.Module):
     """Graph -> (mu, logvar) -> z -> nodes, directed edges, stoichiometry and fluxes.
 
     Encoder: `num_layers` blocks of attention along the edges (both directions told apart, biased by stoichiometry,
@@ -84,8 +85,9 @@ class RebuiltGraphVAE(nn.Module):
     graph and direction; in training drawn at random, in evaluation a fixed rule of the edge's place within its graph.
     Real edges hit by accident are left out.
 
-    The weight of the KL divergence is warmed up: the buffer `beta_steps` counts training calls and is part of the state
-    dict, so a resumed run goes on where it was.
+    The weight of the KL divergence is warmed up over optimizer updates: whoever trains calls `after_update` behind each
+    (`astrobiogen.training` does), so accumulating micro-batches changes nothing. The count is the buffer `beta_steps`,
+    part of the state dict: a resumed run goes on where it was.
 
     Args:
         config: a `GraphVAEConfig`; default `GraphVAEConfig()`.
@@ -151,25 +153,28 @@ class RebuiltGraphVAE(nn.Module):
         mean, log_variance = at_least_float32(mu), at_least_float32(logvar)
         outputs["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean(1)
         loss = outputs["node_loss"] + outputs["edge_loss"] + outputs["stoichiometry_loss"]
-        outputs["beta"] = self._next_beta() if beta is None else beta
+        outputs["beta"] = self._beta() if beta is None else beta
         loss = loss + outputs["beta"] * outputs["kl"]
         for violation in outputs["constraints"].values():
             loss = loss + config.constraint_weight * violation
         return outputs | {"loss_per_sample": loss, "loss": loss.mean()}
 
-    def _next_beta(self) -> torch.Tensor | float:
-        """Weight of the KL divergence of this call; a training call moves the schedule on by one step."""
+    def after_update(self) -> None:
+        """Move the warm-up of the KL divergence on by one optimizer update."""
+        if self.config.beta_warmup_steps:
+            self.beta_steps += 1
+
+    def _beta(self) -> torch.Tensor | float:
+        """Weight of the KL divergence in force."""
         if not self.training or not self.config.beta_warmup_steps:
             return self.config.beta
-        share = (self.beta_steps / self.config.beta_warmup_steps).clamp(max=1.0)
-        self.beta_steps += 1
-        return self.config.beta * share
+        return self.config.beta * (self.beta_steps / self.config.beta_warmup_steps).clamp(max=1.0)
 
     def _encode(self, graph: GraphTensors, products: torch.Tensor) -> torch.Tensor:
         """Graph features [B, hidden_dim]."""
         config = self.config
-        receiver = torch.cat([graph.target, graph.source])
-        sender = torch.cat([graph.source, graph.target])
+        both_ways = torch.cat([graph.target, graph.source]), torch.cat([graph.source, graph.target])
+        edges = ops.edge_lists(*both_ways, graph.x.shape[0])
         biases = self.attribute_bias(graph.edge_attr) + self.laplacian_bias(products)
         biases = (
             biases.view(-1, 2, config.num_layers, config.heads).permute(2, 1, 0, 3).flatten(1, 2)
@@ -177,7 +182,7 @@ class RebuiltGraphVAE(nn.Module):
         x = self.embed_nodes(graph.x) + self.embed_structure(graph)
         for layer, bias in zip(self.layers, biases.unbind(0)):
             x = maybe_checkpoint(
-                config.use_gradient_checkpointing, layer, x, receiver, sender, bias, graph.graph_of_node, graph.n_graphs
+                config.use_gradient_checkpointing, layer, x, edges, bias, graph.graph_of_node, graph.n_graphs
             )
         x = self.final_norm(x)
         pooled = self.readout_pool(x, graph.graph_of_node, graph.n_graphs)

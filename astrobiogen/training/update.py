@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from astrobiogen.models import CountsUpdates
 from astrobiogen.training import loading, precision, schedule
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.distributed_model import Parallel, total_norm
@@ -100,6 +101,7 @@ class Updater:
         self.bad_windows: list[dict[str, Any]] = []
         self.total_updates = total_updates
         self.peak_rate = config.optimizer.learning_rate
+        self._counting = [module for module in model.modules() if isinstance(module, CountsUpdates)]
         self._config = config
         self._device = device
         self._dtype = dtype
@@ -153,6 +155,8 @@ class Updater:
         else:
             self.updates += 1
             self.skipped_in_row = 0
+            for module in self._counting:
+                module.after_update()
             if self.average is not None:
                 self.average.update(self.model)
         self.scaler.update(overflow=skipped)

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from astrobiogen.models import CountsUpdates
 from astrobiogen.training import gated_adamw, plan, schedule
 from astrobiogen.training.config import DataConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig
 from astrobiogen.training.distributed_model import Parallel
@@ -92,6 +93,30 @@ def test_loss_scale_does_not_change_the_gradient() -> None:
     assert scaled_norm == pytest.approx(norm, rel=1e-6)
     for name in plain:
         torch.testing.assert_close(parts[name], plain[name], rtol=1e-6, atol=1e-6)
+
+
+class CountingModel(CountsUpdates, ToyModel):
+    """Counts the updates that it is told of."""
+
+    counted = 0
+
+    def after_update(self) -> None:
+        self.counted += 1
+
+
+def test_modules_are_told_of_updates_and_not_of_micro_batches_or_skips() -> None:
+    model = CountingModel(dropout=0.0)
+    config = toy_config(data=DataConfig(batch_size=4, accumulation=3), precision=PrecisionConfig(skip_budget=3))
+    optimizer = build_optimizer(model, config.optimizer)
+    made = Updater(Parallel.alone(model, toy_loss), optimizer, config, 10, torch.device("cpu"), torch.float32)
+    for update in range(2):
+        for _ in range(3):
+            poison(made, good=True)
+            assert model.counted == update
+        made.finish()
+    poison(made)
+    assert made.finish().skipped
+    assert model.counted == made.updates == 2
 
 
 def poison(made: Updater, good: bool = False) -> None:

@@ -55,8 +55,8 @@ class Geometry:
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows]
 
     def is_patches(self, kernel: Sequence[int]) -> bool:
-        """Whether windows of `kernel` neither overlap nor leave gaps: the convolution is a matrix product of patches."""
-        dense = all(step == 1 or taps == 1 for step, taps in zip(self.dilation, kernel))
+        """Whether windows neither overlap nor leave gaps: the convolution is a matrix product of patches."""
+        dense = all(step == 1 or taps == 1 for step, taps in zip(self.dilation, kernel, strict=True))
         return tuple(kernel) == self.stride and not any(self.padding) and dense and self.groups == 1
 
     def transposed_size(self, size: Sequence[int], kernel: Sequence[int], extra: Sequence[int]) -> list[int]:

@@ -115,9 +115,7 @@ CASES = (
         ARGUMENTS,
         interpret=False,
     ),
-    Case(
-        "patches-gradcheck", _dense(2, 3, (4, 3), (2, 3), stride=(2, 3)), ARGUMENTS, gradcheck=True, interpret=False
-    ),
+    Case("patches-gradcheck", _dense(2, 3, (4, 3), (2, 3), stride=(2, 3)), ARGUMENTS, gradcheck=True, interpret=False),
     Case(
         "4d-stride",
         _dense(4, 8, (2, 3, 3, 4), (2, 1, 3, 3), stride=(1, 2, 1, 2), padding=(0, 0, 1, 1), bias=False),

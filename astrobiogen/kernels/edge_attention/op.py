@@ -1,0 +1,168 @@
+"""The op `edge_attention`: schema, shapes, argument checks, gradient formula and public functions."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from astrobiogen.kernels import _registry
+from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from astrobiogen.kernels.edge_attention import reference
+
+_TRITON = "astrobiogen.kernels.edge_attention.triton_kernels"
+
+
+class EdgeLists(NamedTuple):
+    """The edges of a graph, and their order by either end; built once by `edge_lists` and shared by all layers.
+
+    Attributes:
+        receiver: int64 [E], node that each edge brings a message to, in [0, receivers).
+        sender: int64 [E], node that it comes from, in [0, senders).
+        by_receiver: int64 [E], edges sorted by receiver, in their own order where it is the same.
+        receiver_start: int64 [receivers + 1], where each receiver's edges start in `by_receiver`.
+        by_sender: int64 [E], the same by sender.
+        sender_start: int64 [senders + 1].
+    """
+
+    receiver: torch.Tensor
+    sender: torch.Tensor
+    by_receiver: torch.Tensor
+    receiver_start: torch.Tensor
+    by_sender: torch.Tensor
+    sender_start: torch.Tensor
+
+
+def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, senders: int | None = None) -> EdgeLists:
+    """Sort the edges of a graph by either end, for `edge_attention`.
+
+    Args:
+        receiver: int64 [E].
+        sender: int64 [E].
+        receivers: number of nodes that receive.
+        senders: number of nodes that send; default `receivers`, the same nodes.
+
+    Returns:
+        `EdgeLists` on the device of `receiver`.
+
+    Raises:
+        TypeError: an index tensor is not int64.
+        ValueError: the shapes do not fit, or an index is outside its nodes (not checked inside `torch.compile`).
+    """
+    senders = receivers if senders is None else senders
+    for name, index in (("receiver", receiver), ("sender", sender)):
+        if check_tensor(name, index).dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {index.dtype}")
+        check_shape(name, index, (receiver.numel(),), "[E], one entry per edge")
+    check_same_device(receiver=receiver, sender=sender)
+    if not torch.compiler.is_compiling() and receiver.numel():  # reads values, which would break a compiled graph
+        for name, index, count in (("receiver", receiver, receivers), ("sender", sender, senders)):
+            low, high = (int(bound) for bound in torch.aminmax(index))
+            if low < 0 or high >= count:
+                raise ValueError(f"{name} must be in [0, {count}), got values from {low} to {high}")
+    return EdgeLists(receiver, sender, *_sorted(receiver, receivers), *_sorted(sender, senders))
+
+
+def _sorted(index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values, order = torch.sort(index, stable=True)
+    return order, torch.searchsorted(values, torch.arange(count + 1, device=index.device))
+
+
+def edge_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    edges: EdgeLists,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Multi-head attention along the edges of a graph (graph transformer, Dwivedi and Bresson 2020, arXiv:2012.09699).
+
+    A node attends to the senders of its incoming edges: with score(e) = scale q[receiver]·k[sender] + bias(e) per head,
+    out[i] = Σ softmax over the edges into i (score) v[sender]; 0 for a node without edges. Linear in nodes and edges;
+    nothing of size [E, heads · D] is held, forward or backward. fp32 inside for half precision; sums run in the order
+    of `edges`, so a repeated call gives the same bits.
+
+    Args:
+        q: [N, heads, D] of the receiving nodes; float32, bfloat16, float16 or float64.
+        k: [M, heads, D] of the sending nodes.
+        v: [M, heads, D].
+        bias: [E, heads], added to the scores; None for none.
+        edges: of `edge_lists(receiver, sender, N, M)`.
+        scale: default D^(-1/2).
+
+    Returns:
+        [N, heads, D], contiguous, with the dtype of `q`.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or dtypes differ.
+        ValueError: a shape, a device or the scale does not fit.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_float(name, tensor)
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} must have shape [nodes, heads, D], got {tuple(tensor.shape)}")
+    heads, width = q.shape[1:]
+    check_shape("k", k, (k.shape[0], heads, width), "[senders, heads, D], heads and D of q")
+    check_shape("v", v, tuple(k.shape), "the shape of k")
+    count = edges.receiver.shape[0]
+    if bias is None:
+        bias = q.new_zeros(()).expand(count, heads)
+    check_float("bias", bias)
+    check_shape("bias", bias, (count, heads), "[edges, heads]")
+    check_shape("edges.receiver_start", edges.receiver_start, (q.shape[0] + 1,), "[nodes of q + 1]")
+    check_shape("edges.sender_start", edges.sender_start, (k.shape[0] + 1,), "[nodes of k + 1]")
+    check_same_dtype(q=q, k=k, v=v, bias=bias)
+    check_same_device(q=q, k=k, v=v, bias=bias, receiver=edges.receiver)
+    scale = width**-0.5 if scale is None and width else scale or 0.0
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if _registry.reference_selected():
+        return reference.edge_attention(q, k, v, bias, edges.receiver, edges.sender, scale)[0]
+    return torch.ops.astrobiogen.edge_attention(q, k, v, bias, *edges, scale)[0]
+
+
+def _fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    del rest
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _fake_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    del grad, rest
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias.new_empty(bias.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, bias, *lists, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, bias, output[1], *lists)
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    del grad_lse
+    nothing = (None,) * 7
+    if grad is None:
+        return None, None, None, None, *nothing
+    return *torch.ops.astrobiogen.edge_attention_backward(grad, *ctx.saved_tensors, ctx.scale), *nothing
+
+
+_LISTS = (
+    "Tensor receiver, Tensor sender, Tensor by_receiver, Tensor receiver_start, Tensor by_sender, Tensor sender_start, "
+    "float scale"
+)
+_registry.define(
+    f"edge_attention(Tensor q, Tensor k, Tensor v, Tensor bias, {_LISTS}) -> (Tensor, Tensor)",
+    reference=reference.edge_attention_op,
+    fake=_fake,
+    triton=f"{_TRITON}:edge_attention",
+)
+_registry.define(
+    "edge_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor lse, "
+    f"{_LISTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.edge_attention_backward,
+    fake=_fake_backward,
+    triton=f"{_TRITON}:edge_attention_backward",
+)
+_registry.differentiable("edge_attention", backward=_backward, setup_context=_setup)
+_registry.refuse_second_derivative("edge_attention_backward")

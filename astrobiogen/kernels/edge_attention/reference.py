@@ -1,0 +1,91 @@
+"""Attention along the edges of a graph in plain PyTorch: the definition that the kernels are held to.
+
+score(e, h) = scale q[receiver(e), h] · k[sender(e), h] + bias(e, h)
+p(e, h)     = exp(score(e, h)) / sum over edges e' into receiver(e) of exp(score(e', h))
+out(i, h)   = sum over edges e into i of p(e, h) v[sender(e), h],   0 for a node without edges
+
+Sums and the softmax are taken in fp32 (fp64 for fp64 input); the result is rounded once.
+"""
+
+import torch
+
+
+def edge_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    receiver: torch.Tensor,
+    sender: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [N, heads, D], log of the softmax's denominator [N, heads], −inf for a node without edges)."""
+    nodes, heads, _ = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    wide_q = (q.to(exact) * scale).index_select(0, receiver)
+    wide_k, wide_v = (t.to(exact).index_select(0, sender) for t in (k, v))
+    scores = (wide_q * wide_k).sum(-1) + bias.to(exact)
+    start = scores.new_full((nodes, heads), float("-inf"))
+    highest = start.scatter_reduce(0, receiver[:, None].expand_as(scores), scores.detach(), "amax")
+    weights = (scores - highest.index_select(0, receiver)).exp()
+    total = scores.new_zeros(nodes, heads).index_add(0, receiver, weights)
+    total = total.clamp(min=torch.finfo(exact).tiny)
+    sums = wide_v.new_zeros(q.shape).index_add(0, receiver, weights[..., None] * wide_v)
+    return (sums / total[..., None]).to(q.dtype), total.log() + highest
+
+
+def edge_attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    receiver: torch.Tensor,
+    sender: torch.Tensor,
+    by_receiver: torch.Tensor,
+    receiver_start: torch.Tensor,
+    by_sender: torch.Tensor,
+    sender_start: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `edge_attention`."""
+    del by_receiver, receiver_start, by_sender, sender_start
+    return edge_attention(q, k, v, bias, receiver, sender, scale)
+
+
+def edge_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    lse: torch.Tensor,
+    receiver: torch.Tensor,
+    sender: torch.Tensor,
+    by_receiver: torch.Tensor,
+    receiver_start: torch.Tensor,
+    by_sender: torch.Tensor,
+    sender_start: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `edge_attention_backward`: gradients of q, k, v and bias. With g the gradient of out:
+    dv(j) = Σ p g,  dbias(e) = ds = p (g·v − Σ p g·v),  dq(i) = scale Σ ds k,  dk(j) = scale Σ ds q; the inner sum over
+    the receiver's edges. It equals g·out, but out was rounded."""
+    del by_receiver, receiver_start, by_sender, sender_start
+    exact = torch.promote_types(q.dtype, torch.float32)
+    wide_q, wide_grad = (t.to(exact).index_select(0, receiver) for t in (q, grad))
+    wide_k, wide_v = (t.to(exact).index_select(0, sender) for t in (k, v))
+    scores = (wide_q * wide_k).sum(-1) * scale + bias.to(exact)
+    weights = (scores - lse.index_select(0, receiver)).exp()
+    along = (wide_grad * wide_v).sum(-1)
+    own = lse.new_zeros(lse.shape).index_add(0, receiver, weights * along)
+    slope = weights * (along - own.index_select(0, receiver))
+
+    def gather(like: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(like.shape).index_add(0, index, values).to(like.dtype)
+
+    return (
+        gather(q, receiver, slope[..., None] * wide_k * scale),
+        gather(k, sender, slope[..., None] * wide_q * scale),
+        gather(v, sender, weights[..., None] * wide_grad),
+        slope.to(bias.dtype),
+    )
