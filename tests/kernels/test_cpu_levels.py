@@ -11,6 +11,7 @@ from astrobiogen.kernels._case import Case
 from astrobiogen.kernels.attention import samples as attention_samples
 from astrobiogen.kernels.conv_nd.samples import CASES as CONV_CASES
 from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case, random_case
+from astrobiogen.kernels.edge_attention import samples as edge_samples
 from astrobiogen.kernels.rms_norm import reference as rms_norm_reference
 from astrobiogen.kernels.rms_norm.samples import CASES as RMS_NORM_CASES
 from astrobiogen.kernels.rms_norm.samples import with_residual
@@ -69,6 +70,12 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...], tu
         plain_conv_norm,
         ("conv_nd_norm", "conv_nd_norm_backward", *CONV_OPS),
         CONV_NORM_CASES,
+    ),
+    "edge_attention": (
+        edge_samples.edge_attention,
+        edge_samples.plain,
+        ("edge_attention", "edge_attention_backward"),
+        tuple(edge_samples.CASES),
     ),
     "rope": (ops.rope, plain_rope, ("rope",), tuple(ROPE_CASES)),
 }

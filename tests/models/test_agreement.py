@@ -16,11 +16,12 @@ from astrobiogen.testing._tolerance import FORWARD_FACTOR, GRADIENT_FACTOR
 
 Quiet = Callable[[MultiModalTrainingConfig], MultiModalTrainingConfig]
 MakeBatch = Callable[..., dict[str, Any]]
-# The errors of a gradient with fewer entries are too few draws to hold one against the other's: they are pooled.
-FEW = 64
-# Beyond the rule, in units of the compute dtype's eps: two roundings of the gradient itself, and the roundings of
+# One or two draws of an error cannot be held against one or two others (that of a single bias was 5 times eager's in
+# fp32 where no gradient with 8 entries or more passed 0.7 of what is allowed): such gradients are pooled.
+FEW = 8
+# Beyond the rule, in units of the compute dtype's eps: one rounding of the gradient itself, and the roundings of
 # probabilities of order one that cancel in it, times the consistency term's share of a modality (0.15 / 5).
-ROUNDINGS, CANCELLED = 2.0, 0.03
+ROUNDINGS, CANCELLED = 1.0, 0.03
 
 
 def in_double(batch: dict[str, Any]) -> dict[str, Any]:
