@@ -20,7 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torc
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, edges: ops.EdgeLists) -> torch.Tensor:
     """The definition, with the public function's arguments."""
-    return reference.edge_attention(q, k, v, bias, edges.receiver, edges.sender, q.shape[2] ** -0.5)[0]
+    return reference.edge_attention(q, k, v, bias, edges.receiver, edges.sender, float(q.shape[2]) ** -0.5)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,7 +28,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor,
 def test_edge_attention(bench: Bench, make, size: samples.Size, dtype: torch.dtype) -> None:
     maker: TensorMaker = make(dtype)
     shape = (size.nodes, size.heads, size.width)
-    ends = (maker.randint(0, size.nodes, size.edges) for _ in range(2))
+    receiver, sender = (maker.randint(0, size.nodes, size.edges) for _ in range(2))
     per_node = size.nodes * size.heads * size.width * dtype.itemsize
     per_edge = size.edges * size.heads * size.width * dtype.itemsize
     rows = bench(
@@ -38,7 +38,7 @@ def test_edge_attention(bench: Bench, make, size: samples.Size, dtype: torch.dty
         arguments={
             **{name: maker.randn(*shape) for name in "qkv"},
             "bias": maker.randn(size.edges, size.heads),
-            "edges": ops.edge_lists(*ends, size.nodes),
+            "edges": ops.edge_lists(receiver, sender, size.nodes),
         },
         differentiable=("q", "k", "v", "bias"),
         ours=ops.edge_attention,

@@ -113,12 +113,12 @@ def edge_attention(
     check_shape("edges.sender_start", edges.sender_start, (k.shape[0] + 1,), "[nodes of k + 1]")
     check_same_dtype(q=q, k=k, v=v, bias=bias)
     check_same_device(q=q, k=k, v=v, bias=bias, receiver=edges.receiver)
-    scale = width**-0.5 if scale is None and width else scale or 0.0
-    if not math.isfinite(scale):
+    factor = float(max(width, 1)) ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(factor):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if _registry.reference_selected():
-        return reference.edge_attention(q, k, v, bias, edges.receiver, edges.sender, scale)[0]
-    return torch.ops.astrobiogen.edge_attention(q, k, v, bias, *edges, scale)[0]
+        return reference.edge_attention(q, k, v, bias, edges.receiver, edges.sender, factor)[0]
+    return torch.ops.astrobiogen.edge_attention(q, k, v, bias, *edges, factor)[0]
 
 
 def _fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:

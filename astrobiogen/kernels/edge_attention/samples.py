@@ -47,9 +47,9 @@ def plain(
     scale: float | None = None,
 ) -> torch.Tensor:
     """The definition with the same arguments."""
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    factor = float(q.shape[2]) ** -0.5 if scale is None else scale
     bias = q.new_zeros(()).expand(receiver.shape[0], q.shape[1]) if bias is None else bias
-    return reference.edge_attention(q, k, v, bias, receiver, sender, scale)[0]
+    return reference.edge_attention(q, k, v, bias, receiver, sender, factor)[0]
 
 
 def graph(
