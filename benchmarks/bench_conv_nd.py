@@ -149,3 +149,61 @@ def test_fused_activation(bench: Bench, make, dtype: torch.dtype) -> None:
         peers=[Candidate("unfused", composed)],
     )
     assert verified_modes(rows) == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factorised_block(bench: Bench, make, dtype: torch.dtype) -> None:
+    """The factorised pair (1,1,3,3,3) + (3,1,1,1,1), each with a group norm and SiLU, in one autograd graph."""
+    space, time = (next(size for size in BENCHMARK_SIZES if size.name == name) for name in ("space", "time"))
+    maker: TensorMaker = make(dtype)
+    channels, groups = space.outputs, 8
+    arguments = {"x": maker.randn(1, *space.spatial, channels).movedim(-1, 1)}
+    for size in (space, time):
+        fan_in = channels * math.prod(size.kernel)
+        arguments[f"{size.name}_weight"] = maker.randn(channels, channels, *size.kernel) / math.sqrt(fan_in)
+        arguments |= {f"{size.name}_{name}": maker.randn(channels) for name in ("bias", "gamma", "beta")}
+
+    def block(layer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(x: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+            for size in (space, time):
+                x = layer(size, x, *(tensors[f"{size.name}_{name}"] for name in ("weight", "bias", "gamma", "beta")))
+            return x
+
+        return run
+
+    def fused(
+        size: Size,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+    ) -> torch.Tensor:
+        norm: dict[str, Any] = {"norm": "group", "norm_groups": groups, "activation": "silu"}
+        return ops.conv_nd_norm(x, weight, bias, gamma, beta, **norm, **_options(size))
+
+    def composed(
+        size: Size,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+    ) -> torch.Tensor:
+        with astrobiogen.use_kernels("reference"):
+            z = ops.conv_nd(x, weight, bias, **_options(size))
+        return F.silu(F.group_norm(z, groups, gamma, beta))
+
+    flops = 2 * (live_multiplications(space) + live_multiplications(time))
+    moved = 4 * math.prod(space.spatial) * channels * dtype.itemsize
+    rows = bench(
+        op="conv_nd_block",
+        size="space+time",
+        dtype=dtype,
+        arguments=arguments,
+        differentiable=tuple(arguments),
+        ours=block(fused),
+        reference=block(composed),
+        work=Work(moved, 3 * moved, flops, 2 * flops),
+    )
+    assert verified_modes(rows) >= {"forward", "backward"}

@@ -40,12 +40,12 @@ struct Scratch {
   std::vector<int64_t> taps;                     // live ones, of `lines`
 };
 
+// The positions of one call are summed for themselves and then added: two short chains of additions instead of one over all positions of a chunk, which
+// was 3 times as inexact as eager's at 4,096 positions.
 template <typename Vec, int N, int M>
 ASTRO_INLINE void block(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
-  Vec acc[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) acc[m][v] = load_as<Vec>(sums + m * kBlock + v * kWidth);
+  Vec acc[M][N] = {};
   for (int64_t p = 0; p < count; ++p, x += plan.position_step, grad += kBlock) {
     Vec value[N];
     for (int v = 0; v < N; ++v) value[v] = load_as<Vec>(grad + v * kWidth);
@@ -55,7 +55,10 @@ ASTRO_INLINE void block(const Plan& plan, const float* x, const float* grad, int
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) store_as<Vec>(sums + m * kBlock + v * kWidth, acc[m][v]);
+    for (int v = 0; v < N; ++v) {
+      float* to = sums + m * kBlock + v * kWidth;
+      store_as<Vec>(to, load_as<Vec>(to) + acc[m][v]);
+    }
 }
 
 template <typename Vec, int N, int M>
