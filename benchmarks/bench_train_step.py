@@ -2,12 +2,15 @@
 plain PyTorch references.
 
 Model `tiny`, a batch of 16 real samples as `python -m astrobiogen.train` forms it: 4 to 6 climate cubes, 5 to 7
-metabolic networks, 16 texts of 192 tokens. Both candidates share the weights. Column "error": largest difference of
-loss and gradients from the reference's, each relative to the largest entry of the reference's gradient.
+metabolic networks, 4 of 16 texts of 192 tokens. Both candidates share the weights. Column "error": largest error of
+loss and gradients against the reference in fp64, each relative to the largest entry of the gradient (the largest is
+that of one bias whose gradient, 1e-7, is the rest of a sum that cancels).
 """
 
+import copy
 import functools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +24,8 @@ from benchmarks.harness import Row
 from benchmarks.runner import Bench
 
 BATCH, BLOCK = 16, 5
-# Kernels differ from the reference by rounding: fp32 sums of up to 16 x 192 x 4096 terms.
-LARGEST_DIFFERENCE = 2e-4
+# Allowed error against fp64: times the reference's, and a floor in units of eps times the largest entry.
+FACTOR, FLOOR = 3.0, 8.0
 
 
 @functools.cache
@@ -44,12 +47,34 @@ def step(kernels: str, system: UnifiedMultiModalSystem, batch: dict) -> tuple[to
         return (loss.detach(), *torch.autograd.grad(loss, list(system.parameters())))
 
 
-def difference(system: UnifiedMultiModalSystem, batch: dict) -> float:
-    """Largest relative difference between the two steps, without dropout."""
+def widened(value: Any) -> Any:
+    """`value` with its floating-point tensors in fp64: a tensor, a dict or a `torch_geometric` batch."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: widened(one) for name, one in value.items()}
+    return value.clone().apply(widened) if hasattr(value, "apply") else value
+
+
+def errors(system: UnifiedMultiModalSystem, batch: dict) -> dict[str, float]:
+    """Largest relative error of either step against fp64, without dropout.
+
+    Raises:
+        AssertionError: ours is beyond `FACTOR` times the reference's.
+    """
     system.eval()
     ours, plain = (step(kernels, system, batch) for kernels in ("auto", "reference"))
+    exact = step("reference", copy.deepcopy(system).double(), widened(batch))
     system.train()
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in zip(ours, plain))
+    largest = {"ours": 0.0, "eager": 0.0}
+    for name, *values in zip(["loss", *(name for name, _ in system.named_parameters())], ours, plain, exact):
+        mine, theirs, truth = (value.double() for value in values)
+        size = truth.abs().max().item()
+        found = [(one - truth).abs().max().item() for one in (mine, theirs)]
+        assert found[0] <= FACTOR * found[1] + FLOOR * torch.finfo(torch.float32).eps * size, (name, found, size)
+        for key, error in zip(largest, found):
+            largest[key] = max(largest[key], error / max(size, 1e-30))
+    return largest
 
 
 def test_train_step(bench: Bench, device: torch.device) -> None:
@@ -57,8 +82,7 @@ def test_train_step(bench: Bench, device: torch.device) -> None:
     if device.type != "cpu":
         pytest.skip("the comparison is one of CPU kernels")
     system, batch = workload()
-    error = difference(system, batch)
-    assert error < LARGEST_DIFFERENCE
+    error = errors(system, batch)
     calls = {
         name: functools.partial(step, kernels, system, batch)
         for name, kernels in (("ours", "auto"), ("eager", "reference"))
@@ -76,7 +100,7 @@ def test_train_step(bench: Bench, device: torch.device) -> None:
                 against_eager=times["eager"].median() / sample.median(),
                 device_against_eager=times["eager"].processor() / sample.processor(),
                 added_mib=memory[name],
-                error=error if name == "ours" else 0.0,
+                error=error[name],
                 rounds=len(sample.wall),
                 cpu_share=sum(sample.cpu) / sum(sample.wall) / torch.get_num_threads(),
             )
