@@ -206,7 +206,9 @@ def _probes() -> dict[str, Callable[[torch.device], torch.Tensor]]:
         "attention": lambda d: ops.attention(randn(d, 2, 9, 4, 68), randn(d, 2, 9, 2, 68), randn(d, 2, 9, 2, 68)),
         "conv_nd": lambda d: ops.conv_nd(randn(d, 1, 2, 3, 3, 3, 4, 4), randn(d, 16, 2, 3, 3, 3, 3, 3), padding=1),
         "edge_attention": lambda d: ops.edge_attention(
-            *(randn(d, 3, 5, 2, 8)),
+            randn(d, 5, 2, 8),
+            randn(d, 5, 2, 8).flip(0),
+            randn(d, 5, 2, 8).flip(1),
             None,
             ops.edge_lists(torch.tensor([0, 0, 4]).to(d), torch.tensor([1, 2, 0]).to(d), 5),
         ),
