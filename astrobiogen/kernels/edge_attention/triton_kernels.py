@@ -10,20 +10,13 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels._triton import wide
 from astrobiogen.kernels.edge_attention.samples import BENCHMARK_SIZES, Size
 
 # Elements of one tile [edges, heads, columns]: 8 per thread of 4 warps; three such tiles of fp32 are 24 registers.
 TILE_ELEMENTS = 1024
 # A metabolic network has 4.5 edge ends per node: more than 8 edges at a time would mostly be masked.
 MAX_EDGES = 8
-
-
-@triton.jit
-def _wide(value):
-    """fp32, or fp64 as it is."""
-    if value.dtype == tl.float64:
-        return value
-    return value.to(tl.float32)
 
 
 @triton.jit
@@ -38,7 +31,7 @@ def _cells(HEADS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, D: tl.cons
 @triton.jit
 def _tile(pointer, nodes, step, cells, mask):
     """Rows of `nodes` [edges] as [edges, H, D], widened; 0 where not `mask`."""
-    return _wide(tl.load(pointer + nodes[:, None, None] * step + cells[None, :, :], mask=mask, other=0.0))
+    return wide(tl.load(pointer + nodes[:, None, None] * step + cells[None, :, :], mask=mask, other=0.0))
 
 
 @triton.jit
@@ -50,7 +43,7 @@ def _edge_attention_fwd_kernel(
     node = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(start_ptr + node), tl.load(start_ptr + node + 1)
     heads, cells, live = _cells(HEADS, WIDTH, H, D)
-    query = _wide(tl.load(q_ptr + node * q_step + cells, mask=live, other=0.0)) * scale
+    query = wide(tl.load(q_ptr + node * q_step + cells, mask=live, other=0.0)) * scale
     highest = tl.full([H], float("-inf"), query.dtype)
     total = tl.zeros([H], query.dtype)
     sums = tl.zeros([H, D], query.dtype)
@@ -62,7 +55,7 @@ def _edge_attention_fwd_kernel(
         mask = inside[:, None, None] & live[None, :, :]
         bias_mask = inside[:, None] & (heads < HEADS)[None, :]
         scores = tl.sum(query[None, :, :] * _tile(k_ptr, others, k_step, cells, mask), 2)
-        scores += _wide(tl.load(bias_ptr + edges[:, None] * HEADS + heads[None, :], mask=bias_mask, other=0.0))
+        scores += wide(tl.load(bias_ptr + edges[:, None] * HEADS + heads[None, :], mask=bias_mask, other=0.0))
         scores = tl.where(inside[:, None], scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, 0))
         kept = tl.exp(highest - raised)
@@ -89,8 +82,8 @@ def _edge_attention_bwd_receiver_kernel(
     begin, end = tl.load(start_ptr + node), tl.load(start_ptr + node + 1)
     heads, cells, live = _cells(HEADS, WIDTH, H, D)
     row = node * (HEADS * WIDTH) + cells
-    query = _wide(tl.load(q_ptr + node * q_step + cells, mask=live, other=0.0)) * scale
-    grad = _wide(tl.load(grad_ptr + node * grad_step + cells, mask=live, other=0.0))
+    query = wide(tl.load(q_ptr + node * q_step + cells, mask=live, other=0.0)) * scale
+    grad = wide(tl.load(grad_ptr + node * grad_step + cells, mask=live, other=0.0))
     log_sum = tl.load(lse_ptr + node * HEADS + heads, mask=heads < HEADS, other=0.0)
     own = tl.zeros([H], query.dtype)
     sums = tl.zeros([H, D], query.dtype)
@@ -104,7 +97,7 @@ def _edge_attention_bwd_receiver_kernel(
             place = edges[:, None] * HEADS + heads[None, :]
             bias_mask = inside[:, None] & (heads < HEADS)[None, :]
             keys = _tile(k_ptr, others, k_step, cells, mask)
-            scores = tl.sum(query[None, :, :] * keys, 2) + _wide(tl.load(bias_ptr + place, mask=bias_mask, other=0.0))
+            scores = tl.sum(query[None, :, :] * keys, 2) + wide(tl.load(bias_ptr + place, mask=bias_mask, other=0.0))
             weights = tl.where(inside[:, None], tl.exp(scores - log_sum[None, :]), 0.0)
             along = tl.sum(grad[None, :, :] * _tile(v_ptr, others, v_step, cells, mask), 2)
             if walk == 0:

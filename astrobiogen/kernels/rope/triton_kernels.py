@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels._triton import wide
 from astrobiogen.kernels.rope.samples import BENCHMARK_SIZES, Size
 
 # Pairs per program: 16 per thread of 4 warps, i.e. 32 elements in and out, and about 20 registers of addresses.
@@ -21,21 +22,13 @@ MAX_HEADS = 32
 
 
 @triton.jit
-def _wide(value):
-    """fp32, or fp64 as it is."""
-    if value.dtype == tl.float64:
-        return value
-    return value.to(tl.float32)
-
-
-@triton.jit
 def _table(pointer, tokens, live, columns, START: tl.constexpr, COLS: tl.constexpr, HALF: tl.constexpr):
     """Tile [T, 1, COLS] of cos or sin; tokens and columns outside give 0."""
     offsets = tokens[:, None, None] * HALF + columns[None, None, :]
     mask = live[:, None, None]
     if START + COLS > HALF:
         mask = mask & (columns < HALF)[None, None, :]
-    return _wide(tl.load(pointer + offsets, mask=mask, other=0.0))
+    return wide(tl.load(pointer + offsets, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -44,8 +37,8 @@ def _rotate_halves(source, target, live, cos, sin, START: tl.constexpr, COLS: tl
     columns = (START + tl.arange(0, COLS))[None, None, :]
     if START + COLS > HALF:
         live = live & (columns < HALF)
-    first = _wide(tl.load(source + columns, mask=live, other=0.0))
-    second = _wide(tl.load(source + (HALF + columns), mask=live, other=0.0))
+    first = wide(tl.load(source + columns, mask=live, other=0.0))
+    second = wide(tl.load(source + (HALF + columns), mask=live, other=0.0))
     cos = cos.to(first.dtype)
     sin = sin.to(first.dtype)
     element = target.dtype.element_ty
@@ -59,7 +52,7 @@ def _rotate_pairs(source, target, live, cos, sin, START: tl.constexpr, COLS: tl.
     columns = (2 * START + tl.arange(0, 2 * COLS))[None, None, :]
     if START + COLS > HALF:
         live = live & (columns < 2 * HALF)
-    tile = _wide(tl.load(source + columns, mask=live, other=0.0))
+    tile = wide(tl.load(source + columns, mask=live, other=0.0))
     first, second = tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1], COLS, 2]))
     cos = cos.to(tile.dtype)
     sin = sin.to(tile.dtype)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels._triton import wide
 from astrobiogen.kernels.swiglu.samples import BENCHMARK_SIZES, Size
 
 # Columns per program: 8 per thread of 4 warps are one 16-byte load per tensor in half precision (two in fp32). Enough
@@ -24,19 +25,11 @@ COLUMNS_PER_WARP = 256
 
 
 @triton.jit
-def _wide(value):
-    """fp32, or fp64 as it is."""
-    if value.dtype == tl.float64:
-        return value
-    return value.to(tl.float32)
-
-
-@triton.jit
 def _load(pointer, columns, live, stride, MASKED: tl.constexpr):
     """A tile in the accumulation dtype; columns that are not live give 0."""
     if MASKED:
-        return _wide(tl.load(pointer + columns * stride, mask=live, other=0.0))
-    return _wide(tl.load(pointer + columns * stride))
+        return wide(tl.load(pointer + columns * stride, mask=live, other=0.0))
+    return wide(tl.load(pointer + columns * stride))
 
 
 @triton.jit
