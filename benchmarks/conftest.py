@@ -187,7 +187,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def save(rows: Sequence[Row], facts: dict[str, Any], results: Path) -> list[Path]:
-    """Write CSV (this run's rows over older ones of the same key) and JSON (this run with its environment) per op."""
+    """Write CSV and JSON per op: this run's rows over older ones of the same key; JSON adds this run's environment."""
     folder = results / facts["device_slug"]
     folder.mkdir(parents=True, exist_ok=True)
     stamp = {
@@ -208,7 +208,9 @@ def save(rows: Sequence[Row], facts: dict[str, Any], results: Path) -> list[Path
             writer.writeheader()
             writer.writerows([*old, *new])
         record = folder / f"{op}.json"
-        record.write_text(json.dumps({"environment": facts, "rows": new}, indent=1) + "\n")
+        kept = json.loads(record.read_text())["rows"] if record.exists() else []
+        kept = [line for line in kept if _key(line) not in keys]
+        record.write_text(json.dumps({"environment": facts, "rows": [*kept, *new]}, indent=1) + "\n")
         written += [path, record]
     return written
 
