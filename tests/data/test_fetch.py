@@ -1,10 +1,10 @@
 """Fetchers against a local server that sends recorded bodies (``recorded/README.md`` says whence); no real service is
 asked.
 
-Recorded: two systems of the Open Exoplanet Catalogue, BioModels' file list of one model and the SBML of another, a
-table of PSG spectra, a netCDF file. Of these no record was found, and they are written by hand: the listings of the
-ROCKE-3D and THAI sites (links as web servers write them), the answer of BioModels' search, and the header lines of
-the PSG answer, whose numbers are recorded.
+Recorded: two systems of the Open Exoplanet Catalogue, an answer of BioModels' search, its file list of one model and
+the SBML of another, a table of PSG spectra, a netCDF file. Of these no record was found, and they are written by hand:
+the listing of the ROCKE-3D portal (links as web servers write them), the answer of the THAI catalogue (in the form that
+CKAN documents), and the header lines of the PSG answer, whose numbers are recorded.
 """
 
 import csv
@@ -13,7 +13,7 @@ import http.server
 import json
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ import xarray as xr
 from astrobiogen import data
 from astrobiogen.data.builders.planets import read_catalogue
 from astrobiogen.data.builders.spectra import read_psg
-from astrobiogen.data.fetch import biomodels, climates, oec, run
+from astrobiogen.data.fetch import biomodels, climates, download, oec, run
 from astrobiogen.data.fetch.download import Web
 
 WEB = Web(timeout=5.0, retries=2, first_pause=0.01)
@@ -31,13 +31,16 @@ PAGE = b"<!DOCTYPE html><html><body>Service temporarily unavailable</body></html
 RECORDED = Path(__file__).parent / "recorded"
 SYSTEMS = (RECORDED / "oec_systems.xml").read_bytes()
 FILES = (RECORDED / "biomodels_files_BIOMD0000001077.json").read_bytes()
+SEARCH = (RECORDED / "biomodels_search_glucose.json").read_bytes()
 SBML = gzip.decompress((RECORDED / "BIOMD0000001064.xml.gz").read_bytes())
 SPECTRUM = (RECORDED / "psg_exo0_rif.txt").read_bytes()
 NETCDF = (RECORDED / "earth_g2_ts.nc").read_bytes()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Answers from a table of path -> (status, body); what was asked is kept."""
+    """Answers from a table of path -> (status, body); what was asked is kept. An address below ``/old`` answers with a
+    redirect that loses the query, and there JSON comes only to those who accept it, as BioModels does.
+    """
 
     answers: ClassVar[dict[str, tuple[int, bytes]]] = {}
     asked: ClassVar[list[str]] = []
@@ -50,9 +53,17 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.reply(self.rfile.read(int(self.headers["Content-Length"])).decode())
 
     def reply(self, form: str) -> None:
-        path = urllib.parse.unquote(self.path)
+        path = urllib.parse.unquote_plus(self.path)
         self.asked.append(f"{path} {urllib.parse.unquote_plus(form)}".strip())
+        if path.startswith("/old/"):
+            self.send_response(301)
+            self.send_header("Location", "/new/" + self.path.removeprefix("/old/").split("?")[0])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         status, body = self.answers.get(path, (404, PAGE))
+        if path.startswith("/new/") and b"<sbml" not in body and self.headers["Accept"] != "application/json":
+            body = PAGE
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -66,7 +77,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     Server.answers, Server.asked, Server.cut = {}, [], False
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as made:
-        thread = threading.Thread(target=made.serve_forever)
+        thread = threading.Thread(target=made.serve_forever, args=(0.02,))  # seconds between looks for the end
         thread.start()
         yield f"http://127.0.0.1:{made.server_address[1]}"
         made.shutdown()
@@ -111,30 +122,88 @@ def test_networks(server: str, tmp_path: Path) -> None:
         f"/model/download/MODEL2?filename={main}": (200, b"PK\x03\x04zip"),
         "/model/files/MODEL3?format=json": (200, b'{"main": []}'),
         "/model/files/MODEL5?format=json": (200, PAGE),
-        "/search?query=methanogen&numResults=100&format=json": (
-            200,
-            b'{"matches": 1, "models": [{"id": "MODEL1", "name": "iX"}]}',
-        ),
     }
-    assert biomodels.search("methanogen", WEB, server) == [{"id": "MODEL1", "name": "iX"}]
-    (path,) = biomodels.fetch(tmp_path, WEB, ["BIOMD0000001077"], server)
+    (path,) = biomodels.fetch(tmp_path, WEB, ["BIOMD0000001077"], server).paths
     assert gzip.decompress(path.read_bytes()) == SBML
     asked = len(Server.asked)
     biomodels.fetch(tmp_path, WEB, ["BIOMD0000001077"], server)
     assert len(Server.asked) == asked  # it is there already
-    for name, message in (
-        ("MODEL2", "is not SBML"),
-        ("MODEL3", r"lists no \.xml"),
-        ("MODEL4", "HTTP status 404"),
-        ("MODEL5", "is a web page, not data"),
+    bad = {
+        "MODEL2": "is not SBML",
+        "MODEL3": "lists no .xml",
+        "MODEL4": "HTTP status 404",
+        "MODEL5": "is a web page, not data",
+        "../MODEL6": "is no BioModels id",
+    }
+    done = biomodels.fetch(tmp_path, WEB, [*bad, "BIOMD0000001077"], server)  # a bad one stops no other
+    assert done.paths == [path]
+    assert len(done.problems) == len(bad)
+    for (name, message), problem in zip(bad.items(), done.problems, strict=True):
+        assert name in problem
+        assert message in problem
+    assert [p.name for p in (tmp_path / "metabolic/sbml").iterdir()] == [path.name]
+    with pytest.raises(data.DataError, match="no answer"):
+        biomodels.fetch(tmp_path, WEB, ["MODEL7", "MODEL8"], "http://127.0.0.1:9")
+
+
+def test_networks_behind_the_redirect_of_the_old_addresses(server: str, tmp_path: Path) -> None:
+    Server.answers |= {
+        "/new/model/files/BIOMD0000001077": (200, FILES),
+        "/new/model/download/BIOMD0000001077": (200, SBML),
+        "/new/search": (200, SEARCH),
+    }
+    done = biomodels.fetch(tmp_path, WEB, ["BIOMD0000001077"], f"{server}/old")
+    assert done.problems == []
+    assert gzip.decompress(done.paths[0].read_bytes()) == SBML
+    assert "/new/model/files/BIOMD0000001077" in Server.asked  # without format=json: the Accept header brought JSON
+    assert len(biomodels.search("glucose", WEB, f"{server}/old", limit=2)[0]) == 2
+
+
+def test_search_of_networks(server: str, capsys: pytest.CaptureFixture) -> None:
+    one, rest = "/search?query=glucose&offset=0&numResults=10&format=json", "/search?query=glucose&offset=2"
+    Server.answers[one] = (200, SEARCH)
+    names = [("MODEL1204270001", "Koenig2012 - Hepatic Glucose Metabolism")]
+    names.append(("MODEL1209260000", names[0][1]))
+    command = ["biomodels", "--search", "glucose", "--url", server]
+    assert run.main([*command, "--limit", "2"], WEB) == 0
+    shown = capsys.readouterr()
+    assert [tuple(line.split("\t")) for line in shown.out.splitlines()] == names
+    assert "2 of 173 models that match" in shown.err
+    assert run.main([*command, "--limit", "1"], WEB) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    # the next page is asked for from where the first one ended; an empty one ends the search
+    Server.answers[f"{rest}&numResults=10&format=json"] = (200, b'{"matches": 173, "models": []}')
+    assert len(biomodels.search("glucose", WEB, server, limit=5)[0]) == 2
+    for body, message in (
+        (PAGE, "is a web page"),
+        (b"[]", "expected an object"),
+        (b'{"matches": 3}', "models, matches"),
     ):
+        Server.answers[one] = (200, body)
         with pytest.raises(data.DataError, match=message):
-            biomodels.fetch(tmp_path, WEB, [name], server)
-        assert not (tmp_path / f"metabolic/sbml/{name}.xml.gz").exists()
+            biomodels.search("glucose", WEB, server, limit=2)
 
 
-@pytest.mark.parametrize("source", ["rocke3d", "thai"])
-def test_climates_of_a_listing(server: str, tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["biomodels", "--raw", "x"], "expected either ids or --search"),
+        (["biomodels", "--raw", "x", "MODEL1", "--search", "y"], "expected either ids or --search"),
+        (["biomodels", "--search", "y", "--limit", "0"], "--limit: got 0, expected at least 1"),
+        (["oec"], "required: --raw"),
+        (["thai", "--raw", "x", "--pattern", "("], "is no regular expression"),
+        (["nowhere"], "invalid choice: 'nowhere'"),
+    ],
+)
+def test_wrong_options(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.main(words, WEB)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def serve_portal(server: str) -> str:
+    """A folder with one below it, as a web server lists them; its address."""
     links = "".join(f'<a href="{n}">x</a>' for n in ("../", "AIJ/", "https://elsewhere.org/", "X016.aij.nc", "a.txt"))
     below = "".join(f'<a href="{n}">x</a>' for n in ("/runs/", "X016.aijl.nc", "X032.aij.nc"))
     Server.answers |= {
@@ -144,19 +213,60 @@ def test_climates_of_a_listing(server: str, tmp_path: Path, source: str) -> None
         "/runs/AIJ/X016.aijl.nc": (200, NETCDF),
         "/runs/AIJ/X032.aij.nc": (200, PAGE),
     }
-    assert run.main([source, "--raw", str(tmp_path), "--url", f"{server}/runs/", "--pattern", "^X016"], WEB) == 0
+    return f"{server}/runs/"
+
+
+def serve_catalogue(server: str) -> str:
+    """A CKAN catalogue with the same files in two data sets, on two pages of ``package_search``; its address."""
+    first = [{"url": f"{server}/f/X016.aij.nc"}, {"url": f"{server}/f/notes.pdf"}, {"url": "file:///etc/X016.nc"}]
+    second = [{"url": f"{server}/f/{name}", "format": "NetCDF"} for name in ("X016.aijl.nc", "X032.aij.nc")]
+    for start, resources in enumerate((first, second)):
+        page = {"success": True, "result": {"count": 2, "results": [{"name": "hab1", "resources": resources}]}}
+        path = f"/api/3/action/package_search?fq=organization:thai&rows=100&start={start}"
+        Server.answers[path] = (200, json.dumps(page).encode())
+    Server.answers |= {
+        "/f/X016.aij.nc": (200, NETCDF),
+        "/f/X016.aijl.nc": (200, NETCDF),
+        "/f/X032.aij.nc": (200, PAGE),
+    }
+    return server
+
+
+@pytest.mark.parametrize(("source", "serve"), [("rocke3d", serve_portal), ("thai", serve_catalogue)])
+def test_climates_of_a_listing(
+    server: str, tmp_path: Path, source: str, serve: Callable[[str], str], capsys: pytest.CaptureFixture
+) -> None:
+    url = serve(server)
+    assert run.main([source, "--raw", str(tmp_path), "--url", url, "--pattern", "^X016"], WEB) == 0
     folder = tmp_path / f"climate-{source}"
     assert sorted(p.name for p in folder.iterdir()) == ["X016.aij.nc", "X016.aijl.nc"]
     with xr.open_dataset(folder / "X016.aij.nc", decode_times=False) as dataset:
         assert dataset["ts"].shape == (2, 32, 64)
-    with pytest.raises(data.DataError, match=r"X032\.aij\.nc \[content\]: is a web page"):
-        climates.fetch(source, tmp_path, WEB, "X032", f"{server}/runs/")
+    asked = len(Server.asked)
+    assert run.main([source, "--raw", str(tmp_path), "--url", url, "--pattern", "^X"], WEB) == 1
+    assert "X032.aij.nc [content]: is a web page" in capsys.readouterr().out
+    assert len(Server.asked) == asked + 3  # two listings and the file that was not there
     assert sorted(p.name for p in folder.iterdir()) == ["X016.aij.nc", "X016.aijl.nc"]
     with pytest.raises(data.DataError, match="3 netCDF files are listed, none matches"):
-        climates.fetch(source, tmp_path, WEB, "Y", f"{server}/runs/")
+        climates.fetch(source, tmp_path, WEB, "Y", url)
 
 
-def test_spectrum(server: str, tmp_path: Path) -> None:
+def test_two_files_of_one_name_are_refused(server: str, tmp_path: Path) -> None:
+    serve_catalogue(server)
+    page = {"result": {"count": 1, "results": [{"resources": [{"url": f"{server}/{k}/a.nc"} for k in "xy"]}]}}
+    Server.answers["/api/3/action/package_search?fq=organization:thai&rows=100&start=0"] = (
+        200,
+        json.dumps(page).encode(),
+    )
+    with pytest.raises(data.DataError, match=r"2 files are named 'a\.nc'"):
+        climates.fetch("thai", tmp_path, WEB, "a", server)
+    for body, message in ((PAGE, "is a web page"), (b'{"result": {"results": []}}', "count and results")):
+        Server.answers["/api/3/action/package_search?fq=organization:thai&rows=100&start=0"] = (200, body)
+        with pytest.raises(data.DataError, match=message):
+            climates.fetch("thai", tmp_path, WEB, "a", server)
+
+
+def test_spectrum(server: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     Server.answers["/api.php"] = (200, SPECTRUM)
     config = tmp_path / "trappist1e_g1.cfg"
     config.write_text("<OBJECT-NAME>TRAPPIST-1 e\n<GENERATOR-RADUNITS>rif\n")
@@ -165,20 +275,22 @@ def test_spectrum(server: str, tmp_path: Path) -> None:
     assert "<OBJECT-NAME>TRAPPIST-1 e" in Server.asked[0]
     albedo, mask = read_psg(tmp_path / "spectra/psg/trappist1e_g1.txt")
     assert albedo[mask][0] == pytest.approx(2.5e-2, rel=0.03)
+    capsys.readouterr()
     config.write_text("<GENERATOR-RADUNITS>Wsrm2um\n")
-    with pytest.raises(data.DataError, match="expected 'rif'"):
-        run.main(["psg", "--raw", str(tmp_path), "--url", f"{server}/api.php", str(config)], WEB)
-    radiance = (RECORDED / "psg_exo0_rif.txt").read_bytes().replace(b"I/F [apparent albedo]", b"Spectral radiance")
-    Server.answers["/api.php"] = (200, radiance)
     other = tmp_path / "earth_g0.cfg"
     other.write_text("<GENERATOR-RADUNITS>rif\n")
-    with pytest.raises(data.DataError, match=r"cannot be used: \[Radiance unit\] is 'Spectral radiance'"):
-        run.main(["psg", "--raw", str(tmp_path), "--url", f"{server}/api.php", str(other)], WEB)
-    assert not (tmp_path / "spectra/psg/earth_g0.txt").exists()
-    Server.answers["/api.php"] = (200, b"ERROR: the limit of requests was reached")
-    with pytest.raises(data.DataError, match="limit of requests"):
-        run.main(["psg", "--raw", str(tmp_path), "--url", f"{server}/api.php", str(other)], WEB)
-    assert not (tmp_path / "spectra/psg/earth_g0.txt").exists()
+    command = ["psg", "--raw", str(tmp_path), "--url", f"{server}/api.php", str(config), str(other), "nothing.cfg"]
+    for body, message in (
+        (SPECTRUM.replace(b"I/F [apparent albedo]", b"Spectral radiance"), "cannot be used: [Radiance unit] is"),
+        (b"ERROR: the limit of requests was reached", "limit of requests"),
+    ):
+        Server.answers["/api.php"] = (200, body)
+        assert run.main(command, WEB) == 1
+        problems = capsys.readouterr().out.splitlines()
+        assert len(problems) == 3
+        for problem, part in zip(problems, ("expected 'rif'", message, "nothing.cfg: cannot be read"), strict=True):
+            assert part in problem
+        assert [p.name for p in (tmp_path / "spectra/psg").iterdir()] == ["trappist1e_g1.txt"]
 
 
 def test_truncated_and_busy_services(server: str, tmp_path: Path) -> None:
@@ -194,6 +306,17 @@ def test_truncated_and_busy_services(server: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(data.DataError, match="no answer"):
         WEB.get("http://127.0.0.1:9/nobody")
+
+
+def test_a_large_file_comes_in_pieces_and_shows_its_progress(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(download, "CHUNK", 1024)
+    Server.answers["/a.nc"] = (200, NETCDF)
+    WEB.save(f"{server}/a.nc", tmp_path / "a.nc", download.netcdf)
+    assert (tmp_path / "a.nc").read_bytes() == NETCDF
+    pieces = -(-len(NETCDF) // 1024)
+    assert f"a.nc [MiB] {pieces}/{pieces}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""ROCKE-3D (NASA GISS) and THAI: netCDF files from listings of a web folder. NOT VERIFIED ONLINE.
+"""ROCKE-3D (NASA GISS) and THAI: netCDF files of other climate models. NOT VERIFIED ONLINE.
 
-Both are listings of links; what is taken is chosen by a pattern, since the sets are large. ROCKE-3D keeps a run's
-variables in several files (``aij``: surface, ``aijl``: model levels): put those of one climate and segment into one
-folder ``climate/<planet>_g<epoch>_<setting>_seg{1,2}/`` and ``build`` reads them together.
+What is taken is chosen by a pattern, since the sets are large. ROCKE-3D is a web folder, listed as links; THAI is an
+organisation of a CKAN catalogue, whose documented API (``package_search``) names the files of its data sets. ROCKE-3D
+keeps a run's variables in several files (``aij``: surface, ``aijl``: model levels): put those of one climate and
+segment into one folder ``climate/<planet>_g<epoch>_<setting>_seg{1,2}/`` and ``build`` reads them together.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import html.parser
 import re
 import urllib.parse
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
 from astrobiogen.data.errors import DataError
+from astrobiogen.data.fetch.biomodels import json_object
 from astrobiogen.data.fetch.download import Web, netcdf
-from astrobiogen.data.progress import track
+from astrobiogen.data.fetch.each import Fetched, each
 
-SOURCES = {
-    # Way et al. 2018, ApJS 239, 24; licence: US government work
-    "rocke3d": "https://portal.nccs.nasa.gov/GISS_modelE/ROCKE-3D/publication-supplements/"
-    "Climates_of_Warm_Earth_like_Planets_I/",
-    # Fauchez et al. 2020, GMD 13, 707; its licence is not confirmed: ask before passing files on
-    "thai": "https://thai.emac.gsfc.nasa.gov/dataset/",
-}
+# Way et al. 2018, ApJS 239, 24; licence: US government work
+ROCKE3D = (
+    "https://portal.nccs.nasa.gov/GISS_modelE/ROCKE-3D/publication-supplements/Climates_of_Warm_Earth_like_Planets_I/"
+)
+# Fauchez et al. 2020, GMD 13, 707, and its parts I to III; licence not confirmed: ask before passing files on
+THAI, THAI_ORGANISATION = "https://ckan.emac.gsfc.nasa.gov", "thai"
+CKAN_PAGE = 100  # data sets of one request
+_SUFFIXES = (".nc", ".nc4")
 
 
 class _Links(html.parser.HTMLParser):
@@ -46,32 +50,72 @@ def _targets(url: str, web: Web) -> list[str]:
     return [urllib.parse.urljoin(url, target) for target in page.found]
 
 
-def listing(url: str, web: Web, pattern: str) -> list[str]:
-    """URLs of the ``.nc`` files on the page ``url``, and in the folders that it lists below itself, whose name matches
-    ``pattern``, in the pages' order.
-
-    Raises
-    ------
-    DataError
-        No answer, or none matches.
-    """
+def folder_links(url: str, web: Web) -> list[str]:
+    """Links on the page ``url`` and in the folders that it lists below itself, in the pages' order."""
     every = _targets(url, web)
     # ROCKE-3D sorts by kind of file (AIJ/, AIJL/, ...); links up the tree or elsewhere are not followed
     for folder in dict.fromkeys(u for u in every if u.endswith("/") and u.startswith(url) and u != url):
         every += _targets(folder, web)
-    files = [u for u in every if urllib.parse.urlparse(u).path.endswith((".nc", ".nc4"))]
-    chosen = [u for u in files if re.search(pattern, urllib.parse.urlparse(u).path.rsplit("/", 1)[-1])]
+    return every
+
+
+def ckan_links(base: str, web: Web) -> list[str]:
+    """Addresses of the files of every THAI data set in the CKAN catalogue at ``base``.
+
+    Raises
+    ------
+    DataError
+        No answer, or one that is not of CKAN's ``package_search``.
+    """
+    links: list[str] = []
+    seen, count = 0, 1
+    while seen < count:
+        arguments = {"fq": f"organization:{THAI_ORGANISATION}", "rows": CKAN_PAGE, "start": seen}
+        url = f"{base}/api/3/action/package_search?{urllib.parse.urlencode(arguments)}"
+        result = json_object(url, web).get("result")
+        packages = result.get("results") if isinstance(result, dict) else None
+        if not isinstance(result, dict) or not isinstance(packages, list) or not isinstance(result.get("count"), int):
+            raise DataError(url, "result", "is not an object with count and results")
+        if not packages:
+            break
+        seen, count = seen + len(packages), result["count"]
+        links += [str(r.get("url", "")) for package in packages for r in package.get("resources", ())]
+    return links
+
+
+def _name(link: str) -> str:
+    return PurePosixPath(urllib.parse.unquote(urllib.parse.urlparse(link).path)).name
+
+
+def listing(source: str, web: Web, pattern: str, url: str | None = None) -> list[str]:
+    """Addresses of the netCDF files of ``source`` (at ``url``, a mirror) whose file name matches ``pattern``.
+
+    Raises
+    ------
+    DataError
+        No answer, none matches, or two have the same file name.
+    """
+    where = url or {"rocke3d": ROCKE3D, "thai": THAI}[source]
+    every = ckan_links(where.rstrip("/"), web) if source == "thai" else folder_links(where, web)
+    web_links = (link for link in every if link.startswith(("http://", "https://")))
+    files = list(dict.fromkeys(link for link in web_links if _name(link).endswith(_SUFFIXES)))
+    chosen = [link for link in files if re.search(pattern, _name(link))]
     if not chosen:
-        raise DataError(url, "links", f"{len(files)} netCDF files are listed, none matches {pattern!r}")
-    return list(dict.fromkeys(chosen))
+        raise DataError(where, "links", f"{len(files)} netCDF files are listed, none matches {pattern!r}")
+    name, times = Counter(map(_name, chosen)).most_common(1)[0]
+    if times > 1:
+        raise DataError(where, "links", f"{times} files are named {name!r}; a narrower --pattern must choose one")
+    return chosen
 
 
-def fetch(source: str, raw: Path, web: Web, pattern: str, url: str | None = None) -> list[Path]:
-    """Download the matching files into ``climate-<source>/`` below ``raw``; files that are there are kept."""
-    made: list[Path] = []
-    links = listing(url or SOURCES[source], web, pattern)
-    for link in track(links, source, len(links), lambda u: u.rsplit("/", 1)[-1]):
-        path = raw / f"climate-{source}" / urllib.parse.unquote(urllib.parse.urlparse(link).path.rsplit("/", 1)[-1])
+def fetch(source: str, raw: Path, web: Web, pattern: str, url: str | None = None) -> Fetched:
+    """Download the matching files into ``climate-<source>/`` below ``raw``; files that are there are kept, a bad one is
+    listed among the problems.
+    """
+
+    def one(link: str) -> Path:
+        path = raw / f"climate-{source}" / _name(link)
         web.save(link, path, netcdf)
-        made.append(path)
-    return made
+        return path
+
+    return each(listing(source, web, pattern, url), source, one)

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
+import math
 import os
+import ssl
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from astrobiogen.data.errors import DataError
+from astrobiogen.data.progress import track
 
-Check = Callable[[bytes], str]  # what is wrong with the content, "" when nothing
+Result = TypeVar("Result")
+Check = Callable[[Path], str]  # what is wrong with the content, "" when nothing
 USER_AGENT = "astrobiogen-data (research software)"
+ANYTHING, JSON = "*/*", "application/json"
 TIMEOUT = 60.0  # seconds without an answer
 RETRIES, FIRST_PAUSE = 4, 1.0  # pauses of 1, 2, 4 s
+CHUNK = 1 << 20  # bytes; climate files of gigabytes pass through memory in such pieces
+SHOWN_FROM = 16  # chunks; a larger file shows its progress
+HEAD = 4096  # bytes that tell the kind of a file
 _RETRIED = (429, 500, 502, 503, 504)
+
+
+class NoAnswerError(DataError):
+    """The service cannot be reached: other files of it cannot be had either."""
 
 
 @dataclass(frozen=True)
@@ -30,58 +43,102 @@ class Web:
     retries: int = RETRIES
     first_pause: float = FIRST_PAUSE
 
-    def get(self, url: str, form: dict[str, str] | None = None) -> bytes:
-        """Body of ``url`` (a POST when ``form`` is given), complete by its Content-Length.
+    def get(self, url: str, form: dict[str, str] | None = None, accept: str = ANYTHING) -> bytes:
+        """Body of ``url`` (a POST when ``form`` is given), complete by its Content-Length; redirects are followed and
+        keep the Accept header.
 
         Raises
         ------
         DataError
-            No answer, an HTTP error, or a truncated body, after the retries.
+            No answer (``NoAnswerError``), an HTTP error, or a truncated body, after the retries.
         """
+        return self._attempts(url, lambda: b"".join(_chunks(self._opened(url, form, accept))))
+
+    def save(self, url: str, path: Path, check: Check, form: dict[str, str] | None = None) -> None:
+        """Fetch ``url`` into ``path``, piece by piece, unless a good file lies there already.
+
+        Raises
+        ------
+        DataError
+            As ``get``, or the content fails ``check`` (an error page instead of data): ``path`` stays as it was.
+        """
+        if path.exists() and not check(path):
+            return
+        with _whole(path) as part:
+
+            def write() -> None:
+                with part.open("wb") as handle:
+                    for piece in _chunks(self._opened(url, form, ANYTHING), path.name):
+                        handle.write(piece)
+
+            self._attempts(url, write)
+            if problem := check(part):
+                raise DataError(url, "content", problem)
+
+    def _opened(self, url: str, form: dict[str, str] | None, accept: str) -> http.client.HTTPResponse:
         data = urllib.parse.urlencode(form).encode() if form is not None else None
-        problem = ""
+        request = urllib.request.Request(url, data=data, headers={"User-Agent": USER_AGENT, "Accept": accept})
+        return urllib.request.urlopen(request, timeout=self.timeout)
+
+    def _attempts(self, url: str, once: Callable[[], Result]) -> Result:
+        """``once``, repeated after longer and longer pauses while the fault may pass."""
+        kind, problem = DataError, ""
         for attempt in range(self.retries):
             if attempt:
                 time.sleep(self.first_pause * 2 ** (attempt - 1))
-            request = urllib.request.Request(url, data=data, headers={"User-Agent": USER_AGENT})
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    body = answer.read()
-                    stated = answer.headers.get("Content-Length")
-                if stated is None or int(stated) == len(body):
-                    return body
-                problem = f"truncated: {len(body)} of {stated} bytes"
+                return once()
             except urllib.error.HTTPError as error:
-                problem = f"HTTP status {error.code} ({error.reason})"
+                kind, problem = DataError, f"HTTP status {error.code} ({error.reason})"
                 if error.code not in _RETRIED:
                     break
-            except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
-                problem = f"no answer ({getattr(error, 'reason', None) or error})"
-        raise DataError(url, "", problem)
+            except _TruncatedError as error:
+                kind, problem = DataError, str(error)
+            except (
+                urllib.error.URLError,
+                TimeoutError,
+                ConnectionError,
+                ssl.SSLError,
+                http.client.HTTPException,
+            ) as error:
+                kind, problem = NoAnswerError, f"no answer ({getattr(error, 'reason', None) or error})"
+        raise kind(url, "", problem)
 
-    def save(self, url: str, path: Path, check: Check, form: dict[str, str] | None = None) -> str:
-        """Fetch ``url`` into ``path`` unless a good file lies there already; returns its SHA-256.
 
-        Raises
-        ------
-        DataError
-            As ``get``, or the content fails ``check`` (an error page instead of data): nothing is written.
-        """
-        if path.exists() and not check(found := path.read_bytes()):
-            return hashlib.sha256(found).hexdigest()
-        body = self.get(url, form)
-        if problem := check(body):
-            raise DataError(url, "content", problem)
-        keep(path, body)
-        return hashlib.sha256(body).hexdigest()
+class _TruncatedError(Exception):
+    """Fewer bytes came than the answer's Content-Length."""
+
+
+def _chunks(answer: http.client.HTTPResponse, name: str = "") -> Iterator[bytes]:
+    """Pieces of the body, to its stated end; with ``name``, a large one shows its progress."""
+    with answer:
+        stated = answer.headers.get("Content-Length")
+        pieces = iter(lambda: answer.read(CHUNK), b"")
+        total = math.ceil(int(stated) / CHUNK) if stated is not None else 0
+        got = 0
+        for piece in track(pieces, f"{name} [MiB]", total) if name and total >= SHOWN_FROM else pieces:
+            got += len(piece)
+            yield piece
+        if stated is not None and got != int(stated):
+            raise _TruncatedError(f"truncated: {got} of {stated} bytes")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes ``path`` when the block ends well, and vanishes when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def keep(path: Path, body: bytes) -> None:
     """Write ``path`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(body)
-    os.replace(part, path)
+    with _whole(path) as part:
+        part.write_bytes(body)
 
 
 def looks_like_a_page(body: bytes) -> str:
@@ -94,13 +151,15 @@ def looks_like_a_page(body: bytes) -> str:
     return ""
 
 
-def netcdf(body: bytes) -> str:
+def netcdf(path: Path) -> str:
     """Content check of netCDF files (classic and HDF5)."""
-    if body[:3] == b"CDF" or body[:8] == b"\x89HDF\r\n\x1a\n":
+    with path.open("rb") as handle:
+        head = handle.read(HEAD)
+    if head[:3] == b"CDF" or head[:8] == b"\x89HDF\r\n\x1a\n":
         return ""
-    return looks_like_a_page(body) or "is not netCDF (wrong first bytes)"
+    return looks_like_a_page(head) or "is not netCDF (wrong first bytes)"
 
 
 def sbml(body: bytes) -> str:
     """Content check of SBML."""
-    return "" if b"<sbml" in body[:4000] else looks_like_a_page(body) or "is not SBML (no <sbml> near its start)"
+    return "" if b"<sbml" in body[:HEAD] else looks_like_a_page(body) or "is not SBML (no <sbml> near its start)"

@@ -11,13 +11,15 @@ from pathlib import Path
 from astrobiogen.data.builders.spectra import parse_psg
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.fetch.download import Web, looks_like_a_page
+from astrobiogen.data.fetch.each import Fetched, each
 
 URL = "https://psg.gsfc.nasa.gov/api.php"
 UNITS = "<GENERATOR-RADUNITS>"
 
 
-def answer(body: bytes) -> str:
+def answer(path: Path) -> str:
     """Content check: a spectrum that ``build`` can read; a message of the service is quoted."""
+    body = path.read_bytes()
     if b"# Wave" not in body and b"# WAVE" not in body:
         return looks_like_a_page(body) or f"holds no spectrum: {body[:120].decode('utf-8', errors='replace')!r}"
     try:
@@ -39,13 +41,14 @@ def configuration(path: Path) -> str:
     return text
 
 
-def fetch(raw: Path, web: Web, configurations: list[Path], url: str = URL) -> list[Path]:
+def fetch(raw: Path, web: Web, configurations: list[Path], url: str = URL) -> Fetched:
     """Write ``spectra/psg/<name>.txt`` for each configuration ``<name>.cfg``; name it ``<planet>_g<epoch>`` to pair
-    the spectrum with that climate.
+    the spectrum with that climate. A spectrum that is there is kept; a configuration that fails stops no other.
     """
-    made: list[Path] = []
-    for config in configurations:
+
+    def one(config: Path) -> Path:
         path = raw / "spectra/psg" / f"{config.stem}.txt"
         web.save(url, path, answer, form={"type": "rad", "file": configuration(config)})
-        made.append(path)
-    return made
+        return path
+
+    return each(configurations, "psg", one)
