@@ -71,7 +71,16 @@ class Model:
         (self.work / "plasim_restart").write_text(str(self.age + 1))
 """
 
-COLUMNS = ("name", "system", "st_teff_k", "st_mass_sun", "st_rad_sun", "pl_rad_jup", "pl_mass_jup", "pl_period_d")
+COLUMNS: tuple[str, ...] = (
+    "name",
+    "system",
+    "st_teff_k",
+    "st_mass_sun",
+    "st_rad_sun",
+    "pl_rad_jup",
+    "pl_mass_jup",
+    "pl_period_d",
+)
 # the catalogue's values of TOI-700 d (a858d46), a copy of it, and two that the rule refuses
 ROWS = (
     ("TOI-700 d", "TOI-700", "3459", "0.415", "0.424", "0.102", "", "37.42396"),
@@ -127,7 +136,7 @@ def test_runs_to_balance_resumes_and_names_new_planets(raw: Path, capsys: pytest
     (raw / f"fail-{key}-2").unlink()
     assert main(command) == 0  # continues with segment 2, repeats nothing, and leaves the finished climate alone
     again = [line for line in calls(raw) if line.startswith(key)]
-    # |TOA| 16, 8, 4, 2, 1: segments 3 and 4 are the first two within 2 W/m2, the drift is then 0.04 K a year
+    # |TOA| 16, 8, 4, 2, 1: segments 3 and 4 are the first two within 2 W/m2, the drift is then 0.06 K a year
     assert again == [*before, f"{key} 2", f"{key} 3", f"{key} 4"]
     assert sum(line.startswith(other) for line in calls(raw)) == 5
     found = [climate.read_climate(raw / f"climate/{key}_seg{s}.nc", ("ta", "hus", "ts", "sic")) for s in (1, 2)]
@@ -135,9 +144,15 @@ def test_runs_to_balance_resumes_and_names_new_planets(raw: Path, capsys: pytest
     assert found[0].parameters["pCO2"] == 0.01
     with xr.open_dataset(raw / f"climate/{key}_seg2.nc", decode_times=False) as dataset:
         assert dataset.attrs["converged"] == 1
+        # ts is 280 + 0.02 TOA: from segment 2 to 4, which is a year, -0.06 K
+        assert dataset.attrs["toa_imbalance"] == pytest.approx(1.0)
+        assert dataset.attrs["ts_mean"] == pytest.approx(280.02)
+        assert dataset.attrs["ts_drift"] == pytest.approx(-0.06, abs=1e-4)
+        assert json.loads(dataset.attrs["acceptance"])["max_drift"] == 0.1
         assert dataset.attrs["source"].startswith("ExoPlaSim 3.4.2, T21L10")
         assert "junk" not in dataset
     assert not (raw / f"climate-work/{key}/{key}_crashed").exists()
+    assert (raw / "climate-work/history.png").read_bytes().startswith(b"\x89PNG")
     with (raw / "tables/planets.csv").open() as handle:
         assert list(csv.DictReader(handle)) == [{"prefix": "myworldb", "name": "My World b", "star_system": "My Star"}]
     assert not list((raw / "climate-work" / key).glob("segment-0*"))
@@ -157,6 +172,21 @@ def test_unconverged_runs_are_written_and_marked(raw: Path, capsys: pytest.Captu
     assert len(calls(raw)) == 3
 
 
+def test_balance_is_judged_over_a_year() -> None:
+    settings = jobs.Settings()
+    # a real run, Kepler-1652 b at 0.01 bar of CO2, 5.5 to 7.5 years: the last two segments happen to agree
+    figures = [(-1.50, 234.079), (-1.39, 233.849), (-1.39, 233.919), (-1.04, 233.652), (-1.30, 233.702)]
+    history = [jobs.Segment(*f) for f in figures]
+    assert jobs.drift(history, 4, settings) == pytest.approx(233.702 - 233.919)
+    assert not jobs.balanced(history, settings)
+    assert jobs.balanced(history, jobs.Settings(max_drift=0.25))
+    assert not jobs.balanced(history, jobs.Settings(max_drift=0.25, max_imbalance=1.2))
+    assert jobs.drift(history, 1, settings) != jobs.drift(history, 1, settings)  # NaN: the first year is not over
+    assert not jobs.balanced(history[:2], jobs.Settings(max_drift=9.0))
+    long = jobs.Settings(segment_days=720.0)  # longer than a year: from one segment to the next, per year
+    assert jobs.drift(history, 1, long) == pytest.approx((233.849 - 234.079) / 2)
+
+
 def test_parameters_follow_the_rule(raw: Path, capsys: pytest.CaptureFixture) -> None:
     row = dict(zip(COLUMNS, ROWS[0], strict=True))
     run = climate_of(raw / "oec.csv", row, 1, 0.1)
@@ -170,7 +200,12 @@ def test_parameters_follow_the_rule(raw: Path, capsys: pytest.CaptureFixture) ->
     assert (free["synchronous"], free["rotationperiod"]) == (False, 1.0)
     heavy = climate_of(raw / "oec.csv", {**row, "pl_mass_jup": "0.08"}, 1, 0.1).parameters  # 25 Earth masses: a limit
     assert heavy["gravity"] == run.parameters["gravity"]
-    for name, message in (("Giant b", "hardly rocky"), ("Vague b", r"st_mass_sun\]: is not in"), ("Nix", "no such")):
+    for name, message in (
+        ("TOI 700d", "no such planet; similar: TOI-700 d"),
+        ("Giant b", "hardly rocky"),
+        ("Vague b", r"st_mass_sun\]: is not in"),
+        ("Nix", "no such"),
+    ):
         assert main(["make-climate", "--raw", str(raw), "--planets", name, "--dry-run"]) == 2
         assert message.replace("\\", "") in capsys.readouterr().err
     assert main(["make-climate", "--raw", str(raw), "--planets", "TOI-700 d", "--dry-run"]) == 0
@@ -217,6 +252,7 @@ def test_a_terminated_command_ends_its_runs_and_continues(raw: Path) -> None:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted"
+    assert not (raw / "climate-work/history.png").exists()  # no segment has ended yet
     with lock.open("w") as handle:  # free: the running segment has ended too
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (raw / "slow").unlink()
@@ -224,10 +260,32 @@ def test_a_terminated_command_ends_its_runs_and_continues(raw: Path) -> None:
     assert calls(raw) == [f"{key} {k}" for k in (0, 0, 1, 2, 3, 4)]
 
 
-def test_short_segments_are_refused(raw: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        main(["make-climate", "--raw", str(raw), "--planets", "TOI-700 d", "--segment-days", "15"])
-    assert "--segment-days: got 15, expected at least 60 (12 means of 5 days)" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--segment-days", "15"], "--segment-days: got 15, expected at least 60 (12 means of 5 days)"),
+        (["--max-years", "inf"], "--max-years: got inf, expected a positive number"),
+        (["--jobs", "0"], "--jobs: got 0, expected a positive number"),
+        (["--co2", "0.01", "nan"], "--co2: got nan, expected positive pressures in bar"),
+        (["--co2", *["0.01"] * 11], "--co2: got 11 pressures, expected at most 10"),
+    ],
+)
+def test_wrong_options_are_refused(raw: Path, words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["make-climate", "--raw", str(raw), "--planets", "TOI-700 d", *words])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_history_fails_its_climate(raw: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["make-climate", "--raw", str(raw), "--planets", "TOI-700 d", "--co2", "0.01"]
+    folder = raw / "climate-work/toi700d_g0_pCO2_0.01bar"
+    folder.mkdir(parents=True)
+    for text in ("[{]", '[{"toa": 1}]', "7"):
+        (folder / "history.json").write_text(text)
+        assert main(command) == 1
+        assert "history.json: is no list of segments" in capsys.readouterr().out
+    assert calls(raw) == []
 
 
 def test_an_error_page_is_no_catalogue(raw: Path, capsys: pytest.CaptureFixture) -> None:

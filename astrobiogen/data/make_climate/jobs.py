@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -41,7 +42,7 @@ class Settings:
     max_imbalance
         W/m2; largest mean net radiation at the top of a balanced segment.
     max_drift
-        K per year; largest change of the mean surface temperature between balanced segments.
+        K; largest change of the mean surface temperature over the last year of a balanced run.
     timestep, mixed_layer
         Minutes; metres of slab ocean.
     """
@@ -72,14 +73,37 @@ class Segment:
     ts_mean: float  # K
 
 
+def drift(history: list[Segment], number: int, settings: Settings) -> float:
+    """K per year; change of the mean surface temperature over the model year that ends with segment ``number``, NaN
+    before the first year is over.
+
+    Over a year, not from one segment to the next: those scatter by up to 0.5 K per year at balance (Kepler-1652 b), and
+    a chance crossing of zero would pass for the end of a drift.
+    """
+    back = max(1, round(YEAR / settings.segment_days))
+    if number < back:
+        return math.nan
+    change = history[number].ts_mean - history[number - back].ts_mean
+    return change / back * YEAR / settings.segment_days
+
+
 def balanced(history: list[Segment], settings: Settings) -> bool:
-    """True when the last two segments are within both limits."""
+    """True when the last two segments are within the limit of the imbalance, and the last year within that of drift."""
     if len(history) < 2:
         return False
-    before, last = history[-2:]
-    drift = (last.ts_mean - before.ts_mean) * YEAR / settings.segment_days
-    worst = max(abs(before.toa_imbalance), abs(last.toa_imbalance))
-    return worst <= settings.max_imbalance and abs(drift) <= settings.max_drift
+    worst = max(abs(segment.toa_imbalance) for segment in history[-2:])
+    return worst <= settings.max_imbalance and abs(drift(history, len(history) - 1, settings)) <= settings.max_drift
+
+
+def read_history(folder: Path) -> list[Segment]:
+    """The finished segments of the climate whose work folder is ``folder``; empty when it was never begun."""
+    path = folder / "history.json"
+    if not path.exists():
+        return []
+    try:
+        return [Segment(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise DataError(path, "", f"is no list of segments ({error}); remove the folder to start again") from error
 
 
 def cause(log: str) -> str:
@@ -125,16 +149,10 @@ class Job:
             raise DataError(path, "", "holds other parameters; remove the folder or choose another --work")
         path.write_text(json.dumps(job, indent=1), encoding="utf-8")
         (self.folder / "driver.py").write_text(SCRIPT, encoding="utf-8")
-        self.history = self._read_history()
-
-    def _read_history(self) -> list[Segment]:
-        path = self.folder / "history.json"
-        if not path.exists():
-            return []
-        history = [Segment(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-        if not (self.folder / f"restart-{len(history)}").exists():
-            raise DataError(self.folder, f"restart-{len(history)}", "is missing; remove the folder to start again")
-        return history
+        self.history = read_history(self.folder)
+        restart = f"restart-{len(self.history)}"
+        if self.history and not (self.folder / restart).exists():
+            raise DataError(self.folder, restart, "is missing; remove the folder to start again")
 
     def _segment(self, number: int, stop: threading.Event) -> None:
         """Run the external program for one segment; its whole process group ends with ``stop``."""
@@ -224,7 +242,9 @@ class Job:
                 "planet": self.planned.body.name,
                 "parameters": json.dumps(self.planned.parameters),
                 "converged": int(converged),
-                "toa_imbalance": self.history[number].toa_imbalance,
+                "toa_imbalance": self.history[number].toa_imbalance,  # W/m2
+                "ts_mean": self.history[number].ts_mean,  # K
+                "ts_drift": drift(self.history, number, self.settings),  # K per year
                 "acceptance": json.dumps(asdict(self.settings)),
             }
             chosen.to_netcdf(part, engine="netcdf4", encoding={n: {"zlib": True, "complevel": 4} for n in chosen})

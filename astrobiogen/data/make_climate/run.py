@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import difflib
+import math
 import signal
 import subprocess
 import sys
@@ -21,20 +23,23 @@ import rich.progress
 from astrobiogen.data.builders.planets import CATALOGUE, read_catalogue
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.make_climate.driver import PREPARE
-from astrobiogen.data.make_climate.jobs import MIN_SEGMENT_DAYS, Job, Segment, Settings, cause
+from astrobiogen.data.make_climate.jobs import MIN_SEGMENT_DAYS, Job, Segment, Settings, cause, read_history
 from astrobiogen.data.make_climate.parameters import Climate, climate_of
+from astrobiogen.data.make_climate.plot import plot_histories
 from astrobiogen.data.progress import say
 
 # one core, T21L10, 45-minute steps: 215 s as ExoPlaSim is shipped (bounds checked), 186 s with -march=native
 SECONDS_PER_YEAR = 200.0
+MAX_EPOCHS = 10  # file names hold the epoch as one digit
 
 
 def planned(catalogue: Path, names: Sequence[str], p_co2: Sequence[float]) -> list[Climate]:
     """One run per planet and CO2 pressure; the epochs of a planet are its pressures in the given order."""
     rows = read_catalogue(catalogue)
     if absent := [n for n in names if n not in rows]:
-        raise DataError(catalogue, absent[0], "no such planet")
-    return [climate_of(catalogue, rows[name], k, p) for name in names for k, p in enumerate(p_co2)]
+        like = difflib.get_close_matches(absent[0], rows, n=3)
+        raise DataError(catalogue, absent[0], "no such planet" + (f"; similar: {', '.join(like)}" if like else ""))
+    return [climate_of(catalogue, rows[name], k, p) for name in dict.fromkeys(names) for k, p in enumerate(p_co2)]
 
 
 def prepare(python: str) -> str:
@@ -162,6 +167,17 @@ def run_all(
     return outcome
 
 
+def draw(runs: Sequence[Climate], work: Path, settings: Settings) -> None:
+    """Plot the histories of ``runs`` into ``history.png`` in their work folder ``work``."""
+    histories: dict[str, list[Segment]] = {}
+    for run in runs:
+        with contextlib.suppress(DataError):  # a damaged history has failed its run, which said so
+            histories[run.key] = read_history(work / run.key)
+    if any(histories.values()):
+        plot_histories(histories, settings, work / "history.png")
+        say(f"energy balance and temperature against model years: {work / 'history.png'}")
+
+
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -220,7 +236,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
         ("segment_days", "length of a segment, days"),
         ("max_years", "model years after which a run ends unconverged"),
         ("max_imbalance", "balanced: net radiation at the top at most this, W/m2"),
-        ("max_drift", "balanced: change of the mean surface temperature at most this, K per year"),
+        ("max_drift", "balanced: change of the mean surface temperature over a year at most this, K"),
         ("timestep", "minutes"),
         ("mixed_layer", "depth of the slab ocean, metres"),
     ):
@@ -231,14 +247,16 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="show parameters and cost, run nothing")
     options = parser.parse_args(arguments)
     for name in ("jobs", "segment_days", "max_years", "max_imbalance", "max_drift", "timestep", "mixed_layer"):
-        if not getattr(options, name) > 0:
+        if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected a positive number")
     if options.segment_days < MIN_SEGMENT_DAYS:
         parser.error(
             f"--segment-days: got {options.segment_days:g}, expected at least {MIN_SEGMENT_DAYS:g} (12 means of 5 days)"
         )
-    if min(options.co2) <= 0:
-        parser.error(f"--co2: got {min(options.co2)}, expected positive pressures in bar")
+    if wrong := [p for p in options.co2 if not 0 < p < math.inf]:
+        parser.error(f"--co2: got {wrong[0]}, expected positive pressures in bar")
+    if len(options.co2) > MAX_EPOCHS:
+        parser.error(f"--co2: got {len(options.co2)} pressures, expected at most {MAX_EPOCHS}: epochs are one digit")
     return options
 
 
@@ -261,8 +279,11 @@ def main(arguments: list[str]) -> int:
     version = prepare(options.python)
     output, work = options.raw / "climate", options.work or options.raw / "climate-work"
     name_planets(options.raw / "tables/planets.csv", runs)
-    with _terminated_as_interrupted():
-        outcome = run_all(runs, output, work, options.python, settings, options.jobs, version)
+    try:
+        with _terminated_as_interrupted():
+            outcome = run_all(runs, output, work, options.python, settings, options.jobs, version)
+    finally:  # of an interrupted run too
+        draw(runs, work, settings)
     for key in outcome.unconverged:
         sys.stdout.write(f"not balanced after {settings.max_years:g} years (written, marked): {key}\n")
     for line in outcome.failed:
