@@ -24,14 +24,20 @@ from astrobiogen.data.errors import DataError
 from astrobiogen.data.graphs import unpack_graph
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.pack import (
+    BY_NAME,
+    IN_SAMPLE,
+    IN_TABLE,
     MANIFEST,
+    PARTS,
     Pack,
     corpus_part,
     cube_statistics,
     held_out,
     open_pack,
     param_statistics,
+    parts_of,
     read_manifest,
+    read_parts,
     spectrum_statistics,
     verified_bytes,
 )
@@ -129,7 +135,7 @@ def _graphs(pack: Pack) -> Iterator[str]:
 def _splits(pack: Pack) -> Iterator[str]:
     systems = {(c.planet, c.epoch): c.star_system for c in pack.climates}
     organisms = {o.organism: o for o in pack.organisms}
-    held = held_out(pack.climates, pack.organisms)
+    held = held_out(pack.parts)
     rows: list[tuple[splits.PairKey, str]] = []
     wrong = 0
     for pair in pack.pairs:
@@ -139,10 +145,25 @@ def _splits(pack: Pack) -> Iterator[str]:
         wrong += splits.cell(key, held) != pair.cell
     yield from (f"split: {problem}" for problem in splits.leakage(rows, held))
     if wrong:
-        yield f"split: {wrong} pairs are not in the cell that the stated rule gives"
+        yield f"split: {wrong} pairs are not in the cell that {PARTS} and the stated rule give"
+    yield from _parts(pack)
     for planet in sorted({c.planet for c in pack.climates}):
         if len({c.star_system for c in pack.climates if c.planet == planet}) > 1:
             yield f"split: planet {planet} is listed under several star systems"
+
+
+def _parts(pack: Pack) -> Iterator[str]:
+    """Every star system and genus must have a part, and be where its source says."""
+    listed = {(row.kind, row.name) for row in pack.parts}
+    for row in parts_of(pack.climates, pack.organisms, {}):
+        if (row.kind, row.name) not in listed:
+            yield f"split: {row.kind} {row.name} has no part in {PARTS}"
+    sample = {(row.kind, row.name): row.part for row in read_parts(SAMPLE_FOLDER / PARTS)}
+    for row in pack.parts:
+        expected = {BY_NAME: splits.part_by_name(row.kind, row.name), IN_SAMPLE: sample.get((row.kind, row.name)),
+                    IN_TABLE: row.part}.get(row.source)  # fmt: skip
+        if row.part != expected:
+            yield f"split: {row.kind} {row.name} is {row.part} in {PARTS}, by its source ({row.source}) {expected}"
 
 
 def _labels(pack: Pack) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 from astrobiogen.data import splits
 from astrobiogen.data.container import Contents, parse_arrays
 from astrobiogen.data.cubes import VARIABLES, level_statistics
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 from astrobiogen.data.spec import DataSpec, Row
-from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, read_rows
+from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, PartRow, read_rows
 
 MANIFEST = "manifest.json"
-FORMAT = "astrobiogen-pack-1"
+FORMAT = "astrobiogen-pack-2"
+PARTS = "split.csv"
+IN_SAMPLE, IN_TABLE, BY_NAME = "sample", "table", "name"  # who placed a star system or genus
 STD_FLOOR = 1e-6  # of a constant column: it becomes 0 after centring
 CORPUS_VALIDATION_SHARE = 0.1
 
@@ -51,19 +54,40 @@ def level_bounds(levels: NDArray[np.float64]) -> NDArray[np.float64]:
     return halves
 
 
-def held_out(climates: Sequence[ClimateRow], organisms: Sequence[OrganismRow]) -> splits.HeldOut:
-    """Names held out by ``splits.hold_out``: star systems in the order of their mean stellar flux, genera in the order
-    of the mean middle of their growth ranges.
-    """
-    flux: dict[str, list[float]] = {}
-    middle: dict[str, list[float]] = {}
-    for row in climates:
-        flux.setdefault(row.star_system, []).append(row.params[0])
-    for organism in organisms:
-        middle.setdefault(organism.genus, []).append((organism.niche_low + organism.niche_high) / 2.0)
-    systems = [(float(np.mean(v)), name) for name, v in flux.items()]
-    genera = [(float(np.mean(v)), name) for name, v in middle.items()]
-    return splits.hold_out(systems, genera)
+def parts_of(
+    climates: Sequence[ClimateRow], organisms: Sequence[OrganismRow], placed: Mapping[tuple[str, str], PartRow]
+) -> tuple[PartRow, ...]:
+    """Part of every star system and genus: as ``placed`` by (kind, name), or by its own name."""
+    names = [(splits.STAR_SYSTEM, name) for name in sorted({c.star_system for c in climates})]
+    names += [(splits.GENUS, name) for name in sorted({o.genus for o in organisms})]
+    return tuple(placed.get(key) or PartRow(*key, splits.part_by_name(*key), BY_NAME) for key in names)
+
+
+def held_out(parts: Sequence[PartRow]) -> splits.HeldOut:
+    """The names that training never sees."""
+
+    def of(kind: str, part: str) -> frozenset[str]:
+        return frozenset(row.name for row in parts if (row.kind, row.part) == (kind, part))
+
+    return splits.HeldOut(
+        of(splits.STAR_SYSTEM, splits.TEST),
+        of(splits.GENUS, splits.TEST),
+        of(splits.STAR_SYSTEM, splits.VALIDATION),
+        of(splits.GENUS, splits.VALIDATION),
+    )
+
+
+def read_parts(path: Path) -> tuple[PartRow, ...]:
+    """Table of parts; an unknown kind or part, or a name listed twice, is a ``DataError``."""
+    rows = read_rows(path, PartRow)
+    for k, row in enumerate(rows):
+        for field, value, known in (("kind", row.kind, splits.KINDS), ("part", row.part, splits.PARTS)):
+            if value not in known:
+                raise DataError(path, f"line {k + 2}, {field}", f"is {value!r}, expected one of {known}")
+    twice = [key for key, times in Counter((row.kind, row.name) for row in rows).items() if times > 1]
+    if twice:
+        raise DataError(path, twice[0][1], f"the {twice[0][0]} is listed more than once")
+    return rows
 
 
 def corpus_part(module: str) -> str:
@@ -109,6 +133,7 @@ class Pack:
     climates: tuple[ClimateRow, ...]
     organisms: tuple[OrganismRow, ...]
     pairs: tuple[PairRow, ...]
+    parts: tuple[PartRow, ...]
     manifest: dict[str, Any]
 
     def contents(self, name: str) -> Contents:
@@ -122,13 +147,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(path, "", f"cannot be read ({error})") from error
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != FORMAT
-        or not isinstance(manifest.get("files"), dict)
-    ):
-        raise DataError(path, "format", f"is not a manifest of {FORMAT}")
+        raise unreadable(path, error) from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise DataError(path, "format", f"is {found!r}, expected {FORMAT!r}: build the pack anew")
+    if not isinstance(manifest.get("files"), dict):
+        raise DataError(path, "files", "is absent or no object")
     return manifest
 
 
@@ -140,7 +164,7 @@ def verified_bytes(root: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
     try:
         data = (root / name).read_bytes()
     except OSError as error:
-        raise DataError(root / name, "", f"cannot be read ({error.strerror})") from error
+        raise unreadable(root / name, error) from error
     if len(data) != entry["bytes"]:
         raise DataError(
             root / name, "size", f"{len(data)} bytes, the manifest says {entry['bytes']}: truncated or changed"
@@ -161,12 +185,13 @@ def open_pack(root: Path) -> Pack:
     if not root.is_dir():
         raise DataError(root, "", "dataset folder is missing")
     manifest = read_manifest(root)
-    for name in ("spec.json", "climates.csv", "organisms.csv", "pairs.csv", "tokenizer.json"):
+    for name in ("spec.json", "climates.csv", "organisms.csv", "pairs.csv", PARTS, "tokenizer.json"):
         verified_bytes(root, name, manifest)
     spec = DataSpec.from_json((root / "spec.json").read_text(encoding="utf-8"), str(root / "spec.json"))
     climates = read_rows(root / "climates.csv", ClimateRow)
     organisms = read_rows(root / "organisms.csv", OrganismRow)
     pairs = read_rows(root / "pairs.csv", PairRow)
+    parts = read_parts(root / PARTS)
     known = {(c.planet, c.epoch) for c in climates}, {o.organism for o in organisms}
     for row in pairs:
         if (row.planet, row.epoch) not in known[0] or row.organism not in known[1]:
@@ -177,4 +202,4 @@ def open_pack(root: Path) -> Pack:
             raise DataError(
                 root / "pairs.csv", f"{row.planet} g{row.epoch} {row.organism}", f"S {row.fraction}, label {row.label}"
             )
-    return Pack(root, spec, climates, organisms, pairs, manifest)
+    return Pack(root, spec, climates, organisms, pairs, parts, manifest)

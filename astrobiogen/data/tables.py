@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,17 @@ class PairRow:
     cell: str
 
 
-Row = TypeVar("Row", ClimateRow, OrganismRow, PairRow)
+@dataclass(frozen=True)
+class PartRow:
+    """Part of one star system or genus: train, validation or test; and who placed it there."""
+
+    kind: str
+    name: str
+    part: str
+    source: str = "table"  # "sample": as in the bundled sample; "table": a table of the raw files; "name": by its hash
+
+
+Row = TypeVar("Row", ClimateRow, OrganismRow, PairRow, PartRow)
 
 
 def _text(value: Any) -> str:
@@ -114,26 +124,31 @@ def _value(path: Path, where: str, hint: Any, text: str) -> Any:
 
 
 def read_rows(path: Path, kind: type[Row]) -> tuple[Row, ...]:
-    """Read a table; a missing file or column, a broken number or an empty table is a ``DataError`` that names line and
-    column.
+    """Read a table; a missing file or column (without default), a broken number or an empty table is a ``DataError``
+    that names line and column.
     """
     hints = typing.get_type_hints(kind)
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
     try:
         with path.open(encoding="utf-8", newline="") as handle:
             reader = csv.DictReader(handle)
-            if missing := [name for name in hints if name not in (reader.fieldnames or ())]:
+            names = reader.fieldnames or ()
+            if missing := [name for name in needed if name not in names]:
                 raise DataError(path, missing[0], f"column absent; the header is {reader.fieldnames}")
             rows = tuple(
                 kind(
                     **{
                         name: _value(path, f"line {k + 2}, {name}", hint, line[name] or "")
                         for name, hint in hints.items()
+                        if name in names
                     }
                 )
                 for k, line in enumerate(reader)
             )
     except OSError as error:
-        raise DataError(path, "", f"cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(path, "", f"is no table ({error})") from error
     if not rows:
         raise DataError(path, "", "the table is empty")
     return rows

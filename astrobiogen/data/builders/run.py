@@ -13,6 +13,8 @@ import lzma
 import os
 import shutil
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from astrobiogen.data.builders.work import Work, digest
 from astrobiogen.data.container import write_arrays
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.graphs import LAPLACIAN_DIM, RANDOM_WALK_DIM
+from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.progress import say
 from astrobiogen.data.spec import DataSpec
-from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, write_rows
+from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, PartRow, write_rows
 from astrobiogen.data.text import BOS, EOS, MAX_TEXT_TOKENS, PAD, SEP, VOCAB_SIZE
 
 N_EPOCHS = 3
@@ -38,9 +41,33 @@ CORPUS_FILE = "openstax_astronomy2e_ccby_63157f3.jsonl.gz"
 Library = tuple[list[str], NDArray[np.float32], dict[tuple[str, int], str]]
 
 
-def build_pairs(output: Path, climates: list[ClimateRow], organisms: list[OrganismRow], grid: Grid) -> list[PairRow]:
+def placed(raw: Path) -> dict[tuple[str, str], PartRow]:
+    """Star systems and genera that have their part already, by (kind, name): those of the bundled sample keep it, and
+    the raw folder's ``tables/split.csv`` (kind, name, part) stands above all.
+
+    Raises
+    ------
+    DataError
+        That table cannot be read or names an unknown kind or part: a build with another split than asked for would be
+        worse than none.
+    """
+    known = {(row.kind, row.name): row for row in pack.read_parts(SAMPLE_FOLDER / pack.PARTS)}
+    known = {key: replace(row, source=pack.IN_SAMPLE) for key, row in known.items()}
+    own = raw / "tables" / pack.PARTS
+    if own.exists():
+        known |= {(row.kind, row.name): replace(row, source=pack.IN_TABLE) for row in pack.read_parts(own)}
+    return known
+
+
+def build_pairs(
+    output: Path,
+    climates: list[ClimateRow],
+    organisms: list[OrganismRow],
+    parts: tuple[PartRow, ...],
+    grid: Grid,
+) -> list[PairRow]:
     """Label and split every (climate, organism)."""
-    held = pack.held_out(climates, organisms)
+    held = pack.held_out(parts)
     weights = labels.latitude_weights(pack.latitude_bounds(grid.latitudes))
     done: list[PairRow] = []
     for place in climates:
@@ -134,7 +161,7 @@ def build_spec(work: Work, climates: list[ClimateRow], pairs: list[PairRow], lib
         raise DataError(work.raw / "climate", "", "no usable climate file")
     fitted = sorted({p.planet for p in pairs if p.cell == splits.TRAIN})
     if not fitted:
-        raise DataError(work.raw, "", f"no training pair: {len(climates)} climates are too few to hold some out")
+        raise DataError(work.raw, "", f"no training pair; tables/{pack.PARTS} can place star systems and genera")
     rows = [c for c in climates if c.planet in fitted]
     mean, std = pack.cube_statistics([work.codes[f"{c.planet}_g{c.epoch}"] for c in rows])
     param_mean, param_std = pack.param_statistics(rows)
@@ -206,6 +233,8 @@ def build(raw: Path, output: Path, workers: int = 2, psg_tables: bool = False) -
     if output.exists() and any(output.iterdir()) and not (output / pack.MANIFEST).is_file():
         raise DataError(output, "", "is not empty and not a packed dataset; nothing was changed")
     part, old = (output.with_name(output.name + end) for end in (".part", ".old"))
+    if old.exists() and not output.exists():  # a build was ended between its last two steps
+        os.replace(old, output)
     for left in (part, old):  # by an interrupted build
         shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
@@ -225,6 +254,7 @@ def build(raw: Path, output: Path, workers: int = 2, psg_tables: bool = False) -
 def _build(work: Work, psg_tables: bool) -> None:
     """All files of the pack in ``work.output``."""
     raw, output = work.raw, work.output
+    known = placed(raw)
     climates = build_climates(work)
     if work.grid is None:
         raise DataError(raw / "climate", "", "no usable climate file: " + "; ".join(work.problems[:3]))
@@ -232,11 +262,13 @@ def _build(work: Work, psg_tables: bool) -> None:
     if not organisms:
         raise DataError(raw / "metabolic", "", "no usable network: " + "; ".join(work.problems[-3:]))
     library = build_spectra(work, climates, psg_tables)
-    pairs = build_pairs(output, climates, organisms, work.grid)
+    parts = pack.parts_of(climates, organisms, known)
+    pairs = build_pairs(output, climates, organisms, parts, work.grid)
     build_text(work, climates, organisms, pairs)
     write_rows(output / "climates.csv", climates, ClimateRow)
     write_rows(output / "organisms.csv", organisms, OrganismRow)
     write_rows(output / "pairs.csv", pairs, PairRow)
+    write_rows(output / pack.PARTS, parts, PartRow)
     (output / "spec.json").write_text(build_spec(work, climates, pairs, library).to_json() + "\n", encoding="utf-8")
     licences = raw / "LICENSES.md"
     with work.tolerated("the pack says nothing of its sources' licences"):
@@ -245,6 +277,15 @@ def _build(work: Work, psg_tables: bool) -> None:
         shutil.copyfile(licences, output / "LICENSES.md")
     counts = {"climates": len(climates), "organisms": len(organisms), "pairs": len(pairs)}
     write_manifest(work, {"counts": counts, "spectrum_names": library[0]})
+
+
+def split_summary(output: Path) -> str:
+    """How many star systems and genera each part of the split has."""
+    counts = Counter((row.kind, row.part) for row in pack.read_parts(output / pack.PARTS))
+    kinds = ((splits.STAR_SYSTEM, "star systems"), (splits.GENUS, "genera"))
+    return "; ".join(
+        f"{what} " + ", ".join(f"{counts[kind, part]} {part}" for part in splits.PARTS) for kind, what in kinds
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -273,5 +314,6 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(f"left out or masked: {problem}\n")
     made = ", ".join(f"{n} {what}" for what, n in counts.items())
     sys.stdout.write(f"{options.output}: {made}; {len(problems)} things left out or masked\n")
+    say(f"split: {split_summary(options.output)}")
     say(f"check it with: python -m astrobiogen.data check {options.output}")
     return 0
