@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 
 MAGIC = b"ASTRODAT"
 # pb=0 and lp=0: the planes hold single bytes without alignment.
@@ -230,5 +230,5 @@ def read_arrays(path: Path) -> Contents:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(path, "", f"cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     return parse_arrays(path, data)

@@ -7,7 +7,7 @@ import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.pack import read_manifest, verified_bytes
 
@@ -32,7 +32,7 @@ def load_corpus(path: str | Path = SAMPLE_FOLDER) -> tuple[Module, ...]:
         lines = lzma.decompress(verified_bytes(root, CORPUS, read_manifest(root))).decode("utf-8").splitlines()
         modules = tuple(Module(**json.loads(line)) for line in lines)
     except (lzma.LZMAError, ValueError, TypeError) as error:
-        raise DataError(root / CORPUS, "", f"cannot be read ({error})") from error
+        raise unreadable(root / CORPUS, error) from error
     for k, module in enumerate(modules):
         if not module.text.split():
             raise DataError(root / CORPUS, f"line {k + 1}", "text without words")

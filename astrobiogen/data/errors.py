@@ -1,4 +1,4 @@
-"""The one exception type of the data layer."""
+"""The exception type of the data layer, and the words for a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ class DataError(ValueError):
     def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str]]:
         """Pickle by the three parts, so that the error crosses from a worker process unchanged."""
         return DataError, (self.source, self.field, self.problem)
+
+
+def unreadable(path: str | Path, error: Exception) -> DataError:
+    """What to raise when ``path`` cannot be opened, decompressed or decoded."""
+    if isinstance(error, FileNotFoundError):
+        return DataError(path, "", "is missing")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return DataError(path, "", f"cannot be read ({reason})")

@@ -1,6 +1,8 @@
 """Builders on small hand-made raw files: what is read, what is refused."""
 
 import gzip
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import xarray as xr
 
 from astrobiogen import data
 from astrobiogen.data import features
-from astrobiogen.data.builders import chemistry, climate, fba, planets, sbml
+from astrobiogen.data.builders import chemistry, climate, cobra_json, fba, planets, sbml, text
 
 SBML = """<?xml version="1.0" encoding="UTF-8"?>
 <sbml xmlns="http://www.sbml.org/sbml/level2" level="2" version="1"><model id="toy">
@@ -130,3 +132,47 @@ def test_formulas() -> None:
     assert chemistry.parse_formula("C6H12O6") == ([6, 12, 0, 6, 0, 0, 0, 0], True)
     assert chemistry.parse_formula("C6H12R")[1] is False
     assert chemistry.parse_formula("")[1] is False
+
+
+RUN = {"flux": 900.0, "startemp": 3000.0, "radius": 1.0, "gravity": 9.8, "rotationperiod": 6.0, "aquaplanet": True,
+       "pCO2": 0.01}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("flux", "900"), ("flux", True), ("flux", float("nan")), ("radius", 0), ("pCO2", None), ("gravity", float("inf")),
+     ("pO2", "little"), ("pO2", -0.1), ("geological_age_gyr", []), ("synchronous", "yes"), ("aquaplanet", None)],
+)  # fmt: skip
+def test_impossible_parameters_of_a_run_are_refused(name: str, value: object) -> None:
+    body = planets.Body("X b", "X")
+    with pytest.raises(data.DataError, match=rf"\[parameters\.{name}\]: is {re.escape(repr(value))}, expected"):
+        planets.parameters(Path("x.nc"), "x", body, {**RUN, name: value}, {}, pytest.fail)
+
+
+def test_impossible_numbers_of_the_catalogue_are_masked() -> None:
+    body, told = planets.Body("X b", "X"), []
+    row = {"st_mass_sun": "0.5", "st_rad_sun": "-1", "st_met": "-0.3", "st_age_gyr": "old", "pl_period_d": "0"}
+    found = planets.parameters(Path("x.nc"), "x", body, {**RUN, "pO2": 0}, {"X b": row}, told.append)
+    assert (found["star_mass"], found["star_metallicity"], found["p_o2"]) == (0.5, -0.3, 0.0)
+    masked = ("star_radius", "star_age", "log10_orbital_period")
+    assert all(np.isnan(found[name]) for name in masked)
+    assert [error.field for error in told] == [f"catalogue, {c}" for c in ("st_rad_sun", "st_age_gyr", "pl_period_d")]
+
+
+def test_lines_that_are_no_objects_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    for lines, message in (('{"text": "a"}\n5\n', "line 2.*is a int"), ('{"text": 1}\n', "line 1.*lacks the text")):
+        path.write_bytes(gzip.compress(lines.encode()))
+        with pytest.raises(data.DataError, match=message):
+            text.read_jsonl(path, ("text",))
+
+
+@pytest.mark.parametrize(("charge", "known"), [(-2, True), ("abc", False), (None, False), (0.5, False), (1e9, False)])
+def test_charges_that_cannot_be_are_masked(tmp_path: Path, charge: object, known: bool) -> None:
+    metabolites = [{"id": "a_c", "compartment": "c", "charge": charge, "formula": "??"}]
+    reactions = [{"id": "EX", "metabolites": {"a_c": -1.0}, "lower_bound": 0.0, "upper_bound": 1.0}]
+    (tmp_path / "x.json").write_text(json.dumps({"metabolites": metabolites, "reactions": reactions}))
+    columns = cobra_json.read_network(tmp_path / "x.json").columns
+    assert bool(features.has(columns, features.CHARGE)[0]) == known
+    assert not features.has(columns, features.FORMULA)[0]
+    assert columns.charge[0] == (-2 if known else 0)

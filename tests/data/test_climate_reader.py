@@ -196,6 +196,10 @@ def test_months_and_folders_of_files(tmp_path: Path) -> None:
         (lambda d: d.drop_vars("PS"), r"\[ps\]: surface pressure is needed"),
         (lambda d: d.rename(lat="y"), r"\[lat\]: coordinate absent|axes"),
         (lambda d: d.isel(lev=0), r"axes"),
+        (lambda d: d.isel(lat=slice(0, 30)), r"\[lat\]: 30 values from .* do not cover the sphere"),
+        (lambda d: d.isel(lat=[22]), r"\[lat\]: 1 values"),
+        (lambda d: d.isel(lon=slice(10, 60)), r"\[lon\]: 50 values from .* do not cover the sphere"),
+        (lambda d: d.assign_coords(lat=d["lat"] * 2.0), r"\[lat\]: values -?\d+ to \d+, expected degrees"),
         (lambda d: d.assign_attrs(parameters="{"), r"\[parameters\]: is not JSON"),
     ],
 )

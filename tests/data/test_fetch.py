@@ -288,7 +288,7 @@ def test_spectrum(server: str, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         assert run.main(command, WEB) == 1
         problems = capsys.readouterr().out.splitlines()
         assert len(problems) == 3
-        for problem, part in zip(problems, ("expected 'rif'", message, "nothing.cfg: cannot be read"), strict=True):
+        for problem, part in zip(problems, ("expected 'rif'", message, "nothing.cfg: is missing"), strict=True):
             assert part in problem
         assert [p.name for p in (tmp_path / "spectra/psg").iterdir()] == ["trappist1e_g1.txt"]
 

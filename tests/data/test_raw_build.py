@@ -24,7 +24,7 @@ from astrobiogen.data.pack import Pack, open_pack
 RECORDED = Path(__file__).parent / "recorded"
 GRID = grids.standard_grid()
 VOLUME, SURFACE = ("time", "lev", "lat", "lon"), ("time", "lat", "lon")
-SYSTEMS = 7  # two for the test, one for validation, four for training
+SYSTEMS = 7  # by their names two for the test, one for validation, four for training
 GENERA = ("Aa", "Bb", "Cc", "Dd", "Ee", "Ff", "Gg")
 PAGE = "<html><title>503 Service Unavailable</title></html>\n"
 
@@ -87,6 +87,8 @@ def write_climates(folder: Path) -> None:
         "p2_g2": bad.assign(ta=zero),
         "unknown_g0": bad,
         "p4_g1": bad.assign_attrs(parameters='{"flux": 900.0}'),
+        "p5_g1": bad.assign_attrs(parameters=bad.attrs["parameters"].replace('"pO2": 0.0', '"pO2": "little"')),
+        "p5_g2": bad.isel(lat=slice(0, 16)),
     }
     for key, dataset in broken.items():
         dataset.to_netcdf(folder / f"{key}_test_seg1.nc", engine="netcdf4")
@@ -116,6 +118,8 @@ def write_networks(folder: Path) -> None:
         for k, name in enumerate(files):
             ogt = "" if name.startswith("Nowhere") else "warm" if name.startswith("Unknown") else str(8.0 + 4.0 * k)
             writer.writerow([name, f"{name.split('.')[0]} species", "B", ogt, "", "", ""])
+        writer.writerow(["Nameless.json", " ", "B", "30", "", "", ""])
+        writer.writerow(["", "Fileless species", "B", "30", "", "", ""])
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir(parents=True)
     rows = [("prefix", "name", "star_system"), *((f"p{k}", f"Planet {k}", f"Star {k}") for k in range(SYSTEMS))]
     (folder / "tables/planets.csv").write_text("\n".join(",".join(r) for r in rows) + "\n")
+    (folder / "tables/split.csv").write_text("kind,name,part\ngenus,Ff,validation\nstar_system,Elsewhere,test\n")
     (folder / "tables/oec_planets.csv.gz").write_bytes(gzip.compress(PAGE.encode()))
     texts = [{"planet": "Planet 0", "text": " \n "}, {"planet": "Planet 1", "text": "A world of rock."}]
     notes = [{"biomodels_id": "Aa", "species": "Aa species", "name": "x", "text": "Makes sugar from air."}]
@@ -163,8 +168,12 @@ EXPECTED = (
     (r"p2_g2_test_seg1.nc [ta]: values 0 to", "climate left out"),
     (r"p3_g1_test_seg1.nc: cannot be read", "climate left out"),
     (r"p3_g2_test_seg2.nc: is missing", "climate left out"),
-    (r"p4_g1_test_seg1.nc [parameters.aquaplanet]: is None", "climate left out"),
+    (r"p4_g1_test_seg1.nc [parameters.startemp]: is None", "climate left out"),
     (r"p4_g2_test_seg1.nc: cannot be read", "climate left out"),
+    (r"p5_g1_test_seg1.nc [parameters.pO2]: is 'little', expected a positive number", "climate left out"),
+    (r"p5_g2_test_seg1.nc [lat]: 16 values from", "climate left out"),
+    (r"organisms.csv [Nameless.json]: says nothing in species", "organism left out"),
+    (r"organisms.csv [row 1 by file name]: says nothing in file_gz", "organism left out"),
     (r"unknown_g0_test_seg1.nc: planet 'unknown' is unknown", "climate left out"),
     (r"oec_planets.csv.gz [header]: is not the planet catalogue", "masked"),
     (r"oec_descriptions.jsonl.gz [line 1, text]: holds no words", "text masked"),
@@ -174,7 +183,7 @@ EXPECTED = (
     (r"Idle.json [objective]: absent", "organism left out"),
     (r"Empty.json [listOfReactions]: empty network", "organism left out"),
     (r"Page.xml: is not SBML", "organism left out"),
-    (r"Missing.xml.gz: cannot be read", "organism left out"),
+    (r"Missing.xml.gz: is missing", "organism left out"),
     (r"organisms.csv [Nowhere.json]: Nowhere species has no known growth range", "organism left out"),
     (r"Mars_geo_albedo.txt.gz: cannot be read", "spectrum left out"),
     (r"p1_g0.txt [# Wave/freq]: no such header line", "spectrum left out"),
@@ -214,10 +223,37 @@ def test_what_remains_is_sound_and_loads(built: tuple[Path, list[str]]) -> None:
     assert row.ts_drift == pytest.approx(1.0, abs=0.1)
 
 
+def test_parts_by_table_and_by_name(built: tuple[Path, list[str]], raw: Path, tmp_path: Path) -> None:
+    parts = {row.name: row for row in open_pack(built[0]).parts}
+    assert set(parts) == {*(f"Star {k}" for k in range(SYSTEMS)), *GENERA, "Large"}  # nobody who is not there
+    assert (parts["Ff"].part, parts["Ff"].source) == ("validation", "table")
+    assert {row.source for name, row in parts.items() if name != "Ff"} == {"name"}
+    held = {name for name, row in parts.items() if row.part == "test"}
+    assert held == {"Star 3", "Star 6", "Aa", "Cc"}
+    other = tmp_path / "raw"
+    (other / "tables").mkdir(parents=True)
+    (other / "climate").symlink_to(raw / "climate")
+    for text, message in (
+        ("kind,name\n", r"split\.csv \[part\]: column absent"),
+        ("kind,name,part\ngenus,Aa,training\n", r"\[line 2, part\]: is 'training', expected one of"),
+        ("kind,name,part\nspecies,Aa,test\n", r"\[line 2, kind\]: is 'species'"),
+        ("kind,name,part\ngenus,Aa,test\ngenus,Aa,train\n", r"\[Aa\]: the genus is listed more than once"),
+        ("\xff", "is no table"),
+    ):
+        (other / "tables/split.csv").write_text(text, encoding="latin-1")
+        with pytest.raises(data.DataError, match=message):
+            build(other, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_pack_is_replaced_by_a_whole_one_only(raw: Path, built: tuple[Path, list[str]], tmp_path: Path) -> None:
     old = Path(shutil.copytree(built[0], tmp_path / "pack"))
     (tmp_path / "raw/climate").mkdir(parents=True)
     (tmp_path / "raw/climate/p0_g0_test_seg1.nc").write_text(PAGE)
+    with pytest.raises(data.DataError, match="no usable climate file"):
+        build(tmp_path / "raw", old)
+    assert check(old) == []
+    old.rename(tmp_path / "pack.old")  # a build that was ended between moving the old pack away and the new one in
     with pytest.raises(data.DataError, match="no usable climate file"):
         build(tmp_path / "raw", old)
     assert check(old) == []

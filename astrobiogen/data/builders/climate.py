@@ -29,6 +29,7 @@ _PRESSURE_UNITS = variables.PASCAL
 _SIGMA_UNITS = ("1", "", "nondimensional", "nondimen", "sigma", "sigma_level", "level", "layer")
 _CALENDAR = "since"  # "days since 1850-01-01": time steps have dates
 _PARAMETERS = "parameters"
+_LARGEST_GAP = 2.5  # of the median step of a coordinate, between neighbours or to the pole: more is no global grid
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,19 @@ def opened(path: Path) -> Iterator[xr.Dataset]:
         raise DataError(path, "", f"cannot be read as a climate file ({' '.join(str(error).split())[:200]})") from error
 
 
+def _gap(values: Floats, axis: str) -> str:
+    """What keeps ascending coordinates [degrees] from covering the sphere, empty when nothing does: regridding would
+    stretch a regional file over the whole planet.
+    """
+    if not np.isfinite(values).all() or (axis == "lat" and np.abs(values).max() > 90.0 + grids.SAME_DEGREES):
+        return f"values {values.min():.4g} to {values.max():.4g}, expected degrees"
+    steps = np.diff(values)
+    ends = [values[0] + 90.0, 90.0 - values[-1]] if axis == "lat" else [values[0] + 360.0 - values[-1]]
+    if steps.size == 0 or max(*steps, *ends) > _LARGEST_GAP * np.median(steps):
+        return f"{values.size} values from {values[0]:.4g} to {values[-1]:.4g} do not cover the sphere"
+    return ""
+
+
 def _oriented(array: xr.DataArray, path: Path, name: str) -> xr.DataArray:
     """Axes in our order, north first, longitudes ascending from 0."""
     wanted = variables.VARIABLES[name].axes
@@ -93,6 +107,9 @@ def _oriented(array: xr.DataArray, path: Path, name: str) -> xr.DataArray:
     if set(array.dims) != set(wanted):
         raise DataError(path, name, f"axes {array.dims}, expected {wanted}")
     array = array.assign_coords(lon=array["lon"] % 360.0)
+    for axis in ("lat", "lon"):
+        if problem := _gap(np.sort(np.asarray(array[axis].values, np.float64)), axis):
+            raise DataError(path, axis, problem)
     return array.transpose(*wanted).sortby("lat", ascending=False).sortby("lon")
 
 

@@ -57,7 +57,11 @@ def _one(
     later = path.with_name(path.name.replace("_seg1", "_seg2"))
     standard = grids.standard_grid()
     first, second = (climate.read_climate(p, names, standard) for p, names in ((path, _INPUT), (later, _LABEL)))
-    values = planets.parameters(path, found["planet"], body, first.parameters, catalogue)
+
+    def masked(error: DataError) -> None:
+        work.blame(error, "masked")
+
+    values = planets.parameters(path, found["planet"], body, first.parameters, catalogue, masked)
     if work.grid is None:
         work.grid = first.grid
     key = f"{found['planet']}_g{found['epoch']}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from astrobiogen.data.builders import assemble, chemistry
 from astrobiogen.data.builders.assemble import DEFAULT_FLUX, Network
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 
 _EC_KEYS = ("ec-code", "ec_code", "EC Number")
 
@@ -30,6 +30,9 @@ def _number(path: Path, where: str, value: Any) -> float:
 def _document(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
         text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         document = json.loads(text)
     except (OSError, EOFError, zlib.error, ValueError) as error:
@@ -42,19 +45,26 @@ def _document(path: Path) -> dict[str, Any]:
     return document
 
 
+def _charge(value: Any) -> int | None:
+    """A whole number, or None: unknown."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
+
+
 def _species(path: Path, k: int, item: dict[str, Any], titles: dict[str, str]) -> tuple[str, assemble.Species]:
     identifier = item.get("id")
     if not isinstance(identifier, str):
         raise DataError(path, f"metabolites[{k}].id", f"is {identifier!r}, expected text")
-    charge = item.get("charge")
-    known = charge is not None and float(charge).is_integer()
     compartment = str(item.get("compartment", ""))
     return identifier, assemble.species(
         identifier,
         str(item.get("name", "")),
         chemistry.compartment_code(compartment, titles.get(compartment, "")),
         str(item.get("formula") or ""),
-        int(charge) if known and charge is not None else None,
+        _charge(item.get("charge")),
         bool(identifier.endswith(("_b", "_boundary"))),
     )
 

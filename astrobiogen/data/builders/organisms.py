@@ -13,7 +13,7 @@ from astrobiogen.data.builders.network import PackedNetwork, pack_network
 from astrobiogen.data.builders.work import Work
 from astrobiogen.data.builders.workers import map_isolated
 from astrobiogen.data.container import write_arrays
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 from astrobiogen.data.progress import track
 from astrobiogen.data.tables import OrganismRow
 
@@ -25,9 +25,12 @@ SUFFIXES = (".gz", ".xml", ".sbml", ".json")
 def _number(path: Path, row: dict[str, str], column: str) -> float:
     value = row.get(column) or ""
     try:
-        return float(value) if value else math.nan
+        number = float(value) if value else math.nan
     except ValueError as error:
         raise DataError(path, f"{row['file_gz']}, {column}", f"is {value!r}, expected a number") from error
+    if math.isinf(number):
+        raise DataError(path, f"{row['file_gz']}, {column}", f"is {value!r}, expected a finite number")
+    return number
 
 
 def niche(path: Path, row: dict[str, str]) -> tuple[float, float, str]:
@@ -68,12 +71,24 @@ def read_table(path: Path) -> list[dict[str, str]]:
             reader = csv.DictReader(handle)
             if missing := [c for c in _COLUMNS if c not in (reader.fieldnames or ())]:
                 raise DataError(path, missing[0], f"column absent; the header is {(reader.fieldnames or [])[:6]}")
-            rows = sorted(reader, key=lambda row: row["file_gz"])
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(path, "", f"cannot be read ({error})") from error
+            rows = sorted(reader, key=lambda row: row["file_gz"] or "")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise unreadable(path, error) from error
     if not rows:
         raise DataError(path, "", "the table is empty")
     return rows
+
+
+def _complete(work: Work, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows that name a file, a species and a domain; the others are left out."""
+    kept: list[dict[str, str]] = []
+    for k, row in enumerate(rows):
+        with work.tolerated("organism left out"):
+            if empty := [c for c in _COLUMNS[:3] if not (row[c] or "").strip()]:
+                where = row["file_gz"] or f"row {k + 1} by file name"
+                raise DataError(work.raw / TABLE, where, f"says nothing in {', '.join(empty)}")
+            kept.append(row)
+    return kept
 
 
 def _row(work: Work, row: dict[str, str], made: PackedNetwork, note: str) -> OrganismRow:
@@ -120,7 +135,7 @@ def build_networks(work: Work) -> list[OrganismRow]:
     """Pack every network whose organism has a growth range and whose model grows; files are read in worker processes,
     and one that is bad, or ends its process, costs its organism.
     """
-    table = read_table(work.raw / TABLE)
+    table = _complete(work, read_table(work.raw / TABLE))
     notes = _notes(work)
     everyone = sorted({row["species"] for row in table})
     paths = [work.raw / FOLDER / row["file_gz"] for row in table]

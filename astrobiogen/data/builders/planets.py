@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 
 
 class Body(NamedTuple):
@@ -79,7 +80,7 @@ def _rows(path: Path, columns: set[str], what: str) -> list[dict[str, str]]:
         with opener(path, "rt", encoding="utf-8", newline="") as handle:
             rows = list(csv.DictReader(handle))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(path, "", f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     if not rows or not columns <= set(rows[0]):
         header = list(rows[0])[:5] if rows else []
         raise DataError(path, "header", f"is not {what} (needs {sorted(columns)}, has {header})")
@@ -97,12 +98,30 @@ def read_bodies(path: Path) -> dict[str, Body]:
     return {row["prefix"]: Body(row["name"], row["star_system"]) for row in rows}
 
 
-def _number(value: Any) -> float:
-    return float(value) if value not in ("", None) else math.nan
+def _catalogued(path: Path, row: Mapping[str, Any], column: str, masked: Callable[[DataError], None]) -> float:
+    """Number of the catalogue; NaN where it states none, and where what it states is impossible, which ``masked``
+    hears of.
+    """
+    value = row.get(column)
+    if value in ("", None):
+        return math.nan
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (number <= 0 and column != "st_met"):
+        masked(DataError(path, f"catalogue, {column}", f"is {value!r}, expected a positive number"))
+        return math.nan
+    return number
 
 
 def parameters(
-    path: Path, prefix: str, body: Body, run: dict[str, Any], catalogue: dict[str, dict[str, str]]
+    path: Path,
+    prefix: str,
+    body: Body,
+    run: Mapping[str, Any],
+    catalogue: Mapping[str, Mapping[str, str]],
+    masked: Callable[[DataError], None],
 ) -> dict[str, float]:
     """The P parameters of one climate in the order ``PARAM_NAMES``; NaN where not measured.
 
@@ -117,36 +136,48 @@ def parameters(
         [m/s2], rotationperiod [d], aquaplanet, pCO2 [bar]; optional synchronous, pO2 [bar], geological_age_gyr.
     catalogue
         Rows of the Open Exoplanet Catalogue by name.
+    masked
+        Told of a value of the catalogue that is no possible number.
 
     Raises
     ------
     DataError
-        A parameter of the run is absent or no positive number.
+        A parameter of the run is absent or no positive number (pO2 and geological_age_gyr may be 0).
     """
 
-    def given(name: str) -> float:
+    def given(name: str, default: float | None = None) -> float:
+        if default is not None and name not in run:
+            return default
         value = run.get(name)
-        if not isinstance(value, int | float) or not value > 0:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        if not math.isfinite(number) or number < 0 or (number == 0 and default is None):
             raise DataError(path, f"parameters.{name}", f"is {value!r}, expected a positive number")
-        return float(value)
+        return number
 
-    if not isinstance(run.get("aquaplanet"), bool):
-        raise DataError(path, "parameters.aquaplanet", f"is {run.get('aquaplanet')!r}, expected true or false")
-    row: dict[str, Any] = _SUN if prefix == "earth" else catalogue.get(body.name, {})
+    def told(name: str, default: bool | None = None) -> bool:
+        value = run.get(name, default)
+        if not isinstance(value, bool | int) or value not in (0, 1):
+            raise DataError(path, f"parameters.{name}", f"is {value!r}, expected true or false")
+        return bool(value)
+
+    row: Mapping[str, Any] = _SUN if prefix == "earth" else catalogue.get(body.name, {})
+    mass, radius, metallicity, age, period = (
+        _catalogued(path, row, c, masked) for c in ("st_mass_sun", "st_rad_sun", "st_met", "st_age_gyr", "pl_period_d")
+    )
     values = (
         given("flux"),
         given("startemp"),
-        _number(row.get("st_mass_sun")),
-        _number(row.get("st_rad_sun")),
-        _number(row.get("st_met")),
-        run.get("geological_age_gyr", _number(row.get("st_age_gyr"))),
+        mass,
+        radius,
+        metallicity,
+        given("geological_age_gyr", default=age),
         given("radius"),
         given("gravity"),
         math.log10(given("rotationperiod")),
-        float(run.get("synchronous", False)),
-        math.log10(_number(row.get("pl_period_d"))),
-        float(not run["aquaplanet"]),
-        run.get("pO2", 0.0),
+        told("synchronous", default=False),
+        math.log10(period),
+        not told("aquaplanet"),
+        given("pO2", default=0.0),
         math.log10(given("pCO2")),
     )
     return dict(zip(PARAM_NAMES, map(float, values), strict=True))

@@ -14,7 +14,7 @@ from astrobiogen.data.builders.organisms import FOLDER, TABLE, niche, organism_n
 from astrobiogen.data.builders.work import digest
 from astrobiogen.data.builders.workers import map_isolated
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.pack import Pack, latitude_bounds
+from astrobiogen.data.pack import MANIFEST, Pack, latitude_bounds
 from astrobiogen.data.progress import track
 from astrobiogen.data.tables import PairRow
 
@@ -36,7 +36,10 @@ def growth_of(path: Path) -> Growth:
 
 def raw_file(pack: Pack, raw: Path, packed: str) -> Path:
     """The raw file from which ``packed`` was made, its SHA-256 compared with the manifest's."""
-    name, expected = pack.manifest["files"][packed]["sources"][:2]
+    sources = pack.manifest["files"].get(packed, {}).get("sources") or []
+    if len(sources) < 2:
+        raise DataError(pack.root / MANIFEST, packed, "names no raw file that it was made from")
+    name, expected = sources[:2]
     path = raw / name
     if not path.exists():
         raise DataError(path, "", f"is missing; {packed} was made from it")

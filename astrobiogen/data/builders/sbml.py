@@ -15,7 +15,7 @@ import numpy as np
 
 from astrobiogen.data.builders import assemble, chemistry
 from astrobiogen.data.builders.assemble import DEFAULT_FLUX, Network
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 
 _FORMULA_NOTE = re.compile(r"FORMULA:\s*([A-Za-z0-9]+)", re.IGNORECASE)
 _CHARGE_NOTE = re.compile(r"CHARGE:\s*(-?\d+)", re.IGNORECASE)
@@ -30,7 +30,7 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(path, "", f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     if data[:2] == b"PK":
         raise DataError(path, "", "is a zip (COMBINE) archive, not SBML; unpack it first")
     text = data.decode("utf-8", errors="replace")

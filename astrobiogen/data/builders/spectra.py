@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 
 WAVELENGTH_RANGE, BINS = (0.30, 2.40), 256  # micrometres; inside the range of both Earth spectra
 # name -> (file, columns of wavelength and albedo); "modern_earth" is the quadrature spectrum of Robinson et al. 2011,
@@ -59,7 +59,7 @@ def read_spectrum(folder: Path, name: str) -> tuple[NDArray[np.float32], NDArray
                 if parts and parts[0][0] in "0123456789.+-":
                     rows.append([float(p) for p in parts])
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(path, "", f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     if not rows or len(rows[0]) <= albedo_column or any(len(row) != len(rows[0]) for row in rows):
         raise DataError(path, "albedo", f"column {albedo_column} absent or lines of different length")
     table = np.array(rows)
@@ -97,7 +97,7 @@ def read_psg(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     try:
         body = path.read_bytes()
     except OSError as error:
-        raise DataError(path, "", f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     return parse_psg(path, body)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from astrobiogen.data.builders.grids import Grid
 from astrobiogen.data.builders.variables import VARIABLES
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.pack import Pack
+from astrobiogen.data.progress import track
 
 SEGMENTS = (cubes.INPUT_SEGMENT, cubes.LABEL_SEGMENT)
 _AXES = ("climate", "segment")
@@ -106,33 +109,40 @@ def _created(path: Path, keys: Sequence[str], names: Sequence[str], grid: Grid) 
 
 
 def write_store(path: Path, keys: Sequence[str], names: Sequence[str], grid: Grid, entries: Iterable[Entry]) -> None:
-    """Write a new ``.zarr`` store or ``.nc`` file, one entry in memory at a time.
+    """Write a new ``.zarr`` store or ``.nc`` file, one entry in memory at a time; it is at ``path`` when it is whole.
 
     Raises
     ------
     DataError
-        ``path`` exists or has another suffix, or an entry does not fit.
+        ``path`` exists or has another suffix, or an entry does not fit: nothing is left at ``path``.
     """
     if path.suffix not in (".zarr", ".nc"):
         raise DataError(path, "", "suffix must be .zarr or .nc")
     if path.exists():
         raise DataError(path, "", "exists already; nothing was changed")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _created(path, keys, names, grid) as arrays:
-        for entry in entries:
-            key = climate_key(entry.planet, entry.epoch)
-            if key not in keys or entry.segment not in SEGMENTS:
-                raise DataError(path, key, f"segment {entry.segment} is not one of this store")
-            row, segment = list(keys).index(key), SEGMENTS.index(entry.segment)
-            for name, values in entry.fields.items():
-                volume = (grid.levels.size,) if "lev" in VARIABLES[name].axes else ()
-                wanted = (grid.months, *volume, grid.latitudes.size, grid.longitudes.size)
-                if values.shape != wanted:
-                    raise DataError(path, f"{key} {name}", f"shape {values.shape}, expected {wanted}")
-                arrays[name][row, segment] = values.astype(np.float32)
-            arrays["toa_imbalance"][row, segment] = entry.toa_imbalance
-            if math.isfinite(entry.ts_drift):
-                arrays["ts_drift"][row] = entry.ts_drift
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        with _created(part, keys, names, grid) as arrays:
+            for entry in entries:
+                _write_entry(path, keys, grid, arrays, entry)
+        os.replace(part, path)
+
+
+def _write_entry(path: Path, keys: Sequence[str], grid: Grid, arrays: Mapping[str, _Target], entry: Entry) -> None:
+    key = climate_key(entry.planet, entry.epoch)
+    if key not in keys or entry.segment not in SEGMENTS:
+        raise DataError(path, key, f"segment {entry.segment} is not one of this store")
+    row, segment = list(keys).index(key), SEGMENTS.index(entry.segment)
+    for name, values in entry.fields.items():
+        volume = (grid.levels.size,) if "lev" in VARIABLES[name].axes else ()
+        wanted = (grid.months, *volume, grid.latitudes.size, grid.longitudes.size)
+        if values.shape != wanted:
+            raise DataError(path, f"{key} {name}", f"shape {values.shape}, expected {wanted}")
+        arrays[name][row, segment] = values.astype(np.float32)
+    arrays["toa_imbalance"][row, segment] = entry.toa_imbalance
+    if math.isfinite(entry.ts_drift):
+        arrays["ts_drift"][row] = entry.ts_drift
 
 
 class ClimateStore:
@@ -238,7 +248,7 @@ def export_pack(pack: Pack, path: Path) -> None:
     grid = Grid(np.array(spec.levels), np.array(spec.latitudes), np.array(spec.longitudes), spec.months)
 
     def entries() -> Iterator[Entry]:
-        for row in pack.climates:
+        for row in track(pack.climates, "climates", len(pack.climates), lambda r: climate_key(r.planet, r.epoch)):
             codes = cubes.read_codes(pack.contents(row.cube_file), shape)
             fields = {name: cubes.value_table(name, int(c.max()) + 1)[c] for name, c in codes.items()}
             yield Entry(row.planet, row.epoch, cubes.INPUT_SEGMENT, fields, row.toa_imbalance_input, row.ts_drift)

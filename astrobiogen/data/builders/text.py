@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 from astrobiogen.data.text import SPECIAL_TOKENS, label_words_in
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
@@ -32,8 +32,10 @@ def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict[str, str]]:
         with gzip.open(path, "rt", encoding="utf-8") as handle:
             rows = [json.loads(line) for line in handle]
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(path, "", f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     for k, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(path, f"line {k + 1}", f"is a {type(row).__name__}, expected an object")
         if missing := [f for f in fields if not isinstance(row.get(f), str)]:
             raise DataError(path, f"line {k + 1}", f"lacks the text fields {missing}")
     return rows

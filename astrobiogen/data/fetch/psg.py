@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from astrobiogen.data.builders.spectra import parse_psg
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 from astrobiogen.data.fetch.download import Web, looks_like_a_page
 from astrobiogen.data.fetch.each import Fetched, each
 
@@ -34,7 +34,7 @@ def configuration(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(path, "", f"cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     units = next((line[len(UNITS) :].strip() for line in text.splitlines() if line.startswith(UNITS)), None)
     if units != "rif":
         raise DataError(path, UNITS, f"is {units!r}, expected 'rif' (apparent albedo)")
