@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import math
 import sys
@@ -17,7 +18,7 @@ from matplotlib.patches import Patch
 
 from astrobiogen.data import cubes, labels, splits
 from astrobiogen.data.load import SAMPLE_FOLDER, load
-from astrobiogen.data.pack import Pack, open_pack
+from astrobiogen.data.pack import BY_NAME, IN_SAMPLE, IN_TABLE, Pack, open_pack
 from astrobiogen.data.progress import track
 
 _DPI = 100
@@ -240,6 +241,29 @@ def variance_table(pack: Pack) -> str:
     )
 
 
+def part_table(pack: Pack) -> str:
+    """Markdown table of the star systems and genera of each part, with who placed them."""
+    lines = ["| part | star systems | genera |", "|---|---|---|"]
+    for part in splits.PARTS:
+        names = [
+            ", ".join(sorted(row.name for row in pack.parts if (row.kind, row.part) == (kind, part)))
+            for kind in splits.KINDS
+        ]
+        lines.append(f"| {part} | {' | '.join(names)} |")
+    sources = Counter(row.source for row in pack.parts)
+    told = {IN_SAMPLE: "as in the bundled sample", IN_TABLE: "by tables/split.csv", BY_NAME: "by their names"}
+    return "\n".join(lines) + "\n\n" + ", ".join(f"{sources[s]} {words}" for s, words in told.items() if sources[s])
+
+
+def growth_table(pack: Pack) -> str:
+    """How many networks grow without which gas."""
+    count = Counter((o.grows_without_o2, o.grows_without_o2_h2) for o in pack.organisms)
+    return (
+        f"without O2 and without H2 too: {count[1, 1]}; without O2, but not without both: {count[1, 0]}; "
+        f"with O2 only: {count[0, 0]}"
+    )
+
+
 def climate_table(pack: Pack) -> str:
     """Markdown table of the climates with their acceptance figures."""
     lines = [
@@ -266,15 +290,16 @@ def describe(root: Path, output: Path) -> str:
     plots = (plot_maps, plot_graphs, plot_labels, plot_splits, plot_climates, plot_spectra)
     for plot in track(plots, "plots", len(plots), lambda p: p.__name__):
         plot(pack, output)
-    oxygen = Counter((o.grows_without_o2, o.grows_without_o2_h2) for o in pack.organisms)
     text = "\n\n".join(
         (
             "## Split cells",
             split_table(pack),
+            "## Parts",
+            part_table(pack),
             "## Variance of S",
             variance_table(pack),
-            "## Networks by growth without (O2, O2 and H2)",
-            ", ".join(f"{k}: {n}" for k, n in sorted(oxygen.items())),
+            "## Networks by growth",
+            growth_table(pack),
             "## Climates",
             climate_table(pack),
         )
@@ -293,6 +318,15 @@ def main(arguments: list[str]) -> int:
         "folder", type=Path, nargs="?", default=SAMPLE_FOLDER, help="folder of the pack (default: the bundled one)"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for plots and tables")
+    parser.add_argument(
+        "--climate-work",
+        type=Path,
+        metavar="DIR",
+        help="work folder of make-climate (RAW/climate-work): also plot how its runs came to balance, make_climate.png",
+    )
     options = parser.parse_args(arguments)
     sys.stdout.write(describe(options.folder, options.output) + "\n")
+    if options.climate_work is not None:
+        runs = importlib.import_module("astrobiogen.data.make_climate.plot")  # needs astrobiogen[data]
+        runs.describe_runs(options.climate_work, options.output / "make_climate.png")
     return 0

@@ -17,7 +17,7 @@ import xarray as xr
 from astrobiogen import data
 from astrobiogen.data.__main__ import main
 from astrobiogen.data.builders import climate
-from astrobiogen.data.make_climate import jobs
+from astrobiogen.data.make_climate import jobs, plot
 from astrobiogen.data.make_climate.parameters import climate_of
 
 # A model that approaches balance: the imbalance halves with every segment; the restart file holds their number.
@@ -281,10 +281,19 @@ def test_a_damaged_history_fails_its_climate(raw: Path, capsys: pytest.CaptureFi
     command = ["make-climate", "--raw", str(raw), "--planets", "TOI-700 d", "--co2", "0.01"]
     folder = raw / "climate-work/toi700d_g0_pCO2_0.01bar"
     folder.mkdir(parents=True)
+    with pytest.raises(data.DataError, match="holds no run of make-climate"):
+        plot.describe_runs(raw / "climate-work", raw / "x.png")
     for text in ("[{]", '[{"toa": 1}]', "7"):
         (folder / "history.json").write_text(text)
         assert main(command) == 1
         assert "history.json: is no list of segments" in capsys.readouterr().out
+        with pytest.raises(data.DataError, match="is no list of segments"):
+            plot.describe_runs(raw / "climate-work", raw / "x.png")
+    (folder / "history.json").write_text('[{"toa_imbalance": 1.0, "ts_mean": 280.0}]')
+    (folder / "job.json").write_text("{}")
+    with pytest.raises(data.DataError, match=r"job.json \[steps, timestep\]"):
+        plot.describe_runs(raw / "climate-work", raw / "x.png")
+    assert not (raw / "x.png").exists()
     assert calls(raw) == []
 
 

@@ -23,9 +23,9 @@ import rich.progress
 from astrobiogen.data.builders.planets import CATALOGUE, read_catalogue
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.make_climate.driver import PREPARE
-from astrobiogen.data.make_climate.jobs import MIN_SEGMENT_DAYS, Job, Segment, Settings, cause, read_history
+from astrobiogen.data.make_climate.jobs import MIN_SEGMENT_DAYS, Job, Segment, Settings, cause
 from astrobiogen.data.make_climate.parameters import Climate, climate_of
-from astrobiogen.data.make_climate.plot import plot_histories
+from astrobiogen.data.make_climate.plot import Runs, history_of, plot_histories
 from astrobiogen.data.progress import say
 
 # one core, T21L10, 45-minute steps: 215 s as ExoPlaSim is shipped (bounds checked), 186 s with -march=native
@@ -169,12 +169,12 @@ def run_all(
 
 def draw(runs: Sequence[Climate], work: Path, settings: Settings) -> None:
     """Plot the histories of ``runs`` into ``history.png`` in their work folder ``work``."""
-    histories: dict[str, list[Segment]] = {}
+    histories: Runs = {}
     for run in runs:
-        with contextlib.suppress(DataError):  # a damaged history has failed its run, which said so
-            histories[run.key] = read_history(work / run.key)
-    if any(histories.values()):
-        plot_histories(histories, settings, work / "history.png")
+        with contextlib.suppress(DataError):  # a damaged folder has failed its run, which said so
+            histories |= history_of(work / run.key)
+    if histories:
+        plot_histories(histories, work / "history.png", settings.max_imbalance)
         say(f"energy balance and temperature against model years: {work / 'history.png'}")
 
 
