@@ -19,6 +19,8 @@ from benchmarks import environment, runner
 from benchmarks.harness import Row, keep_freed_pages
 
 RESULTS = Path(__file__).parent / "results"
+# What a run adds to each of its rows.
+STAMP = ("commit", "date", "device", "torch", "triton", "threads", "heap", "core_share")
 ROWS = pytest.StashKey[list[Row]]()
 
 
@@ -43,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fresh-pages",
         action="store_true",
         help="leave malloc as it is: every large result pays the page faults that a program outside a benchmark pays; "
-        "rows go to a folder of their own",
+        'the rows say "fresh" under "heap" and stand beside the "warm" ones',
     )
     group.addoption(
         "--cpu-level",
@@ -132,7 +134,10 @@ def make(device: torch.device) -> Iterator[Any]:
 @pytest.fixture
 def bench(pytestconfig: pytest.Config, device: torch.device, quick: bool) -> runner.Bench:
     """Measures all candidates of one op at one size; see `runner.Bench.__call__`."""
-    return runner.Bench(device, quick, pytestconfig.stash[ROWS])
+    made = runner.Bench(device, quick, pytestconfig.stash[ROWS])
+    if pytestconfig.getoption("--fresh-pages"):
+        made.settings = dataclasses.replace(made.settings, lead=1)
+    return made
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -144,9 +149,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"{op}, {mode}")
         for line in table(group):
             terminalreporter.write_line(line)
-    facts = environment.facts(_device_of(config)) | {"set": config.getoption("--set")}
-    if config.getoption("--fresh-pages"):
-        facts |= {"device": facts["device"] + ", fresh pages", "device_slug": facts["device_slug"] + "-fresh-pages"}
+    heap = "fresh" if config.getoption("--fresh-pages") else "warm"
+    facts = environment.facts(_device_of(config)) | {"set": config.getoption("--set"), "heap": heap}
     terminalreporter.write_line(
         f"contention: a busy loop got {facts['core_share']:.0%} of a core at the end of the run"
     )
@@ -190,33 +194,33 @@ def save(rows: Sequence[Row], facts: dict[str, Any], results: Path) -> list[Path
     """Write CSV and JSON per op: this run's rows over older ones of the same key; JSON adds this run's environment."""
     folder = results / facts["device_slug"]
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = {
-        name: str(facts[name]) for name in ("commit", "date", "device", "torch", "triton", "threads", "core_share")
-    }
+    stamp = {name: str(facts[name]) for name in STAMP}
     fields = [field.name for field in dataclasses.fields(Row)] + list(stamp)
     written: list[Path] = []
     for op in dict.fromkeys(row.op for row in rows):
         new = [{k: _plain(v) for k, v in dataclasses.asdict(row).items()} | stamp for row in rows if row.op == op]
         path = folder / f"{op}.csv"
-        keys = {_key(line) for line in new}  # rows of another thread count stay
+        keys = {row_key(line) for line in new}  # rows of another thread count or heap stay
         old: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline="") as file:
-                old = [line for line in csv.DictReader(file) if _key(line) not in keys]
+                old = [line for line in csv.DictReader(file) if row_key(line) not in keys]
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, fields, lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows([*old, *new])
         record = folder / f"{op}.json"
         kept = json.loads(record.read_text())["rows"] if record.exists() else []
-        kept = [line for line in kept if _key(line) not in keys]
+        kept = [line for line in kept if row_key(line) not in keys]
         record.write_text(json.dumps({"environment": facts, "rows": [*kept, *new]}, indent=1) + "\n")
         written += [path, record]
     return written
 
 
-def _key(line: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(line[name]) for name in ("op", "size", "dtype", "mode", "candidate", "threads"))
+def row_key(line: dict[str, Any]) -> tuple[str, ...]:
+    """What makes a row another one; rows from before there was a column "heap" are "warm"."""
+    named = tuple(str(line[name]) for name in ("op", "size", "dtype", "mode", "candidate", "threads"))
+    return (*named, line.get("heap") or "warm")
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

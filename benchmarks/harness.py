@@ -3,8 +3,8 @@
 * Every candidate's values and gradients are held against the fp64 reference before it is timed; a wrong peer is
   reported, not timed.
 * Rounds go through all candidates one after the other, so that a slow spell of the machine hits all of them alike.
-* CPU: wall time by `perf_counter`; with one thread also the processor time ("device"), which a busy machine disturbs
-  far less. Memory that the kernel returns is warm: outputs are dropped at once and glibc
+* CPU: wall time by `perf_counter`, and processor time of all threads together ("device"), which a busy machine
+  disturbs far less. Memory that the kernel returns is warm: outputs are dropped at once and glibc
   keeps freed pages (see `keep_freed_pages`); otherwise page faults would dominate every large output.
 * GPU: time between CUDA events of one call ("median"), and of one replay of a CUDA graph of that call ("device"),
   which leaves the host out. The L2 cache is overwritten before each call.
@@ -17,7 +17,8 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,13 @@ class Candidate:
     name: str
     function: Callable[..., Any] | None
     absent: str = ""
+    # Calls of seconds: at most so many timed rounds, no warm-up, memory not measured; 0: as the others.
+    rounds: int = 0
+    # Why its backward is left out, if it is.
+    forward_only: str = ""
+    # Times the allowed error: a peer that sums a long column in one fp32 chain, as compiled code does, is inexact, not
+    # wrong.
+    slack: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,8 @@ class Settings:
     max_rounds: int = 200
     seconds: float = 0.25
     warmup: int = 3
+    # Untimed calls of a candidate right before each timed one.
+    lead: int = 0
 
 
 QUICK = Settings(rounds=3, least_rounds=3, max_rounds=5, seconds=0.05, warmup=1)
@@ -182,6 +192,11 @@ class Expected:
         exact = _inputs.evaluate(definition, _inputs.upcast(arguments), differentiable, wide)
         return cls(exact, _inputs.evaluate(definition, arguments, differentiable, weights), weights)
 
+    def forward(self) -> "Expected":
+        """The outputs alone."""
+        exact, plain = (dataclasses.replace(result, gradients={}) for result in (self.exact, self.plain))
+        return Expected(exact, plain, [])
+
 
 def verify(
     candidate: Callable[..., Any],
@@ -250,12 +265,17 @@ class Samples:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def time_in_turns(calls: dict[str, Call], settings: Settings, device: torch.device) -> dict[str, Samples]:
-    """Run all calls round after round; see the module's text for what is timed."""
+def time_in_turns(
+    calls: dict[str, Call], settings: Settings, device: torch.device, limits: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Samples]:
+    """Run all calls round after round; see the module's text for what is timed.
+
+    `limits`: at most so many rounds for some of them, which are not warmed up either.
+    """
     measure = _time_cuda if device.type == "cuda" else _time_cpu
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    for call in calls.values():
-        for _ in range(settings.warmup):
+    for name, call in calls.items():
+        for _ in range(0 if name in limits else settings.warmup):
             call()
     found = {name: Samples() for name in calls}
     collecting = gc.isenabled()
@@ -267,6 +287,10 @@ def time_in_turns(calls: dict[str, Call], settings: Settings, device: torch.devi
             if (done >= settings.rounds and spent > 1.0) or (done >= settings.least_rounds and spent > 4.0):
                 break
             for name, call in calls.items():
+                if done >= limits.get(name, settings.max_rounds):
+                    continue
+                for _ in range(settings.lead):
+                    call()
                 wall, cpu = measure(call, flush)
                 found[name].wall.append(wall)
                 found[name].cpu.append(cpu)

@@ -10,8 +10,6 @@ from astrobiogen.testing import _inputs, _tolerance
 from benchmarks import harness
 from benchmarks.harness import Call, Candidate, Mode, Row, Samples, Work
 
-# A peer that sums a long column in one fp32 chain, as compiled code does, is inexact, not wrong.
-PEER_SLACK = 4.0
 # These must be right; a peer may be anything.
 OWN = ("ours", "eager")
 COPY, MM = "(copy of the same bytes)", "(torch.mm)"
@@ -43,6 +41,7 @@ class Bench:
         peers: Sequence[Candidate] = (),
         modes: Sequence[Mode] = ("forward", "backward"),
         truth: Callable[..., Any] | None = None,
+        without_compile: str = "",
     ) -> list[Row]:
         """Verify every candidate against fp64, then time all of them in turns.
 
@@ -59,6 +58,7 @@ class Bench:
             peers: further candidates, see `benchmarks.peers`.
             modes: what to time.
             truth: fp64 definition, where the timed `reference` cannot serve as one; default: `reference`.
+            without_compile: why the compiled reference is left out, if it is.
 
         Returns:
             The rows that were added.
@@ -66,7 +66,12 @@ class Bench:
         Raises:
             AssertionError: ours is wrong. A wrong peer becomes a row "wrong: ...".
         """
-        candidates = [Candidate("ours", ours), Candidate("eager", reference), self._compiled(reference), *peers]
+        candidates = [
+            Candidate("ours", ours),
+            Candidate("eager", reference),
+            self._compiled(reference, without_compile),
+            *peers,
+        ]
         subject = _tolerance.Subject(op, size, dtype)
         outputs = _inputs.as_tuple(reference(**arguments))
         upstream = [torch.randn_like(output) for output in outputs]
@@ -74,21 +79,26 @@ class Bench:
         # an eager that is not the definition, such as a fused kernel of PyTorch's, rounds in its own way
         strict = ("ours",) if truth else OWN
         checked, status = self._verified(candidates, strict, expected, arguments, differentiable, subject)
+        few = {candidate.name: candidate.rounds for candidate in candidates if candidate.rounds}
         added: list[Row] = []
         for mode in modes:
             calls: dict[str, Call] = {}
             failed = dict(status)
             for candidate in (c for c in candidates if c.function is not None and c.name in checked):
+                if mode == "backward" and candidate.forward_only:
+                    failed[candidate.name] = f"absent: {candidate.forward_only}"
+                    continue
                 try:
                     call = harness.prepare(candidate.function, arguments, differentiable, upstream, mode)
-                    call()
+                    if candidate.name not in few:
+                        call()
                 except Exception as error:
                     if candidate.name in OWN:
                         raise
                     failed[candidate.name] = _failure(error)
                 else:
                     calls[candidate.name] = call
-            added += self._measure(subject, mode, calls, work, checked, failed)
+            added += self._measure(subject, mode, calls, few, work, checked, failed)
         self.rows += added
         return added
 
@@ -108,10 +118,11 @@ class Bench:
             if candidate.function is None:
                 status[candidate.name] = f"absent: {candidate.absent}"
                 continue
-            slack = 1.0 if candidate.name in strict else PEER_SLACK
+            slack = 1.0 if candidate.name in strict else candidate.slack
             try:
+                wanted = expected.forward() if candidate.forward_only else expected
                 checked[candidate.name] = harness.verify(
-                    candidate.function, expected, arguments, differentiable, subject, slack
+                    candidate.function, wanted, arguments, differentiable, subject, slack
                 )
             except Exception as error:
                 if candidate.name in OWN:
@@ -120,9 +131,9 @@ class Bench:
                 status[candidate.name] = f"wrong: {error}" if wrong else _failure(error)
         return checked, status
 
-    def _compiled(self, reference: Callable[..., Any]) -> Candidate:
-        if self.quick:
-            return Candidate("compile", None, "left out by --quick")
+    def _compiled(self, reference: Callable[..., Any], without: str) -> Candidate:
+        if self.quick or without:
+            return Candidate("compile", None, without or "left out by --quick")
         torch.compiler.reset()
         return Candidate("compile", torch.compile(reference, fullgraph=True))
 
@@ -131,16 +142,18 @@ class Bench:
         subject: _tolerance.Subject,
         mode: Mode,
         calls: dict[str, Call],
+        few: dict[str, int],
         work: Work,
         checked: dict[str, Checked],
         status: dict[str, str],
     ) -> list[Row]:
         short = str(subject.dtype).removeprefix("torch.")
         n_bytes, flops = work.of(mode)
-        memory = {name: harness.added_memory(call, self.device) / 2**20 for name, call in calls.items()}
+        measured = {name: call for name, call in calls.items() if name not in few}
+        memory = {name: harness.added_memory(call, self.device) / 2**20 for name, call in measured.items()}
         mm, mm_flops = harness.mm_call(subject.dtype, self.device, self.quick)
         limits = {COPY: harness.copy_call(n_bytes, self.device), MM: mm}
-        times = harness.time_in_turns({**calls, **limits}, self.settings, self.device)
+        times = harness.time_in_turns({**calls, **limits}, self.settings, self.device, few)
         device_times = self._device_times({**calls, **limits}, times)
         on_device = {name: device_times.get(name, sample.median()) for name, sample in times.items()}
         copy_rate, mm_rate = n_bytes / on_device[COPY], mm_flops / on_device[MM]
@@ -172,7 +185,7 @@ class Bench:
 
     def _device_times(self, calls: dict[str, Call], times: dict[str, Samples]) -> dict[str, float]:
         if self.device.type != "cuda":
-            return {name: sample.processor() for name, sample in times.items()} if torch.get_num_threads() == 1 else {}
+            return {name: sample.processor() for name, sample in times.items()}
         replays = {name: harness.graphed(call) for name, call in calls.items()}
         replayed = harness.time_in_turns(
             {n: r for n, r in replays.items() if r is not None}, self.settings, self.device

@@ -1,4 +1,5 @@
-"""What `pytest benchmarks/ --save` writes: a run of some sizes keeps the rows of the others, in CSV and JSON alike."""
+"""What `pytest benchmarks/ --save` writes: a run of some sizes, threads or state of the heap keeps the rows of the
+others, in CSV and JSON alike."""
 
 import csv
 import dataclasses
@@ -8,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.conftest import save
+from benchmarks.conftest import row_key, save
 from benchmarks.harness import Row
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-KEY = ("op", "size", "dtype", "mode", "candidate", "threads")
 FACTS: dict[str, Any] = {
     "device_slug": "cpu",
     "commit": "0123456",
@@ -20,6 +20,7 @@ FACTS: dict[str, Any] = {
     "torch": "2",
     "triton": "3",
     "threads": 1,
+    "heap": "warm",
     "core_share": 1.0,
 }
 
@@ -45,9 +46,17 @@ def test_a_run_of_one_size_keeps_the_rows_of_the_others(tmp_path: Path) -> None:
         assert found == {("small", 1.0, "first"), ("large", 3.0, "second")}
 
 
+@pytest.mark.parametrize("other", [{"heap": "fresh"}, {"threads": 2}], ids=str)
+def test_rows_of_another_state_stand_beside(tmp_path: Path, other: dict[str, Any]) -> None:
+    for facts, median in ((FACTS, 1.0), (FACTS | other, 2.0), (FACTS | other, 3.0)):
+        save([row("small", median)], facts | {"date": "today"}, tmp_path)
+    for rows in read(tmp_path / "cpu", "op"):
+        assert [float(line["median_us"]) for line in rows] == [1.0, 3.0]
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.csv")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_checked_in_files_hold_the_same_rows(path: Path) -> None:
     lines, records = read(path.parent, path.stem)
-    keys = [sorted(tuple(str(line[name]) for name in KEY) for line in rows) for rows in (lines, records)]
+    keys = [sorted(row_key(line) for line in rows) for rows in (lines, records)]
     assert keys[0] == keys[1]
     assert len(set(keys[0])) == len(keys[0]) > 0
