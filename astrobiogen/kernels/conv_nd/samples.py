@@ -236,16 +236,18 @@ def norm_case(
     return Case(f"{norm}-{channels}-{outputs}", build, (*ARGUMENTS, "norm_weight", "norm_bias"))
 
 
-def random_case(seed: int, longest: int = 6) -> dict[str, Any]:
+def random_case(seed: int, longest: int = 6, axes: int | None = None, inputs: int | None = None) -> dict[str, Any]:
     """One random valid call of `conv_nd` in fp64, drawn from `seed`: axes of 1 to `longest` rows, kernel, stride,
-    dilation, padding and modes, groups."""
+    dilation, padding and modes, groups. `axes` and `inputs` (channels per group) are drawn too where not given."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=draw))
 
-    axes, groups = pick(1, 5), pick(1, 3)
-    inputs, outputs = pick(1, 3), pick(1, 9)
+    drawn, groups = pick(1, 5), pick(1, 3)
+    axes = axes or drawn
+    few, outputs = pick(1, 3), pick(1, 9)
+    inputs = inputs or few
     size = [pick(1, longest) for _ in range(axes)]
     stride, dilation = tuple(pick(1, 3) for _ in range(axes)), tuple(pick(1, 2) for _ in range(axes))
     modes, padding, kernel = [], [], []

@@ -87,9 +87,10 @@ def conv_nd_norm(
     shapes = norm.statistics_shapes((y.shape[0], y.shape[-1], *y.shape[1:-1]), keep)
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
     gamma, beta = affine(y.shape[-1], norm_weight, norm_bias, x)
+    result = y.movedim(-1, 1), kept.movedim(-1, 1) if keep else kept, mean, rstd
     if y.numel() == 0:
-        pass
-    elif kind == GROUP:
+        return result
+    if kind == GROUP:
         tile = position_tile(call.problem, x.element_size(), _target(x))
         tiles = call.problem.planes * -(-call.problem.plane // tile)
         partial = x.new_empty(2, tiles, y.shape[-1], dtype=torch.float32)
@@ -101,7 +102,7 @@ def conv_nd_norm(
     else:
         call(kept if keep else y, bias)
         normalize_rows(kept if keep else y, y, norm, gamma, beta, mean, rstd, activation, keep)
-    return y.movedim(-1, 1), kept.movedim(-1, 1) if keep else kept, mean, rstd
+    return result
 
 
 @dataclasses.dataclass(frozen=True)

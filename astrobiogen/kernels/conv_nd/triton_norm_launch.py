@@ -2,6 +2,7 @@
 `conv_nd_norm_backward`."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -104,17 +105,13 @@ def conv_nd_norm_backward(
     kept: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    kind: int,
-    groups: int,
-    activation: int,
+    *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `conv_nd_norm_backward` on CUDA. fp64 runs the reference."""
+    """The op `conv_nd_norm_backward` on CUDA; `options`: mean, rstd, norm, groups, activation. fp64 runs the
+    reference."""
     if kept.dtype == torch.float64:
-        return reference.conv_nd_norm_backward_op(
-            grad, kept, norm_weight, norm_bias, mean, rstd, kind, groups, activation
-        )
+        return reference.conv_nd_norm_backward_op(grad, kept, norm_weight, norm_bias, *options)
+    mean, rstd, kind, groups, activation = options
     z, dy = kept.movedim(1, -1).contiguous(), grad.movedim(1, -1).contiguous()
     result, channels = torch.empty_like(z), z.shape[-1]
     gamma, beta = affine(channels, norm_weight, norm_bias, z)
