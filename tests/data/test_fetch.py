@@ -2,9 +2,9 @@
 asked.
 
 Recorded: two systems of the Open Exoplanet Catalogue, an answer of BioModels' search, its file list of one model and
-the SBML of another, a table of PSG spectra, a netCDF file. Of these no record was found, and they are written by hand:
-the listing of the ROCKE-3D portal (links as web servers write them), the answer of the THAI catalogue (in the form that
-CKAN documents), and the header lines of the PSG answer, whose numbers are recorded.
+the SBML of another, a table of PSG spectra, a netCDF file, names of the ROCKE-3D portal in an Apache server's pages, an
+answer of a CKAN catalogue (not of THAI's). Written by hand: cases beyond these, and the header lines of the PSG answer,
+whose numbers are recorded.
 """
 
 import csv
@@ -249,6 +249,32 @@ def test_climates_of_a_listing(
     assert sorted(p.name for p in folder.iterdir()) == ["X016.aij.nc", "X016.aijl.nc"]
     with pytest.raises(data.DataError, match="3 netCDF files are listed, none matches"):
         climates.fetch(source, tmp_path, WEB, "Y", url)
+
+
+def test_the_portal_as_apache_lists_it(server: str, tmp_path: Path) -> None:
+    folder = "/GISS_modelE/ROCKE-3D/publication-supplements/Climates_of_Warm_Earth_like_Planets_I/"
+    assert climates.ROCKE3D.endswith(folder)
+    names = ["amANN0990-0999.aijP211eoDOFP3Od_X001_O30.nc", "amANN0990-0999.aijP211eoDOFP3Od_X064_O30.nc"]
+    Server.answers |= {
+        folder: (200, (RECORDED / "rocke3d_listing.html").read_bytes()),
+        f"{folder}AIJ/": (200, (RECORDED / "rocke3d_listing_AIJ.html").read_bytes()),
+        **{f"{folder}AIJ/{name}": (200, NETCDF) for name in names},
+    }
+    where = f"{server}{folder}"
+    assert len(climates.listing("rocke3d", WEB, "", where)) == 8
+    done = run.main(["rocke3d", "--raw", str(tmp_path), "--url", where, "--pattern", r"0990.*P211.*_X0\d\d_"], WEB)
+    assert done == 0
+    assert sorted(p.name for p in (tmp_path / "climate-rocke3d").iterdir()) == names
+    assert all("?" not in asked for asked in Server.asked)  # the column heads are links that sort
+
+
+def test_the_catalogue_as_ckan_answers(server: str) -> None:
+    path = "/api/3/action/package_search?fq=organization:thai&rows=100&start=0"
+    Server.answers[path] = (200, (RECORDED / "ckan_package_search.json").read_bytes())
+    link = "http://127.0.0.1:5000/datastore/dump/6ed8a2fb-f432-43ce-bae7-17684cf8a6bf"
+    assert climates.ckan_links(server, WEB) == [link]
+    with pytest.raises(data.DataError, match="0 netCDF files are listed"):
+        climates.listing("thai", WEB, "", server)
 
 
 def test_two_files_of_one_name_are_refused(server: str, tmp_path: Path) -> None:
