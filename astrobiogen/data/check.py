@@ -41,6 +41,7 @@ from astrobiogen.data.pack import (
     spectrum_statistics,
     verified_bytes,
 )
+from astrobiogen.data.progress import track
 from astrobiogen.data.tables import ClimateRow
 from astrobiogen.data.text import label_words_in
 
@@ -69,7 +70,7 @@ def _cubes(pack: Pack, codes: Codes) -> Iterator[str]:
     """
     spec = pack.spec
     shape = (spec.months, len(spec.levels), len(spec.latitudes), len(spec.longitudes))
-    for row in pack.climates:
+    for row in track(pack.climates, "climates", len(pack.climates), lambda r: f"{r.planet} g{r.epoch}"):
         try:
             contents = pack.contents(row.cube_file)
             found = cubes.read_codes(contents, shape)
@@ -296,6 +297,8 @@ def main(arguments: list[str]) -> int:
     if options.pairs < 1:
         parser.error(f"--pairs: got {options.pairs}, expected at least 1")
     root = options.folder
+    if not root.is_dir():
+        raise DataError(root, "", "dataset folder is missing")
     problems = check(root)
     if options.raw is not None and not problems:
         recompute = importlib.import_module("astrobiogen.data.builders.recompute")  # needs astrobiogen[data]

@@ -204,8 +204,9 @@ def test_missing_folder_and_usage(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(data.DataError, match="folder is missing"):
         data.load(tmp_path / "nowhere")
     assert main([]) == 2
-    assert main(["check", str(tmp_path / "nowhere")]) == 1
-    assert "nowhere" in capsys.readouterr().out
+    capsys.readouterr()
+    assert main(["check", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {tmp_path / 'nowhere'}: dataset folder is missing"
     with pytest.raises(SystemExit):
         main(["check", "--raw", str(tmp_path), "--pairs", "-3"])
     assert "--pairs: got -3, expected at least 1" in capsys.readouterr().err

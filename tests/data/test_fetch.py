@@ -332,6 +332,11 @@ def test_truncated_and_busy_services(server: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(data.DataError, match="no answer"):
         WEB.get("http://127.0.0.1:9/nobody")
+    for url in ("nobody", "file:///etc/passwd", ""):
+        with pytest.raises(data.DataError, match="is no address of the web"):
+            WEB.get(url)
+    Server.answers["/ä b.nc"] = (200, b"x")
+    assert WEB.get(f"{server}/ä b.nc") == WEB.get(f"{server}/%C3%A4%20b.nc") == b"x"
 
 
 def test_a_large_file_comes_in_pieces_and_shows_its_progress(

@@ -241,7 +241,7 @@ def build(raw: Path, output: Path, workers: int = 2, psg_tables: bool = False) -
     work = Work(raw, part, workers)
     try:
         _build(work, psg_tables)
-    except DataError:
+    except BaseException:  # Ctrl-C and a full disk too
         shutil.rmtree(part, ignore_errors=True)
         raise
     if output.exists():

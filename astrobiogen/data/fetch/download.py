@@ -28,6 +28,7 @@ RETRIES, FIRST_PAUSE = 4, 1.0  # pauses of 1, 2, 4 s
 CHUNK = 1 << 20  # bytes; climate files of gigabytes pass through memory in such pieces
 SHOWN_FROM = 16  # chunks; a larger file shows its progress
 HEAD = 4096  # bytes that tell the kind of a file
+_IN_URLS = "%/:?#[]@!$&'()*+,;=~"  # kept; blanks and letters outside ASCII, which listings hold, are quoted
 _RETRIED = (429, 500, 502, 503, 504)
 
 
@@ -77,7 +78,10 @@ class Web:
 
     def _opened(self, url: str, form: dict[str, str] | None, accept: str) -> http.client.HTTPResponse:
         data = urllib.parse.urlencode(form).encode() if form is not None else None
-        request = urllib.request.Request(url, data=data, headers={"User-Agent": USER_AGENT, "Accept": accept})
+        headers = {"User-Agent": USER_AGENT, "Accept": accept}
+        if not url.startswith(("http://", "https://")):
+            raise DataError(url, "", "is no address of the web (http:// or https://)")
+        request = urllib.request.Request(urllib.parse.quote(url, safe=_IN_URLS), data=data, headers=headers)
         return urllib.request.urlopen(request, timeout=self.timeout)
 
     def _attempts(self, url: str, once: Callable[[], Result]) -> Result:
@@ -112,14 +116,15 @@ class _TruncatedError(Exception):
 def _chunks(answer: http.client.HTTPResponse, name: str = "") -> Iterator[bytes]:
     """Pieces of the body, to its stated end; with ``name``, a large one shows its progress."""
     with answer:
-        stated = answer.headers.get("Content-Length")
+        length = answer.headers.get("Content-Length") or ""
+        stated = int(length) if length.isdecimal() else None
         pieces = iter(lambda: answer.read(CHUNK), b"")
-        total = math.ceil(int(stated) / CHUNK) if stated is not None else 0
+        total = math.ceil(stated / CHUNK) if stated is not None else 0
         got = 0
         for piece in track(pieces, f"{name} [MiB]", total) if name and total >= SHOWN_FROM else pieces:
             got += len(piece)
             yield piece
-        if stated is not None and got != int(stated):
+        if stated is not None and got != stated:
             raise _TruncatedError(f"truncated: {got} of {stated} bytes")
 
 
