@@ -10,7 +10,7 @@ build``) needs the optional packages of ``astrobiogen[data]``; they are not impo
 """
 
 from astrobiogen.data import synthetic
-from astrobiogen.data.axes import to_canonical
+from astrobiogen.data.axes import from_canonical, to_canonical
 from astrobiogen.data.baseline_features import baseline_features
 from astrobiogen.data.batch import HabitatBatch, validate
 from astrobiogen.data.collate import MODALITIES, collate
@@ -33,6 +33,7 @@ __all__ = [
     "Sample",
     "baseline_features",
     "collate",
+    "from_canonical",
     "load",
     "load_bundled",
     "load_corpus",

@@ -74,7 +74,7 @@ def check_header(contents: Contents, shape: tuple[int, int, int, int]) -> None:
         )
     for variable, unit in zip(VARIABLES, UNITS, strict=True):
         contents.expect(variable, shape, "int16")
-        if (stated := contents.entries[variable]["notes"].get("units")) != unit:
+        if (stated := contents.array_notes[variable].get("units")) != unit:
             raise DataError(contents.path, variable, f"units {stated!r}, expected {unit!r}")
 
 

@@ -298,6 +298,22 @@ def test_labels_of_the_bundled_pack_from_its_raw_files() -> None:
     assert recomputed(open_pack(SAMPLE_FOLDER), Path(os.environ["ASTROBIOGEN_RAW"]), 20, seed=0) == []
 
 
+def test_the_command_builds_where_nobody_says(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", "--raw", str(raw), "--workers", "1"]) == 0
+    shown = capsys.readouterr()
+    assert "left out or masked: climate/p1_g1_test_seg1.nc [hus]: variable absent" in shown.out
+    assert shown.out.splitlines()[-1].startswith("datasets/habitat: 7 climates, 8 organisms, 56 pairs; ")
+    assert "split: star systems 4 train, 1 validation, 2 test; genera 4 train, 2 validation, 2 test" in shown.err
+    assert main(["check", "datasets/habitat"]) == 0
+    assert main(["describe", "datasets/habitat", "--output", "plots"]) == 0
+    assert "| train | Star 1, Star 2, Star 4, Star 5 | Bb, Dd, Ee, Large |" in capsys.readouterr().out
+    assert main(["export", "datasets/habitat", "--output", "climates.nc"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["climates.nc", "datasets", "plots"]
+
+
 def test_commands_tell_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["build", "--raw", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "[climate]: folder absent" in capsys.readouterr().err

@@ -44,7 +44,6 @@ class ClimateFile:
     fields: dict[str, Floats]
     grid: Grid
     parameters: dict[str, Any]
-    display_name: str
     toa_imbalance: float
     ts_mean: float
 
@@ -270,7 +269,7 @@ def read_climate(path: Path, names: tuple[str, ...], target: Grid | None = None)
     if target is not None:
         grid = target
     parameters = _parameters(path, attributes)
-    return ClimateFile(path, fields, grid, parameters, str(attributes.get("planet", "")), balance, ts_mean)
+    return ClimateFile(path, fields, grid, parameters, balance, ts_mean)
 
 
 def _parameters(path: Path, attributes: dict[str, Any]) -> dict[str, Any]:

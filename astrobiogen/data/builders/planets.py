@@ -6,6 +6,7 @@ import csv
 import gzip
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +116,25 @@ def _catalogued(path: Path, row: Mapping[str, Any], column: str, masked: Callabl
     return number
 
 
+def _given(path: Path, run: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """Number of the climate model's parameters: positive, or, where there is a default, not negative."""
+    if default is not None and name not in run:
+        return default
+    value = run.get(name)
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < 0 or (number == 0 and default is None):
+        raise DataError(path, f"parameters.{name}", f"is {value!r}, expected a positive number")
+    return number
+
+
+def _told(path: Path, run: Mapping[str, Any], name: str, default: bool | None = None) -> bool:
+    """True or false (1 or 0) of the climate model's parameters."""
+    value = run.get(name, default)
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise DataError(path, f"parameters.{name}", f"is {value!r}, expected true or false")
+    return bool(value)
+
+
 def parameters(
     path: Path,
     prefix: str,
@@ -145,21 +165,7 @@ def parameters(
         A parameter of the run is absent or no positive number (pO2 and geological_age_gyr may be 0).
     """
 
-    def given(name: str, default: float | None = None) -> float:
-        if default is not None and name not in run:
-            return default
-        value = run.get(name)
-        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-        if not math.isfinite(number) or number < 0 or (number == 0 and default is None):
-            raise DataError(path, f"parameters.{name}", f"is {value!r}, expected a positive number")
-        return number
-
-    def told(name: str, default: bool | None = None) -> bool:
-        value = run.get(name, default)
-        if not isinstance(value, bool | int) or value not in (0, 1):
-            raise DataError(path, f"parameters.{name}", f"is {value!r}, expected true or false")
-        return bool(value)
-
+    given, told = partial(_given, path, run), partial(_told, path, run)
     row: Mapping[str, Any] = _SUN if prefix == "earth" else catalogue.get(body.name, {})
     mass, radius, metallicity, age, period = (
         _catalogued(path, row, c, masked) for c in ("st_mass_sun", "st_rad_sun", "st_met", "st_age_gyr", "pl_period_d")

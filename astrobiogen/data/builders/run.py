@@ -1,4 +1,4 @@
-"""``python -m astrobiogen.data build --raw DIR --output DIR``: raw files to a packed dataset.
+"""``python -m astrobiogen.data build --raw DIR``: raw files to a packed dataset.
 
 Order of the work: climates, networks, texts and spectra, splits, statistics and tokenizer (training part only), pairs,
 manifest. A file that cannot be used is left out, or what it would say is masked, and it is listed at the end with the
@@ -37,6 +37,7 @@ from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, PartRow, w
 from astrobiogen.data.text import BOS, EOS, MAX_TEXT_TOKENS, PAD, SEP, VOCAB_SIZE
 
 N_EPOCHS = 3
+OUTPUT = Path("datasets/habitat")
 CORPUS_FILE = "openstax_astronomy2e_ccby_63157f3.jsonl.gz"
 Library = tuple[list[str], NDArray[np.float32], dict[tuple[str, int], str]]
 
@@ -298,7 +299,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--raw", type=Path, required=True, help="folder with climate/, metabolic/, spectra/, tables/, text/"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the pack; replaced if it is one already")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        help=f"folder of the pack; replaced if it is one already (default {OUTPUT})",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that read networks, at least 1 (default 2)")
     parser.add_argument(
         "--psg-tables",
