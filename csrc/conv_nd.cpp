@@ -108,8 +108,13 @@ std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const 
     if (y.numel() > 0) direct_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, pairs_allowed(weight));
     return {from_rows(y), keep ? from_rows(kept) : kept};
   }
-  Tensor total = patches ? patches_forward(x.to(at::kFloat), weight.to(at::kFloat)) : compose_forward(rows.to(arithmetic(x)), weight.to(arithmetic(x)), geometry);
-  if (bias) total.add_(bias->to(arithmetic(x)));
+  Tensor total;
+  if (patches) {
+    total = patches_forward(x.to(at::kFloat), weight.to(at::kFloat), bias);
+  } else {
+    total = compose_forward(rows.to(arithmetic(x)), weight.to(arithmetic(x)), geometry);
+    if (bias) total.add_(bias->to(arithmetic(x)));
+  }
   if (keep) kept = total.to(x.scalar_type());
   if (activation == kSilu) total = keep ? at::silu(total) : at::silu_(total);
   if (activation == kGelu) total = keep ? at::gelu(total) : at::gelu_(total);

@@ -1,14 +1,16 @@
 // Convolution whose windows do not overlap: stride = kernel, no padding, one group. "Rows" as in conv_nd_geometry.h.
 #pragma once
 
+#include <optional>
+
 #include "conv_nd_geometry.h"
 
 namespace astrobiogen::conv_nd {
 
 bool are_patches(const Geometry& geometry, at::IntArrayRef kernel);
 
-// fp32 x [B, C, *spatial] with any strides and weight [O, C, *kernel] -> rows [B, *out, O].
-at::Tensor patches_forward(const at::Tensor& x, const at::Tensor& weight);
+// fp32 x [B, C, *spatial] with any strides, weight [O, C, *kernel] and bias [O] -> rows [B, *out, O].
+at::Tensor patches_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
 // fp32 or fp64 rows [B, *out, O] -> rows [B, *size, C].
 at::Tensor patches_transpose(const at::Tensor& grad, const at::Tensor& weight, at::IntArrayRef size);
