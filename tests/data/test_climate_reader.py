@@ -225,6 +225,10 @@ def test_damaged_files(tmp_path: Path) -> None:
             climate.read_climate(tmp_path / "cut.nc", ("ta", "hus", "ts", "sic"))
     with pytest.raises(data.DataError, match="is missing"):
         climate.read_climate(tmp_path / "none.nc", ("ta",))
+    with pytest.raises(data.DataError, match="can't open HDF5 attribute"), climate.opened(tmp_path / "good.nc"):
+        raise AttributeError("NetCDF: can't open HDF5 attribute")  # as netCDF4 does for one damaged byte
+    with pytest.raises(AttributeError, match="a fault of ours"), climate.opened(tmp_path / "good.nc"):
+        raise AttributeError("a fault of ours")
     (tmp_path / "empty.zarr").mkdir()
     with pytest.raises(data.DataError, match=r"empty\.zarr"):
         climate.read_climate(tmp_path / "empty.zarr", ("ta",))

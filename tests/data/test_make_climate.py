@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from astrobiogen.data.make_climate.parameters import climate_of
 STAND_IN = """
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 import netCDF4
@@ -161,6 +163,28 @@ def test_runs_to_balance_resumes_and_names_new_planets(raw: Path, capsys: pytest
             climate_of(raw / "x", dict(zip(COLUMNS, ROWS[0], strict=True)), 0, 0.01),
             raw / "climate-work" / key, "python", jobs.Settings(segment_days=90.0), "3.4.2",
         ).run(raw / "climate", jobs.threading.Event(), lambda _: None)  # fmt: skip
+
+
+def test_parallel_runs_use_netcdf_one_at_a_time(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most = [0], [0]
+
+    def watched(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.2)
+            try:
+                return function(*arguments, **options)
+            finally:
+                inside[0] -= 1
+
+        return call
+
+    monkeypatch.setattr(jobs.climate, "read_climate", watched(climate.read_climate))
+    monkeypatch.setattr(jobs.Job, "_publish", watched(jobs.Job._publish))
+    command = ["make-climate", "--raw", str(raw), "--planets", "TOI-700 d", "--co2", "0.01", "0.1", "1", "--jobs", "3"]
+    assert main(command) == 0
+    assert most[0] == 1
 
 
 def test_unconverged_runs_are_written_and_marked(raw: Path, capsys: pytest.CaptureFixture) -> None:

@@ -79,7 +79,9 @@ def opened(path: Path) -> Iterator[xr.Dataset]:
                 yield variables.with_our_axes(dataset)
     except DataError:
         raise
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (AttributeError, OSError, KeyError, RuntimeError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        if isinstance(error, AttributeError) and "NetCDF" not in str(error):  # netCDF4's for a damaged attribute
+            raise
         raise DataError(path, "", f"cannot be read as a climate file ({' '.join(str(error).split())[:200]})") from error
 
 

@@ -127,11 +127,22 @@ class Job:
         How long to run.
     version
         Version of ExoPlaSim, for the files' provenance.
+    files
+        Held while netCDF files are read or written: jobs in threads of one process must share it. The netCDF library
+        keeps its state in the process without locking; two threads in it ended a real run with a segmentation fault.
     """
 
-    def __init__(self, planned: Climate, folder: Path, python: str, settings: Settings, version: str) -> None:
+    def __init__(
+        self,
+        planned: Climate,
+        folder: Path,
+        python: str,
+        settings: Settings,
+        version: str,
+        files: threading.Lock | None = None,
+    ) -> None:
         self.planned, self.folder, self.python, self.settings = planned, folder, python, settings
-        self.version = version
+        self.version, self._files = version, files or threading.Lock()
         self.history: list[Segment] = []
 
     def _prepare(self) -> None:
@@ -181,7 +192,8 @@ class Job:
         path = self.folder / f"segment-{number}.nc"
         beside = path.with_name(path.name + ".json")
         beside.write_text(json.dumps(self.planned.parameters), encoding="utf-8")
-        found = climate.read_climate(path, ("ta", "hus", "ts", "sic"))
+        with self._files:
+            found = climate.read_climate(path, ("ta", "hus", "ts", "sic"))
         return Segment(found.toa_imbalance, found.ts_mean)
 
     def run(self, output: Path, stop: threading.Event, report: Callable[[list[Segment]], None]) -> bool:
@@ -219,8 +231,9 @@ class Job:
             self._forget(number - 2)
             report(self.history)
         converged = balanced(self.history, self.settings)
-        for segment in (1, 2):
-            self._publish(output, segment, len(self.history) - 3 + segment, converged)
+        with self._files:
+            for segment in (1, 2):
+                self._publish(output, segment, len(self.history) - 3 + segment, converged)
         return converged
 
     def _forget(self, number: int) -> None:

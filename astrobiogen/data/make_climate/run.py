@@ -143,11 +143,11 @@ def run_all(
     KeyboardInterrupt
         After ending the running segments; everything finished stays, the same call continues.
     """
-    board, stop = Board(settings), threading.Event()
+    board, stop, files = Board(settings), threading.Event(), threading.Lock()
     outcome = Outcome([], [], [])
 
     def one(run: Climate) -> bool:
-        job = Job(run, work / run.key, python, settings, version)
+        job = Job(run, work / run.key, python, settings, version, files)
         return job.run(output, stop, lambda history: board.update(run.key, history))
 
     with board.shown(), ThreadPoolExecutor(jobs) as pool:
