@@ -1,5 +1,6 @@
 """Builders on small hand-made raw files: what is read, what is refused."""
 
+import contextlib
 import gzip
 import json
 import re
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from astrobiogen import data
 from astrobiogen.data import features
@@ -176,3 +179,24 @@ def test_charges_that_cannot_be_are_masked(tmp_path: Path, charge: object, known
     assert bool(features.has(columns, features.CHARGE)[0]) == known
     assert not features.has(columns, features.FORMULA)[0]
     assert columns.charge[0] == (-2 if known else 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(place=st.integers(0, 10_000), byte=st.integers(0, 255), cut=st.booleans())
+def test_damaged_archives_are_refused_or_read(
+    tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, cut: bool
+) -> None:
+    lines = "".join(json.dumps({"text": f"{k} word " * 20}) + "\n" for k in range(40))
+    raw = bytearray(gzip.compress(lines.encode(), mtime=0))
+    place %= len(raw)
+    raw = raw[:place] if cut else raw[:place] + bytes([byte]) + raw[place + 1 :]
+    path = tmp_path_factory.mktemp("gz") / "x.gz"
+    path.write_bytes(raw)
+    for read in (
+        lambda: text.read_jsonl(path, ("text",)),
+        lambda: planets.read_catalogue(path),
+        lambda: sbml.read_network(path),
+        lambda: cobra_json.read_network(path),
+    ):
+        with contextlib.suppress(data.DataError):
+            read()

@@ -178,7 +178,7 @@ EXPECTED = (
     (r"oec_planets.csv.gz [header]: is not the planet catalogue", "masked"),
     (r"oec_descriptions.jsonl.gz [line 1, text]: holds no words", "text masked"),
     (r"openstax_astronomy2e_ccby_63157f3.jsonl.gz [line 2, text]: holds no words", "module left out"),
-    (r"Cut.json.gz: cannot be read as JSON", "organism left out"),
+    (r"Cut.json.gz: cannot be read", "organism left out"),
     (r"Unknown.json [R0]: names unknown species", "organism left out"),
     (r"Idle.json [objective]: absent", "organism left out"),
     (r"Empty.json [listOfReactions]: empty network", "organism left out"),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
 from astrobiogen.data.builders import assemble, chemistry
 from astrobiogen.data.builders.assemble import DEFAULT_FLUX, Network
-from astrobiogen.data.errors import DataError, unreadable
+from astrobiogen.data.builders.files import unpacked
+from astrobiogen.data.errors import DataError
 
 _EC_KEYS = ("ec-code", "ec_code", "EC Number")
 
@@ -28,14 +27,10 @@ def _number(path: Path, where: str, value: Any) -> float:
 
 
 def _document(path: Path) -> dict[str, Any]:
+    body = unpacked(path)
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    try:
-        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        document = json.loads(text)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        document = json.loads(body)
+    except ValueError as error:
         raise DataError(path, "", f"cannot be read as JSON ({error})") from error
     if not isinstance(document, dict):
         raise DataError(path, "", f"holds a {type(document).__name__}, expected a cobra model")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from astrobiogen.data.builders.files import unpacked
 from astrobiogen.data.errors import DataError, unreadable
 
 
@@ -76,11 +77,10 @@ PARAM_UNITS = (
 
 def _rows(path: Path, columns: set[str], what: str) -> list[dict[str, str]]:
     """Rows of a CSV (``.gz`` too) that must have ``columns``."""
+    body = unpacked(path)
     try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8", newline="") as handle:
-            rows = list(csv.DictReader(handle))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(body.decode("utf-8"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise unreadable(path, error) from error
     if not rows or not columns <= set(rows[0]):
         header = list(rows[0])[:5] if rows else []

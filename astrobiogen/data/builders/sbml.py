@@ -5,9 +5,7 @@ cobrapy with GLPK aborts the whole process on ids such as ``M_cpd00001_LSQBKT_c_
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from pathlib import Path
 
 import libsbml
@@ -15,7 +13,8 @@ import numpy as np
 
 from astrobiogen.data.builders import assemble, chemistry
 from astrobiogen.data.builders.assemble import DEFAULT_FLUX, Network
-from astrobiogen.data.errors import DataError, unreadable
+from astrobiogen.data.builders.files import unpacked
+from astrobiogen.data.errors import DataError
 
 _FORMULA_NOTE = re.compile(r"FORMULA:\s*([A-Za-z0-9]+)", re.IGNORECASE)
 _CHARGE_NOTE = re.compile(r"CHARGE:\s*(-?\d+)", re.IGNORECASE)
@@ -26,11 +25,7 @@ def read_text(path: Path) -> str:
     """Text of an ``.xml``, ``.sbml`` or ``.xml.gz`` file; a truncated archive or one that is not SBML is a
     ``DataError``.
     """
-    try:
-        raw = path.read_bytes()
-        data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(path, error) from error
+    data = unpacked(path)
     if data[:2] == b"PK":
         raise DataError(path, "", "is a zip (COMBINE) archive, not SBML; unpack it first")
     text = data.decode("utf-8", errors="replace")

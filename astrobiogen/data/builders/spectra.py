@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from astrobiogen.data.builders.files import unpacked
 from astrobiogen.data.errors import DataError, unreadable
 
 WAVELENGTH_RANGE, BINS = (0.30, 2.40), 256  # micrometres; inside the range of both Earth spectra
@@ -51,14 +51,11 @@ def read_spectrum(folder: Path, name: str) -> tuple[NDArray[np.float32], NDArray
     """
     file, wave_column, albedo_column = LIBRARY[name]
     path = folder / file
-    rows: list[list[float]] = []
+    lines = unpacked(path).decode("ascii", errors="replace").splitlines()
+    parts = [line.split() for line in lines]
     try:
-        with gzip.open(path, "rt", encoding="ascii", errors="replace") as handle:
-            for line in handle:
-                parts = line.split()
-                if parts and parts[0][0] in "0123456789.+-":
-                    rows.append([float(p) for p in parts])
-    except (OSError, EOFError, ValueError) as error:
+        rows = [[float(p) for p in part] for part in parts if part and part[0][0] in "0123456789.+-"]
+    except ValueError as error:
         raise unreadable(path, error) from error
     if not rows or len(rows[0]) <= albedo_column or any(len(row) != len(rows[0]) for row in rows):
         raise DataError(path, "albedo", f"column {albedo_column} absent or lines of different length")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from astrobiogen.data.builders.files import unpacked
 from astrobiogen.data.errors import DataError, unreadable
 from astrobiogen.data.text import SPECIAL_TOKENS, label_words_in
 
@@ -28,10 +28,10 @@ MAX_ORGANISM_CHARACTERS = 700
 
 def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict[str, str]]:
     """Rows of a ``.jsonl.gz`` file; a truncated file or a row without ``fields`` is a ``DataError``."""
+    body = unpacked(path)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as handle:
-            rows = [json.loads(line) for line in handle]
-    except (OSError, EOFError, ValueError) as error:
+        rows = [json.loads(line) for line in body.decode("utf-8").split("\n") if line]
+    except ValueError as error:
         raise unreadable(path, error) from error
     for k, row in enumerate(rows):
         if not isinstance(row, dict):
