@@ -110,7 +110,10 @@ def _run(given: Sequence[str]) -> int:
     dtype, _ = precision.choose_dtype(config.precision, device)
     runtime.prepare(config.runtime, config.seed)
     with astrobiogen.use_kernels(config.runtime.kernels), runtime.Interrupt() as interrupt:
-        assembly = assemble.assemble(config, assemble.load_bundle(config))
+        statistics = content.documents.get("data") or None
+        if statistics is None:
+            _LOG.warning("%s does not hold the statistics of its data: those of the present data are used", path)
+        assembly = assemble.assemble(config, assemble.load_bundle(config, statistics))
         _LOG.info("data: %s; %s; %s", assembly.task.fingerprint, device, dtype)
         models = [_loaded(assembly, its, *member).to(device) for its, member in zip(configs, found, strict=True)]
 

@@ -18,12 +18,13 @@ from astrobiogen.data.controls import without_near_surface
 from astrobiogen.data.corpus import load_corpus
 from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, Sample
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.load import load, load_bundled
+from astrobiogen.data.load import SAMPLE_FOLDER, load, load_bundled
 from astrobiogen.data.sampler import EpochSampler
 from astrobiogen.data.spec import DataSpec
 
 __all__ = [
     "MODALITIES",
+    "SAMPLE_FOLDER",
     "DataError",
     "DataSpec",
     "DatasetBundle",

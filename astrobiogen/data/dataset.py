@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch_geometric.data import Data
 
 from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.spec import DataSpec
+from astrobiogen.data.text import PairTokens
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Store:
     spec: DataSpec
     planets: Mapping[str, PlanetEntry]
     organisms: Mapping[str, OrganismEntry]
-    tokens: Mapping[tuple[str, str], Tensor]
+    tokens: PairTokens
     cubes: CubeCache
     library: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -182,6 +184,13 @@ class DatasetBundle:
     test_cells: dict[str, HabitatDataset]
     spec: DataSpec
     provenance: dict[str, Any]
+
+    def statistics(self) -> dict[str, Any]:
+        """What a model needs beside its weights to read other data as it was trained, in JSON's types: ``spec`` (axes,
+        units, means and deviations; ``DataSpec.from_json``) and ``tokenizer`` (``tokenizers.Tokenizer.from_str``).
+        """
+        tokenizer = self.train.store.tokens.tokenizer
+        return {"spec": json.loads(self.spec.to_json()), "tokenizer": json.loads(tokenizer.to_str())}
 
     @property
     def test(self) -> HabitatDataset:

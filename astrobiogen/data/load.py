@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from astrobiogen.data import splits
@@ -21,9 +24,14 @@ from astrobiogen.data.lazy import MIB, CubeCache, LazyEpochs
 from astrobiogen.data.pack import Pack, open_pack, verified_bytes
 from astrobiogen.data.spec import DataSpec
 from astrobiogen.data.tables import ClimateRow, OrganismRow
-from astrobiogen.data.text import TextEncoder, load_tokenizer
+from astrobiogen.data.text import TextEncoder, load_tokenizer, tokenizer_of
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
+# of a pack and of a model that reads it: what they must share
+_AXES = (
+    "variables", "units", "levels", "latitudes", "longitudes", "months", "planet_param_names", "planet_param_units",
+    "wavelengths", "node_features", "edge_features", "laplacian_dim", "random_walk_dim", "class_threshold",
+)  # fmt: skip
 _THREADS = 2  # LZMA and numpy release the GIL
 CACHE_MIB = 256.0
 
@@ -111,11 +119,28 @@ def _accepted(pack: Pack, max_toa_imbalance: float | None, max_ts_drift: float |
     return dataclasses.replace(pack, climates=climates, pairs=pairs)
 
 
+def _read_as(pack: Pack, statistics: Mapping[str, Any]) -> tuple[Pack, Tokenizer]:
+    """The pack with the spec of ``statistics`` (``DatasetBundle.statistics``) in place of its own, and its tokenizer;
+    axes, units or names that are not the pack's are a ``DataError``.
+    """
+    for name in ("spec", "tokenizer"):
+        if name not in statistics:
+            raise DataError("statistics", name, f"missing; there are {sorted(statistics)}")
+    spec = DataSpec.from_json(json.dumps(statistics["spec"]), "statistics")
+    for name in _AXES:
+        own, other = getattr(pack.spec, name), getattr(spec, name)
+        numbers = isinstance(own, tuple) and own and isinstance(own[0], float)
+        if not (len(own) == len(other) and np.allclose(own, other, rtol=1e-6) if numbers else own == other):
+            raise DataError(pack.root / "spec.json", name, f"is {own}, the model was trained on {other}")
+    return dataclasses.replace(pack, spec=spec), tokenizer_of(json.dumps(statistics["tokenizer"]), "statistics")
+
+
 def load(
     path: str | Path,
     max_toa_imbalance: float | None = None,
     max_ts_drift: float | None = None,
     cache_mib: float = CACHE_MIB,
+    statistics: Mapping[str, Any] | None = None,
 ) -> DatasetBundle:
     """Load and verify a packed dataset; climates are read when a sample is used.
 
@@ -136,18 +161,25 @@ def load(
     cache_mib
         MiB of decoded climates that a process holds, >= 0. A climate of the bundled size takes 1.9; all 45 bundled
         ones fit into the default of 256.
+    statistics
+        Means, deviations and tokenizer of the data that a model was trained on (``DatasetBundle.statistics``, kept
+        with every trained model), to be used in place of the pack's own: what the model sees then means the same.
 
     Raises
     ------
     DataError
-        A file is missing, truncated, changed or out of range (names file and field), or no climate is accepted. From
-        a sample: its climate's values are out of range, or its file has changed since.
+        A file is missing, truncated, changed or out of range (names file and field), no climate is accepted, or the
+        axes of ``statistics`` are not the pack's. From a sample: its climate's values are out of range, or its file has
+        changed since.
     ValueError
         ``cache_mib`` is negative.
     """
     if not cache_mib >= 0:
         raise ValueError(f"cache_mib is {cache_mib}, expected at least 0")
     pack = _accepted(open_pack(Path(path)), max_toa_imbalance, max_ts_drift)
+    tokenizer = load_tokenizer(pack.root / "tokenizer.json")
+    if statistics is not None:
+        pack, tokenizer = _read_as(pack, statistics)
     for name in pack.manifest["files"]:  # all digests first (0.02 s): a damaged file is named before anything else
         verified_bytes(pack.root, name, pack.manifest)
     for row in pack.climates:
@@ -158,7 +190,7 @@ def load(
     cubes = CubeCache(functools.partial(read_cube, pack), int(cache_mib * MIB))
     library = _spectra(pack)
     planets = _planets(pack, cubes, library)
-    encoder = TextEncoder(load_tokenizer(pack.root / "tokenizer.json"), pack.spec.max_text_tokens)
+    encoder = TextEncoder(tokenizer, pack.spec.max_text_tokens)
     tokens = encoder.encode_pairs(
         {k: p.text for k, p in planets.items()}, {k: o.text for k, o in organisms.items()}, str(pack.root)
     )

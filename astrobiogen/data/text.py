@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from astrobiogen.data.errors import DataError
+from astrobiogen.data.errors import DataError, unreadable
 
 PAD, BOS, EOS, SEP = "<pad>", "<bos>", "<eos>", "<sep>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, SEP)
@@ -94,6 +94,11 @@ class PairTokens(Mapping[tuple[str, str], torch.Tensor]):
         if empty[0] is not None and empty[1] is not None:
             self[empty[0], empty[1]]  # raises
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made the ids."""
+        return self._encoder.tokenizer
+
     def __getitem__(self, key: tuple[str, str]) -> torch.Tensor:
         """Ids of one pair."""
         planet, organism = key
@@ -114,11 +119,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(path, "", "tokenizer file is missing")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+    return tokenizer_of(text, path)
+
+
+def tokenizer_of(text: str, source: str | Path) -> Tokenizer:
+    """Tokenizer from the text of its JSON; ``source`` is for messages. Raises as ``load_tokenizer``."""
+    try:
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the binding raises bare Exception for every kind of damage
-        raise DataError(path, "", f"is not a tokenizer ({error})") from error
+        raise DataError(source, "", f"is not a tokenizer ({error})") from error
     if missing := [t for t in SPECIAL_TOKENS if tokenizer.token_to_id(t) is None]:
-        raise DataError(path, "special tokens", f"lacks {missing}")
+        raise DataError(source, "special tokens", f"lacks {missing}")
     return tokenizer
 
 

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,14 +84,20 @@ def _typed(old: Any, value: Any, key: str) -> Any:
     return converted
 
 
-def load_bundle(config: TrainConfig) -> data.DatasetBundle:
-    """The data that `config` names, cut to `data.limit` samples per split.
+def load_bundle(config: TrainConfig, statistics: Mapping[str, Any] | None = None) -> data.DatasetBundle:
+    """The data that `config` names, cut to `data.limit` samples per split; with `statistics` (of a trained model), read
+    by them in place of the data's own.
 
     Raises:
-        UserError: missing, damaged or empty.
+        UserError: missing, damaged or empty, or on other axes than `statistics`.
     """
     try:
-        bundle = data.load(config.data.path) if config.data.path else data.load_bundled()
+        if config.data.path:
+            bundle = data.load(config.data.path, statistics=statistics)
+        else:
+            bundle = data.load_bundled()
+            if statistics is not None and bundle.statistics() != statistics:  # trained with another version's
+                bundle = data.load(data.SAMPLE_FOLDER, statistics=statistics)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"data: {' '.join(str(error).split())}", exit_code=1) from error
     limit = config.data.limit
@@ -173,6 +179,7 @@ def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
         sampler=sampler,
         collate=functools.partial(blocks.collate_shared if settings.block else data.collate, pad_id=pad_id),
         fingerprint=fingerprint(bundle),
+        statistics=bundle.statistics(),
         validation_order=evaluation_order(bundle.validation, config),
         counts=TermCounts(bundle.train),
         validation_counts=TermCounts(bundle.validation),

@@ -74,7 +74,7 @@ class Saver:
             files["average"] = updater.average.averages
         if updater.window.batches and not updater.parallel.local_gradients:
             files["gradients"] = distributed_state.gradients(self._model)
-        documents = {"training": document}
+        documents = {"training": document, "data": self._task.statistics}
         if self._world.distributed:
             name = f"{PROCESS}{self._world.rank}"
             files[name] = {}
@@ -100,8 +100,9 @@ class Saver:
         """Store the model's present weights as the best ones so far, with what `result` says of them."""
         step = self._progress.step
         document = {"epoch": self._progress.epoch, "validation": result.summary(), "config": to_dict(self._config)}
+        documents = {"best": document, "data": self._task.statistics}
         try:
-            self.best_store.save(step, Content({"model": dict(self._model.state_dict())}, {"best": document}))
+            self.best_store.save(step, Content({"model": dict(self._model.state_dict())}, documents))
         except OSError as error:
             _LOG.error("best model NOT saved (%s); the one before it is untouched", error)
             self._monitor.record("save_failed", step=step, error=str(error))

@@ -1,7 +1,7 @@
 """What a trainer works on and where it stands."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ class Task:
         text_share: share of an update's samples whose text is read.
         every_parameter: the loss of any batch depends on every parameter, whatever its samples lack.
         fingerprint: names the data; a run is only resumed on the same.
+        statistics: what a reader of other data needs beside the weights (JSON data); kept with the best model.
         validation_order: batches of the validation set; default: consecutive ones.
         augment: changes a training batch, drawing from PyTorch's global CPU generator only; None: nothing is changed.
     """
@@ -40,6 +41,7 @@ class Task:
     text_share: float = 1.0
     every_parameter: bool = False
     augment: Callable[[loading.Batch], loading.Batch] | None = None
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

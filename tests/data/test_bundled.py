@@ -1,7 +1,9 @@
 """The bundled dataset: documented shapes, masks, splits, sizes."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +239,38 @@ def test_describe_writes_every_plot_of_the_card(tmp_path: Path) -> None:
     for path in (root / "docs/data").glob("*.png"):
         assert (tmp_path / path.name).stat().st_size > 10_000
         assert f"data/{path.name}" in card
+
+
+def test_a_model_reads_other_data_by_its_own_statistics(
+    bundle: data.DatasetBundle, pack_copy: Path, reseal: Callable[[Path, str], None]
+) -> None:
+    kept = json.loads(json.dumps(bundle.statistics()))  # as a checkpoint holds them
+    spec = json.loads((pack_copy / "spec.json").read_text())
+    for name in ("cube_mean", "param_mean"):
+        spec[name] = (np.array(spec[name]) * 1.1 + 0.3).tolist()
+    spec["spectrum_mean"] += 0.1
+    (pack_copy / "spec.json").write_text(json.dumps(spec))
+    tokenizer = json.loads((pack_copy / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
+    (pack_copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("spec.json", "tokenizer.json"):
+        reseal(pack_copy, name)
+    picks = [0, 300, 700]
+    expected = data.collate([bundle.train[i] for i in picks])
+    own, ours = (data.load(pack_copy, statistics=s) for s in (None, kept))
+    assert ours.spec == bundle.spec
+    found, other = (data.collate([b.train[i] for i in picks]) for b in (ours, own))
+    for name in ("climate_datacube", "planet_params", "spectroscopy", "input_ids"):
+        assert torch.equal(found[name], expected[name]), name
+        assert other[name].shape != expected[name].shape or not torch.equal(other[name], expected[name]), name
+    wrong = {
+        "levels": {**kept, "spec": {**kept["spec"], "levels": kept["spec"]["levels"][:-1]}},
+        "units": {**kept, "spec": {**kept["spec"], "units": ["degC", "kg kg-1"]}},
+        "tokenizer": {"spec": kept["spec"]},
+        "cube_mean": {**kept, "spec": {k: v for k, v in kept["spec"].items() if k != "cube_mean"}},
+    }
+    for field, statistics in wrong.items():
+        with pytest.raises(data.DataError, match=rf"\[{field}\]"):
+            data.load(pack_copy, statistics=statistics)
+    with pytest.raises(data.DataError, match="is not a tokenizer"):
+        data.load(pack_copy, statistics={**kept, "tokenizer": {}})

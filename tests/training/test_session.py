@@ -110,6 +110,16 @@ def test_a_run_leaves_everything_behind(run: Path) -> None:
     assert events.count("epoch") == 2
 
 
+def test_the_statistics_of_its_data_lie_with_the_model(run: Path, bundle: data.DatasetBundle) -> None:
+    for name in ("best", "checkpoints"):
+        held = json.loads((max((run / name).glob("step-*")) / "data.json").read_text())
+        assert held == bundle.statistics()
+    assert data.DataSpec.from_json(json.dumps(held["spec"])) == bundle.spec
+    settings = config_dict.from_dict({"data": {"path": str(data.SAMPLE_FOLDER), "limit": 8}})
+    with pytest.raises(UserError, match=r"spec\.json \[levels\]: is .* the model was trained on"):
+        assemble.load_bundle(settings, bundle.statistics())  # the synthetic data lie on other axes than the real pack
+
+
 def test_evaluate_repeats_the_figures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "again"
     assert evaluate.main([str(run), "--output", str(output), "--no-ablation", "--no-baselines"]) == 0
