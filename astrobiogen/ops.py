@@ -7,6 +7,7 @@ from astrobiogen.kernels.conv_nd.op import conv_transpose_nd as conv_transpose_n
 from astrobiogen.kernels.edge_attention.op import EdgeLists as EdgeLists
 from astrobiogen.kernels.edge_attention.op import edge_attention as edge_attention
 from astrobiogen.kernels.edge_attention.op import edge_lists as edge_lists
+from astrobiogen.kernels.linear.op import linear as linear
 from astrobiogen.kernels.linear_cross_entropy.op import linear_cross_entropy as linear_cross_entropy
 from astrobiogen.kernels.rms_norm.op import add_rms_norm as add_rms_norm
 from astrobiogen.kernels.rms_norm.op import rms_norm as rms_norm

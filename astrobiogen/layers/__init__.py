@@ -6,6 +6,7 @@ from astrobiogen.layers.conv_nd import ConvNd as ConvNd
 from astrobiogen.layers.conv_norm_act import ConvNormAct as ConvNormAct
 from astrobiogen.layers.grouped_query_attention import GroupedQueryAttention as GroupedQueryAttention
 from astrobiogen.layers.grouped_query_attention import KeyValueCache as KeyValueCache
+from astrobiogen.layers.linear import Linear as Linear
 from astrobiogen.layers.linear_cross_entropy import LinearCrossEntropy as LinearCrossEntropy
 from astrobiogen.layers.rms_norm import RMSNorm as RMSNorm
 from astrobiogen.layers.rotary_embedding import RotaryEmbedding as RotaryEmbedding
@@ -18,6 +19,7 @@ __all__ = [
     "ConvNormAct",
     "GroupedQueryAttention",
     "KeyValueCache",
+    "Linear",
     "LinearCrossEntropy",
     "RMSNorm",
     "RotaryEmbedding",

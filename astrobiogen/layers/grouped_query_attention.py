@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.layers.linear import Linear
 
 
 @dataclasses.dataclass
@@ -112,10 +113,10 @@ class GroupedQueryAttention(nn.Module):
         self.interleaved = interleaved
         self.scale = scale
         q_size, kv_size = num_heads * self.head_dim, kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, q_size, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(hidden_size, kv_size, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(hidden_size, kv_size, bias=bias, device=device, dtype=dtype)
-        self.o_proj = nn.Linear(q_size, hidden_size, bias=output_bias, device=device, dtype=dtype)
+        self.q_proj = Linear(hidden_size, q_size, bias=bias, device=device, dtype=dtype)
+        self.k_proj = Linear(hidden_size, kv_size, bias=bias, device=device, dtype=dtype)
+        self.v_proj = Linear(hidden_size, kv_size, bias=bias, device=device, dtype=dtype)
+        self.o_proj = Linear(q_size, hidden_size, bias=output_bias, device=device, dtype=dtype)
 
     def forward(
         self,

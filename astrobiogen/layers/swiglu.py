@@ -8,6 +8,7 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.layers._autocast import autocast_tensors
+from astrobiogen.layers.linear import Linear
 
 ALIGNMENT = (
     64  # elements: 128 bytes in 16-bit types, a whole tensor-core tile in every GEMM that touches the intermediate axis
@@ -59,9 +60,9 @@ class SwiGLU(nn.Module):
         self.intermediate_size = intermediate_size
         self.recompute = recompute
         held = -(-intermediate_size // ALIGNMENT) * ALIGNMENT if pad_intermediate else intermediate_size
-        self.gate_proj = nn.Linear(hidden_size, held, bias=bias, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(hidden_size, held, bias=bias, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(held, hidden_size, bias=bias, device=device, dtype=dtype)
+        self.gate_proj = Linear(hidden_size, held, bias=bias, device=device, dtype=dtype)
+        self.up_proj = Linear(hidden_size, held, bias=bias, device=device, dtype=dtype)
+        self.down_proj = Linear(held, hidden_size, bias=bias, device=device, dtype=dtype)
         self.padding = held - intermediate_size
         if self.padding:
             self.zero_padding_()

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from astrobiogen.layers import RMSNorm
+from astrobiogen.layers import Linear, RMSNorm
 from astrobiogen.models._common import at_least_float32
 from astrobiogen.models.datacube_config import DatacubeConfig, Ints5
 from astrobiogen.models.physics import LATENT_HEAT, AtmosphereBudgets
@@ -42,7 +42,7 @@ class PatchDecoder(nn.Module):
             total // step for total, step in zip(config.total_stride, config.patch_size)
         )
         self.norm = RMSNorm(channels)
-        self.expand = nn.Linear(channels, config.base_channels * math.prod(self.upscale))
+        self.expand = Linear(channels, config.base_channels * math.prod(self.upscale))
         self.activation = nn.SiLU()
         self.decode = nn.Linear(config.base_channels, config.output_variables * math.prod(config.patch_size))
 

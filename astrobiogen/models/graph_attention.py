@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.layers import RMSNorm, SwiGLU
+from astrobiogen.layers import Linear, RMSNorm, SwiGLU
 from astrobiogen.models._common import at_least_float32
 from astrobiogen.models.graph_inputs import GraphTensors, segment_max, segment_sum
 
@@ -23,9 +23,9 @@ class EdgeAttention(nn.Module):
     def __init__(self, hidden_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.kv_proj = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
-        self.o_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.q_proj = Linear(hidden_dim, hidden_dim, bias=False)
+        self.kv_proj = Linear(hidden_dim, 2 * hidden_dim, bias=False)
+        self.o_proj = Linear(hidden_dim, hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor, edges: ops.EdgeLists, bias: torch.Tensor) -> torch.Tensor:
         """Attend: x [N, C]; `edges` hold every edge once per direction, M in all; bias [M, heads]."""
@@ -47,7 +47,7 @@ class GlobalPool(nn.Module):
     def __init__(self, hidden_dim: int, slots: int) -> None:
         super().__init__()
         self.slots = slots
-        self.score = nn.Linear(hidden_dim, slots, bias=False)  # a softmax ignores a bias
+        self.score = Linear(hidden_dim, slots, bias=False)  # a softmax ignores a bias
 
     def forward(self, x: torch.Tensor, graph_of_node: torch.Tensor, n_graphs: int) -> torch.Tensor:
         """Pool x [N, C] into [B, slots · C]; 0 for a graph without nodes."""
@@ -75,7 +75,7 @@ class GraphLayer(nn.Module):
         self.attention_norm = RMSNorm(hidden_dim)
         self.attention = EdgeAttention(hidden_dim, heads)
         self.pool = GlobalPool(hidden_dim, slots)
-        self.broadcast = nn.Linear(slots * hidden_dim, hidden_dim)
+        self.broadcast = Linear(slots * hidden_dim, hidden_dim)
         self.mlp_norm = RMSNorm(hidden_dim)
         self.mlp = SwiGLU(hidden_dim, 2 * hidden_dim)
         self.dropout = nn.Dropout(dropout)
@@ -108,8 +108,8 @@ class StructuralEmbedding(nn.Module):
 
     def __init__(self, hidden_dim: int, laplacian_dim: int, random_walk_dim: int) -> None:
         super().__init__()
-        self.laplacian = nn.Linear(laplacian_dim, hidden_dim, bias=False)
-        self.random_walk = nn.Linear(random_walk_dim, hidden_dim, bias=False)
+        self.laplacian = Linear(laplacian_dim, hidden_dim, bias=False)
+        self.random_walk = Linear(random_walk_dim, hidden_dim, bias=False)
         self.node_types = nn.Embedding(2, hidden_dim)
 
     def forward(self, graph: GraphTensors) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.layers import RMSNorm, SwiGLU
+from astrobiogen.layers import Linear, RMSNorm, SwiGLU
 from astrobiogen.models._common import CountsUpdates, at_least_float32, maybe_checkpoint, require, resolve_config
 from astrobiogen.models.biochemistry import network_of, normalise_flux, violations
 from astrobiogen.models.graph_attention import GlobalPool, GraphLayer, StructuralEmbedding, laplacian_products
@@ -105,10 +105,10 @@ class RebuiltGraphVAE(CountsUpdates, nn.Module):
         config = resolve_config(GraphVAEConfig, config, overrides)
         self.config = config
         width = config.hidden_dim
-        self.embed_nodes = nn.Linear(config.node_features, width, bias=False)
+        self.embed_nodes = Linear(config.node_features, width, bias=False)
         self.embed_structure = StructuralEmbedding(width, config.laplacian_dim, config.random_walk_dim)
-        self.attribute_bias = nn.Linear(2, 2 * config.num_layers * config.heads)
-        self.laplacian_bias = nn.Linear(config.laplacian_dim, 2 * config.num_layers * config.heads, bias=False)
+        self.attribute_bias = Linear(2, 2 * config.num_layers * config.heads)
+        self.laplacian_bias = Linear(config.laplacian_dim, 2 * config.num_layers * config.heads, bias=False)
         self.layers = nn.ModuleList(
             GraphLayer(width, config.heads, config.global_tokens, config.dropout) for _ in range(config.num_layers)
         )
@@ -201,12 +201,12 @@ class GraphDecoder(nn.Module):
         self.embed_structure = StructuralEmbedding(width, config.laplacian_dim, config.random_walk_dim)
         self.norm = RMSNorm(width)
         self.mlp = SwiGLU(width, 2 * width)
-        self.to_nodes = nn.Linear(width, config.node_features)
-        self.to_ends = nn.Linear(width, 2 * config.edge_dim)
-        self.edge_structure = nn.Linear(config.laplacian_dim, 1)
-        self.to_magnitude = nn.Linear(config.edge_dim, 1)
+        self.to_nodes = Linear(width, config.node_features)
+        self.to_ends = Linear(width, 2 * config.edge_dim)
+        self.edge_structure = Linear(config.laplacian_dim, 1)
+        self.to_magnitude = Linear(config.edge_dim, 1)
         if config.use_biochemical_constraints:
-            self.to_flux = nn.Linear(width, 1)
+            self.to_flux = Linear(width, 1)
 
     def forward(self, z: torch.Tensor, graph: GraphTensors, products: torch.Tensor) -> dict[str, Any]:
         """Decode z [B, latent_dim] on the node slots of `graph`; see `RebuiltGraphVAE.forward` for the entries."""

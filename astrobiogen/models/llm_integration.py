@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, RMSNorm, RotaryEmbedding, SwiGLU
+from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.models._common import check_axes, masked_mean, maybe_checkpoint, require, resolve_config
 from astrobiogen.models.llm_config import DOMAINS, LLMConfig
@@ -273,9 +273,9 @@ class DecoderLayer(nn.Module):
             self.mlp: nn.Module = SwiGLU(config.hidden_size, config.intermediate_size)
         else:
             self.mlp = nn.Sequential(
-                nn.Linear(config.hidden_size, config.intermediate_size),
+                Linear(config.hidden_size, config.intermediate_size),
                 nn.GELU(),
-                nn.Linear(config.intermediate_size, config.hidden_size),
+                Linear(config.intermediate_size, config.hidden_size),
             )
         self.dropout = nn.Dropout(config.dropout)
 

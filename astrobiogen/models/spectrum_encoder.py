@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from astrobiogen.layers import RMSNorm, SwiGLU
+from astrobiogen.layers import Linear, RMSNorm, SwiGLU
 from astrobiogen.models._common import at_least_float32, check_axes, require, resolve_config
 
 
@@ -63,10 +63,10 @@ class SpectrumEncoder(nn.Module):
         config = resolve_config(SpectrumConfig, config, overrides)
         self.config = config
         values, waves = config.channels - 1, 2 * config.frequencies
-        self.embed = nn.Linear(values + waves + values * waves, config.hidden_dim)
+        self.embed = Linear(values + waves + values * waves, config.hidden_dim)
         self.norm = RMSNorm(config.hidden_dim)
         self.mlp = SwiGLU(config.hidden_dim, 2 * config.hidden_dim)
-        self.score = nn.Linear(config.hidden_dim, config.queries, bias=False)  # a softmax ignores a bias
+        self.score = Linear(config.hidden_dim, config.queries, bias=False)  # a softmax ignores a bias
         self.to_features = nn.Linear(config.queries * config.hidden_dim, config.feature_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.feature_norm = RMSNorm(config.feature_dim)
