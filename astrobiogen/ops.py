@@ -21,3 +21,4 @@ from astrobiogen.kernels.rope.frequencies import rope_positions as rope_position
 from astrobiogen.kernels.rope.op import rope as rope
 from astrobiogen.kernels.swiglu.op import swiglu as swiglu
 from astrobiogen.kernels.swiglu.op import swiglu_packed as swiglu_packed
+from astrobiogen.kernels.swiglu_mlp.op import swiglu_mlp as swiglu_mlp

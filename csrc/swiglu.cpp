@@ -15,6 +15,7 @@
 
 #include "common/dispatch.h"
 #include "common/pairs.h"
+#include "swiglu_gate.h"
 
 namespace astrobiogen::swiglu {
 
@@ -66,36 +67,6 @@ struct Backward {
   T* product;     // null: not wanted
   bool streamed;  // the outputs bypass the cache
 };
-
-// e^-|g|, 0 from |g| = 104 on. The clamp is an integer one: of two negative floats the larger is the smaller unsigned word. It turns some NaN into
-// numbers; every result below is also multiplied by g.
-template <int N>
-ASTRO_INLINE simd::F<N> exp_negative(simd::F<N> g) {
-  using U = typename simd::Lanes<N>::U;
-  const U bits = (U)g | 0x80000000u, lowest = (U)simd::broadcast<N>(-104.0f);
-  return simd::exp_in_range((simd::F<N>)(bits < lowest ? bits : lowest));
-}
-
-template <int N>
-ASTRO_INLINE simd::F<N> silu(simd::F<N> g) {
-  const simd::F<N> e = exp_negative<N>(g);
-  return g * ((typename simd::Lanes<N>::I)g < 0 ? e : simd::broadcast<N>(1.0f)) / (1.0f + e);
-}
-
-// sigmoid(g) and sigmoid(-g) from one exponential and one division; both keep their relative accuracy on either side of zero.
-template <int N>
-struct Gate {
-  simd::F<N> open, shut;
-};
-
-template <int N>
-ASTRO_INLINE Gate<N> gate_of(simd::F<N> g) {
-  const simd::F<N> e = exp_negative<N>(g);
-  const simd::F<N> large = 1.0f / (1.0f + e);
-  const simd::F<N> small = e * large;
-  const auto negative = (typename simd::Lanes<N>::I)g < 0;
-  return {negative ? small : large, negative ? large : small};
-}
 
 // What bf16 needs: 1 + e^-g to a relative 8e-5 (a unit in the last place of bf16 is 8e-3), Inf from g = -88.7 down, where the sigmoid rounds to 0.
 // 2^t = 2^n 2^f with a cubic for 2^f (minimax, relative error 7.5e-5). AVX-512 splits and scales in one instruction each; elsewhere n goes through the

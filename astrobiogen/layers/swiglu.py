@@ -85,6 +85,8 @@ class SwiGLU(nn.Module):
             raise ValueError(
                 f"x: last axis (hidden) has {x.shape[-1]} elements, expected hidden_size = {self.hidden_size}"
             )
+        if not self.recompute and self.down_proj.bias is None:
+            return ops.swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not self.recompute:
             return self.down_proj(ops.swiglu(gate, up))

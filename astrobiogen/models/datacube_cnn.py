@@ -171,11 +171,12 @@ class RebuiltDatacubeCNN(nn.Module):
         self, hidden: torch.Tensor, image: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor
     ) -> dict[str, Any]:
         """Reconstruction error and physics violations per sample."""
-        error = self.decoder.squared_error(hidden, image, cube)
+        rows = self.decoder.rows(hidden)
+        error = self.decoder.squared_error(rows, image, cube)
         blocks = _pool_mask(epoch_mask, self.config.patch_size[1])
         violations: dict[str, torch.Tensor] = {}
         if self.config.use_physics_constraints:
-            water, energy, missing = self.patch_budgets(self.decoder, hidden, *self.budgets.anomaly(cube.detach()))
+            water, energy, missing = self.patch_budgets(self.decoder, rows, *self.budgets.anomaly(cube.detach()))
             violations = {
                 "water": over_epochs(water.square(), epoch_mask),
                 "energy": over_epochs(energy.square(), epoch_mask),

@@ -6,7 +6,7 @@ from torch import nn
 from astrobiogen import ops
 from astrobiogen.layers import Linear, RMSNorm, SwiGLU
 from astrobiogen.models._common import at_least_float32
-from astrobiogen.models.graph_inputs import GraphTensors, segment_max, segment_sum
+from astrobiogen.models.graph_inputs import METABOLITE, REACTION, GraphTensors, segment_max, segment_sum
 
 
 class EdgeAttention(nn.Module):
@@ -112,10 +112,17 @@ class StructuralEmbedding(nn.Module):
         self.random_walk = Linear(random_walk_dim, hidden_dim, bias=False)
         self.node_types = nn.Embedding(2, hidden_dim)
 
-    def forward(self, graph: GraphTensors) -> torch.Tensor:
-        """Embed the nodes, [N, hidden_dim]."""
-        encodings = self.laplacian(graph.laplacian_pe.abs()) + self.random_walk(graph.random_walk_pe)
-        return encodings + self.node_types(graph.node_type)
+    def forward(self, structure: torch.Tensor) -> torch.Tensor:
+        """Embed the nodes, [N, hidden_dim], from `node_structure`: the three tables side by side are one product."""
+        tables = (self.laplacian.weight, self.random_walk.weight, self.node_types.weight.t())
+        return ops.linear(structure, torch.cat(tables, dim=1))
+
+
+def node_structure(graph: GraphTensors) -> torch.Tensor:
+    """What a node is apart from its features, [N, K1 + K2 + 2]: |Laplacian eigenvectors|, random-walk returns, node
+    type as two columns of 0 and 1."""
+    kinds = torch.stack([graph.node_type == METABOLITE, graph.node_type == REACTION], dim=1)
+    return torch.cat([graph.laplacian_pe.abs(), graph.random_walk_pe, kinds.to(graph.x.dtype)], dim=1)
 
 
 def laplacian_products(graph: GraphTensors, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

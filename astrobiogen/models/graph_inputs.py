@@ -103,11 +103,14 @@ def graph_tensors(data: Any, node_features: int, laplacian_dim: int, random_walk
         graph_of_node=graph_of_node,
         n_graphs=n_graphs,
     )
-    if not torch.compiler.is_compiling() and edges:  # reads values, which would break a compiled graph
-        low, high = (int(bound) for bound in torch.aminmax(edge_index))
-        require(
-            low >= 0 and high < nodes, f"metabolic_graph.edge_index: nodes {low} to {high}, expected 0 to {nodes - 1}"
-        )
+    if not torch.compiler.is_compiling():  # reads values, which would break a compiled graph
+        checked = (("edge_index: nodes", edge_index, nodes), ("node_type: values", graph.node_type, 2))
+        for name, index, count in checked:
+            low, high = (int(bound) for bound in torch.aminmax(index)) if index.numel() else (0, 0)
+            require(
+                index.numel() == 0 or (low >= 0 and high < count),
+                f"metabolic_graph.{name} {low} to {high}, expected 0 to {count - 1}",
+            )
     return graph
 
 

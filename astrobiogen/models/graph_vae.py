@@ -11,7 +11,13 @@ from astrobiogen import ops
 from astrobiogen.layers import Linear, RMSNorm, SwiGLU
 from astrobiogen.models._common import CountsUpdates, at_least_float32, maybe_checkpoint, require, resolve_config
 from astrobiogen.models.biochemistry import network_of, normalise_flux, violations
-from astrobiogen.models.graph_attention import GlobalPool, GraphLayer, StructuralEmbedding, laplacian_products
+from astrobiogen.models.graph_attention import (
+    GlobalPool,
+    GraphLayer,
+    StructuralEmbedding,
+    laplacian_products,
+    node_structure,
+)
 from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors, segment_mean, segment_sum
 
 SMALLEST_COEFFICIENT = 1e-6  # stoichiometric coefficients below this count as this in log space
@@ -145,11 +151,12 @@ class RebuiltGraphVAE(CountsUpdates, nn.Module):
         config = self.config
         graph = graph_tensors(data, config.node_features, config.laplacian_dim, config.random_walk_dim)
         products = laplacian_products(graph, graph.source, graph.target)
-        features = self._encode(graph, products)
+        structure = node_structure(graph)
+        features = self._encode(graph, structure, products)
         mu, logvar = self.to_mu(features), self.to_logvar(features)
         z = mu + torch.randn_like(mu) * (0.5 * logvar).exp() if self.training else mu
         outputs: dict[str, Any] = {"features": features, "mu": mu, "logvar": logvar, "z": z}
-        outputs |= self.decoder(z, graph, products)
+        outputs |= self.decoder(z, graph, structure, products)
         mean, log_variance = at_least_float32(mu), at_least_float32(logvar)
         outputs["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean(1)
         loss = outputs["node_loss"] + outputs["edge_loss"] + outputs["stoichiometry_loss"]
@@ -170,7 +177,7 @@ class RebuiltGraphVAE(CountsUpdates, nn.Module):
             return self.config.beta
         return self.config.beta * (self.beta_steps / self.config.beta_warmup_steps).clamp(max=1.0)
 
-    def _encode(self, graph: GraphTensors, products: torch.Tensor) -> torch.Tensor:
+    def _encode(self, graph: GraphTensors, structure: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
         """Graph features [B, hidden_dim]."""
         config = self.config
         both_ways = torch.cat([graph.target, graph.source]), torch.cat([graph.source, graph.target])
@@ -179,7 +186,7 @@ class RebuiltGraphVAE(CountsUpdates, nn.Module):
         biases = (
             biases.view(-1, 2, config.num_layers, config.heads).permute(2, 1, 0, 3).flatten(1, 2)
         )  # [L, 2 E, heads]
-        x = self.embed_nodes(graph.x) + self.embed_structure(graph)
+        x = self.embed_nodes(graph.x) + self.embed_structure(structure)
         for layer, bias in zip(self.layers, biases.unbind(0)):
             x = maybe_checkpoint(
                 config.use_gradient_checkpointing, layer, x, edges, bias, graph.graph_of_node, graph.n_graphs
@@ -208,9 +215,11 @@ class GraphDecoder(nn.Module):
         if config.use_biochemical_constraints:
             self.to_flux = Linear(width, 1)
 
-    def forward(self, z: torch.Tensor, graph: GraphTensors, products: torch.Tensor) -> dict[str, Any]:
+    def forward(
+        self, z: torch.Tensor, graph: GraphTensors, structure: torch.Tensor, products: torch.Tensor
+    ) -> dict[str, Any]:
         """Decode z [B, latent_dim] on the node slots of `graph`; see `RebuiltGraphVAE.forward` for the entries."""
-        slots = self.from_latent(z).index_select(0, graph.graph_of_node) + self.embed_structure(graph)
+        slots = self.from_latent(z).index_select(0, graph.graph_of_node) + self.embed_structure(structure)
         slots = slots + self.mlp(self.norm(slots))
         nodes = self.to_nodes(slots)
         starts, ends = self.to_ends(slots).chunk(2, dim=-1)

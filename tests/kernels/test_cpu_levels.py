@@ -12,6 +12,8 @@ from astrobiogen.kernels.attention import samples as attention_samples
 from astrobiogen.kernels.conv_nd.samples import CASES as CONV_CASES
 from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case, random_case
 from astrobiogen.kernels.edge_attention import samples as edge_samples
+from astrobiogen.kernels.linear import reference as linear_reference
+from astrobiogen.kernels.linear import samples as linear_samples
 from astrobiogen.kernels.rms_norm import reference as rms_norm_reference
 from astrobiogen.kernels.rms_norm.samples import CASES as RMS_NORM_CASES
 from astrobiogen.kernels.rms_norm.samples import with_residual
@@ -19,6 +21,7 @@ from astrobiogen.kernels.rope import reference as rope_reference
 from astrobiogen.kernels.rope.samples import CASES as ROPE_CASES
 from astrobiogen.kernels.swiglu import reference as swiglu_reference
 from astrobiogen.kernels.swiglu.samples import CASES as SWIGLU_CASES
+from astrobiogen.kernels.swiglu_mlp import samples as mlp_samples
 from astrobiogen.testing import check_nonfinite, check_op
 
 extension = pytest.importorskip("astrobiogen._C", reason="the C++ extension is not built")
@@ -51,6 +54,12 @@ def plain_conv_norm(**arguments: Any) -> torch.Tensor:
         return ops.conv_nd_norm(**arguments)
 
 
+def plain_mlp(**arguments: torch.Tensor) -> torch.Tensor:
+    """The definition of the SwiGLU block."""
+    with use_kernels("reference"):
+        return ops.swiglu_mlp(**arguments)
+
+
 CONV_OPS = ("conv_nd", "conv_transpose_nd", "conv_nd_weight_grad", "conv_nd_bias_grad")
 # The own kernels and the composition, each with every norm.
 CONV_NORM_CASES = tuple(norm_case(norm, *shape) for norm in NORM_GROUPS for shape in NORM_SHAPES[:4])
@@ -79,6 +88,19 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...], tu
     ),
     "rope": (ops.rope, plain_rope, ("rope",), tuple(ROPE_CASES)),
 }
+# fp32 alone has kernels; everything else is PyTorch's.
+NARROW: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...], tuple[Case, ...]]] = {
+    "linear": (ops.linear, linear_reference.linear, ("linear", "linear_backward"), tuple(linear_samples.CASES)),
+    "swiglu_mlp": (ops.swiglu_mlp, plain_mlp, ("swiglu_mlp", "swiglu_mlp_backward"), tuple(mlp_samples.CASES)),
+}
+
+
+@pytest.mark.parametrize("op", NARROW)
+def test_narrow_layers(level: str, op: str) -> None:
+    function, reference, names, cases = NARROW[op]
+    assert extension.cpu_capability() == level
+    for case in cases:
+        check_op(function, reference, case, torch.float32, ops=names, implementation="cpu")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -157,7 +157,8 @@ def saved_bytes() -> Callable[[Callable[[], torch.Tensor]], int]:
         held: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, torch.nn.Parameter) and not tensor.is_leaf:
+            root = tensor if tensor._base is None else tensor._base  # a transposed parameter is still a parameter
+            if not isinstance(root, torch.nn.Parameter) and not tensor.is_leaf:
                 held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 

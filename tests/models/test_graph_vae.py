@@ -9,6 +9,7 @@ from torch_geometric.data import Batch, Data
 
 from astrobiogen.models import GraphVAEConfig, RebuiltGraphVAE
 from astrobiogen.models._common import trainable_parameters
+from astrobiogen.models.graph_attention import node_structure
 from astrobiogen.models.graph_inputs import graph_tensors
 from astrobiogen.models.graph_vae import sample_negatives
 
@@ -108,7 +109,7 @@ def test_the_decoder_tells_the_direction_of_an_edge(make_graph: MakeGraph) -> No
     for data in (item, reverse):
         graph = graph_tensors(data, 64, 16, 8)
         products = graph.laplacian_pe[graph.source] * graph.laplacian_pe[graph.target]
-        logits.append(model.decoder(latent, graph, products)["edge_logits"])
+        logits.append(model.decoder(latent, graph, node_structure(graph), products)["edge_logits"])
     assert (logits[0] - logits[1]).abs().min() > 0
 
 

@@ -120,11 +120,11 @@ def test_patch_errors_and_budgets_equal_those_of_the_decoded_field() -> None:
     budgets = AtmosphereBudgets(config.variables, SIGMA, BOUNDS, 8, MEAN, STD)
     decoder, summed = PatchDecoder(6, config), PatchBudgets(budgets, config)
     deep, cube = torch.randn(2, 6, 2, 2, 3, 2, 2), torch.randn(2, 2, 4, 2, 3, 4, 8)
-    hidden, field = decoder.hidden(deep), decoder(deep)
+    rows, field = decoder.rows(decoder.hidden(deep)), decoder(deep)
     image = patches_of(cube, config.patch_size) @ decoder.weight()
-    error = decoder.squared_error(hidden, image, cube).mean((1, 2))
+    error = decoder.squared_error(rows, image, cube).mean((1, 2))
     torch.testing.assert_close(error, (field - cube).square().mean((1, 2, 3, 4, 5, 6)))
-    water, energy, _ = summed(decoder, hidden, *budgets.anomaly(cube))
+    water, energy, _ = summed(decoder, rows, *budgets.anomaly(cube))
     found = budgets.violations(field, cube)
     torch.testing.assert_close(water.square().mean((1, 2)), found["water"])
     torch.testing.assert_close(energy.square().mean((1, 2)), found["energy"])
@@ -142,10 +142,11 @@ def test_negative_patches_are_a_violation() -> None:
     decoder, summed = PatchDecoder(6, config), PatchBudgets(budgets, config)
     torch.nn.init.zeros_(decoder.decode.weight)
     hidden = torch.randn(1, 2, 2, 3, 2, 2, 6)
+    rows = decoder.rows(hidden)
     given = torch.zeros(1, 4, 2), torch.zeros(1, 4, 2)
     decoder.decode.bias.data.fill_(0.0)
-    assert summed(decoder, hidden, *given)[2].abs().max() == 0.0
+    assert summed(decoder, rows, *given)[2].abs().max() == 0.0
     decoder.decode.bias.data.fill_(-3.0)
-    dry = summed(decoder, hidden, *given)[2]
+    dry = summed(decoder, rows, *given)[2]
     full = budgets.violations(decoder(hidden.new_zeros(1, 6, 2, 2, 3, 2, 2)), torch.zeros(1, 2, 4, 2, 3, 4, 8))
     torch.testing.assert_close(dry.square().mean((1, 2)), full["negative_humidity"])

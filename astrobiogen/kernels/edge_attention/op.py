@@ -63,8 +63,14 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
 
 
 def _sorted(index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    values, order = torch.sort(index, stable=True)
-    return order, torch.searchsorted(values, torch.arange(count + 1, device=index.device))
+    """Positions in stable order of `index`, and where each of the values 0 … count starts."""
+    if index.device.type != "cpu" or _registry.reference_selected():
+        return reference.edge_order(index, count)
+    return torch.ops.astrobiogen.edge_order(index, count)
+
+
+def _fake_order(index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return index.new_empty(index.shape), index.new_empty(count + 1)
 
 
 def edge_attention(
@@ -150,6 +156,11 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
 _LISTS = (
     "Tensor receiver, Tensor sender, Tensor by_receiver, Tensor receiver_start, Tensor by_sender, Tensor sender_start, "
     "float scale"
+)
+_registry.define(
+    "edge_order(Tensor index, SymInt count) -> (Tensor, Tensor)",
+    reference=reference.edge_order,
+    fake=_fake_order,
 )
 _registry.define(
     f"edge_attention(Tensor q, Tensor k, Tensor v, Tensor bias, {_LISTS}) -> (Tensor, Tensor)",

@@ -10,6 +10,12 @@ Sums and the softmax are taken in fp32 (fp64 for fp64 input); the result is roun
 import torch
 
 
+def edge_order(index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions of `index` [E] in stable order, start of each of the values 0 … count among them [count + 1])."""
+    values, order = torch.sort(index, stable=True)
+    return order, torch.searchsorted(values, torch.arange(count + 1, device=index.device))
+
+
 def edge_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -10,7 +10,7 @@ from astrobiogen.kernels.linear import reference
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x Wᵀ + b over the last axis, with a CPU kernel for narrow fp32 layers; everything else is `torch.nn.functional.linear`.
+    """x Wᵀ + b over the last axis, with a CPU kernel for narrow fp32 layers; the rest is `torch.nn.functional.linear`.
 
     A BLAS is made for large matrices: at widths of 8 to 256 it spends a third of its time on packing its operands. The
     kernel packs the weight alone, and nothing for the weight's gradient.
@@ -77,7 +77,7 @@ _registry.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=reference.linear,
     fake=_fake,
-    cpu_rule="own kernel for fp32, weights of up to 512 x 512, 64 rows and 131,072 multiply-adds or more; else PyTorch's product",
+    cpu_rule="own kernel in fp32: weights [8..512, 1..512], from 64 rows and 131,072 multiply-adds on; else PyTorch",
 )
 _registry.define(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)",
