@@ -164,7 +164,8 @@ def test_impossible_numbers_of_the_catalogue_are_masked() -> None:
 
 def test_lines_that_are_no_objects_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.gz"
-    for lines, message in (('{"text": "a"}\n5\n', "line 2.*is a int"), ('{"text": 1}\n', "line 1.*lacks the text")):
+    for lines, message in (('{"text": "a"}\n5\n', "line 2.*is a int"), ('{"text": 1}\n', "line 1.*lacks the text"),
+                           ('{"text": "a"}\n\n{"text": "b"}\n', "line 2.*is not JSON")):  # fmt: skip
         path.write_bytes(gzip.compress(lines.encode()))
         with pytest.raises(data.DataError, match=message):
             text.read_jsonl(path, ("text",))

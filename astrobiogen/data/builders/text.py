@@ -28,16 +28,21 @@ MAX_ORGANISM_CHARACTERS = 700
 
 def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict[str, str]]:
     """Rows of a ``.jsonl.gz`` file; a truncated file or a row without ``fields`` is a ``DataError``."""
-    body = unpacked(path)
     try:
-        rows = [json.loads(line) for line in body.decode("utf-8").split("\n") if line]
-    except ValueError as error:
+        lines = unpacked(path).decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
         raise unreadable(path, error) from error
-    for k, row in enumerate(rows):
+    rows: list[dict[str, str]] = []
+    for k, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(path, f"line {k + 1}", f"is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataError(path, f"line {k + 1}", f"is a {type(row).__name__}, expected an object")
         if missing := [f for f in fields if not isinstance(row.get(f), str)]:
             raise DataError(path, f"line {k + 1}", f"lacks the text fields {missing}")
+        rows.append(row)
     return rows
 
 
