@@ -229,10 +229,11 @@ struct Arguments {
   }
 };
 
-Arguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor& receiver, const Tensor& sender,
-                    const Tensor& by_receiver, const Tensor& receiver_start, const Tensor& by_sender, const Tensor& sender_start, double scale) {
-  return {dense_rows(q), dense_rows(k), dense_rows(v), bias.contiguous(), receiver.contiguous(), sender.contiguous(), by_receiver.contiguous(),
-          receiver_start.contiguous(), by_sender.contiguous(), sender_start.contiguous(), scale};
+// `edges`: the tensors of `EdgeLists`, in order.
+Arguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, at::TensorList edges, double scale) {
+  TORCH_CHECK(edges.size() == 6, "edges must be the 6 tensors of EdgeLists, got ", edges.size());
+  return {dense_rows(q),         dense_rows(k),         dense_rows(v),         bias.contiguous(),     edges[0].contiguous(), edges[1].contiguous(),
+          edges[2].contiguous(), edges[3].contiguous(), edges[4].contiguous(), edges[5].contiguous(), scale};
 }
 
 at::ScalarType exact(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
@@ -245,10 +246,8 @@ void for_dtype(at::ScalarType dtype, Body&& body) {
   else body.template operator()<double>();
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor& receiver, const Tensor& sender,
-                                   const Tensor& by_receiver, const Tensor& receiver_start, const Tensor& by_sender, const Tensor& sender_start,
-                                   double scale) {
-  const Arguments all = arguments(q, k, v, bias, receiver, sender, by_receiver, receiver_start, by_sender, sender_start, scale);
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, at::TensorList edges, double scale) {
+  const Arguments all = arguments(q, k, v, bias, edges, scale);
   Tensor out = at::empty(q.sizes(), q.options()), lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(exact(q)));
   for_dtype(q.scalar_type(), [&]<typename T>() {
     const Forward<T> a{all.problem<T>(), out.mutable_data_ptr<T>(), lse.mutable_data_ptr<Wide<T>>()};
@@ -258,10 +257,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
-                                                    const Tensor& lse, const Tensor& receiver, const Tensor& sender,
-                                                    const Tensor& by_receiver, const Tensor& receiver_start, const Tensor& by_sender,
-                                                    const Tensor& sender_start, double scale) {
-  const Arguments all = arguments(q, k, v, bias, receiver, sender, by_receiver, receiver_start, by_sender, sender_start, scale);
+                                                    const Tensor& lse, at::TensorList edges, double scale) {
+  const Arguments all = arguments(q, k, v, bias, edges, scale);
   const Tensor grad = dense_rows(grad_any), log_sum = lse.contiguous();
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v), grad_bias = like(bias);

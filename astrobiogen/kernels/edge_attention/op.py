@@ -124,7 +124,7 @@ def edge_attention(
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if _registry.reference_selected():
         return reference.edge_attention(q, k, v, bias, edges.receiver, edges.sender, factor)[0]
-    return torch.ops.astrobiogen.edge_attention(q, k, v, bias, *edges, factor)[0]
+    return torch.ops.astrobiogen.edge_attention(q, k, v, bias, list(edges), factor)[0]
 
 
 def _fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,37 +140,34 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, bias, *lists, ctx.scale = inputs
+    q, k, v, bias, edges, ctx.scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, bias, output[1], *lists)
+    ctx.save_for_backward(q, k, v, bias, output[1], *edges)
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
     del grad_lse
-    nothing = (None,) * 7
+    q, k, v, bias, lse, *edges = ctx.saved_tensors
+    nothing = [None] * len(edges), None
     if grad is None:
         return None, None, None, None, *nothing
-    return *torch.ops.astrobiogen.edge_attention_backward(grad, *ctx.saved_tensors, ctx.scale), *nothing
+    return *torch.ops.astrobiogen.edge_attention_backward(grad, q, k, v, bias, lse, edges, ctx.scale), *nothing
 
 
-_LISTS = (
-    "Tensor receiver, Tensor sender, Tensor by_receiver, Tensor receiver_start, Tensor by_sender, Tensor sender_start, "
-    "float scale"
-)
 _registry.define(
     "edge_order(Tensor index, SymInt count) -> (Tensor, Tensor)",
     reference=reference.edge_order,
     fake=_fake_order,
 )
 _registry.define(
-    f"edge_attention(Tensor q, Tensor k, Tensor v, Tensor bias, {_LISTS}) -> (Tensor, Tensor)",
+    "edge_attention(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor[] edges, float scale) -> (Tensor, Tensor)",
     reference=reference.edge_attention_op,
     fake=_fake,
     triton=f"{_TRITON}:edge_attention",
 )
 _registry.define(
     "edge_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor lse, "
-    f"{_LISTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor[] edges, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.edge_attention_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:edge_attention_backward",

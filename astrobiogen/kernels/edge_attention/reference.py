@@ -7,6 +7,8 @@ out(i, h)   = sum over edges e into i of p(e, h) v[sender(e), h],   0 for a node
 Sums and the softmax are taken in fp32 (fp64 for fp64 input); the result is rounded once.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -45,17 +47,11 @@ def edge_attention_op(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor,
-    receiver: torch.Tensor,
-    sender: torch.Tensor,
-    by_receiver: torch.Tensor,
-    receiver_start: torch.Tensor,
-    by_sender: torch.Tensor,
-    sender_start: torch.Tensor,
+    edges: Sequence[torch.Tensor],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `edge_attention`."""
-    del by_receiver, receiver_start, by_sender, sender_start
-    return edge_attention(q, k, v, bias, receiver, sender, scale)
+    """The op `edge_attention`; `edges` are the tensors of `EdgeLists`, in order."""
+    return edge_attention(q, k, v, bias, edges[0], edges[1], scale)
 
 
 def edge_attention_backward(
@@ -65,18 +61,13 @@ def edge_attention_backward(
     v: torch.Tensor,
     bias: torch.Tensor,
     lse: torch.Tensor,
-    receiver: torch.Tensor,
-    sender: torch.Tensor,
-    by_receiver: torch.Tensor,
-    receiver_start: torch.Tensor,
-    by_sender: torch.Tensor,
-    sender_start: torch.Tensor,
+    edges: Sequence[torch.Tensor],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `edge_attention_backward`: gradients of q, k, v and bias. With g the gradient of out:
     dv(j) = Σ p g,  dbias(e) = ds = p (g·v − Σ p g·v),  dq(i) = scale Σ ds k,  dk(j) = scale Σ ds q; the inner sum over
     the receiver's edges. It equals g·out, but out was rounded."""
-    del by_receiver, receiver_start, by_sender, sender_start
+    receiver, sender = edges[:2]
     exact = torch.promote_types(q.dtype, torch.float32)
     wide_q, wide_grad = (t.to(exact).index_select(0, receiver) for t in (q, grad))
     wide_k, wide_v = (t.to(exact).index_select(0, sender) for t in (k, v))

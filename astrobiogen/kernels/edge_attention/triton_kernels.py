@@ -5,6 +5,8 @@ atomics and a repeated run gives the same bits. The backward is two kernels: by 
 edge and head in fp32), then by senders (dk, dv from those).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -145,16 +147,11 @@ def edge_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor,
-    receiver: torch.Tensor,
-    sender: torch.Tensor,
-    by_receiver: torch.Tensor,
-    receiver_start: torch.Tensor,
-    by_sender: torch.Tensor,
-    sender_start: torch.Tensor,
+    edges: Sequence[torch.Tensor],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `edge_attention` on CUDA."""
-    del receiver, by_sender, sender_start
+    _, sender, by_receiver, receiver_start, _, _ = edges
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     if out.numel() == 0:
@@ -177,15 +174,11 @@ def edge_attention_backward(
     v: torch.Tensor,
     bias: torch.Tensor,
     lse: torch.Tensor,
-    receiver: torch.Tensor,
-    sender: torch.Tensor,
-    by_receiver: torch.Tensor,
-    receiver_start: torch.Tensor,
-    by_sender: torch.Tensor,
-    sender_start: torch.Tensor,
+    edges: Sequence[torch.Tensor],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `edge_attention_backward` on CUDA."""
+    receiver, sender, by_receiver, receiver_start, by_sender, sender_start = edges
     grads = tuple(t.new_empty(t.shape) for t in (q, k, v, bias))
     weight = bias.new_empty(bias.shape, dtype=lse.dtype)
     slope = torch.empty_like(weight)
