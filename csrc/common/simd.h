@@ -1,8 +1,7 @@
 // Sixteen-lane fp32 vectors for the CPU kernels, and their loads and stores from fp32, bf16 and fp16 memory.
 //
 // GCC and Clang vector extensions: the compiler lowers a 64-byte vector to one AVX-512 register, two AVX2 registers or four NEON/SSE ones.
-// Everything here is always_inline and takes its instruction set from the caller. A kernel's entry point is marked ASTRO_MULTIVERSION, so
-// that one binary carries AVX-512, AVX2 and baseline code and the loader picks at run time.
+// Everything here is always_inline and takes its instruction set from the caller (dispatch.h).
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -11,11 +10,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define ASTRO_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ASTRO_MULTIVERSION
-#endif
 #define ASTRO_INLINE __attribute__((always_inline)) inline
 
 #if defined(__GNUC__) && !defined(__clang__)

@@ -168,9 +168,14 @@ def test_stores_past_the_cache(columns: int, dtype: torch.dtype) -> None:
     packed = torch.randn(101, 2 * 22_001, dtype=dtype)
     rows = [ops.swiglu_packed(row.unsqueeze(0)) for row in packed]
     assert torch.equal(ops.swiglu_packed(packed), torch.cat(rows))
+    upstream, packed_backward = torch.randn(101, 22_001, dtype=dtype), torch.ops.astrobiogen.swiglu_packed_backward
+    rows = [packed_backward(g.unsqueeze(0), row.unsqueeze(0)) for g, row in zip(upstream, packed)]
+    assert torch.equal(packed_backward(upstream, packed), torch.cat(rows))
     x, weight = torch.randn(600, 4352, dtype=dtype), torch.randn(4352, dtype=dtype)
     y, rstd = torch.ops.astrobiogen.rms_norm(x, weight, 1e-6)
     assert torch.equal(y, torch.cat([ops.rms_norm(rows, weight) for rows in x.split(50)]))
+    added = [torch.cat(parts) for parts in zip(*(ops.add_rms_norm(a, a.flip(1), weight) for a in x.split(50)))]
+    assert all(torch.equal(a, b) for a, b in zip(ops.add_rms_norm(x, x.flip(1), weight), added))
     grad_x, _ = torch.ops.astrobiogen.rms_norm_backward(x, x, weight, rstd, None)
     split = [
         torch.ops.astrobiogen.rms_norm_backward(a, a, weight, r, None)[0] for a, r in zip(x.split(50), rstd.split(50))
