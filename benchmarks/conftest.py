@@ -183,7 +183,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         cells.append((
             row.size, row.dtype, row.candidate, _number(row.median_us), f"{row.low_us:.1f}..{row.high_us:.1f}",
             _number(row.device_us), _number(row.against_eager, 2), _number(row.device_against_eager, 2),
-            _percent(row.share_of_copy),
+            _percent(row.share_of_copy) + _range(row),
             _percent(row.share_of_mm), _number(row.added_mib, 2), "" if math.isnan(row.error) else f"{row.error:.1e}",
         ))  # fmt: skip
     widths = [max(len(line[i]) for line in cells if i != 3 or line[4]) for i in range(len(head))]
@@ -243,6 +243,11 @@ def _plain(value: Any) -> Any:
 
 def _number(value: float, digits: int = 1) -> str:
     return "" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _range(row: Row) -> str:
+    """Of the share of a copy, over placements."""
+    return f" {row.share_low:.0%}..{row.share_high:.0%}" if row.placements > 1 and row.share_low > 0 else ""
 
 
 def _percent(value: float) -> str:

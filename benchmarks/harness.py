@@ -6,6 +6,7 @@
 * CPU: wall time by `perf_counter`, and processor time of all threads together ("device"), which a busy machine
   disturbs far less. Memory that the kernel returns is warm: outputs are dropped at once and glibc
   keeps freed pages (see `keep_freed_pages`); otherwise page faults would dominate every large output.
+* CPU: each candidate, and the copy, is timed on several sets of tensors at other addresses (`placement.py`).
 * GPU: time between CUDA events of one call ("median"), and of one replay of a CUDA graph of that call ("device"),
   which leaves the host out. The L2 cache is overwritten before each call.
 * Limits: a `copy_` that moves the same number of bytes and a matrix product, timed in the same rounds.
@@ -14,6 +15,7 @@
 import ctypes
 import dataclasses
 import gc
+import math
 import platform
 import statistics
 import time
@@ -24,6 +26,7 @@ from typing import Any, Literal
 import torch
 
 from astrobiogen.testing import _inputs, _tolerance
+from benchmarks.placement import Placement
 
 Mode = Literal["forward", "backward"]
 Call = Callable[[], object]
@@ -71,7 +74,7 @@ class Work:
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Repeats: at least `rounds` (or `least_rounds`, where these take four times `seconds` per candidate), then on
-    until `seconds` per candidate are spent or `max_rounds` are done.
+    until `seconds` per candidate are spent or `max_rounds` are done; on a CPU spread over `placements`.
     """
 
     rounds: int = 15
@@ -81,14 +84,22 @@ class Settings:
     warmup: int = 3
     # Untimed calls of a candidate right before each timed one.
     lead: int = 0
+    placements: int = 5
+
+    def part(self, parts: int) -> "Settings":
+        """One of `parts` equal parts of the repeats."""
+        counts = {name: math.ceil(getattr(self, name) / parts) for name in COUNTS}
+        return dataclasses.replace(self, **counts, seconds=self.seconds / parts)
 
 
-QUICK = Settings(rounds=3, least_rounds=3, max_rounds=5, seconds=0.05, warmup=1)
+COUNTS = ("rounds", "least_rounds", "max_rounds", "warmup")
+QUICK = Settings(rounds=4, least_rounds=4, max_rounds=6, seconds=0.05, warmup=1, placements=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a result table. Times in microseconds; shares are of the same run's ceilings; NaN where not
+    """One line of a result table. Times in microseconds, over all placements; shares are of the same run's ceilings;
+    `share_of_copy` is the median over placements, and `share_low` and `share_high` are its ends. NaN where not
     measured.
     """
 
@@ -111,6 +122,9 @@ class Row:
     eager_error: float = float("nan")
     rounds: int = 0
     cpu_share: float = float("nan")
+    share_low: float = float("nan")
+    share_high: float = float("nan")
+    placements: int = 0
 
 
 def keep_freed_pages() -> bool:
@@ -134,22 +148,27 @@ def contention(seconds: float = 0.1) -> float:
     return (time.process_time() - cpu) / (time.perf_counter() - wall)
 
 
-def prepare(
-    function: Callable[..., Any],
-    arguments: dict[str, Any],
-    differentiable: Sequence[str],
-    upstream: Sequence[Any],
-    mode: Mode,
-) -> Call:
-    """A call without arguments that runs one mode; for "backward" the graph is built once and kept.
-
-    Args:
-        function: takes `arguments` by name.
-        arguments: tensors and plain values.
-        differentiable: names whose gradients are taken.
-        upstream: one gradient per output.
-        mode: forward runs without recording a graph, as in inference.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What every candidate computes: `arguments` (tensors and plain values) by name, the names whose gradients the
+    backward takes, and one upstream gradient per output.
     """
+
+    arguments: dict[str, Any]
+    differentiable: Sequence[str]
+    upstream: Sequence[torch.Tensor]
+
+    def moved(self, place: Placement) -> "Problem":
+        """The same values at the addresses of `place`."""
+        arguments = {name: place.moved(value) for name, value in self.arguments.items()}
+        return Problem(arguments, self.differentiable, [place.moved(gradient) for gradient in self.upstream])
+
+
+def prepare(function: Callable[..., Any], problem: Problem, mode: Mode) -> Call:
+    """A call without arguments that runs one mode. Forward runs without recording a graph, as in inference; for
+    "backward" the graph is built once and kept.
+    """
+    arguments = problem.arguments
     if mode == "forward":
 
         def forward() -> object:
@@ -157,9 +176,9 @@ def prepare(
                 return function(**arguments)
 
         return forward
-    leaves = {name: arguments[name].detach().requires_grad_(True) for name in differentiable}
+    leaves = {name: arguments[name].detach().requires_grad_(True) for name in problem.differentiable}
     results = _inputs.as_tuple(function(**{**arguments, **leaves}))
-    pairs = [(output, gradient) for output, gradient in zip(results, upstream) if output.requires_grad]
+    pairs = [(output, gradient) for output, gradient in zip(results, problem.upstream) if output.requires_grad]
     outputs, weights = [output for output, _ in pairs], [gradient for _, gradient in pairs]
     inputs = list(leaves.values())
 
@@ -178,19 +197,13 @@ class Expected:
     weights: Sequence[torch.Tensor]
 
     @classmethod
-    def of(
-        cls,
-        definition: Callable[..., Any],
-        arguments: dict[str, Any],
-        differentiable: Sequence[str],
-        upstream: Sequence[torch.Tensor],
-        modes: Sequence[Mode],
-    ) -> "Expected":
+    def of(cls, definition: Callable[..., Any], problem: Problem, modes: Sequence[Mode]) -> "Expected":
         """Evaluate `definition`, with gradients if the backward is among `modes`."""
-        weights = upstream if "backward" in modes else []
+        weights = problem.upstream if "backward" in modes else []
         wide = [gradient.double() for gradient in weights]
-        exact = _inputs.evaluate(definition, _inputs.upcast(arguments), differentiable, wide)
-        return cls(exact, _inputs.evaluate(definition, arguments, differentiable, weights), weights)
+        exact = _inputs.evaluate(definition, _inputs.upcast(problem.arguments), problem.differentiable, wide)
+        plain = _inputs.evaluate(definition, problem.arguments, problem.differentiable, weights)
+        return cls(exact, plain, weights)
 
     def forward(self) -> "Expected":
         """The outputs alone."""
@@ -201,8 +214,7 @@ class Expected:
 def verify(
     candidate: Callable[..., Any],
     expected: Expected,
-    arguments: dict[str, Any],
-    differentiable: Sequence[str],
+    problem: Problem,
     subject: _tolerance.Subject,
     slack: float = 1.0,
 ) -> tuple[dict[Mode, float], dict[Mode, float]]:
@@ -215,7 +227,7 @@ def verify(
         AssertionError: beyond twice (gradients: three times) the definition's error plus the floor.
     """
     exact, eager = expected.exact, expected.plain
-    got = _inputs.evaluate(candidate, arguments, differentiable, expected.weights)
+    got = _inputs.evaluate(candidate, problem.arguments, problem.differentiable, expected.weights)
     errors: dict[Mode, float] = {"forward": 0.0, "backward": 0.0}
     eager_errors: dict[Mode, float] = {"forward": 0.0, "backward": 0.0}
     checks: list[tuple[Mode, str, Any, Any, Any, float]] = [
@@ -250,6 +262,11 @@ class Samples:
 
     wall: list[float] = dataclasses.field(default_factory=list)
     cpu: list[float] = dataclasses.field(default_factory=list)
+
+    def extend(self, other: "Samples") -> None:
+        """Take in the rounds of another placement."""
+        self.wall += other.wall
+        self.cpu += other.cpu
 
     def median(self) -> float:
         """Median wall time in seconds."""
@@ -343,9 +360,11 @@ def added_memory(call: Call, device: torch.device) -> float:
     return float(peak)
 
 
-def copy_call(n_bytes: float, device: torch.device) -> Call:
-    """A `copy_` that reads and writes `n_bytes` together, with a warm destination."""
+def copy_call(n_bytes: float, device: torch.device, place: Placement) -> Call:
+    """A `copy_` that reads and writes `n_bytes` together, with a warm destination, at the addresses of `place`."""
+    place.gap()
     source = torch.ones(max(int(n_bytes / 2), 4) // 4, dtype=torch.float32, device=device)
+    place.gap()
     destination = torch.empty_like(source)
     return lambda: destination.copy_(source)
 

@@ -1,6 +1,8 @@
 """The `bench` fixture's object: verifies, times and records all candidates of one op at one size."""
 
+import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +10,8 @@ import torch
 
 from astrobiogen.testing import _inputs, _tolerance
 from benchmarks import harness
-from benchmarks.harness import Call, Candidate, Mode, Row, Samples, Work
+from benchmarks.harness import Call, Candidate, Mode, Problem, Row, Samples, Work
+from benchmarks.placement import Placement
 
 # These must be right; a peer may be anything.
 OWN = ("ours", "eager")
@@ -16,6 +19,19 @@ COPY, MM = "(copy of the same bytes)", "(torch.mm)"
 
 # Largest error per mode, of the candidate and of the eager reference.
 Checked = tuple[dict[Mode, float], dict[Mode, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one placement gave: samples and seconds on the device (where these are known) per call."""
+
+    times: dict[str, Samples]
+    device: dict[str, float]
+    mm_flops: float
+
+    def seconds(self, name: str) -> float:
+        """On the device, or else by the clock."""
+        return self.device.get(name, self.times[name].median())
 
 
 class Bench:
@@ -74,41 +90,60 @@ class Bench:
         ]
         subject = _tolerance.Subject(op, size, dtype)
         outputs = _inputs.as_tuple(reference(**arguments))
-        upstream = [torch.randn_like(output) for output in outputs]
-        expected = harness.Expected.of(truth or reference, arguments, differentiable, upstream, modes)
+        problem = Problem(arguments, differentiable, [torch.randn_like(output) for output in outputs])
+        expected = harness.Expected.of(truth or reference, problem, modes)
         # an eager that is not the definition, such as a fused kernel of PyTorch's, rounds in its own way
         strict = ("ours",) if truth else OWN
-        checked, status = self._verified(candidates, strict, expected, arguments, differentiable, subject)
-        few = {candidate.name: candidate.rounds for candidate in candidates if candidate.rounds}
+        checked, status = self._verified(candidates, strict, expected, problem, subject)
+        del expected  # fp64 values and gradients, whose memory the placements need
+        right = [candidate for candidate in candidates if candidate.function is not None and candidate.name in checked]
         added: list[Row] = []
         for mode in modes:
-            calls: dict[str, Call] = {}
             failed = dict(status)
-            for candidate in (c for c in candidates if c.function is not None and c.name in checked):
-                if mode == "backward" and candidate.forward_only:
-                    failed[candidate.name] = f"absent: {candidate.forward_only}"
-                    continue
-                try:
-                    call = harness.prepare(candidate.function, arguments, differentiable, upstream, mode)
-                    if candidate.name not in few:
-                        call()
-                except Exception as error:
-                    if candidate.name in OWN:
-                        raise
-                    failed[candidate.name] = _failure(error)
-                else:
-                    calls[candidate.name] = call
-            added += self._measure(subject, mode, calls, few, work, checked, failed)
+            calls = self._prepared(right, problem, mode, failed)
+            few = {candidate.name: candidate.rounds for candidate in right if candidate.rounds}
+            memory = {
+                name: harness.added_memory(call, self.device) / 2**20
+                for name, call in calls.items()
+                if name not in few
+            }
+            timed = [candidate for candidate in right if candidate.name in calls]
+            del calls  # it holds a graph per candidate, whose memory the placements need
+            n_bytes, flops = work.of(mode)
+            runs = self._placed(timed, problem, mode, n_bytes, dtype)
+            added += self._rows(subject, mode, runs, flops, checked, memory)
+            added += [Row(op, size, short_name(dtype), mode, name, text) for name, text in failed.items()]
         self.rows += added
         return added
+
+    def _prepared(
+        self, candidates: Sequence[Candidate], problem: Problem, mode: Mode, failed: dict[str, str]
+    ) -> dict[str, Call]:
+        """The calls of one mode; a peer that raises goes into `failed`."""
+        calls: dict[str, Call] = {}
+        for candidate in candidates:
+            assert candidate.function is not None
+            if mode == "backward" and candidate.forward_only:
+                failed[candidate.name] = f"absent: {candidate.forward_only}"
+                continue
+            try:
+                call = harness.prepare(candidate.function, problem, mode)
+                if not candidate.rounds:
+                    call()
+            except Exception as error:
+                if candidate.name in OWN:
+                    raise
+                failed[candidate.name] = _failure(error)
+            else:
+                calls[candidate.name] = call
+        return calls
 
     def _verified(
         self,
         candidates: Sequence[Candidate],
         strict: Sequence[str],
         expected: harness.Expected,
-        arguments: dict[str, Any],
-        differentiable: Sequence[str],
+        problem: Problem,
         subject: _tolerance.Subject,
     ) -> tuple[dict[str, Checked], dict[str, str]]:
         """Errors of the candidates that are right, and for the others why they will not be timed."""
@@ -121,9 +156,7 @@ class Bench:
             slack = 1.0 if candidate.name in strict else candidate.slack
             try:
                 wanted = expected.forward() if candidate.forward_only else expected
-                checked[candidate.name] = harness.verify(
-                    candidate.function, wanted, arguments, differentiable, subject, slack
-                )
+                checked[candidate.name] = harness.verify(candidate.function, wanted, problem, subject, slack)
             except Exception as error:
                 if candidate.name in OWN:
                     raise
@@ -137,51 +170,66 @@ class Bench:
         torch.compiler.reset()
         return Candidate("compile", torch.compile(reference, fullgraph=True))
 
-    def _measure(
+    def _placed(
+        self, candidates: Sequence[Candidate], problem: Problem, mode: Mode, n_bytes: float, dtype: torch.dtype
+    ) -> list[Run]:
+        """Time the candidates and the machine's limits in turns, at one placement after the other."""
+        count = self.settings.placements if self.device.type == "cpu" else 1
+        runs: list[Run] = []
+        for seed in range(count):
+            place = Placement(seed)
+            moved = problem.moved(place) if count > 1 else problem
+            calls = {c.name: harness.prepare(c.function, moved, mode) for c in candidates if c.function is not None}
+            mm, mm_flops = harness.mm_call(dtype, self.device, self.quick)
+            calls |= {COPY: harness.copy_call(n_bytes, self.device, place), MM: mm}
+            few = {c.name: c.rounds for c in candidates if c.rounds}
+            times = harness.time_in_turns(calls, self.settings.part(count), self.device, few)
+            runs.append(Run(times, self._device_times(calls, times), mm_flops))
+        return runs
+
+    def _rows(
         self,
         subject: _tolerance.Subject,
         mode: Mode,
-        calls: dict[str, Call],
-        few: dict[str, int],
-        work: Work,
+        runs: Sequence[Run],
+        flops: float,
         checked: dict[str, Checked],
-        status: dict[str, str],
+        memory: dict[str, float],
     ) -> list[Row]:
-        short = str(subject.dtype).removeprefix("torch.")
-        n_bytes, flops = work.of(mode)
-        measured = {name: call for name, call in calls.items() if name not in few}
-        memory = {name: harness.added_memory(call, self.device) / 2**20 for name, call in measured.items()}
-        mm, mm_flops = harness.mm_call(subject.dtype, self.device, self.quick)
-        limits = {COPY: harness.copy_call(n_bytes, self.device), MM: mm}
-        times = harness.time_in_turns({**calls, **limits}, self.settings, self.device, few)
-        device_times = self._device_times({**calls, **limits}, times)
-        on_device = {name: device_times.get(name, sample.median()) for name, sample in times.items()}
-        copy_rate, mm_rate = n_bytes / on_device[COPY], mm_flops / on_device[MM]
-        eager, eager_device = times["eager"].median(), on_device["eager"]
+        times = {name: Samples() for name in runs[0].times}
+        for run in runs:
+            for name, sample in run.times.items():
+                times[name].extend(sample)
+        on_device = {name: statistics.median(run.seconds(name) for run in runs) for name in times}
+        mm_rate = runs[0].mm_flops / on_device[MM]
         rows: list[Row] = []
         for name, sample in times.items():
-            seconds = on_device[name]
-            own = name not in limits
+            own = name not in (COPY, MM)
             errors, eager_errors = checked[name] if own else ({}, {})
+            has_device = all(name in run.device for run in runs)
+            shares = [run.seconds(COPY) / run.seconds(name) for run in runs] if own else [math.nan]
             rows.append(
                 Row(
-                    subject.op, subject.case, short, mode, name, "ok",
+                    subject.op, subject.case, short_name(subject.dtype), mode, name, "ok",
                     median_us=sample.median() * 1e6,
                     low_us=sample.quantile(0.2) * 1e6,
                     high_us=sample.quantile(0.8) * 1e6,
-                    device_us=device_times.get(name, math.nan) * 1e6,
-                    against_eager=eager / sample.median() if own else math.nan,
-                    device_against_eager=eager_device / seconds if own and name in device_times else math.nan,
-                    share_of_copy=n_bytes / seconds / copy_rate if own else math.nan,
-                    share_of_mm=flops / seconds / mm_rate if own and flops else math.nan,
+                    device_us=on_device[name] * 1e6 if has_device else math.nan,
+                    against_eager=times["eager"].median() / sample.median() if own else math.nan,
+                    device_against_eager=on_device["eager"] / on_device[name] if own and has_device else math.nan,
+                    share_of_copy=statistics.median(shares),
+                    share_of_mm=flops / on_device[name] / mm_rate if own and flops else math.nan,
                     added_mib=memory.get(name, math.nan),
                     error=errors.get(mode, math.nan),
                     eager_error=eager_errors.get(mode, math.nan),
                     rounds=len(sample.wall),
                     cpu_share=sum(sample.cpu) / sum(sample.wall) / torch.get_num_threads(),
+                    share_low=min(shares),
+                    share_high=max(shares),
+                    placements=len(runs),
                 )
             )  # fmt: skip
-        return rows + [Row(subject.op, subject.case, short, mode, name, text) for name, text in status.items()]
+        return rows
 
     def _device_times(self, calls: dict[str, Call], times: dict[str, Samples]) -> dict[str, float]:
         if self.device.type != "cuda":
@@ -191,6 +239,11 @@ class Bench:
             {n: r for n, r in replays.items() if r is not None}, self.settings, self.device
         )
         return {name: sample.median() for name, sample in replayed.items()}
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """E.g. "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def verified_modes(rows: Sequence[Row]) -> set[str]:
