@@ -21,6 +21,12 @@ def check_float(name: str, value: object) -> torch.Tensor:
     return tensor
 
 
+def check_number(name: str, value: object) -> None:
+    """TypeError unless `value` is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def check_same_device(**tensors: torch.Tensor) -> None:
     """ValueError unless all tensors are on the device of the first."""
     (first_name, first), *rest = tensors.items()

@@ -110,6 +110,7 @@ def test_weight_gradient_does_not_depend_on_threads(threads: int) -> None:
         ({"weight": torch.ones(1, 8)}, ValueError, r"weight must have shape \(8,\).*got \(1, 8\)"),
         ({"weight": torch.ones(8, device="meta")}, ValueError, r"weight must be on the device of x, cpu, got meta"),
         ({"eps": -1e-6}, ValueError, r"eps must be a finite number >= 0, got -1e-06"),
+        ({"eps": "1e-6"}, TypeError, "eps must be a number, got str"),
         ({"eps": float("nan")}, ValueError, r"eps must be a finite number >= 0, got nan"),
         ({"residual": torch.ones(8)}, ValueError, r"residual must have shape \(2, 8\).*got \(8,\)"),
         ({"residual": torch.ones(2, 8).half()}, TypeError, r"residual must have the dtype of x"),

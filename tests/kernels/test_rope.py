@@ -153,6 +153,7 @@ def test_flagship_program_has_no_idle_lane() -> None:
         ({"sin": torch.ones(4, 4, device="meta")}, ValueError, r"sin must be on the device of x, cpu, got meta"),
         ({"cos": torch.ones(4, 4, requires_grad=True)}, ValueError, r"cos must not require a gradient"),
         ({"sin": torch.ones(4, 4, requires_grad=True)}, ValueError, r"sin must not require a gradient"),
+        ({"interleaved": "yes"}, TypeError, r"interleaved must be a bool, got str"),
     ],
 )
 def test_bad_input_is_named(arguments: dict[str, object], error: type[Exception], message: str) -> None:

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from astrobiogen.kernels import _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from astrobiogen.kernels._checks import (
+    check_float,
+    check_number,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from astrobiogen.kernels.linear_cross_entropy import reference
 
 _TRITON = "astrobiogen.kernels.linear_cross_entropy.triton_kernels"
@@ -48,8 +55,9 @@ def linear_cross_entropy(
         label_smoothing: share in [0, 1] of the target mass spread evenly over the vocabulary.
         z_loss: weight >= 0 of lse^2, which keeps the logits from drifting.
         softcap: bound > 0 on |z|, or None.
-        num_tokens: replaces the count in the mean (an int > 0 or a 0-d tensor), e.g. the tokens of all micro-batches of
-            one optimizer step, so that gradient accumulation weights every token alike.
+        num_tokens: replaces the count in the mean (an int > 0, or a 0-d tensor on the CPU or the device of `x`), e.g.
+            the tokens of all micro-batches of one optimizer step, so that gradient accumulation weights every token
+            alike.
 
     Returns:
         Scalar, or [...] for "none"; float32 (float64 for float64 input), also for half-precision `x`: the loss is not
@@ -62,7 +70,8 @@ def linear_cross_entropy(
             read out of bounds), or a second derivative is asked for.
     """
     _check_tensors(x, weight, target)
-    _check_options(ignore_index, reduction, label_smoothing, z_loss, softcap, num_tokens)
+    _check_options(ignore_index, reduction, label_smoothing, z_loss, softcap)
+    _check_num_tokens(num_tokens, reduction, x)
     x, weight = _autocast(x, weight)
     check_same_dtype(x=x, weight=weight)
     rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
@@ -139,8 +148,11 @@ def _check_options(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    num_tokens: int | torch.Tensor | None,
 ) -> None:
+    check_number("label_smoothing", label_smoothing)
+    check_number("z_loss", z_loss)
+    if softcap is not None:
+        check_number("softcap", softcap)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if reduction not in ("mean", "sum", "none"):
@@ -151,6 +163,9 @@ def _check_options(
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss!r}")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
+
+
+def _check_num_tokens(num_tokens: int | torch.Tensor | None, reduction: str, x: torch.Tensor) -> None:
     if num_tokens is None:
         return
     if reduction != "mean":
@@ -160,6 +175,8 @@ def _check_options(
             raise ValueError(
                 f"num_tokens must be an int or a 0-d tensor, got a tensor of shape {tuple(num_tokens.shape)}"
             )
+        if num_tokens.device not in (x.device, torch.device("cpu")):
+            raise ValueError(f"num_tokens must be on the device of x, {x.device}, or the CPU, got {num_tokens.device}")
     elif isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
         raise TypeError(f"num_tokens must be an int or a 0-d tensor, got {type(num_tokens).__name__}")
     elif num_tokens <= 0:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from astrobiogen.kernels import _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape
+from astrobiogen.kernels._checks import check_float, check_number, check_same_device, check_same_dtype, check_shape
 from astrobiogen.kernels.rms_norm import reference
 
 _TRITON = "astrobiogen.kernels.rms_norm.triton_kernels"
@@ -25,7 +25,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         y [..., H] with the dtype and device of `x`.
 
     Raises:
-        TypeError: `x` or `weight` is not a floating-point tensor.
+        TypeError: `x` or `weight` is not a floating-point tensor, or `eps` is not a number.
         ValueError: `x` has no axis or H = 0, `weight` is not [H] or on another device, `eps` is negative or not finite.
     """
     _check(x, weight, eps)
@@ -52,7 +52,7 @@ def add_rms_norm(
         backward kernel.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or `residual` has another dtype than `x`.
+        TypeError: a tensor is not a floating-point one, `residual` has another dtype than `x`, or `eps` is no number.
         ValueError: shapes or devices differ, or `eps` is negative or not finite.
     """
     _check(x, weight, eps)
@@ -73,6 +73,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         raise ValueError(f"x must have shape [..., H] with H >= 1, got {tuple(x.shape)}")
     check_shape("weight", weight, (x.shape[-1],), "[H], H the last axis of x")
     check_same_device(x=x, weight=weight)
+    check_number("eps", eps)
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
 

@@ -32,13 +32,15 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
         [B, S, heads, D], contiguous, with the dtype and device of `x`.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or a dtype is not allowed.
+        TypeError: a tensor is not a floating-point one, a dtype is not allowed, or `interleaved` is not a bool.
         ValueError: a shape or device does not fit, or `cos` or `sin` requires a gradient.
     """
     check_float("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [B, S, heads, D], got {tuple(x.shape)}")
     check_tables(x, cos, sin)
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved must be a bool, got {type(interleaved).__name__}")
     if _registry.reference_selected():
         return reference.rope(x, cos, sin, interleaved, False)
     return torch.ops.astrobiogen.rope(x, cos, sin, interleaved, False)
