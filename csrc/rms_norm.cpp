@@ -78,6 +78,19 @@ ASTRO_INLINE void walk(int64_t hidden, Body&& body) {
   if (j < hidden) body(j, std::false_type{}, hidden - j, Chain<1>{});
 }
 
+// The same from the last column to the first: what a walk before it read last is still in L1. A row, the weight and whatever else a walk reads pass 32 KB
+// together, so a second walk in the first one's direction would find nothing there (residual fp32 0.94 of a copy's time, backwards 0.88).
+template <typename Body>
+ASTRO_INLINE void walk_back(int64_t hidden, Body&& body) {
+  int64_t j = hidden / kPair * kPair;
+  if (j < hidden) body(j, std::false_type{}, hidden - j, Chain<1>{});
+  for (; j >= 2 * kPair; j -= 2 * kPair) {
+    body(j - kPair, std::true_type{}, kPair, Chain<0>{});
+    body(j - 2 * kPair, std::true_type{}, kPair, Chain<1>{});
+  }
+  if (j > 0) body(0, std::true_type{}, kPair, Chain<0>{});
+}
+
 template <typename T, bool Whole>
 ASTRO_INLINE Pair get(const T* p, int64_t live, std::bool_constant<Whole>) {
   if constexpr (Whole) return simd::load_pair<kLanes>(p);
@@ -97,6 +110,9 @@ template <typename T, int Index>
 ASTRO_INLINE void prefetch(const T* p, Chain<Index>) {
   if constexpr (sizeof(T) == 4 || Index == 0) simd::prefetch(p);
 }
+
+// The column that a walk reaches when a walk back reaches j: the next row is asked for from its start, where it will be read first.
+ASTRO_INLINE int64_t mirrored(int64_t hidden, int64_t j) { return std::max<int64_t>(0, hidden - kPair - j); }
 
 // The next row lies `a.hidden` further on; asking for one past the end does no harm.
 template <typename T, Level L, bool Add, bool Streamed>
@@ -122,8 +138,8 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   const float rstd = 1.0f / std::sqrt(mean + a.eps);
   a.rstd[row] = rstd;
   const T *from = Add ? scratch : x, *next = (Add ? residual : x) + hidden;
-  walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
-    if constexpr (Streamed) prefetch(next + j, chain);
+  walk_back(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
+    if constexpr (Streamed) prefetch(next + mirrored(hidden, j), chain);
     const Pair v = get(from + j, live, whole), w = load_pair<kLanes>(a.weight + j);
     put<L, Round::kAway, Streamed>(y + j, {v.first * rstd * w.first, v.second * rstd * w.second}, live, whole);
   });
@@ -148,10 +164,10 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
   });
   const float correction = rms_norm::sum(dots[0][0] + dots[1][0], dots[0][1] + dots[1][1]) / static_cast<float>(hidden) * rstd;
   T* grad_x = a.grad_x + row * hidden;
-  walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
+  walk_back(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
     if constexpr (Streamed) {
-      prefetch(grad_y + hidden + j, chain);
-      if constexpr (Add) prefetch(grad_sum + hidden + j, chain);
+      prefetch(grad_y + hidden + mirrored(hidden, j), chain);
+      if constexpr (Add) prefetch(grad_sum + hidden + mirrored(hidden, j), chain);
     }
     const Pair v = get(x + j, live, whole), g = get(grad_y + j, live, whole), w = load_pair<kLanes>(a.weight + j);
     Pair value{(g.first * w.first - v.first * correction) * rstd, (g.second * w.second - v.second * correction) * rstd};

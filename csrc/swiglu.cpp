@@ -31,6 +31,9 @@ constexpr int64_t kMaxAxes = 64;  // PyTorch's own limit
 // row, about four memory latencies for gate and four for up: packed [2048, 11605] bf16 takes 1.38 of a copy's time without and 1.16 with (AVX2; 1.23 at
 // 512 bytes, 1.18 at 4096, 1.24 into L2). Not for one long row: there it costs up to 0.08.
 constexpr int64_t kAheadBytes = 2048;
+// Columns whose exponentials are taken before their products. In one loop the chain from load to store, 60 to 80 cycles of dependent instructions, is
+// longer than the scheduler's 64 entries cover: in L1, per 16 elements, AVX2, fp32 6.7 against 5.8 ns, bf16 3.9 against 3.7.
+constexpr int64_t kBlock = 64;
 constexpr int64_t kLineBytes = 64;
 
 // The leading axes that the inputs do not let merge, and the row length left over. Outputs are dense rows `out_stride` apart.
@@ -139,10 +142,17 @@ ASTRO_INLINE double sigmoid(double g) {
   return (g < 0.0 ? e : 1.0) / (1.0 + e);
 }
 
+// The product silu(g) u in two steps, so that they can be loops of their own.
 template <typename T, Level L, int N>
-ASTRO_INLINE simd::F<N> product_of(simd::F<N> g, simd::F<N> u) {
-  if constexpr (std::is_same_v<T, c10::BFloat16>) return g / one_plus_exp<L, N>(g) * u;
-  else return silu<N>(g) * u;
+ASTRO_INLINE simd::F<N> exponential_of(simd::F<N> g) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return one_plus_exp<L, N>(g);
+  else return exp_negative<N>(g);
+}
+
+template <typename T, int N>
+ASTRO_INLINE simd::F<N> product_of(simd::F<N> g, simd::F<N> e, simd::F<N> u) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return g / e * u;
+  else return g * ((typename simd::Lanes<N>::I)g < 0 ? e : simd::broadcast<N>(1.0f)) / (1.0f + e) * u;
 }
 
 // `next`: where the inputs of the row after this one start; null for one long row.
@@ -153,26 +163,36 @@ ASTRO_INLINE void forward_row(const Starts<T, 2>& row, const Starts<T, 2>* next,
     for (int64_t j = 0; j < count; ++j) product[j] = gate[j] * swiglu::sigmoid(gate[j]) * up[j];
   } else {
     constexpr int N = kWidth<L>;
-    const auto both = [](simd::Pair<N> g, simd::Pair<N> u) ASTRO_LAMBDA_INLINE {
-      return simd::Pair<N>{product_of<T, L, N>(g.first, u.first), product_of<T, L, N>(g.second, u.second)};
+    const auto exponentials = [](simd::Pair<N> g) ASTRO_LAMBDA_INLINE {
+      return simd::Pair<N>{exponential_of<T, L, N>(g.first), exponential_of<T, L, N>(g.second)};
+    };
+    const auto products = [](simd::Pair<N> g, simd::Pair<N> e, simd::Pair<N> u) ASTRO_LAMBDA_INLINE {
+      return simd::Pair<N>{product_of<T, N>(g.first, e.first, u.first), product_of<T, N>(g.second, e.second, u.second)};
     };
     const auto partial = [&](int64_t at, int64_t live) ASTRO_LAMBDA_INLINE {
       const auto get = [&](const T* p) ASTRO_LAMBDA_INLINE {
         return at + 2 * N <= count ? simd::load_pair<N>(p + at) : simd::load_pair_partial<N>(p + at, live);
       };
-      const auto v = both(get(gate), get(up));
-      simd::put_pair_partial<L, simd::Round::kAway, N>(product + at, v, live);
+      const auto g = get(gate);
+      simd::put_pair_partial<L, simd::Round::kAway, N>(product + at, products(g, exponentials(g), get(up)), live);
     };
     int64_t j = 0;
     if constexpr (Streamed) {  // a row of odd width may start anywhere
       const int64_t edge = std::min(count, simd::until_aligned(product));
       for (; j < edge; j = std::min<int64_t>(edge, j + 2 * N)) partial(j, std::min<int64_t>(2 * N, edge - j));
     }
-    const auto whole = [&](int64_t at) ASTRO_LAMBDA_INLINE {
-      simd::put_pair<L, simd::Round::kAway, N>(product + at, both(simd::load_pair<N>(gate + at), simd::load_pair<N>(up + at)), Streamed);
+    const auto put = [&](int64_t at, simd::Pair<N> e) ASTRO_LAMBDA_INLINE {
+      const auto v = products(simd::load_pair<N>(gate + at), e, simd::load_pair<N>(up + at));
+      simd::put_pair<L, simd::Round::kAway, N>(product + at, v, Streamed);
     };
-    if (Streamed && next != nullptr) j = walk_ahead<2 * N>(row, *next, j, count, whole);
-    for (; j + 2 * N <= count; j += 2 * N) whole(j);
+    const auto block = [&](int64_t start) ASTRO_LAMBDA_INLINE {
+      alignas(64) float e[kBlock];
+      for (int64_t at = 0; at < kBlock; at += 2 * N) simd::store_pair<N>(e + at, exponentials(simd::load_pair<N>(gate + start + at)));
+      for (int64_t at = 0; at < kBlock; at += 2 * N) put(start + at, simd::load_pair<N>(e + at));
+    };
+    if (Streamed && next != nullptr) j = walk_ahead<kBlock>(row, *next, j, count, block);
+    for (; j + kBlock <= count; j += kBlock) block(j);
+    for (; j + 2 * N <= count; j += 2 * N) put(j, exponentials(simd::load_pair<N>(gate + j)));
     if (j < count) partial(j, count - j);
   }
 }
