@@ -6,7 +6,8 @@
 * CPU: wall time by `perf_counter`, and processor time of all threads together ("device"), which a busy machine
   disturbs far less. Memory that the kernel returns is warm: outputs are dropped at once and glibc
   keeps freed pages (see `keep_freed_pages`); otherwise page faults would dominate every large output.
-* CPU: each candidate, and the copy, is timed on several sets of tensors at other addresses (`placement.py`).
+* CPU, ops bound by memory: each candidate, and the copy, is timed on several sets of tensors at other addresses
+  (`placement.py`).
 * GPU: time between CUDA events of one call ("median"), and of one replay of a CUDA graph of that call ("device"),
   which leaves the host out. The L2 cache is overwritten before each call.
 * Limits: a `copy_` that moves the same number of bytes and a matrix product, timed in the same rounds.

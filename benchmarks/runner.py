@@ -110,7 +110,9 @@ class Bench:
             timed = [candidate for candidate in right if candidate.name in calls]
             del calls  # it holds a graph per candidate, whose memory the placements need
             n_bytes, flops = work.of(mode)
-            runs = self._placed(timed, problem, mode, n_bytes, dtype)
+            # a call that is bound by its arithmetic takes the same time anywhere
+            places = self.settings.placements if self.device.type == "cpu" and not flops else 1
+            runs = self._placed(timed, problem, mode, n_bytes, dtype, places)
             added += self._rows(subject, mode, runs, flops, checked, memory)
             added += [Row(op, size, short_name(dtype), mode, name, text) for name, text in failed.items()]
         self.rows += added
@@ -171,10 +173,15 @@ class Bench:
         return Candidate("compile", torch.compile(reference, fullgraph=True))
 
     def _placed(
-        self, candidates: Sequence[Candidate], problem: Problem, mode: Mode, n_bytes: float, dtype: torch.dtype
+        self,
+        candidates: Sequence[Candidate],
+        problem: Problem,
+        mode: Mode,
+        n_bytes: float,
+        dtype: torch.dtype,
+        count: int,
     ) -> list[Run]:
-        """Time the candidates and the machine's limits in turns, at one placement after the other."""
-        count = self.settings.placements if self.device.type == "cpu" else 1
+        """Time the candidates and the machine's limits in turns, at `count` placements one after the other."""
         runs: list[Run] = []
         for seed in range(count):
             place = Placement(seed)
