@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-# Gaps are this long and up to twice as long, in steps of a cache line: every distance modulo a page, and other pages.
+# Gaps are this long and up to twice as long, in steps of a cache line: what follows lies on other pages.
 GAP_BYTES = 2**20
 LINE_BYTES = 64
+PAGE_BYTES = 4096
 
 
 class Placement:
@@ -29,9 +30,15 @@ class Placement:
         self._gaps.append(torch.empty(length, dtype=torch.uint8))
 
     def moved(self, value: Any) -> Any:
-        """A copy of a tensor behind a gap, with its strides and its offset into the storage; anything else as it is."""
+        """A copy of a tensor with its strides, behind a gap and at a random line of a page (a large block that malloc
+        maps on its own would always start at the same one); anything else as it is.
+        """
         if not isinstance(value, torch.Tensor):
             return value
         self.gap()
-        storage = value.untyped_storage().clone()
-        return value.detach().new_empty(0).set_(storage, value.storage_offset(), value.size(), value.stride())
+        old = value.untyped_storage()
+        shift = LINE_BYTES * self._random.randrange(PAGE_BYTES // LINE_BYTES)
+        block = torch.empty(old.nbytes() + PAGE_BYTES, dtype=torch.uint8, device=value.device)
+        block[shift : shift + old.nbytes()] = torch.empty(0, dtype=torch.uint8, device=value.device).set_(old)
+        offset = value.storage_offset() + shift // value.element_size()
+        return value.detach().new_empty(0).set_(block.untyped_storage(), offset, value.size(), value.stride())

@@ -103,9 +103,7 @@ class Bench:
             calls = self._prepared(right, problem, mode, failed)
             few = {candidate.name: candidate.rounds for candidate in right if candidate.rounds}
             memory = {
-                name: harness.added_memory(call, self.device) / 2**20
-                for name, call in calls.items()
-                if name not in few
+                name: harness.added_memory(call, self.device) / 2**20 for name, call in calls.items() if name not in few
             }
             timed = [candidate for candidate in right if candidate.name in calls]
             del calls  # it holds a graph per candidate, whose memory the placements need
