@@ -172,7 +172,7 @@ class UnifiedMultiModalSystem(nn.Module):
         size = batch_size(batch)
         present = self._present(batch, size)
         require(
-            bool(present),
+            len(present) > 0,  # `bool` of a dict breaks the graph in torch 2.11
             f"batch holds none of the modalities of this model, {self.config.modalities}; its keys are {sorted(batch)}",
         )
         features: dict[str, torch.Tensor] = {}
