@@ -361,12 +361,12 @@ def added_memory(call: Call, device: torch.device) -> float:
     return float(peak)
 
 
-def copy_call(n_bytes: float, device: torch.device, place: Placement) -> Call:
+def copy_call(n_bytes: float, device: torch.device, place: Placement | None) -> Call:
     """A `copy_` that reads and writes `n_bytes` together, with a warm destination, at the addresses of `place`."""
-    place.gap()
     source = torch.ones(max(int(n_bytes / 2), 4) // 4, dtype=torch.float32, device=device)
-    place.gap()
     destination = torch.empty_like(source)
+    if place is not None:
+        source, destination = place.moved(source), place.moved(destination)
     return lambda: destination.copy_(source)
 
 

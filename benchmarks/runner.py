@@ -182,8 +182,8 @@ class Bench:
         """Time the candidates and the machine's limits in turns, at `count` placements one after the other."""
         runs: list[Run] = []
         for seed in range(count):
-            place = Placement(seed)
-            moved = problem.moved(place) if count > 1 else problem
+            place = Placement(seed) if count > 1 else None
+            moved = problem if place is None else problem.moved(place)
             calls = {c.name: harness.prepare(c.function, moved, mode) for c in candidates if c.function is not None}
             mm, mm_flops = harness.mm_call(dtype, self.device, self.quick)
             calls |= {COPY: harness.copy_call(n_bytes, self.device, place), MM: mm}

@@ -193,11 +193,12 @@ def test_damaged_archives_are_refused_or_read(
     raw = raw[:place] if cut else raw[:place] + bytes([byte]) + raw[place + 1 :]
     path = tmp_path_factory.mktemp("gz") / "x.gz"
     path.write_bytes(raw)
-    for read in (
-        lambda: text.read_jsonl(path, ("text",)),
-        lambda: planets.read_catalogue(path),
-        lambda: sbml.read_network(path),
-        lambda: cobra_json.read_network(path),
-    ):
-        with contextlib.suppress(data.DataError):
-            read()
+    records = None
+    with contextlib.suppress(data.DataError):
+        records = text.read_jsonl(path, ("text",))
+    expected = [json.loads(line)["text"] for line in lines.splitlines()]
+    # read although a byte is another: one of the header, which the checksum leaves out
+    assert records is None or [record["text"] for record in records] == expected
+    for read in (planets.read_catalogue, sbml.read_network, cobra_json.read_network):
+        with pytest.raises(data.DataError, match=r"x\.gz"):  # it holds none of these, damaged or not
+            read(path)
