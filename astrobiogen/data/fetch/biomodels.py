@@ -8,37 +8,17 @@ so that JSON is also asked for by an Accept header.
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import urllib.parse
 from pathlib import Path
-from typing import Any
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.fetch.download import JSON, Web, keep, looks_like_a_page, sbml
+from astrobiogen.data.fetch.download import Web, json_object, keep, sbml
 from astrobiogen.data.fetch.each import Fetched, each
 
 URL = "https://www.biomodels.org"
 SMALLEST_PAGE, LARGEST_PAGE = 10, 100  # results of one request: the service raises fewer to 10
 _IDENTIFIER = re.compile(r"[A-Za-z0-9]+")
-
-
-def json_object(url: str, web: Web) -> dict[str, Any]:
-    """The JSON object that ``url`` answers.
-
-    Raises
-    ------
-    DataError
-        No answer, or it is a web page or other JSON.
-    """
-    body = web.get(url, accept=JSON)
-    try:
-        document = json.loads(body)
-    except ValueError as error:
-        raise DataError(url, "", looks_like_a_page(body) or f"is not JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise DataError(url, "", f"is a {type(document).__name__}, expected an object")
-    return document
 
 
 def search(query: str, web: Web, base: str = URL, limit: int = 100) -> tuple[list[dict[str, str]], int]:

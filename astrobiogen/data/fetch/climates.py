@@ -15,8 +15,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.fetch.biomodels import json_object
-from astrobiogen.data.fetch.download import Web, netcdf
+from astrobiogen.data.fetch.download import Web, json_object, netcdf
 from astrobiogen.data.fetch.each import Fetched, each
 
 # Way et al. 2018, ApJS 239, 24; licence: US government work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import math
 import os
 import ssl
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.progress import track
@@ -154,6 +155,24 @@ def looks_like_a_page(body: bytes) -> str:
     if head.startswith((b"<!doctype html", b"<html")) or b"<html" in head:
         return f"is a web page, not data ({body[:60]!r})"
     return ""
+
+
+def json_object(url: str, web: Web) -> dict[str, Any]:
+    """The JSON object that ``url`` answers.
+
+    Raises
+    ------
+    DataError
+        No answer, or it is a web page or other JSON.
+    """
+    body = web.get(url, accept=JSON)
+    try:
+        document = json.loads(body)
+    except ValueError as error:
+        raise DataError(url, "", looks_like_a_page(body) or f"is not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise DataError(url, "", f"is a {type(document).__name__}, expected an object")
+    return document
 
 
 def netcdf(path: Path) -> str:
