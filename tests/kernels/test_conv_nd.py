@@ -144,6 +144,22 @@ def test_thread_count_does_not_change_a_bit(dtype: torch.dtype) -> None:
     assert torch.equal(alone[2], together[2])
 
 
+# 16 points of 128 channels pass the memory for partials: one unit of work, whose output channels are shared out.
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_shared_output_channels_do_not_change_a_bit(threads: int) -> None:
+    x = torch.randn(1, 128, 2, 4, 5, 9)
+    weight = torch.randn(128, 128, 1, 3, 3, 3, requires_grad=True)
+
+    def run() -> torch.Tensor:
+        y = ops.conv_nd(x, weight, padding=(0, 1, 1, 1))
+        return torch.autograd.grad(y.square().sum(), weight)[0]
+
+    torch.set_num_threads(1)
+    alone = run()
+    torch.set_num_threads(threads)
+    assert torch.equal(alone, run())
+
+
 def test_output_has_channels_innermost_and_feeds_the_next_layer_without_a_copy() -> None:
     y = ops.conv_nd(torch.randn(2, 3, 4, 4, 4, 4), torch.randn(8, 3, 1, 1, 1, 1))
     assert y.movedim(1, -1).is_contiguous()
