@@ -173,7 +173,7 @@ class RebuiltMultimodalIntegration(nn.Module):
         dims = self.config.modality_dims
         unknown = (set(features) | set(present)) - set(dims)
         require(not unknown, f"features: unknown modalities {sorted(unknown)}, expected some of {list(dims)}")
-        require(bool(features), "features must hold at least one modality")
+        require(len(features) > 0, "features must hold at least one modality")
         first = next(iter(features.values()))
         batch = first.shape[0]
         tokens, masks = [], []
