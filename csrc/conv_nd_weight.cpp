@@ -26,34 +26,64 @@ constexpr int64_t kPartialBytes = 1024 * 1024;
 // Sums that one unit of work writes again and again: half of a small L2.
 constexpr int64_t kUnitBytes = 256 * 1024;
 constexpr int64_t kSegment = 128;  // positions of the last axis at a time
-constexpr int64_t kLineBytes = 128 * 1024;  // lines of all points are kept up to this
+constexpr int64_t kLineBytes = 128 * 1024;  // lines of all points, or of a group of tiles, are kept up to this
+constexpr int64_t kMaxGroup = 8;            // tiles whose short rows are one row of positions
 
 struct Job {
   const Plan* plan;
   const void *x, *grad;
   at::ScalarType dtype;
   int64_t chunks, subsets, subset;  // chunks of tiles x subsets of outer taps
+  int64_t group;                    // tiles at a time
   bool resident;                    // the lines of all points are kept, and blocks of channels are the outer loop
   bool large;                       // dy is larger than a cache: it is prefetched
 };
 
+// A line of input and where the output gradients that it meets begin.
+struct Piece {
+  const float* x;
+  int64_t grad;
+};
+
+// One outer tap of a point: the pieces [first, last) of its tiles.
+struct LiveTap {
+  int64_t tap, first, last;
+};
+
 struct Scratch {
-  std::vector<float> lines, grad, packed, sums;  // grad: a tile's rows of dy, [blocks][tile rows][kSegment][block]; packed: of one point and block
-  std::vector<int64_t> taps;                     // live ones, of `lines`
+  std::vector<float> lines, grad, packed, sums;  // grad: a group's rows of dy, [blocks][tile rows][kSegment][block]; packed: of one point and block
+  std::vector<Piece> pieces;
+  std::vector<LiveTap> taps;
+};
+
+// What one unit of work sums of its tiles: some of the points and blocks of output channels.
+struct Share {
+  int64_t first_point, last_point, first_block, last_block;
+};
+
+// The pieces of one outer tap, `count` positions each, from float `offset` of their lines on; `grad` [positions][block].
+struct Operands {
+  const Piece* pieces;
+  int64_t size, offset;
+  const float* grad;
+  int64_t count;
 };
 
 // The positions of one call are summed for themselves and then added: two short chains of additions instead of one over all positions of a chunk, which
 // was 3 times as inexact as eager's at 4,096 positions.
 template <typename Vec, int N, int M>
-ASTRO_INLINE void block(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
+ASTRO_INLINE void block(const Plan& plan, const Operands& from, int64_t at, float* sums) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
   Vec acc[M][N] = {};
-  for (int64_t p = 0; p < count; ++p, x += plan.position_step, grad += kBlock) {
-    Vec value[N];
-    for (int v = 0; v < N; ++v) value[v] = load_as<Vec>(grad + v * kWidth);
-    for (int m = 0; m < M; ++m) {
-      const float scale = x[m];
-      for (int v = 0; v < N; ++v) acc[m][v] += value[v] * scale;
+  for (int64_t k = 0; k < from.size; ++k) {
+    const float *x = from.pieces[k].x + from.offset + at, *grad = from.grad + from.pieces[k].grad;
+    for (int64_t p = 0; p < from.count; ++p, x += plan.position_step, grad += kBlock) {
+      Vec value[N];
+      for (int v = 0; v < N; ++v) value[v] = load_as<Vec>(grad + v * kWidth);
+      for (int m = 0; m < M; ++m) {
+        const float scale = x[m];
+        for (int v = 0; v < N; ++v) acc[m][v] += value[v] * scale;
+      }
     }
   }
   for (int m = 0; m < M; ++m)
@@ -64,11 +94,11 @@ ASTRO_INLINE void block(const Plan& plan, const float* x, const float* grad, int
 }
 
 template <typename Vec, int N, int M>
-ASTRO_INLINE void products(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
+ASTRO_INLINE void products(const Plan& plan, const Operands& from, float* sums) {
   constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
   int64_t i = 0;
   const auto step = [&]<int Size>() ASTRO_LAMBDA_INLINE {
-    block<Vec, N, Size>(plan, x + i, grad, count, sums + i * kBlock);
+    block<Vec, N, Size>(plan, from, i, sums + i * kBlock);
     i += Size;
   };
   const bool sixes = plan.run_length % 8 != 0 && plan.run_length % 6 == 0;
@@ -83,25 +113,20 @@ ASTRO_INLINE void products(const Plan& plan, const float* x, const float* grad, 
 
 struct Products {
   template <Level L>
-  static ASTRO_INLINE void run(const Plan& plan, const float* x, const float* grad, int64_t count, float* sums) {
-    if constexpr (L != Level::kAvx512) products<simd::f32x8, 2, 6>(plan, x, grad, count, sums);
-    else if (plan.block == 16) products<simd::f32x16, 1, 16>(plan, x, grad, count, sums);
-    else products<simd::f32x16, 2, 8>(plan, x, grad, count, sums);
+  static ASTRO_INLINE void run(const Plan& plan, const Operands& from, float* sums) {
+    if constexpr (L != Level::kAvx512) products<simd::f32x8, 2, 6>(plan, from, sums);
+    else if (plan.block == 16) products<simd::f32x16, 1, 16>(plan, from, sums);
+    else products<simd::f32x16, 2, 8>(plan, from, sums);
   }
-};
-
-// Blocks of output channels [first, last): a unit's, or a share of them.
-struct Blocks {
-  int64_t first, last;
 };
 
 // One row of dy as fp32 [blocks][tile rows][positions][block] (this row's part of it), absent channels zero. All channels of a position together: dy is
 // read in its order, once per tile. Read per block of channels and point, it missed the cache every time (pack 78 ms, products 37 ms on the stem).
 template <typename T>
-ASTRO_INLINE void spread_row(const Plan& plan, const T* from, int64_t count, Blocks blocks, float* to, int64_t step) {
+ASTRO_INLINE void spread_row(const Plan& plan, const T* from, int64_t count, const Share& share, float* to, int64_t step) {
   using namespace simd;
   for (int64_t p = 0; p < count; ++p, from += plan.outputs)
-    for (int64_t b = blocks.first; b < blocks.last; ++b) {
+    for (int64_t b = share.first_block; b < share.last_block; ++b) {
       const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
       for (int64_t v = 0; v < plan.block; v += kLanes) {
         const int64_t lanes = std::clamp<int64_t>(plan.group_outputs - inside - v, 0, kLanes);
@@ -115,11 +140,11 @@ ASTRO_INLINE void spread_row(const Plan& plan, const T* from, int64_t count, Blo
 
 struct SpreadRow {
   template <Level L>
-  static ASTRO_INLINE void run(const Job& job, int64_t first, int64_t count, Blocks blocks, float* to, int64_t step) {
+  static ASTRO_INLINE void run(const Job& job, int64_t first, int64_t count, const Share& share, float* to, int64_t step) {
     const int64_t offset = first * job.plan->outputs;
-    if (job.dtype == at::kFloat) spread_row(*job.plan, static_cast<const float*>(job.grad) + offset, count, blocks, to, step);
-    else if (job.dtype == at::kBFloat16) spread_row(*job.plan, static_cast<const c10::BFloat16*>(job.grad) + offset, count, blocks, to, step);
-    else spread_row(*job.plan, static_cast<const c10::Half*>(job.grad) + offset, count, blocks, to, step);
+    if (job.dtype == at::kFloat) spread_row(*job.plan, static_cast<const float*>(job.grad) + offset, count, share, to, step);
+    else if (job.dtype == at::kBFloat16) spread_row(*job.plan, static_cast<const c10::BFloat16*>(job.grad) + offset, count, share, to, step);
+    else spread_row(*job.plan, static_cast<const c10::Half*>(job.grad) + offset, count, share, to, step);
   }
 };
 
@@ -156,17 +181,19 @@ GradRows grad_rows(const Plan& plan, int64_t point) {
   return result;
 }
 
-// Asks for the rows of dy of a tile, a few lines at a time beside the products of the tile before: the stem's 126 MB are then in L2 when they are spread.
+// Asks for the rows of dy of some tiles, a few lines at a time beside the products of those before: the stem's 126 MB are then in L2 when they are spread.
 class Ahead {
  public:
   Ahead(const Job& job, int64_t tile, int64_t steps) {
     const Plan& plan = *job.plan;
-    if (tile >= plan.tiles() || !job.large) return;
-    int64_t rows[kMaxTile];
-    tile_outputs(plan, tile_at(plan, tile), rows);
+    if (!job.large) return;
     const int64_t element = c10::elementSize(job.dtype), whole = plan.out_width * plan.outputs * element;
-    for (int64_t which = 0; which < plan.tile_rows; ++which)
-      if (rows[which] >= 0) row_[count_++] = static_cast<const char*>(job.grad) + rows[which] * whole;
+    for (const int64_t last = std::min(tile + job.group, plan.tiles()); tile < last; ++tile) {
+      int64_t rows[kMaxTile];
+      tile_outputs(plan, tile_at(plan, tile), rows);
+      for (int64_t which = 0; which < plan.tile_rows; ++which)
+        if (rows[which] >= 0) row_[count_++] = static_cast<const char*>(job.grad) + rows[which] * whole;
+    }
     bytes_ = std::min(plan.out_width, kSegment) * plan.outputs * element;
     step_ = (count_ * bytes_ / kLine + steps) / steps;
   }
@@ -180,101 +207,134 @@ class Ahead {
 
  private:
   static constexpr int64_t kLine = 64;
-  const char* row_[kMaxTile];
+  const char* row_[kMaxTile * kMaxGroup];
   int64_t count_ = 0, current_ = 0, at_ = 0, bytes_ = 0, step_ = 0;
 };
 
-void tile_sums(const Job& job, int64_t index, int64_t first_tap, int64_t taps, Blocks blocks, Scratch& s, float* sums) {
+// The sums of `size` tiles from `index` on. More than one tile only where a row is one segment: their rows of dy stand one after the other, as if they
+// were one row, so that the sums of a register block are read and written once per group (a row of 32 positions: 62 against 57 ms of products).
+void group_sums(const Job& job, int64_t index, int64_t size, int64_t first_tap, int64_t taps, const Share& share, Scratch& s, float* sums) {
   const Plan& plan = *job.plan;
-  const Tile tile = tile_at(plan, index);
-  int64_t rows[kMaxTile], first[kMaxPoints + 1] = {0};
-  tile_outputs(plan, tile, rows);
-  const int64_t tap_floats = plan.row_taps * plan.block, line_size = plan.reach(0, kSegment) * plan.channels;
+  Tile tiles[kMaxGroup];
+  int64_t rows[kMaxGroup][kMaxTile], first[kMaxPoints + 1] = {0};
+  for (int64_t r = 0; r < size; ++r) tiles[r] = tile_at(plan, index + r), tile_outputs(plan, tiles[r], rows[r]);
+  const int64_t tap_floats = plan.row_taps * plan.block, line_size = plan.reach(0, std::min(plan.out_width, kSegment)) * plan.channels;
   const int64_t row_step = kSegment * plan.block, block_step = plan.tile_rows * row_step;
-  Ahead ahead(job, index + 1, plan.points * (blocks.last - blocks.first));
+  Ahead ahead(job, index + size, (share.last_point - share.first_point) * (share.last_block - share.first_block));
   for (int64_t begin = 0; begin < plan.out_width; begin += kSegment) {
-    const int64_t end = std::min(begin + kSegment, plan.out_width), count = end - begin;
-    for (int64_t which = 0; which < plan.tile_rows; ++which) {
-      float* to = s.grad.data() + which * row_step;
-      if (rows[which] >= 0) dispatch<SpreadRow>(job, rows[which] * plan.out_width + begin, count, blocks, to, block_step);
-      else for (int64_t b = blocks.first; b < blocks.last; ++b) std::fill_n(to + b * block_step, count * plan.block, 0.0f);
-    }
+    const int64_t end = std::min(begin + kSegment, plan.out_width), count = end - begin, tile_step = count * plan.block;
+    for (int64_t r = 0; r < size; ++r)
+      for (int64_t which = 0; which < plan.tile_rows; ++which) {
+        float* to = s.grad.data() + which * row_step + r * tile_step;
+        if (rows[r][which] >= 0) dispatch<SpreadRow>(job, rows[r][which] * plan.out_width + begin, count, share, to, block_step);
+        else for (int64_t b = share.first_block; b < share.last_block; ++b) std::fill_n(to + b * block_step, tile_step, 0.0f);
+      }
     const auto build = [&](int64_t point) {
       for (int64_t tap = 0; tap < taps; ++tap) {
-        Line line;
-        if (!find_line(plan, tile, point, first_tap + tap, line)) continue;
-        build_line(plan, job.x, job.dtype, line, begin, end, s.lines.data() + first[point + 1] * line_size);
-        s.taps[first[point + 1]++] = tap;
+        const int64_t before = static_cast<int64_t>(s.pieces.size());
+        for (int64_t r = 0; r < size; ++r) {
+          Line line;
+          if (!find_line(plan, tiles[r], point, first_tap + tap, line)) continue;
+          float* to = s.lines.data() + static_cast<int64_t>(s.pieces.size()) * line_size;
+          build_line(plan, job.x, job.dtype, line, begin, end, to);
+          s.pieces.push_back({to, r * tile_step});
+        }
+        const int64_t after = static_cast<int64_t>(s.pieces.size());
+        if (after > before) s.taps.push_back({tap, before, after});
       }
+      first[point + 1] = static_cast<int64_t>(s.taps.size());
     };
+    const auto clear = [&](int64_t point) { s.pieces.clear(), s.taps.clear(), first[point] = 0; };
     const auto multiply = [&](int64_t point, int64_t b) {
       ahead.advance();
       const GradRows from = grad_rows(plan, point);
-      const bool present = std::any_of(from.which, from.which + from.count, [&](int64_t which) { return rows[which] >= 0; });
-      if (!present) return;
+      const auto present = [&](const int64_t* tile) { return std::any_of(from.which, from.which + from.count, [&](int64_t which) { return tile[which] >= 0; }); };
+      if (std::none_of(rows, rows + size, present)) return;
       const float* row[kMaxTile];
       for (int k = 0; k < from.count; ++k) row[k] = s.grad.data() + b * block_step + from.which[k] * row_step;
       const float* grad = row[0];  // a single row has the sign +1
       if (from.count > 1) {
-        dispatch<Combine>(static_cast<const float* const*>(row), from.sign, from.count, count * plan.block, s.packed.data());
+        dispatch<Combine>(static_cast<const float* const*>(row), from.sign, from.count, size * tile_step, s.packed.data());
         grad = s.packed.data();
       }
       for (int64_t at = first[point]; at < first[point + 1]; ++at) {
-        const float* x = s.lines.data() + at * line_size + b / plan.group_blocks * plan.group_channels;
-        float* to = sums + ((point * plan.blocks + b) * job.subset + s.taps[at]) * tap_floats;
-        for (int64_t k = 0; k < plan.run_count; ++k, x += plan.run_step, to += plan.run_length * plan.block) dispatch<Products>(plan, x, grad, count, to);
+        const LiveTap& live = s.taps[at];
+        Operands operands{s.pieces.data() + live.first, live.last - live.first, b / plan.group_blocks * plan.group_channels, grad, count};
+        float* to = sums + ((point * plan.blocks + b) * job.subset + live.tap) * tap_floats;
+        for (int64_t k = 0; k < plan.run_count; ++k, operands.offset += plan.run_step, to += plan.run_length * plan.block) dispatch<Products>(plan, operands, to);
       }
     };
     if (job.resident) {
-      for (int64_t point = 0; point < plan.points; ++point) {
-        first[point + 1] = first[point];
-        build(point);
-      }
-      for (int64_t b = blocks.first; b < blocks.last; ++b)
-        for (int64_t point = 0; point < plan.points; ++point) multiply(point, b);
+      clear(share.first_point);
+      for (int64_t point = share.first_point; point < share.last_point; ++point) build(point);
+      for (int64_t b = share.first_block; b < share.last_block; ++b)
+        for (int64_t point = share.first_point; point < share.last_point; ++point) multiply(point, b);
     } else {
-      for (int64_t point = 0; point < plan.points; ++point) {
-        first[point] = first[point + 1] = 0;
+      for (int64_t point = share.first_point; point < share.last_point; ++point) {
+        clear(point);
         build(point);
-        for (int64_t b = blocks.first; b < blocks.last; ++b) multiply(point, b);
+        for (int64_t b = share.first_block; b < share.last_block; ++b) multiply(point, b);
       }
     }
   }
 }
 
-// Adds up the chunks' partials [points][blocks][subset][row_taps][block] in order and writes the taps of one subset into dW [O, C / groups, *kernel].
-void finish(const Job& job, const KernelRows& kernel, int64_t subset, Blocks blocks, const float* partial, int64_t chunk_step, float* grad_weight) {
-  const Plan& plan = *job.plan;
-  const int64_t first_tap = subset * job.subset, taps = std::min(job.subset, plan.taps - first_tap), tap_floats = plan.row_taps * plan.block;
-  const int64_t point_step = plan.blocks * job.subset * tap_floats, size = kernel.count * plan.taps_w;
-  std::vector<float> points(plan.points * plan.block);
-  for (int64_t b = blocks.first; b < blocks.last; ++b)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t at = 0; at < plan.row_taps; ++at) {
-        const float* from = partial + ((b * job.subset + tap) * plan.row_taps + at) * plan.block;
-        for (int64_t point = 0; point < plan.points; ++point)
-          for (int64_t lane = 0; lane < plan.block; ++lane) {
-            float sum = 0.0f;
-            for (int64_t chunk = 0; chunk < job.chunks; ++chunk) sum += from[chunk * chunk_step + point * point_step + lane];
-            points[point * plan.block + lane] = sum;
-          }
-        const int64_t w = at / plan.group_channels, c = at % plan.group_channels, inside = b % plan.group_blocks * plan.block;
-        const int64_t channel = b / plan.group_blocks * plan.group_outputs + inside, lanes = std::min(plan.block, plan.group_outputs - inside);
-        for (int64_t i = 0; i < (plan.pairs > 0 ? 3 : 1); ++i)
-          for (int64_t j = 0; j < (plan.pairs > 1 ? 3 : 1); ++j) {
-            const int64_t k = (kernel.base[first_tap + tap] + i * kernel.step[0] + j * kernel.step[1]) * plan.taps_w + w;
-            for (int64_t lane = 0; lane < lanes; ++lane) {
-              float sum = 0.0f;
-              for (int64_t point = 0; point < plan.points; ++point) {
-                float factor = 1.0f;
-                if (plan.pairs == 1) factor = kPointTap[point][i];
-                if (plan.pairs == 2) factor = kPointTap[point / 4][i] * kPointTap[point % 4][j];
-                if (factor != 0.0f) sum += factor * points[point * plan.block + lane];
-              }
-              grad_weight[((channel + lane) * plan.group_channels + c) * size + k] = sum;
-            }
-          }
+// The three taps from the four points of a pair.
+ASTRO_INLINE void three_taps(const simd::f32x16* point, int64_t step, simd::f32x16* tap) {
+  const simd::f32x16 half = (point[step] + point[2 * step]) * 0.5f;
+  tap[0] = point[0] + half, tap[1] = (point[step] - point[2 * step]) * 0.5f, tap[2] = half + point[3 * step];
+}
+
+// Adds up the chunks' partials in order, for one kernel row's tap and channel at all points, and turns points into the paired axes' taps: [taps][step].
+struct PairTaps {
+  template <Level L>
+  static ASTRO_INLINE void run(const Job& job, const float* from, int64_t chunk_step, int64_t point_step, float* to, int64_t step) {
+    using namespace simd;
+    const Plan& plan = *job.plan;
+    for (int64_t v = 0; v < plan.block; v += kLanes) {
+      f32x16 point[kMaxPoints], row[4][3], tap[3];
+      for (int64_t k = 0; k < plan.points; ++k) {
+        point[k] = splat(0.0f);
+        for (int64_t chunk = 0; chunk < job.chunks; ++chunk) point[k] += load(from + chunk * chunk_step + k * point_step + v);
       }
+      if (plan.pairs == 0) store(to + v, point[0]);
+      if (plan.pairs == 1) {
+        three_taps(point, 1, tap);
+        for (int64_t i = 0; i < 3; ++i) store(to + i * step + v, tap[i]);
+      }
+      if (plan.pairs < 2) continue;
+      for (int64_t k = 0; k < 4; ++k) three_taps(point + 4 * k, 1, row[k]);
+      for (int64_t j = 0; j < 3; ++j) {
+        three_taps(row[0] + j, 3, tap);
+        for (int64_t i = 0; i < 3; ++i) store(to + (3 * i + j) * step + v, tap[i]);
+      }
+    }
+  }
+};
+
+// Writes the taps of one subset and block of channels into dW [O, C / groups, *kernel], from partials [points][blocks][subset][row_taps][block] per chunk.
+void finish(const Job& job, const KernelRows& kernel, int64_t subset, int64_t b, const float* partial, int64_t chunk_step, float* grad_weight) {
+  const Plan& plan = *job.plan;
+  const int64_t first_tap = subset * job.subset, taps = std::min(job.subset, plan.taps - first_tap);
+  const int64_t point_step = plan.blocks * job.subset * plan.row_taps * plan.block, size = kernel.count * plan.taps_w, step = plan.taps_w * plan.block;
+  const int64_t outer = plan.pairs > 0 ? 3 : 1, inner = plan.pairs > 1 ? 3 : 1;
+  const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
+  const int64_t lanes = std::min(plan.block, plan.group_outputs - inside);
+  std::vector<float> found(outer * inner * step);  // [paired taps][taps of the last axis][block]
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t c = 0; c < plan.group_channels; ++c) {
+      for (int64_t w = 0; w < plan.taps_w; ++w) {
+        const float* from = partial + (((b * job.subset + tap) * plan.taps_w + w) * plan.group_channels + c) * plan.block;
+        dispatch<PairTaps>(job, from, chunk_step, point_step, found.data() + w * plan.block, step);
+      }
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        float* to = grad_weight + ((channel + lane) * plan.group_channels + c) * size + kernel.base[first_tap + tap] * plan.taps_w;
+        for (int64_t i = 0; i < outer; ++i)
+          for (int64_t j = 0; j < inner; ++j)
+            for (int64_t w = 0; w < plan.taps_w; ++w)
+              to[(i * kernel.step[0] + j * kernel.step[1]) * plan.taps_w + w] = found[((i * inner + j) * plan.taps_w + w) * plan.block + lane];
+      }
+    }
 }
 
 }  // namespace
@@ -284,46 +344,58 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
   const at::IntArrayRef kernel = cropped.count;
   const Plan plan = make_plan(rows, grad.size(-1), kernel, cropped.geometry, pairs);
   const int64_t tap_bytes = 4 * plan.points * plan.blocks * plan.row_taps * plan.block, whole = tap_bytes * plan.taps;
-  Job job{&plan, rows.const_data_ptr(), grad.const_data_ptr(), rows.scalar_type(), 1, 1, 1, false, static_cast<int64_t>(grad.nbytes()) >= simd::kStreamBytes};
+  Job job{&plan, rows.const_data_ptr(), grad.const_data_ptr(), rows.scalar_type(), 1, 1, 1, 1, false, static_cast<int64_t>(grad.nbytes()) >= simd::kStreamBytes};
   job.subset = std::clamp<int64_t>(kUnitBytes / tap_bytes, 1, plan.taps);
   job.resident = plan.points * job.subset * plan.reach(0, kSegment) * plan.channels * 4 <= kLineBytes;
   job.subsets = (plan.taps + job.subset - 1) / job.subset;
   const int64_t limit = std::max<int64_t>(kPartialBytes, (rows.numel() + grad.numel()) * rows.element_size() / 20);
   job.chunks = std::clamp<int64_t>(std::min(kMaxChunks / job.subsets, limit / whole), 1, std::max<int64_t>(1, plan.tiles()));
+  const int64_t line_bytes = plan.reach(0, std::min(plan.out_width, kSegment)) * plan.channels * 4;
+  if (!job.resident && plan.out_width > 0)
+    job.group = std::clamp<int64_t>(std::min(kSegment / plan.out_width, kLineBytes / (job.subset * line_bytes)), 1, kMaxGroup);
   const int64_t unit_floats = tap_bytes / 4 * job.subset, units = job.chunks * job.subsets;
-  // One chunk: a subset's sums are finished where they were made and need no memory beyond the threads'.
-  Tensor partial = job.chunks > 1 ? at::zeros({job.subsets, job.chunks, unit_floats}, rows.options().dtype(at::kFloat)) : Tensor();
+  // Fewer units than threads (one, where 16 points of many channels pass the memory for partials): points are shared out, then blocks of output channels.
+  // Each sum is taken in the same order whoever does it, so the bits do not change. Shared blocks have the input's lines added up once per share.
+  const int64_t threads = at::get_num_threads(), wanted = (threads + units - 1) / units;
+  const int64_t point_shares = std::clamp<int64_t>(wanted, 1, plan.points), block_shares = std::clamp<int64_t>(wanted / point_shares, 1, plan.blocks);
+  const int64_t shares = point_shares * block_shares, items = units * shares;
+  // A unit that is one thread's is finished where it was summed and needs no memory beyond the threads'.
+  const bool own = job.chunks == 1 && shares == 1;
+  Tensor partial = own ? Tensor() : at::zeros({job.subsets, job.chunks, unit_floats}, rows.options().dtype(at::kFloat));
   std::vector<int64_t> shape{plan.outputs, plan.group_channels};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   Tensor result = at::empty(shape, rows.options().dtype(at::kFloat));
-  float *sums = job.chunks > 1 ? partial.mutable_data_ptr<float>() : nullptr, *to = result.mutable_data_ptr<float>();
+  float *sums = own ? nullptr : partial.mutable_data_ptr<float>(), *to = result.mutable_data_ptr<float>();
   const KernelRows table = kernel_rows(plan);
-  // Fewer units than threads (one, where 16 points of many channels pass the memory for partials): blocks of output channels are shared out. Each block is
-  // summed in the same order whoever does it, so the bits do not change; the input's lines are then added up once per share.
-  const int64_t threads = at::get_num_threads(), shares = std::clamp<int64_t>((threads + units - 1) / units, 1, plan.blocks), items = units * shares;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, items), 1, [&](int64_t begin, int64_t end) {
     Scratch s;
-    const int64_t lines = job.subset * (job.resident ? plan.points : 1);
-    s.lines.resize(lines * plan.reach(0, kSegment) * plan.channels);
+    const int64_t lines = job.subset * (job.resident ? plan.points : job.group);
+    s.lines.resize(lines * line_bytes / 4);
     s.grad.resize(plan.blocks * plan.tile_rows * kSegment * plan.block);
     s.packed.resize(kSegment * plan.block);
-    s.taps.resize(lines);
+    s.pieces.reserve(lines), s.taps.reserve(lines);
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t item = next++; item < items; item = next++) {
-        const int64_t index = item / shares, subset = index / job.chunks, chunk = index % job.chunks;
-        const Blocks blocks{plan.blocks * (item % shares) / shares, plan.blocks * (item % shares + 1) / shares};
-        if (job.chunks == 1) s.sums.assign(unit_floats, 0.0f);
-        float* target = job.chunks == 1 ? s.sums.data() : sums + index * unit_floats;
-        const int64_t first_tap = subset * job.subset, taps = std::min(job.subset, plan.taps - first_tap), count = plan.tiles();
-        for (int64_t tile = count * chunk / job.chunks; tile < count * (chunk + 1) / job.chunks; ++tile)
-          tile_sums(job, tile, first_tap, taps, blocks, s, target);
-        if (job.chunks == 1) finish(job, table, subset, blocks, s.sums.data(), 0, to);
+        const int64_t index = item / shares, subset = index / job.chunks, chunk = index % job.chunks, share = item % shares;
+        const int64_t points = share / block_shares, blocks = share % block_shares;
+        const Share mine{plan.points * points / point_shares, plan.points * (points + 1) / point_shares, plan.blocks * blocks / block_shares,
+                         plan.blocks * (blocks + 1) / block_shares};
+        if (own) s.sums.assign(unit_floats, 0.0f);
+        float* target = own ? s.sums.data() : sums + index * unit_floats;
+        const int64_t first_tap = subset * job.subset, taps = std::min(job.subset, plan.taps - first_tap);
+        const int64_t last = plan.tiles() * (chunk + 1) / job.chunks;
+        for (int64_t tile = plan.tiles() * chunk / job.chunks; tile < last; tile += job.group)
+          group_sums(job, tile, std::min(job.group, last - tile), first_tap, taps, mine, s, target);
+        for (int64_t b = 0; own && b < plan.blocks; ++b) finish(job, table, subset, b, s.sums.data(), 0, to);
       }
   });
-  if (job.chunks > 1)
-    at::parallel_for(0, job.subsets, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t subset = begin; subset < end; ++subset) finish(job, table, subset, {0, plan.blocks}, sums + subset * job.chunks * unit_floats, unit_floats, to);
+  if (!own)
+    at::parallel_for(0, job.subsets * plan.blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t subset = item / plan.blocks;
+        finish(job, table, subset, item % plan.blocks, sums + subset * job.chunks * unit_floats, unit_floats, to);
+      }
     });
   if (kernel == whole_kernel) return result;
   shape.resize(2);
