@@ -90,9 +90,9 @@ struct Flat {
   }
 };
 
-void own_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue) {
+void own_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Pairing pairing) {
   const Flat flat(geometry, weight.sizes().slice(2));
-  direct_forward(flat.rows(rows), flat.weight(weight), flat.geometry, epilogue, pairs_allowed(weight));
+  direct_forward(flat.rows(rows), flat.weight(weight), flat.geometry, epilogue, pairs_allowed(weight) ? pairing : Pairing::kNone);
 }
 
 at::ScalarType arithmetic(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const 
     epilogue.activation = activation;
     epilogue.y = y.mutable_data_ptr(), epilogue.kept = keep ? kept.mutable_data_ptr() : nullptr;
     epilogue.streamed = streamed(y);
-    if (y.numel() > 0) own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue);
+    if (y.numel() > 0) own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, Pairing::kRows);
     return {from_rows(y), keep ? from_rows(kept) : kept};
   }
   Tensor total;
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const T
     epilogue.rstd = r.rstd.mutable_data_ptr<float>();
     if (norm == kLayer) r.mean = at::empty_like(r.rstd), epilogue.mean = r.mean.mutable_data_ptr<float>();
   }
-  if (r.y.numel() > 0) own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue);
+  if (r.y.numel() > 0) own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, Pairing::kRows);
   if (norm == kGroup) {
     r.mean = at::empty({batch, norm_groups}, options), r.rstd = at::empty_like(r.mean);
     std::vector<int64_t> counts(means.size(1));
@@ -264,7 +264,7 @@ Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optio
     epilogue.bias = wide && !folds ? wide->const_data_ptr<float>() : nullptr;
     epilogue.y = y.mutable_data_ptr();
     epilogue.streamed = streamed(y);
-    if (y.numel() > 0) own_forward(source, mirrored_weight(weight, groups), m.conv, epilogue);
+    if (y.numel() > 0) own_forward(source, mirrored_weight(weight, groups), m.conv, epilogue, Pairing::kAll);
     if (!folds) return from_rows(y);
     y = fold_halo(y, m.fold);
     if (wide) y.add_(*wide);
@@ -285,7 +285,7 @@ Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   const Tensor rows = to_rows(x);
   if (own_kernel(rows, x.size(1) / groups, grad.size(1) / groups, kernel, geometry)) {
     const Flat flat(after_far_poles(geometry), kernel);
-    const Tensor sums = direct_weight_grad(flat.rows(to_rows(grad)), flat.rows(add_halo(rows, geometry, Halo::kFarPoles)), flat.sizes(kernel), flat.geometry, true);
+    const Tensor sums = direct_weight_grad(flat.rows(to_rows(grad)), flat.rows(add_halo(rows, geometry, Halo::kFarPoles)), flat.sizes(kernel), flat.geometry);
     std::vector<int64_t> shape{grad.size(1), x.size(1) / groups};
     shape.insert(shape.end(), kernel.begin(), kernel.end());
     return sums.view(shape).to(x.scalar_type());

@@ -32,14 +32,15 @@ struct Job {
   const Plan* plan;
   const void* x;
   at::ScalarType dtype;  // of x, y and kept
-  const float* weight;  // [points][blocks][taps][row_taps][block]
+  const float* weight;  // [points][last points][blocks][taps][row_taps][block]
   Epilogue epilogue;
   int64_t unit_tiles, segments, segment, chunk;
+  int64_t room;   // positions that the sums of a row have room for: a whole number of pairs
   bool resident;  // `resident_unit` instead of `unit`
 };
 
 struct Scratch {
-  std::vector<float> lines, sums, outputs;  // outputs: of one tile, before a norm
+  std::vector<float> lines, row, sums, outputs;  // row: `build_line`'s; outputs: of one tile, before a norm
   std::vector<Tap> taps;             // [unit_tiles][chunk]
   std::vector<int64_t> live;         // per tile: taps of this chunk
   std::vector<char> started;         // per tile: its sums of this point hold numbers
@@ -134,6 +135,16 @@ struct Positions {
   }
 };
 
+struct PairPositions {
+  template <Level L>
+  static ASTRO_INLINE void run(const Plan& plan, const Tap* taps, int64_t live, const float* weight, PairSteps steps, int64_t offset, int64_t count, float* sums,
+                               bool fresh) {
+    if constexpr (L != Level::kAvx512) pair_positions<simd::f32x8, 2, 6>(plan, taps, live, weight, steps, offset, count, sums, fresh);
+    else if (plan.block == 16) pair_positions<simd::f32x16, 1, 16>(plan, taps, live, weight, steps, offset, count, sums, fresh);
+    else pair_positions<simd::f32x16, 2, 8>(plan, taps, live, weight, steps, offset, count, sums, fresh);
+  }
+};
+
 struct Store {
   template <Level L>
   static ASTRO_INLINE void run(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t point_step) {
@@ -151,13 +162,13 @@ struct AllPositions {
 };
 
 void store(const Job& job, const Target& t, const float* sums) {
-  const int64_t block_step = job.segment * job.plan->block, point_step = job.unit_tiles * job.plan->blocks * block_step;
+  const int64_t block_step = job.room * job.plan->block, point_step = job.unit_tiles * job.plan->blocks * block_step;
   for (int64_t b = 0; b < job.plan->blocks; ++b) dispatch<Store>(*job.plan, t, b, sums + b * block_step, point_step);
 }
 
 void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t point, int64_t tap, int64_t begin, int64_t end, Scratch& s) {
   const Plan& plan = *job.plan;
-  const int64_t line_size = plan.reach(0, job.segment) * plan.channels, last = std::min(tap + job.chunk, plan.taps);
+  const int64_t line_size = plan.line_floats(job.segment), last = std::min(tap + job.chunk, plan.taps);
   for (int64_t r = 0; r < tiles; ++r) {
     const Tile tile = tile_at(plan, first + r);
     s.live[r] = 0;
@@ -166,7 +177,7 @@ void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t point, int
       if (!find_line(plan, tile, point, k, line)) continue;
       const int64_t slot = r * job.chunk + s.live[r]++;
       float* to = s.lines.data() + slot * line_size;
-      build_line(plan, job.x, job.dtype, line, begin, end, to);
+      build_line(plan, job.x, job.dtype, line, begin, end, to, s.row.data());
       s.taps[slot] = {to, k};
     }
   }
@@ -193,19 +204,23 @@ void unit(const Job& job, int64_t index, Scratch& s) {
   const Plan& plan = *job.plan;
   const int64_t first = index / job.segments * job.unit_tiles, tiles = std::min(job.unit_tiles, plan.tiles() - first);
   const int64_t begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width), count = end - begin;
-  const int64_t sums_step = job.segment * plan.block, tile_step = plan.blocks * sums_step, point_step = job.unit_tiles * tile_step;
+  const int64_t sums_step = job.room * plan.block, tile_step = plan.blocks * sums_step, point_step = job.unit_tiles * tile_step;
   const int64_t tap_floats = plan.row_taps * plan.block, block_floats = plan.taps * tap_floats;
+  const PairSteps pair_steps{plan.blocks * block_floats, plan.line_step(count)};
   for (int64_t point = 0; point < plan.points; ++point) {
     std::fill(s.started.begin(), s.started.end(), 0);
     for (int64_t tap = 0; tap < plan.taps; tap += job.chunk) {
       find_lines(job, first, tiles, point, tap, begin, end, s);
       for (int64_t b = 0; b < plan.blocks; ++b) {
-        const float* weight = job.weight + (point * plan.blocks + b) * block_floats;
+        const float* weight = job.weight + (point * plan.last_points * plan.blocks + b) * block_floats;
         const int64_t offset = b / plan.group_blocks * plan.group_channels;
-        for (int64_t r = 0; r < tiles; ++r)
-          if (s.live[r] > 0)
-            dispatch<Positions>(plan, s.taps.data() + r * job.chunk, s.live[r], weight, offset, count,
-                                s.sums.data() + point * point_step + r * tile_step + b * sums_step, !s.started[r]);
+        for (int64_t r = 0; r < tiles; ++r) {
+          if (s.live[r] == 0) continue;
+          const Tap* taps = s.taps.data() + r * job.chunk;
+          float* sums = s.sums.data() + point * point_step + r * tile_step + b * sums_step;
+          if (plan.last_paired()) dispatch<PairPositions>(plan, taps, s.live[r], weight, pair_steps, offset, count, sums, !s.started[r]);
+          else dispatch<Positions>(plan, taps, s.live[r], weight, offset, count, sums, !s.started[r]);
+        }
       }
       for (int64_t r = 0; r < tiles; ++r) s.started[r] |= s.live[r] > 0;
     }
@@ -233,7 +248,7 @@ void resident_unit(const Job& job, int64_t index, Scratch& s) {
       Line line;
       if (!find_line(plan, tile, point, k, line)) continue;
       float* to = s.lines.data() + found * line_size;
-      build_line(plan, job.x, job.dtype, line, begin, end, to);
+      build_line(plan, job.x, job.dtype, line, begin, end, to, s.row.data());
       s.taps[found++] = {to, k};
     }
     first[point + 1] = found;
@@ -264,13 +279,14 @@ void resident_unit(const Job& job, int64_t index, Scratch& s) {
 }
 
 Job make_job(const Plan& plan, const Tensor& rows, const Tensor& packed, const Epilogue& epilogue) {
-  Job job{&plan, rows.const_data_ptr(), rows.scalar_type(), packed.const_data_ptr<float>(), epilogue, 1, 1, 1, 1, false};
+  Job job{&plan, rows.const_data_ptr(), rows.scalar_type(), packed.const_data_ptr<float>(), epilogue, 1, 1, 1, 1, 1, false};
   job.segment = segment_size(plan.out_width), job.segments = (plan.out_width + job.segment - 1) / job.segment;
+  job.room = plan.steps(job.segment) * (plan.last_paired() ? 2 : 1);
   if (packed.numel() * 4 > kSmallWeightBytes) job.unit_tiles = std::max<int64_t>(1, kSharePositions / job.segment);
-  const int64_t tap_bytes = 4 * (plan.row_taps * plan.blocks * plan.block / plan.groups + job.unit_tiles * plan.reach(0, job.segment) * plan.channels);
+  const int64_t tap_bytes = 4 * (plan.last_points * plan.row_taps * plan.blocks * plan.block / plan.groups + job.unit_tiles * plan.line_floats(job.segment));
   job.chunk = std::clamp<int64_t>(kChunkBytes / tap_bytes, 1, plan.taps);
-  const int64_t lines = plan.points * plan.taps * plan.reach(0, job.segment) * plan.channels;
-  job.resident = plan.pairs > 0 && packed.numel() / plan.blocks * 4 <= kResidentBytes && lines * 4 <= kResidentBytes;
+  const int64_t lines = plan.points * plan.taps * plan.line_floats(job.segment);
+  job.resident = plan.pairs > 0 && !plan.last_paired() && packed.numel() / plan.blocks * 4 <= kResidentBytes && lines * 4 <= kResidentBytes;
   return job;
 }
 
@@ -281,9 +297,9 @@ int64_t segment_size(int64_t width) {
   return (width + segments - 1) / segments;
 }
 
-void direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, bool pairs) {
+void direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Pairing pairing) {
   const Crop cropped = crop(geometry, rows.sizes().slice(1, geometry.axes()), weight.sizes().slice(2));
-  const Plan plan = make_plan(rows, weight.size(0), cropped.count, cropped.geometry, pairs);
+  const Plan plan = make_plan(rows, weight.size(0), cropped.count, cropped.geometry, pairing);
   const Tensor packed = pack_weight(crop_weight(weight, cropped), plan);
   const Job job = make_job(plan, rows, packed, epilogue);
   const int64_t units = (plan.tiles() + job.unit_tiles - 1) / job.unit_tiles * job.segments;
@@ -291,8 +307,8 @@ void direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& ge
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), units), 1, [&](int64_t begin, int64_t end) {
     Scratch s;
     const int64_t lines = job.resident ? plan.points * plan.taps : job.unit_tiles * job.chunk;
-    s.lines.resize(lines * plan.reach(0, job.segment) * plan.channels);
-    s.sums.resize(job.resident ? plan.tile_rows * job.segment * plan.block : plan.points * job.unit_tiles * plan.blocks * job.segment * plan.block);
+    s.lines.resize(lines * plan.line_floats(job.segment)), s.row.resize(plan.scratch_floats(job.segment));
+    s.sums.resize(job.resident ? plan.tile_rows * job.segment * plan.block : plan.points * job.unit_tiles * plan.blocks * job.room * plan.block);
     if (epilogue.norm != kNoNorm) s.outputs.resize(plan.tile_rows * job.segment * plan.outputs);
     s.taps.resize(lines), s.live.resize(job.unit_tiles), s.started.resize(job.unit_tiles);
     for (int64_t worker = begin; worker < end; ++worker)

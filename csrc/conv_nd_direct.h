@@ -6,8 +6,9 @@
 //   points  m0 = (d0 - d2) g0,  m1 = (d1 + d2) (g0 + g1 + g2) / 2,  m2 = (d2 - d1) (g0 - g1 + g2) / 2,  m3 = (d3 - d1) g2
 //   outputs y0 = m0 + m1 + m2,  y1 = m1 - m2 + m3
 //
-// with d the four input rows and g the taps. On two axes at once 16 points replace 36 products. Circular axes are never paired: which outputs share
-// a tile would depend on where the circle was cut, and rolling the input could change the output's last bits.
+// with d the four input rows and g the taps. On two axes at once 16 points replace 36 products. Circular axes are not paired in the forward: which
+// outputs share a tile would depend on where the circle was cut, and rolling the input could change the output's last bits. Gradients take pairs along
+// the last axis too, 64 points for 216 products, where a group has channels enough for products to outweigh the sums of neighbouring positions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -48,17 +49,26 @@ struct Plan {
   std::array<int64_t, kMaxPairs> pair_axis{-1, -1};
   int64_t width, out_width, taps_w, pad_w, stride_w, dilation_w, mode_w;  // last axis
   int64_t position_step, run_count, run_length, run_step;  // floats: between neighbour outputs; a kernel row is run_count runs of run_length floats
-  int64_t row_taps;                                        // floats of x that one kernel row multiplies, taps_w * group_channels
+  int64_t row_taps;      // floats of x that one kernel row multiplies, taps_w * group_channels, or of one point of a paired last axis
+  int64_t last_points = 1;  // 4 where the last axis is paired: a line is then four lines of pairs
 
   int64_t tiles() const { return batch * axes[0].tiles * axes[1].tiles * axes[2].tiles * axes[3].tiles; }
   // Rows of x (positions along the last axis) that outputs [begin, end) read, and the floats they take.
   int64_t reach(int64_t begin, int64_t end) const { return (end - 1 - begin) * stride_w + dilation_w * (taps_w - 1) + 1; }
+  bool last_paired() const { return last_points > 1; }
+  // What the inner loops take of `count` outputs of the last axis: positions or pairs.
+  int64_t steps(int64_t count) const { return last_paired() ? (count + 1) / 2 : count; }
+  // Floats of the line that `count` outputs read, and between two points of a paired last axis in it.
+  int64_t line_floats(int64_t count) const { return (last_paired() ? last_points * steps(count) : reach(0, count)) * channels; }
+  int64_t line_step(int64_t count) const { return steps(count) * channels; }
+  // Floats of one row of input, with its halo and a position of zeros: scratch of `build_line` where the last axis is paired.
+  int64_t scratch_floats(int64_t count) const { return last_paired() ? (reach(0, count) + 1) * channels : 0; }
 };
 
 // The row axes that can be paired save at least this share of the products (dead taps counted as saved by both ways).
 constexpr double kPairGain = 1.2;
 
-Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, const Geometry& geometry, bool pairs);
+Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, const Geometry& geometry, Pairing pairing);
 
 // Of the products that touch data, the share that pairing leaves: 1 where no axis is paired, at best 4/9.
 double paired_share(const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
@@ -95,7 +105,7 @@ struct KernelRows {
 
 KernelRows kernel_rows(const Plan& plan);
 
-// [O, C / groups, *kernel] -> [points][blocks][taps][row_taps][block] in fp32, absent channels zero.
+// [O, C / groups, *kernel] -> [points][last points][blocks][taps][row_taps][block] in fp32, absent channels zero.
 at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan);
 
 // True where a 64-byte vector is one register. The inner loops use vectors of exactly one register (eight lanes under AVX2): the compiler spills
@@ -114,7 +124,8 @@ ASTRO_INLINE void store_as(float* p, Vec v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Writes the padded line that outputs [begin, end) of the last axis read, from position begin * stride - padding on: [reach][channels], fp32.
-void build_line(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end, float* to);
+// Writes the padded line that outputs [begin, end) of the last axis read, from position begin * stride - padding on: fp32 [reach][channels], or, where
+// that axis is paired, its sums [last points][steps][channels]. `scratch`: `scratch_floats`.
+void build_line(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end, float* to, float* scratch);
 
 }  // namespace astrobiogen::conv_nd

@@ -90,10 +90,13 @@ at::Tensor compose_forward(const at::Tensor& rows, const at::Tensor& weight, con
 at::Tensor compose_transpose(const at::Tensor& grad, const at::Tensor& weight, const Geometry& geometry, at::IntArrayRef size);
 at::Tensor compose_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
 
-// conv_nd_direct.cpp, conv_nd_weight.cpp: own kernels; fp32, bf16 or fp16 rows, fp32 arithmetic. `pairs`: pairs of outputs by F(2,3).
+// Which axes may be computed by pairs of outputs (conv_nd_direct.h): none, the ones before the last, or the last one too, circular or not.
+enum class Pairing { kNone, kRows, kAll };
+
+// conv_nd_direct.cpp, conv_nd_weight.cpp: own kernels; fp32, bf16 or fp16 rows, fp32 arithmetic.
 struct Epilogue;
-void direct_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, bool pairs);
+void direct_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Pairing pairing);
 int64_t segment_size(int64_t width);  // positions that `direct_forward` finishes together along an output row of `width`
-at::Tensor direct_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry, bool pairs);
+at::Tensor direct_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
 
 }  // namespace astrobiogen::conv_nd

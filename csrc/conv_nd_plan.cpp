@@ -22,6 +22,9 @@ double axis_share(int64_t size, int64_t out, int64_t kernel, const Geometry& g, 
   return live == 0 ? 1.0 : static_cast<double>(4 * ((out + 1) / 2)) / static_cast<double>(live);
 }
 
+// Channels per group from which the last axis is paired: below, a pair's sums cost more than the products they save.
+constexpr int64_t kPairChannels = 32;
+
 // The best axes to pair, best first; -1 where there is none.
 std::array<int64_t, kMaxPairs> choose_pairs(at::IntArrayRef size, at::IntArrayRef kernel, const Geometry& g, double& share) {
   std::array<int64_t, kMaxPairs> chosen{-1, -1};
@@ -66,7 +69,7 @@ double paired_share(const at::Tensor& rows, at::IntArrayRef kernel, const Geomet
   return share;
 }
 
-Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, const Geometry& g, bool pairs) {
+Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, const Geometry& g, Pairing pairing) {
   Plan plan;
   const int64_t axes = g.axes(), last = axes - 1, missing = kMaxAxes - axes;
   const at::IntArrayRef size = rows.sizes().slice(1, axes);
@@ -76,7 +79,7 @@ Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, 
   plan.group_blocks = (plan.group_outputs + plan.block - 1) / plan.block, plan.blocks = plan.group_blocks * g.groups;
   double share = 1.0;
   std::array<int64_t, kMaxPairs> chosen{-1, -1};
-  if (pairs) chosen = choose_pairs(size, kernel, g, share);
+  if (pairing != Pairing::kNone) chosen = choose_pairs(size, kernel, g, share);
   for (int64_t at = 0; at < kRowAxes; ++at) {
     const int64_t axis = at - missing;
     Axis& a = plan.axes[at];
@@ -98,6 +101,10 @@ Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, 
   plan.run_count = one_run ? 1 : plan.taps_w;
   plan.run_length = one_run ? plan.row_taps : plan.group_channels;
   plan.run_step = plan.dilation_w * plan.channels;
+  if (pairing == Pairing::kAll && kernel[last] == 3 && plan.stride_w == 1 && plan.dilation_w == 1 && plan.out_width > 1 && plan.group_channels >= kPairChannels) {
+    plan.last_points = 4;
+    plan.run_count = 1, plan.run_length = plan.row_taps = plan.group_channels;
+  }
   return plan;
 }
 
@@ -174,16 +181,25 @@ KernelRows kernel_rows(const Plan& plan) {
   return rows;
 }
 
+// The weight of one point from the rows of three taps, or of a pair of points from nine, `factors` per row: to[lane] = sum over k of factors[k] rows[k][lane].
+static void combine_rows(const float* const* rows, const float* factors, int64_t count, int64_t lanes, float* to) {
+  std::fill_n(to, lanes, 0.0f);
+  for (int64_t k = 0; k < count; ++k) {
+    if (factors[k] == 0.0f) continue;
+    for (int64_t lane = 0; lane < lanes; ++lane) to[lane] += factors[k] * rows[k][lane];
+  }
+}
+
 at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan) {
   const at::Tensor plain = weight.to(at::kFloat).contiguous();
-  at::Tensor packed = at::empty({plan.points, plan.blocks, plan.taps, plan.row_taps, plan.block}, plain.options());
+  at::Tensor packed = at::empty({plan.points, plan.last_points, plan.blocks, plan.taps, plan.row_taps, plan.block}, plain.options());
   const KernelRows kernel = kernel_rows(plan);
-  const int64_t size = kernel.count * plan.taps_w, b_ = plan.block;
-  const int64_t point_step = plan.blocks * plan.taps * plan.row_taps * b_;
+  const int64_t size = kernel.count * plan.taps_w, b_ = plan.block, point_step = plan.blocks * plan.taps * plan.row_taps * b_;
+  const int64_t outer = plan.pairs > 0 ? 3 : 1, inner = plan.pairs > 1 ? 3 : 1;
   const float* from = plain.const_data_ptr<float>();
   float* to = packed.mutable_data_ptr<float>();
   at::parallel_for(0, plan.blocks * plan.group_channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> lanes(size * b_);  // one input channel of one block: [kernel][block]
+    std::vector<float> lanes(size * b_), found(plan.taps_w * b_);  // one input channel of one block: [kernel][block]; of one point: [taps_w][block]
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item / plan.group_channels, c = item % plan.group_channels, inside = block % plan.group_blocks * b_;
       const int64_t channel = block / plan.group_blocks * plan.group_outputs + inside, present = std::min(b_, plan.group_outputs - inside);
@@ -191,24 +207,27 @@ at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan) {
       for (int64_t lane = 0; lane < present; ++lane)
         for (int64_t k = 0; k < size; ++k) lanes[k * b_ + lane] = from[((channel + lane) * plan.group_channels + c) * size + k];
       for (int64_t tap = 0; tap < plan.taps; ++tap)
-        for (int64_t w = 0; w < plan.taps_w; ++w)
-          for (int64_t point = 0; point < plan.points; ++point) {
-            float* target = to + point * point_step + ((block * plan.taps + tap) * plan.row_taps + w * plan.group_channels + c) * b_;
-            const auto row = [&](int64_t i, int64_t j) { return lanes.data() + ((kernel.base[tap] + i * kernel.step[0] + j * kernel.step[1]) * plan.taps_w + w) * b_; };
-            if (plan.pairs == 0) {
-              std::copy(row(0, 0), row(0, 0) + b_, target);
-              continue;
-            }
-            const float* outer = kPointTap[plan.pairs == 2 ? point / 4 : point];
-            for (int64_t lane = 0; lane < b_; ++lane) target[lane] = 0.0f;
-            for (int64_t i = 0; i < 3; ++i)
-              for (int64_t j = 0; j < (plan.pairs == 2 ? 3 : 1); ++j) {
-                const float factor = outer[i] * (plan.pairs == 2 ? kPointTap[point % 4][j] : 1.0f);
-                if (factor == 0.0f) continue;
-                const float* source = row(i, j);
-                for (int64_t lane = 0; lane < b_; ++lane) target[lane] += factor * source[lane];
-              }
+        for (int64_t point = 0; point < plan.points; ++point) {
+          float factors[9];
+          const float* rows[9];
+          for (int64_t i = 0; i < outer; ++i)
+            for (int64_t j = 0; j < inner; ++j)
+              factors[i * inner + j] = plan.pairs == 0 ? 1.0f : plan.pairs == 1 ? kPointTap[point][i] : kPointTap[point / 4][i] * kPointTap[point % 4][j];
+          for (int64_t w = 0; w < plan.taps_w; ++w) {
+            for (int64_t i = 0; i < outer; ++i)
+              for (int64_t j = 0; j < inner; ++j)
+                rows[i * inner + j] = lanes.data() + ((kernel.base[tap] + i * kernel.step[0] + j * kernel.step[1]) * plan.taps_w + w) * b_;
+            combine_rows(rows, factors, outer * inner, b_, found.data() + w * b_);
           }
+          float* target = to + point * plan.last_points * point_step + ((block * plan.taps + tap) * plan.row_taps + c) * b_;
+          if (!plan.last_paired())
+            for (int64_t w = 0; w < plan.taps_w; ++w) std::copy_n(found.data() + w * b_, b_, target + w * plan.group_channels * b_);
+          else
+            for (int64_t k = 0; k < plan.last_points; ++k) {
+              for (int64_t w = 0; w < 3; ++w) rows[w] = found.data() + w * b_;
+              combine_rows(rows, kPointTap[k], 3, b_, target + k * point_step);
+            }
+        }
     }
   });
   return packed;

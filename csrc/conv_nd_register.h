@@ -63,6 +63,55 @@ ASTRO_INLINE void positions(const Plan& plan, const Tap* taps, int64_t live, con
   });
 }
 
+// Where the four points of a paired last axis lie: floats between two of them in the packed weight and in a line.
+struct PairSteps {
+  int64_t weight, line;
+};
+
+// M pairs of positions of one row: sums [2 M][block]. m1 + m2 starts the sums of m0, m1 - m2 those of m3.
+template <typename Vec, int N, int M>
+ASTRO_INLINE void pair_block(const Plan& plan, const Tap* taps, int64_t count, const float* weight, PairSteps steps, int64_t offset, float* sums, bool fresh) {
+  constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
+  constexpr int kOrder[4] = {1, 2, 0, 3};
+  alignas(64) float difference[M * kBlock] = {};
+  const auto each = [&](auto&& body) ASTRO_LAMBDA_INLINE {
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) body(m, v, m * kBlock + v * kWidth);
+  };
+  Vec acc[M][N] = {};
+  for (int step = 0; step < 4; ++step) {
+    const int point = kOrder[step];
+    accumulate<Vec, N, M>(plan, taps, count, weight + point * steps.weight, offset + point * steps.line, acc);
+    if (point == 1) {
+      each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE {
+        store_as<Vec>(difference + at, acc[m][v]);
+        acc[m][v] = Vec{};
+      });
+    } else if (point == 2) {
+      each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE {
+        const Vec other = load_as<Vec>(difference + at);
+        store_as<Vec>(difference + at, other - acc[m][v]);
+        acc[m][v] += other;
+      });
+    } else {
+      each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE {
+        float* to = sums + (2 * m + (point == 3)) * kBlock + v * kWidth;
+        store_as<Vec>(to, fresh ? acc[m][v] : load_as<Vec>(to) + acc[m][v]);
+        if (point == 0) acc[m][v] = load_as<Vec>(difference + at);
+      });
+    }
+  }
+}
+
+template <typename Vec, int N, int M>
+ASTRO_INLINE void pair_positions(const Plan& plan, const Tap* taps, int64_t live, const float* weight, PairSteps steps, int64_t offset, int64_t count, float* sums,
+                                 bool fresh) {
+  constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
+  in_blocks<M>(plan.steps(count), [&]<int Size>(int64_t p) ASTRO_LAMBDA_INLINE {
+    pair_block<Vec, N, Size>(plan, taps, live, weight, steps, offset + p * plan.position_step, sums + 2 * p * kBlock, fresh);
+  });
+}
+
 // Where the outputs of a block of channels go: [tile rows], none where null; `step` floats between positions.
 struct Output {
   float* row[kMaxTile];

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "common/pairs.h"
-#include "conv_nd_direct.h"
+#include "conv_nd_weight_taps.h"
 
 namespace astrobiogen::conv_nd {
 
@@ -51,7 +51,8 @@ struct LiveTap {
 };
 
 struct Scratch {
-  std::vector<float> lines, grad, packed, sums;  // grad: a group's rows of dy, [blocks][tile rows][kSegment][block]; packed: of one point and block
+  std::vector<float> lines, row, sums;     // row: `build_line`'s
+  std::vector<float> grad, packed, paired;  // a group's rows of dy, [blocks][tile rows][kSegment][block]; of one point and block; of its last points
   std::vector<Piece> pieces;
   std::vector<LiveTap> taps;
 };
@@ -161,6 +162,22 @@ struct Combine {
   }
 };
 
+// The gradients of the four points of pairs along the last axis, [4][tiles][steps][block], from rows [tiles][count][block].
+struct PairGrad {
+  template <Level L>
+  static ASTRO_INLINE void run(const float* from, int64_t tiles, int64_t count, int64_t block, float* to) {
+    using namespace simd;
+    const int64_t steps = (count + 1) / 2, point = tiles * steps * block;
+    for (int64_t r = 0; r < tiles; ++r)
+      for (int64_t t = 0; t < steps; ++t, to += block)
+        for (int64_t v = 0; v < block; v += kLanes) {
+          const float* at = from + (r * count + 2 * t) * block + v;
+          const f32x16 first = load(at), second = 2 * t + 1 < count ? load(at + block) : splat(0.0f);
+          store(to + v, first), store(to + point + v, first + second), store(to + 2 * point + v, first - second), store(to + 3 * point + v, second);
+        }
+  }
+};
+
 // Which rows of a tile one point's gradient adds up, and their signs.
 struct GradRows {
   int count = 0;
@@ -215,14 +232,15 @@ class Ahead {
 // were one row, so that the sums of a register block are read and written once per group (a row of 32 positions: 62 against 57 ms of products).
 void group_sums(const Job& job, int64_t index, int64_t size, int64_t first_tap, int64_t taps, const Share& share, Scratch& s, float* sums) {
   const Plan& plan = *job.plan;
+  const int64_t width = std::min(plan.out_width, kSegment), line_size = plan.line_floats(width);
   Tile tiles[kMaxGroup];
   int64_t rows[kMaxGroup][kMaxTile], first[kMaxPoints + 1] = {0};
   for (int64_t r = 0; r < size; ++r) tiles[r] = tile_at(plan, index + r), tile_outputs(plan, tiles[r], rows[r]);
-  const int64_t tap_floats = plan.row_taps * plan.block, line_size = plan.reach(0, std::min(plan.out_width, kSegment)) * plan.channels;
+  const int64_t tap_floats = plan.row_taps * plan.block, point_floats = plan.blocks * job.subset * tap_floats;
   const int64_t row_step = kSegment * plan.block, block_step = plan.tile_rows * row_step;
   Ahead ahead(job, index + size, (share.last_point - share.first_point) * (share.last_block - share.first_block));
   for (int64_t begin = 0; begin < plan.out_width; begin += kSegment) {
-    const int64_t end = std::min(begin + kSegment, plan.out_width), count = end - begin, tile_step = count * plan.block;
+    const int64_t end = std::min(begin + kSegment, plan.out_width), count = end - begin, steps = plan.steps(count), tile_step = count * plan.block;
     for (int64_t r = 0; r < size; ++r)
       for (int64_t which = 0; which < plan.tile_rows; ++which) {
         float* to = s.grad.data() + which * row_step + r * tile_step;
@@ -236,8 +254,8 @@ void group_sums(const Job& job, int64_t index, int64_t size, int64_t first_tap, 
           Line line;
           if (!find_line(plan, tiles[r], point, first_tap + tap, line)) continue;
           float* to = s.lines.data() + static_cast<int64_t>(s.pieces.size()) * line_size;
-          build_line(plan, job.x, job.dtype, line, begin, end, to);
-          s.pieces.push_back({to, r * tile_step});
+          build_line(plan, job.x, job.dtype, line, begin, end, to, s.row.data());
+          s.pieces.push_back({to, r * steps * plan.block});
         }
         const int64_t after = static_cast<int64_t>(s.pieces.size());
         if (after > before) s.taps.push_back({tap, before, after});
@@ -257,12 +275,19 @@ void group_sums(const Job& job, int64_t index, int64_t size, int64_t first_tap, 
         dispatch<Combine>(static_cast<const float* const*>(row), from.sign, from.count, size * tile_step, s.packed.data());
         grad = s.packed.data();
       }
-      for (int64_t at = first[point]; at < first[point + 1]; ++at) {
-        const LiveTap& live = s.taps[at];
-        Operands operands{s.pieces.data() + live.first, live.last - live.first, b / plan.group_blocks * plan.group_channels, grad, count};
-        float* to = sums + ((point * plan.blocks + b) * job.subset + live.tap) * tap_floats;
-        for (int64_t k = 0; k < plan.run_count; ++k, operands.offset += plan.run_step, to += plan.run_length * plan.block) dispatch<Products>(plan, operands, to);
+      if (plan.last_paired()) {
+        dispatch<PairGrad>(grad, size, count, plan.block, s.paired.data());
+        grad = s.paired.data();
       }
+      for (int64_t at = first[point]; at < first[point + 1]; ++at)
+        for (int64_t k = 0; k < plan.last_points; ++k) {
+          const LiveTap& live = s.taps[at];
+          Operands operands{s.pieces.data() + live.first, live.last - live.first, b / plan.group_blocks * plan.group_channels + k * plan.line_step(count),
+                            grad + k * size * steps * plan.block, steps};
+          float* to = sums + (point * plan.last_points + k) * point_floats + (b * job.subset + live.tap) * tap_floats;
+          for (int64_t run = 0; run < plan.run_count; ++run, operands.offset += plan.run_step, to += plan.run_length * plan.block)
+            dispatch<Products>(plan, operands, to);
+        }
     };
     if (job.resident) {
       clear(share.first_point);
@@ -279,78 +304,20 @@ void group_sums(const Job& job, int64_t index, int64_t size, int64_t first_tap, 
   }
 }
 
-// The three taps from the four points of a pair.
-ASTRO_INLINE void three_taps(const simd::f32x16* point, int64_t step, simd::f32x16* tap) {
-  const simd::f32x16 half = (point[step] + point[2 * step]) * 0.5f;
-  tap[0] = point[0] + half, tap[1] = (point[step] - point[2 * step]) * 0.5f, tap[2] = half + point[3 * step];
-}
-
-// Adds up the chunks' partials in order, for one kernel row's tap and channel at all points, and turns points into the paired axes' taps: [taps][step].
-struct PairTaps {
-  template <Level L>
-  static ASTRO_INLINE void run(const Job& job, const float* from, int64_t chunk_step, int64_t point_step, float* to, int64_t step) {
-    using namespace simd;
-    const Plan& plan = *job.plan;
-    for (int64_t v = 0; v < plan.block; v += kLanes) {
-      f32x16 point[kMaxPoints], row[4][3], tap[3];
-      for (int64_t k = 0; k < plan.points; ++k) {
-        point[k] = splat(0.0f);
-        for (int64_t chunk = 0; chunk < job.chunks; ++chunk) point[k] += load(from + chunk * chunk_step + k * point_step + v);
-      }
-      if (plan.pairs == 0) store(to + v, point[0]);
-      if (plan.pairs == 1) {
-        three_taps(point, 1, tap);
-        for (int64_t i = 0; i < 3; ++i) store(to + i * step + v, tap[i]);
-      }
-      if (plan.pairs < 2) continue;
-      for (int64_t k = 0; k < 4; ++k) three_taps(point + 4 * k, 1, row[k]);
-      for (int64_t j = 0; j < 3; ++j) {
-        three_taps(row[0] + j, 3, tap);
-        for (int64_t i = 0; i < 3; ++i) store(to + (3 * i + j) * step + v, tap[i]);
-      }
-    }
-  }
-};
-
-// Writes the taps of one subset and block of channels into dW [O, C / groups, *kernel], from partials [points][blocks][subset][row_taps][block] per chunk.
-void finish(const Job& job, const KernelRows& kernel, int64_t subset, int64_t b, const float* partial, int64_t chunk_step, float* grad_weight) {
-  const Plan& plan = *job.plan;
-  const int64_t first_tap = subset * job.subset, taps = std::min(job.subset, plan.taps - first_tap);
-  const int64_t point_step = plan.blocks * job.subset * plan.row_taps * plan.block, size = kernel.count * plan.taps_w, step = plan.taps_w * plan.block;
-  const int64_t outer = plan.pairs > 0 ? 3 : 1, inner = plan.pairs > 1 ? 3 : 1;
-  const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
-  const int64_t lanes = std::min(plan.block, plan.group_outputs - inside);
-  std::vector<float> found(outer * inner * step);  // [paired taps][taps of the last axis][block]
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t c = 0; c < plan.group_channels; ++c) {
-      for (int64_t w = 0; w < plan.taps_w; ++w) {
-        const float* from = partial + (((b * job.subset + tap) * plan.taps_w + w) * plan.group_channels + c) * plan.block;
-        dispatch<PairTaps>(job, from, chunk_step, point_step, found.data() + w * plan.block, step);
-      }
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        float* to = grad_weight + ((channel + lane) * plan.group_channels + c) * size + kernel.base[first_tap + tap] * plan.taps_w;
-        for (int64_t i = 0; i < outer; ++i)
-          for (int64_t j = 0; j < inner; ++j)
-            for (int64_t w = 0; w < plan.taps_w; ++w)
-              to[(i * kernel.step[0] + j * kernel.step[1]) * plan.taps_w + w] = found[((i * inner + j) * plan.taps_w + w) * plan.block + lane];
-      }
-    }
-}
-
 }  // namespace
 
-Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRef whole_kernel, const Geometry& geometry, bool pairs) {
+Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRef whole_kernel, const Geometry& geometry) {
   const Crop cropped = crop(geometry, rows.sizes().slice(1, geometry.axes()), whole_kernel);
   const at::IntArrayRef kernel = cropped.count;
-  const Plan plan = make_plan(rows, grad.size(-1), kernel, cropped.geometry, pairs);
-  const int64_t tap_bytes = 4 * plan.points * plan.blocks * plan.row_taps * plan.block, whole = tap_bytes * plan.taps;
+  const Plan plan = make_plan(rows, grad.size(-1), kernel, cropped.geometry, Pairing::kAll);
+  const int64_t tap_bytes = 4 * plan.points * plan.last_points * plan.blocks * plan.row_taps * plan.block, whole = tap_bytes * plan.taps;
   Job job{&plan, rows.const_data_ptr(), grad.const_data_ptr(), rows.scalar_type(), 1, 1, 1, 1, false, static_cast<int64_t>(grad.nbytes()) >= simd::kStreamBytes};
   job.subset = std::clamp<int64_t>(kUnitBytes / tap_bytes, 1, plan.taps);
-  job.resident = plan.points * job.subset * plan.reach(0, kSegment) * plan.channels * 4 <= kLineBytes;
+  const int64_t width = std::min(plan.out_width, kSegment), line_bytes = 4 * plan.line_floats(width);
+  job.resident = plan.points * job.subset * line_bytes <= kLineBytes;
   job.subsets = (plan.taps + job.subset - 1) / job.subset;
   const int64_t limit = std::max<int64_t>(kPartialBytes, (rows.numel() + grad.numel()) * rows.element_size() / 20);
   job.chunks = std::clamp<int64_t>(std::min(kMaxChunks / job.subsets, limit / whole), 1, std::max<int64_t>(1, plan.tiles()));
-  const int64_t line_bytes = plan.reach(0, std::min(plan.out_width, kSegment)) * plan.channels * 4;
   if (!job.resident && plan.out_width > 0)
     job.group = std::clamp<int64_t>(std::min(kSegment / plan.out_width, kLineBytes / (job.subset * line_bytes)), 1, kMaxGroup);
   const int64_t unit_floats = tap_bytes / 4 * job.subset, units = job.chunks * job.subsets;
@@ -371,9 +338,10 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
   at::parallel_for(0, std::min(threads, items), 1, [&](int64_t begin, int64_t end) {
     Scratch s;
     const int64_t lines = job.subset * (job.resident ? plan.points : job.group);
-    s.lines.resize(lines * line_bytes / 4);
+    s.lines.resize(lines * line_bytes / 4), s.row.resize(plan.scratch_floats(width));
     s.grad.resize(plan.blocks * plan.tile_rows * kSegment * plan.block);
     s.packed.resize(kSegment * plan.block);
+    if (plan.last_paired()) s.paired.resize(plan.last_points * job.group * plan.steps(width) * plan.block);
     s.pieces.reserve(lines), s.taps.reserve(lines);
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t item = next++; item < items; item = next++) {
@@ -387,14 +355,15 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
         const int64_t last = plan.tiles() * (chunk + 1) / job.chunks;
         for (int64_t tile = plan.tiles() * chunk / job.chunks; tile < last; tile += job.group)
           group_sums(job, tile, std::min(job.group, last - tile), first_tap, taps, mine, s, target);
-        for (int64_t b = 0; own && b < plan.blocks; ++b) finish(job, table, subset, b, s.sums.data(), 0, to);
+        for (int64_t b = 0; own && b < plan.blocks; ++b) write_taps(plan, table, {s.sums.data(), 0, 1, subset * job.subset, job.subset}, b, to);
       }
   });
   if (!own)
     at::parallel_for(0, job.subsets * plan.blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t subset = item / plan.blocks;
-        finish(job, table, subset, item % plan.blocks, sums + subset * job.chunks * unit_floats, unit_floats, to);
+        const Sums found{sums + subset * job.chunks * unit_floats, unit_floats, job.chunks, subset * job.subset, job.subset};
+        write_taps(plan, table, found, item % plan.blocks, to);
       }
     });
   if (kernel == whole_kernel) return result;
