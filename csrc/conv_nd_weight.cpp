@@ -67,6 +67,7 @@ struct Operands {
   const Piece* pieces;
   int64_t size, offset;
   const float* grad;
+  int64_t grad_step;  // positions of `grad` per position of the pieces: 2 takes every second one
   int64_t count;
 };
 
@@ -77,8 +78,8 @@ ASTRO_INLINE void block(const Plan& plan, const Operands& from, int64_t at, floa
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
   Vec acc[M][N] = {};
   for (int64_t k = 0; k < from.size; ++k) {
-    const float *x = from.pieces[k].x + from.offset + at, *grad = from.grad + from.pieces[k].grad;
-    for (int64_t p = 0; p < from.count; ++p, x += plan.position_step, grad += kBlock) {
+    const float *x = from.pieces[k].x + from.offset + at, *grad = from.grad + from.pieces[k].grad * from.grad_step;
+    for (int64_t p = 0; p < from.count; ++p, x += plan.position_step, grad += from.grad_step * kBlock) {
       Vec value[N];
       for (int v = 0; v < N; ++v) value[v] = load_as<Vec>(grad + v * kWidth);
       for (int m = 0; m < M; ++m) {
@@ -162,18 +163,21 @@ struct Combine {
   }
 };
 
-// The gradients of the four points of pairs along the last axis, [4][tiles][steps][block], from rows [tiles][count][block].
+// The gradients of the four points of pairs along the last axis, [4][tiles][steps][block], from rows [tiles][count][block]. Of whole pairs only the sums
+// and differences: the outer points take every second position where it lies.
 struct PairGrad {
   template <Level L>
   static ASTRO_INLINE void run(const float* from, int64_t tiles, int64_t count, int64_t block, float* to) {
     using namespace simd;
     const int64_t steps = (count + 1) / 2, point = tiles * steps * block;
+    const bool whole = count % 2 == 0;
     for (int64_t r = 0; r < tiles; ++r)
       for (int64_t t = 0; t < steps; ++t, to += block)
         for (int64_t v = 0; v < block; v += kLanes) {
           const float* at = from + (r * count + 2 * t) * block + v;
           const f32x16 first = load(at), second = 2 * t + 1 < count ? load(at + block) : splat(0.0f);
-          store(to + v, first), store(to + point + v, first + second), store(to + 2 * point + v, first - second), store(to + 3 * point + v, second);
+          store(to + point + v, first + second), store(to + 2 * point + v, first - second);
+          if (!whole) store(to + v, first), store(to + 3 * point + v, second);
         }
   }
 };
@@ -237,7 +241,7 @@ void group_sums(const Job& job, int64_t index, int64_t size, int64_t first_tap, 
   int64_t rows[kMaxGroup][kMaxTile], first[kMaxPoints + 1] = {0};
   for (int64_t r = 0; r < size; ++r) tiles[r] = tile_at(plan, index + r), tile_outputs(plan, tiles[r], rows[r]);
   const int64_t tap_floats = plan.row_taps * plan.block, point_floats = plan.blocks * job.subset * tap_floats;
-  const int64_t row_step = kSegment * plan.block, block_step = plan.tile_rows * row_step;
+  const int64_t row_step = job.group * width * plan.block, block_step = plan.tile_rows * row_step;
   Ahead ahead(job, index + size, (share.last_point - share.first_point) * (share.last_block - share.first_block));
   for (int64_t begin = 0; begin < plan.out_width; begin += kSegment) {
     const int64_t end = std::min(begin + kSegment, plan.out_width), count = end - begin, steps = plan.steps(count), tile_step = count * plan.block;
@@ -275,19 +279,21 @@ void group_sums(const Job& job, int64_t index, int64_t size, int64_t first_tap, 
         dispatch<Combine>(static_cast<const float* const*>(row), from.sign, from.count, size * tile_step, s.packed.data());
         grad = s.packed.data();
       }
-      if (plan.last_paired()) {
-        dispatch<PairGrad>(grad, size, count, plan.block, s.paired.data());
-        grad = s.paired.data();
-      }
-      for (int64_t at = first[point]; at < first[point + 1]; ++at)
-        for (int64_t k = 0; k < plan.last_points; ++k) {
+      if (plan.last_paired()) dispatch<PairGrad>(grad, size, count, plan.block, s.paired.data());
+      for (int64_t k = 0; k < plan.last_points; ++k) {
+        const float* mine = grad;
+        int64_t step = 1;
+        if (plan.last_paired() && count % 2 == 0 && k % 3 == 0) mine += k / 3 * plan.block, step = 2;
+        else if (plan.last_paired()) mine = s.paired.data() + k * size * steps * plan.block;
+        for (int64_t at = first[point]; at < first[point + 1]; ++at) {
           const LiveTap& live = s.taps[at];
           Operands operands{s.pieces.data() + live.first, live.last - live.first, b / plan.group_blocks * plan.group_channels + k * plan.line_step(count),
-                            grad + k * size * steps * plan.block, steps};
+                            mine, step, steps};
           float* to = sums + (point * plan.last_points + k) * point_floats + (b * job.subset + live.tap) * tap_floats;
           for (int64_t run = 0; run < plan.run_count; ++run, operands.offset += plan.run_step, to += plan.run_length * plan.block)
             dispatch<Products>(plan, operands, to);
         }
+      }
     };
     if (job.resident) {
       clear(share.first_point);
@@ -319,7 +325,7 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
   const int64_t limit = std::max<int64_t>(kPartialBytes, (rows.numel() + grad.numel()) * rows.element_size() / 20);
   job.chunks = std::clamp<int64_t>(std::min(kMaxChunks / job.subsets, limit / whole), 1, std::max<int64_t>(1, plan.tiles()));
   if (!job.resident && plan.out_width > 0)
-    job.group = std::clamp<int64_t>(std::min(kSegment / plan.out_width, kLineBytes / (job.subset * line_bytes)), 1, kMaxGroup);
+    job.group = std::clamp<int64_t>(std::min(kSegment / plan.steps(plan.out_width), kLineBytes / (job.subset * line_bytes)), 1, kMaxGroup);
   const int64_t unit_floats = tap_bytes / 4 * job.subset, units = job.chunks * job.subsets;
   // Fewer units than threads (one, where 16 points of many channels pass the memory for partials): points are shared out, then blocks of output channels.
   // Each sum is taken in the same order whoever does it, so the bits do not change. Shared blocks have the input's lines added up once per share.
@@ -339,8 +345,8 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
     Scratch s;
     const int64_t lines = job.subset * (job.resident ? plan.points : job.group);
     s.lines.resize(lines * line_bytes / 4), s.row.resize(plan.scratch_floats(width));
-    s.grad.resize(plan.blocks * plan.tile_rows * kSegment * plan.block);
-    s.packed.resize(kSegment * plan.block);
+    s.grad.resize(plan.blocks * plan.tile_rows * job.group * width * plan.block);
+    s.packed.resize(job.group * width * plan.block);
     if (plan.last_paired()) s.paired.resize(plan.last_points * job.group * plan.steps(width) * plan.block);
     s.pieces.reserve(lines), s.taps.reserve(lines);
     for (int64_t worker = begin; worker < end; ++worker)
