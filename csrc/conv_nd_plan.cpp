@@ -61,6 +61,49 @@ Axis make_axis(const Geometry& g, int64_t axis, int64_t size, int64_t kernel, bo
   return a;
 }
 
+using simd::f32x16;
+
+// The four points of a pair from the three taps, `from` and `to` steps apart.
+ASTRO_INLINE void four_points(const f32x16* tap, int64_t from, f32x16* point, int64_t to) {
+  const f32x16 ends = (tap[0] + tap[2 * from]) * 0.5f, middle = tap[from] * 0.5f;
+  point[0] = tap[0], point[to] = ends + middle, point[2 * to] = ends - middle, point[3 * to] = tap[2 * from];
+}
+
+// The weights of all points of one input channel, outer tap and block of output channels: from rows `lanes` [kernel rows][taps_w][block], the first one at
+// `base`, to `to` [points][last points] of `point_step` floats.
+struct PackPoints {
+  template <Level L>
+  static ASTRO_INLINE void run(const Plan& plan, const KernelRows& kernel, const float* lanes, int64_t base, int64_t point_step, float* to) {
+    using namespace simd;
+    const bool last = plan.last_paired();
+    for (int64_t v = 0; v < plan.block; v += kLanes) {
+      f32x16 point[3 * kMaxPoints];  // [taps of a paired last axis][points]
+      for (int64_t w = 0; w < plan.taps_w; ++w) {
+        const auto row = [&](int64_t i, int64_t j) ASTRO_LAMBDA_INLINE {
+          return load(lanes + ((base + i * kernel.step[0] + j * kernel.step[1]) * plan.taps_w + w) * plan.block + v);
+        };
+        f32x16 *mine = point + (last ? w * plan.points : 0), tap[9], half[12];
+        if (plan.pairs == 0) mine[0] = row(0, 0);
+        if (plan.pairs == 1) {
+          for (int64_t i = 0; i < 3; ++i) tap[i] = row(i, 0);
+          four_points(tap, 1, mine, 1);
+        }
+        if (plan.pairs == 2) {
+          for (int64_t k = 0; k < 9; ++k) tap[k] = row(k / 3, k % 3);
+          for (int64_t j = 0; j < 3; ++j) four_points(tap + j, 3, half + j, 3);
+          for (int64_t i = 0; i < 4; ++i) four_points(half + 3 * i, 1, mine + 4 * i, 1);
+        }
+        for (int64_t p = 0; !last && p < plan.points; ++p) store(to + p * point_step + w * plan.group_channels * plan.block + v, mine[p]);
+      }
+      for (int64_t p = 0; last && p < plan.points; ++p) {
+        f32x16 four[4];
+        four_points(point + p, plan.points, four, 1);
+        for (int64_t k = 0; k < 4; ++k) store(to + (4 * p + k) * point_step + v, four[k]);
+      }
+    }
+  }
+};
+
 }  // namespace
 
 double paired_share(const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& g) {
@@ -181,25 +224,15 @@ KernelRows kernel_rows(const Plan& plan) {
   return rows;
 }
 
-// The weight of one point from the rows of three taps, or of a pair of points from nine, `factors` per row: to[lane] = sum over k of factors[k] rows[k][lane].
-static void combine_rows(const float* const* rows, const float* factors, int64_t count, int64_t lanes, float* to) {
-  std::fill_n(to, lanes, 0.0f);
-  for (int64_t k = 0; k < count; ++k) {
-    if (factors[k] == 0.0f) continue;
-    for (int64_t lane = 0; lane < lanes; ++lane) to[lane] += factors[k] * rows[k][lane];
-  }
-}
-
 at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan) {
   const at::Tensor plain = weight.to(at::kFloat).contiguous();
   at::Tensor packed = at::empty({plan.points, plan.last_points, plan.blocks, plan.taps, plan.row_taps, plan.block}, plain.options());
   const KernelRows kernel = kernel_rows(plan);
   const int64_t size = kernel.count * plan.taps_w, b_ = plan.block, point_step = plan.blocks * plan.taps * plan.row_taps * b_;
-  const int64_t outer = plan.pairs > 0 ? 3 : 1, inner = plan.pairs > 1 ? 3 : 1;
   const float* from = plain.const_data_ptr<float>();
   float* to = packed.mutable_data_ptr<float>();
   at::parallel_for(0, plan.blocks * plan.group_channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> lanes(size * b_), found(plan.taps_w * b_);  // one input channel of one block: [kernel][block]; of one point: [taps_w][block]
+    std::vector<float> lanes(size * b_);  // one input channel of one block: [kernel][block]
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item / plan.group_channels, c = item % plan.group_channels, inside = block % plan.group_blocks * b_;
       const int64_t channel = block / plan.group_blocks * plan.group_outputs + inside, present = std::min(b_, plan.group_outputs - inside);
@@ -207,27 +240,8 @@ at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan) {
       for (int64_t lane = 0; lane < present; ++lane)
         for (int64_t k = 0; k < size; ++k) lanes[k * b_ + lane] = from[((channel + lane) * plan.group_channels + c) * size + k];
       for (int64_t tap = 0; tap < plan.taps; ++tap)
-        for (int64_t point = 0; point < plan.points; ++point) {
-          float factors[9];
-          const float* rows[9];
-          for (int64_t i = 0; i < outer; ++i)
-            for (int64_t j = 0; j < inner; ++j)
-              factors[i * inner + j] = plan.pairs == 0 ? 1.0f : plan.pairs == 1 ? kPointTap[point][i] : kPointTap[point / 4][i] * kPointTap[point % 4][j];
-          for (int64_t w = 0; w < plan.taps_w; ++w) {
-            for (int64_t i = 0; i < outer; ++i)
-              for (int64_t j = 0; j < inner; ++j)
-                rows[i * inner + j] = lanes.data() + ((kernel.base[tap] + i * kernel.step[0] + j * kernel.step[1]) * plan.taps_w + w) * b_;
-            combine_rows(rows, factors, outer * inner, b_, found.data() + w * b_);
-          }
-          float* target = to + point * plan.last_points * point_step + ((block * plan.taps + tap) * plan.row_taps + c) * b_;
-          if (!plan.last_paired())
-            for (int64_t w = 0; w < plan.taps_w; ++w) std::copy_n(found.data() + w * b_, b_, target + w * plan.group_channels * b_);
-          else
-            for (int64_t k = 0; k < plan.last_points; ++k) {
-              for (int64_t w = 0; w < 3; ++w) rows[w] = found.data() + w * b_;
-              combine_rows(rows, kPointTap[k], 3, b_, target + k * point_step);
-            }
-        }
+        dispatch<PackPoints>(plan, kernel, static_cast<const float*>(lanes.data()), kernel.base[tap], point_step,
+                             to + ((block * plan.taps + tap) * plan.row_taps + c) * b_);
     }
   });
   return packed;
