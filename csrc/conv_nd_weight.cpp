@@ -1,8 +1,9 @@
 // Own CPU weight gradient: dW[k, o] = sum over positions of x[position + k] dy[position, o], the adjoint of the forward kernel's tiles.
 //
 // The gradient of a point's weight is (its input lines) x (its share of dy): with F(2,3) 4 products for 2 outputs instead of 6, and the three taps come
-// back as g0 = m0 + (m1 + m2) / 2, g1 = (m1 - m2) / 2, g2 = (m1 + m2) / 2 + m3. Per tile, point and block of
-// channels, dy's rows are added up once to [positions][block]; then register blocks of 8 taps x 32 channels (AVX-512; 16 x 16 or, AVX2, 6 x 16) run along the positions.
+// back as g0 = m0 + (m1 + m2) / 2, g1 = (m1 - m2) / 2, g2 = (m1 + m2) / 2 + m3 (conv_nd_weight_taps.cpp). Per group of tiles, point and block of channels,
+// dy's rows are added up once to [positions][block], and pairs of positions where the last axis is paired; then register blocks of 8 taps x 32 channels
+// (AVX-512; 16 x 16 or, AVX2, 6 x 16) run along the positions.
 // Sums go to one partial per chunk of tiles; the number of chunks depends on the shape only, so any thread count gives the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -233,7 +234,8 @@ class Ahead {
 };
 
 // The sums of `size` tiles from `index` on. More than one tile only where a row is one segment: their rows of dy stand one after the other, as if they
-// were one row, so that the sums of a register block are read and written once per group (a row of 32 positions: 62 against 57 ms of products).
+// were one row, so that the sums of a register block are read and written once per group (space layer, rows of 32 positions: one tile at a time 60 to
+// 71 ms, four 51 to 59, eight, whose lines and rows of dy no longer fit into L2 beside the sums, 57 to 64).
 void group_sums(const Job& job, int64_t index, int64_t size, int64_t first_tap, int64_t taps, const Share& share, Scratch& s, float* sums) {
   const Plan& plan = *job.plan;
   const int64_t width = std::min(plan.out_width, kSegment), line_size = plan.line_floats(width);

@@ -275,6 +275,40 @@ def test_random_convolutions() -> None:
             assert float(difference) <= 1e-5 * float(size) + 1e-5, seed
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(
+    ("channels", "outputs", "groups", "spatial", "mode"),
+    [
+        (32, 40, 1, (5, 2), "circular"),
+        (40, 33, 1, (2, 6, 7), "zeros"),
+        (64, 64, 2, (3, 4, 9), "circular"),
+        (32, 32, 1, (2, 131), "circular"),
+        (33, 32, 1, (1, 4, 64), "replicate"),
+        (32, 64, 1, (2, 2, 3, 4, 6), "reflect"),
+    ],
+)
+def test_gradients_by_pairs_along_the_last_axis(
+    channels: int, outputs: int, groups: int, spatial: tuple[int, ...], mode: str
+) -> None:
+    """Channels enough for the gradients to pair the last axis: odd and even widths, rows longer than a segment, groups
+    and halos, kernel 3 on every axis."""
+    x = torch.randn(2, channels, *spatial).double()
+    weight = torch.randn(outputs, channels // groups, *[3] * len(spatial)).double()
+    modes = (*["zeros"] * (len(spatial) - 1), mode)
+
+    def gradients(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        y = ops.conv_nd(*leaves, padding=1, padding_mode=modes, groups=groups)
+        upstream = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return torch.autograd.grad(y, leaves, upstream.to(dtype))
+
+    with use_kernels("reference"):
+        exact, eager = gradients(torch.float64), gradients(torch.float32)
+    for got, plain, right in zip(gradients(torch.float32), eager, exact):
+        ours, theirs = ((value.double() - right).abs().max() for value in (got, plain))
+        assert ours <= 3 * theirs + 1e-6 * right.abs().max()
+
+
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="level must be 'baseline', 'avx2' or 'avx512', got 'sse9'"):
         extension.set_cpu_level("sse9")
