@@ -107,7 +107,9 @@ def test_pole_rows_are_seen_from_the_other_side() -> None:
     torch.testing.assert_close(y[..., 1:, :], x[..., :-1, :], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("channels", "outputs"), [(2, 16), (40, 32), (8, 8)], ids=["own-kernel", "wide", "composition"])
+@pytest.mark.parametrize(
+    ("channels", "outputs"), [(2, 16), (40, 32), (8, 8)], ids=["own-kernel", "wide", "composition"]
+)
 def test_rolling_a_circular_axis_rolls_the_output_bitwise(channels: int, outputs: int) -> None:
     x, weight = torch.randn(1, channels, 3, 4, 3, 6, 16), torch.randn(outputs, channels, 3, 3, 3, 3, 3)
     modes = ("circular", "zeros", "zeros", "pole", "circular")
