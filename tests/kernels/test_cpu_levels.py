@@ -153,7 +153,7 @@ def test_the_level_decides_for_attention(level: str) -> None:
 
 @pytest.mark.usefixtures("level")
 def test_every_bf16_gate() -> None:
-    """All 65,536 bit patterns: in blocks, where one block's exponentials are taken beside the products of the one before,
+    """All 65,536 bit patterns: in blocks, whose exponentials are taken beside the products of the block before,
     as in pieces too short for a block, and both against fp64."""
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     up = torch.randn(2**16, dtype=torch.bfloat16)
