@@ -8,7 +8,7 @@
 //
 // with d the four input rows and g the taps. On two axes at once 16 points replace 36 products. Circular axes are not paired in the forward: which
 // outputs share a tile would depend on where the circle was cut, and rolling the input could change the output's last bits. Gradients take pairs along
-// the last axis too, 64 points for 216 products, where a group has channels enough for products to outweigh the sums of neighbouring positions.
+// the last axis too, 64 points for 216 products, where channels and rows are enough for products to outweigh the sums of neighbouring positions.
 #pragma once
 
 #include <ATen/core/Tensor.h>

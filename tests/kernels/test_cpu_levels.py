@@ -296,12 +296,13 @@ def test_random_convolutions() -> None:
 @pytest.mark.parametrize(
     ("channels", "outputs", "groups", "spatial", "mode"),
     [
-        (32, 40, 1, (5, 2), "circular"),
-        (40, 33, 1, (2, 6, 7), "zeros"),
-        (64, 64, 2, (3, 4, 9), "circular"),
-        (32, 32, 1, (2, 131), "circular"),
-        (33, 32, 1, (1, 4, 64), "replicate"),
-        (32, 64, 1, (2, 2, 3, 4, 6), "reflect"),
+        (64, 72, 1, (5, 16), "circular"),
+        (72, 65, 1, (2, 6, 17), "zeros"),
+        (128, 128, 2, (3, 2, 19), "circular"),
+        (64, 64, 1, (2, 131), "circular"),
+        (65, 64, 1, (1, 4, 64), "replicate"),
+        (64, 96, 1, (2, 1, 2, 3, 18), "reflect"),
+        (96, 64, 1, (3, 2, 33), "circular"),
     ],
 )
 def test_gradients_by_pairs_along_the_last_axis(
