@@ -26,8 +26,6 @@ constexpr int64_t kMaxTile = 4;     // output rows of one tile
 // Which two of the four input rows a point combines, and the sign of the second; the first has +1.
 constexpr int64_t kPointRow[4][2] = {{0, 2}, {1, 2}, {2, 1}, {3, 1}};
 constexpr float kPointSign[4] = {-1.0f, 1.0f, -1.0f, -1.0f};
-// The weight of a point from the three taps.
-constexpr float kPointTap[4][3] = {{1.0f, 0.0f, 0.0f}, {0.5f, 0.5f, 0.5f}, {0.5f, -0.5f, 0.5f}, {0.0f, 0.0f, 1.0f}};
 // What a point adds to the two outputs.
 constexpr float kPointOutput[4][2] = {{1.0f, 0.0f}, {1.0f, 1.0f}, {1.0f, -1.0f}, {0.0f, 1.0f}};
 

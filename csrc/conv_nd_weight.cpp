@@ -329,7 +329,7 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
   if (!job.resident && plan.out_width > 0)
     job.group = std::clamp<int64_t>(std::min(kSegment / plan.steps(plan.out_width), kLineBytes / (job.subset * line_bytes)), 1, kMaxGroup);
   const int64_t unit_floats = tap_bytes / 4 * job.subset, units = job.chunks * job.subsets;
-  // Fewer units than threads (one, where 16 points of many channels pass the memory for partials): points are shared out, then blocks of output channels.
+  // Fewer units than threads (one, where the points of many channels pass the memory for partials): points are shared out, then blocks of output channels.
   // Each sum is taken in the same order whoever does it, so the bits do not change. Shared blocks have the input's lines added up once per share.
   const int64_t threads = at::get_num_threads(), wanted = (threads + units - 1) / units;
   const int64_t point_shares = std::clamp<int64_t>(wanted, 1, plan.points), block_shares = std::clamp<int64_t>(wanted / point_shares, 1, plan.blocks);

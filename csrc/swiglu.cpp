@@ -117,7 +117,7 @@ ASTRO_INLINE void interleaved_blocks(const Starts<T, 2>& row, T* product, int64_
   if (begin + kBlock <= count)
     for (int64_t at = 0; at < kBlock; at += kStep) {
       const auto g = simd::load_pair<8>(gate + begin + at);
-      simd::store_pair<8>(here + at, {one_plus_exp<Level::kAvx2, 8>(g.first), one_plus_exp<Level::kAvx2, 8>(g.second)});
+      simd::store_pair<8>(here + at, {exponential_of<T, Level::kAvx2, 8>(g.first), exponential_of<T, Level::kAvx2, 8>(g.second)});
     }
   blocks([&](int64_t start) ASTRO_LAMBDA_INLINE {
     const bool last = start + 2 * kBlock > count;

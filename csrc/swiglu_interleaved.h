@@ -39,9 +39,9 @@ template <bool Streamed>
 ASTRO_INLINE void interleaved_step(const c10::BFloat16* gate, const c10::BFloat16* up, const float* e, c10::BFloat16* product, const c10::BFloat16* gate_ahead,
                                    float* ahead) {
   using F = simd::F<8>;
-  const F scale = simd::broadcast<8>(-0x1.715476p0f), round = simd::broadcast<8>(0x1.8p23f + 127.0f);
-  const F c3 = simd::broadcast<8>(0.05517167f), c2 = simd::broadcast<8>(0.24261112f), c1 = simd::broadcast<8>(0.69326099f);
-  const F c0 = simd::broadcast<8>(0.99992807f), odd = (F)(simd::Lanes<8>::U{} + 0xffff0000u);
+  const F scale = simd::broadcast<8>(-kLog2e), round = simd::broadcast<8>(kRound);
+  const F c3 = simd::broadcast<8>(kCubic[0]), c2 = simd::broadcast<8>(kCubic[1]), c1 = simd::broadcast<8>(kCubic[2]);
+  const F c0 = simd::broadcast<8>(kCubic[3]), odd = (F)(simd::Lanes<8>::U{} + 0xffff0000u);
   F g0, g1, u, x0, x1, t0, t1, p0, p1;
   asm volatile(
       "vmovdqu (%[gate]), %[g0]\n\t"

@@ -146,10 +146,12 @@ def test_thread_count_does_not_change_a_bit(dtype: torch.dtype) -> None:
     assert torch.equal(alone[2], together[2])
 
 
-# 64 points of 128 channels pass the memory for partials: one unit of work, whose points are shared out.
+# The points of 128 channels, 16 or with a paired last axis 64, pass the memory for partials: one unit of work, whose
+# points are shared out.
 @pytest.mark.parametrize("threads", [2, 3, 8])
-def test_shared_points_do_not_change_a_bit(threads: int) -> None:
-    x = torch.randn(1, 128, 2, 4, 5, 17)
+@pytest.mark.parametrize("width", [9, 17])
+def test_shared_points_do_not_change_a_bit(threads: int, width: int) -> None:
+    x = torch.randn(1, 128, 2, 4, 5, width)
     weight = torch.randn(128, 128, 1, 3, 3, 3, requires_grad=True)
 
     def run() -> torch.Tensor:
