@@ -22,9 +22,48 @@ struct Blocking {
   static constexpr int P = 2 * N;  // columns of a block, and of a panel
 };
 
+// Lines of memory that a product asks for while it multiplies, at most one per four steps of its depth: all at once they would take every miss that a core
+// can wait for, and the product's own loads would queue behind them (gradient of x and logits together 225 instead of 261 ms at 512 x 512 x 32,000).
+struct Ahead {
+  static constexpr int64_t kLine = 16;  // floats
+  const float* from;
+  int64_t lines;
+
+  ASTRO_INLINE void operator()(int64_t step) const {
+    if (step < lines) simd::prefetch(from + step * kLine);
+  }
+  // What falls to product `call` of `calls` of the `floats` from `all` on.
+  static ASTRO_INLINE Ahead share(const float* all, int64_t floats, int64_t call, int64_t calls) {
+    const int64_t lines = floats / kLine, first = call * lines / calls;
+    return {all + first * kLine, (call + 1) * lines / calls - first};
+  }
+};
+
+// The same for `rows` rows of Width floats, `stride` apart.
+template <int64_t Width>
+struct RowsAhead {
+  static constexpr int64_t kLines = Width / Ahead::kLine;
+  const float* from;
+  int64_t stride, first, lines;
+
+  ASTRO_INLINE void operator()(int64_t step) const {
+    const int64_t line = first + step;
+    if (step < lines) simd::prefetch(from + line / kLines * stride + line % kLines * Ahead::kLine);
+  }
+  static ASTRO_INLINE RowsAhead share(const float* all, int64_t rows, int64_t stride, int64_t call, int64_t calls) {
+    const int64_t first = call * rows * kLines / calls;
+    return {all, stride, first, (call + 1) * rows * kLines / calls - first};
+  }
+};
+
+struct NothingAhead {
+  ASTRO_INLINE void operator()(int64_t) const {}
+};
+
 // c[r][0 .. P) = (Add ? c : 0) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. P) for R rows r.
-template <Level L, bool Add>
-ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc) {
+template <Level L, bool Add, class Requests = NothingAhead>
+ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+                           const Requests& ahead = {}) {
   using Block = Blocking<L>;
   constexpr int N = Block::N, R = Block::R;
   using Vector = simd::F<N>;
@@ -37,7 +76,7 @@ ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step,
       if constexpr (Add) sums[r][n] = *reinterpret_cast<const Memory*>(c + r * ldc + n * N);
       else sums[r][n] = Vector{};
     }
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&](int64_t k) ASTRO_LAMBDA_INLINE {
     const Vector first = *reinterpret_cast<const Memory*>(b + k * ldb), second = *reinterpret_cast<const Memory*>(b + k * ldb + N);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
@@ -45,14 +84,21 @@ ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step,
       sums[r][0] += left * first;
       sums[r][1] += left * second;
     }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) {
+    ahead(k / 4);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) step(k + i);
   }
+  for (; k < depth; ++k) step(k);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int n = 0; n < 2; ++n) *reinterpret_cast<Memory*>(c + r * ldc + n * N) = sums[r][n];
 }
 
-// exp(x) for x <= 0 up to rounding; NaN stays NaN.
+// exp(x) for x <= 43; NaN stays NaN.
 template <class Vector>
 ASTRO_INLINE Vector exp_below(Vector x) {
   return simd::exp_in_range(x < -104.0f ? Vector{} - 104.0f : x);

@@ -37,7 +37,7 @@ ASTRO_INLINE f32x8 exp(f32x8 x) {
   return p * (f32x8)((half + 127) << 23) * (f32x8)((n - half + 127) << 23);
 }
 
-// e^x for -104 <= x <= 0, on vectors of any width, in two thirds of the instructions: n + 191 comes straight out of the rounding constant's low bits
+// e^x for -104 <= x <= 43, on vectors of any width, in two thirds of the instructions: n + 191 comes straight out of the rounding constant's low bits
 // (its high bits leave by the shift), and 2^(n + 64) 2^-64 reaches the subnormals.
 template <class Vector>
 ASTRO_INLINE Vector exp_in_range(Vector x) {

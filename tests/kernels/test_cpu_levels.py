@@ -203,7 +203,7 @@ def test_stores_past_the_cache(columns: int, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize(
     ("tokens", "hidden", "vocabulary"),
-    [(1, 1, 1), (5, 7, 33), (97, 65, 193), (130, 521, 400), (700, 33, 210)],
+    [(1, 1, 1), (5, 7, 33), (97, 65, 193), (130, 521, 400), (700, 33, 210), (100, 20, 2100), (33, 2000, 300)],
 )
 @pytest.mark.parametrize(
     "options",
@@ -216,7 +216,7 @@ def test_stores_past_the_cache(columns: int, dtype: torch.dtype) -> None:
     ids=["plain", "smoothing", "cap", "all"],
 )
 def test_loss_with_gradients_in_the_forward(tokens: int, hidden: int, vocabulary: int, options: dict[str, Any]) -> None:
-    """Blocks, panels, chunks and their ends, against the definition in fp64."""
+    """Blocks, panels, chunks, segments and their ends, weights beyond the cache, against the definition in fp64."""
     x = torch.randn(tokens, hidden, requires_grad=True)
     weight = (torch.randn(vocabulary, hidden) * hidden**-0.5).requires_grad_()
     target = torch.randint(0, vocabulary, (tokens,))
@@ -261,13 +261,62 @@ def test_loss_without_gradients_and_per_token(reduction: str, dtype: torch.dtype
 
 
 @pytest.mark.usefixtures("level")
-def test_loss_does_not_depend_on_threads_or_on_the_run() -> None:
-    x, weight = torch.randn(130, 96, requires_grad=True), torch.randn(500, 96, requires_grad=True)
-    target = torch.randint(0, 500, (130,))
+@pytest.mark.parametrize("shape", ["rising", "falling", "steps", "nothing_first"])
+def test_loss_whose_largest_logits_come_late(shape: str) -> None:
+    """What exponentials are relative to moves from chunk to chunk, by tens and by hundreds, in both directions."""
+    vocabulary = 1500
+    ramp = {
+        "rising": torch.linspace(-300.0, 300.0, vocabulary),
+        "falling": torch.linspace(300.0, -300.0, vocabulary),
+        "steps": 40.0 * torch.randn(15).repeat_interleave(100),
+        "nothing_first": torch.where(torch.arange(vocabulary) < 400, -torch.inf, 1.0),  # exp(-Inf) of whole chunks
+    }[shape]
+    x, weight = torch.randn(40, 16), torch.randn(vocabulary, 16)
+    x[:, 0], weight[:, 0] = 1.0, ramp
+    target = torch.randint(400, vocabulary, (40,))
+    target[::5] = -100
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        loss = ops.linear_cross_entropy(*leaves, target, z_loss=1e-4)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    got = run(torch.float32)
+    with use_kernels("reference"):
+        eager, exact = run(torch.float32), run(torch.float64)
+    for gradients in (eager, exact):
+        gradients[1][::5] = 0.0  # 0 x -Inf there too, where ours gives an ignored token exactly 0
+    for value, plain, truth, factor in zip(got, eager, exact, (2.0, 3.0, 3.0)):
+        assert torch.equal(value.isnan(), truth.isnan())  # 0 x -Inf in the gradient of x
+        value, plain, truth = (t.double().nan_to_num(0.0) for t in (value, plain, truth))
+        allowed = factor * (plain - truth).abs().max() + 8 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (value - truth).abs().max() <= allowed
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
+def test_ignored_tokens_may_hold_anything(poison: float) -> None:
+    """Their gradient is exactly 0 and the others' does not change by a bit."""
+    x, weight = torch.randn(40, 16), torch.randn(1500, 16, requires_grad=True)
+    target = torch.randint(0, 1500, (40,))
+    target[::3] = -100
+    poisoned = torch.where(target[:, None] == -100, poison, x).requires_grad_()
+    clean = x.requires_grad_()
+    found = [torch.autograd.grad(ops.linear_cross_entropy(t, weight, target), (t, weight)) for t in (clean, poisoned)]
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert not found[1][0][::3].any()
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(("hidden", "vocabulary", "smoothing"), [(96, 500, 0.0), (20, 2100, 0.0), (20, 2100, 0.1)])
+def test_loss_does_not_depend_on_threads_or_on_the_run(hidden: int, vocabulary: int, smoothing: float) -> None:
+    """Fewer and more threads than the vocabulary has segments (one and four)."""
+    x, weight = torch.randn(130, hidden, requires_grad=True), torch.randn(vocabulary, hidden, requires_grad=True)
+    target = torch.randint(0, vocabulary, (130,))
     found = []
-    for threads in (1, 2, 1):
+    for threads in (1, 2, 7, 1):
         torch.set_num_threads(threads)
-        loss = ops.linear_cross_entropy(x, weight, target)
+        loss = ops.linear_cross_entropy(x, weight, target, label_smoothing=smoothing)
         found.append((loss.detach(), *torch.autograd.grad(loss, (x, weight))))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
