@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/subnormals.h"
 #include "linear_cross_entropy.h"
 #include "linear_cross_entropy_block.h"
 
@@ -113,6 +114,13 @@ int64_t block_tokens(int64_t tokens) {
   return std::min(wanted, round_up(tokens, kPanel));
 }
 
+// Where one class stands out by more than 87, all others' exponentials are subnormal, and the products would take 40 times as long.
+template <class Kernel, class... Arguments>
+void launch(Arguments&&... arguments) {
+  const FlushSubnormals flush;
+  dispatch<Kernel>(arguments...);
+}
+
 template <class Task>
 void for_each(int64_t first, int64_t last, const Task& task) {
   at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
@@ -123,16 +131,16 @@ void for_each(int64_t first, int64_t last, const Task& task) {
 void times_weight(const Block& b, const Segment& s, int64_t first, int64_t last) {
   if (b.grad_x == nullptr) return;
   at::parallel_for(0, round_up(b.hidden, kMostRows) / kMostRows, 1,
-                   [&](int64_t begin, int64_t end) { dispatch<TimesWeight>(b, s, first, last, begin * kMostRows, end * kMostRows); });
+                   [&](int64_t begin, int64_t end) { launch<TimesWeight>(b, s, first, last, begin * kMostRows, end * kMostRows); });
 }
 
 // Chunk 0 has its logits already. `sums`: those of `step` chunks.
 void walk_logits(const Block& b, const Segment& s, int64_t step, float* sums) {
   for (int64_t first = s.first; first < s.last; first += step) {
     const int64_t last = std::min(first + step, s.last);
-    for_each(std::max<int64_t>(first, 1), last, [&](int64_t chunk) { dispatch<Logits>(b, chunk); });
+    for_each(std::max<int64_t>(first, 1), last, [&](int64_t chunk) { launch<Logits>(b, chunk); });
     follow(b, s, first, last);
-    for_each(first, last, [&](int64_t chunk) { dispatch<Exponentials>(b, chunk, sums + (chunk - first) * b.sums() * b.lanes); });
+    for_each(first, last, [&](int64_t chunk) { launch<Exponentials>(b, chunk, sums + (chunk - first) * b.sums() * b.lanes); });
     for (int64_t chunk = first; chunk < last; ++chunk) absorb(b, s, chunk, sums + (chunk - first) * b.sums() * b.lanes);
     if (b.proportional()) times_weight(b, s, first, last);
   }
@@ -142,8 +150,8 @@ void walk_slopes(const Block& b, const Segment& s, int64_t step) {
   for (int64_t first = s.first; first < s.last; first += step) {
     const int64_t last = std::min(first + step, s.last);
     for_each(first, last, [&](int64_t chunk) {
-      dispatch<Slopes>(b, chunk);
-      if (b.grad_weight != nullptr) dispatch<GradientWeight>(b, chunk);
+      launch<Slopes>(b, chunk);
+      if (b.grad_weight != nullptr) launch<GradientWeight>(b, chunk);
     });
     if (!b.proportional()) times_weight(b, s, first, last);
   }
@@ -160,13 +168,13 @@ void run_block(const Block& b, const std::vector<Segment>& segments, float* sums
       for (int64_t i = 0; i < count; ++i) walk(i);
   };
   mark_kept(b);
-  dispatch<PackColumns>(b);
-  dispatch<Logits>(b, int64_t{0});
+  launch<PackColumns>(b);
+  launch<Logits>(b, int64_t{0});
   each([&](int64_t i) { walk_logits(b, segments[i], step, sums + i * b.sums() * b.lanes); });
   loss += finish(b, segments, scale);
-  if (b.grad_weight != nullptr) dispatch<PackRows>(b);
+  if (b.grad_weight != nullptr) launch<PackRows>(b);
   if (b.grad_weight != nullptr || !b.proportional()) each([&](int64_t i) { walk_slopes(b, segments[i], step); });
-  if (b.grad_x != nullptr) at::parallel_for(0, b.tokens, 1, [&](int64_t begin, int64_t end) { dispatch<GradientX>(b, segments, begin, end); });
+  if (b.grad_x != nullptr) at::parallel_for(0, b.tokens, 1, [&](int64_t begin, int64_t end) { launch<GradientX>(b, segments, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Tensor& weight_any, const Tensor& target, float divisor, const Options& o,

@@ -294,6 +294,20 @@ def test_loss_whose_largest_logits_come_late(shape: str) -> None:
 
 
 @pytest.mark.usefixtures("level")
+def test_subnormal_gradients_of_the_loss_are_zero() -> None:
+    """Classes 87 to 104 below the largest, which would take a hundred cycles for each product; elsewhere subnormal
+    numbers stay what they are.
+    """
+    x, weight = torch.ones(33, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    weight.detach()[:, 0] = torch.linspace(-120.0, 0.0, 1000)
+    loss = ops.linear_cross_entropy(x, weight, torch.randint(0, 1000, (33,)))
+    smallest = torch.finfo(torch.float32).tiny
+    for gradient in torch.autograd.grad(loss, (x, weight)):
+        assert not ((gradient != 0.0) & (gradient.abs() < smallest)).any()
+    assert float(torch.tensor([smallest]).mul(0.25)) == smallest * 0.25
+
+
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 def test_ignored_tokens_may_hold_anything(poison: float) -> None:
     """Their gradient is exactly 0 and the others' does not change by a bit."""
