@@ -19,15 +19,16 @@ constexpr int64_t kChunk = 144;
 constexpr int64_t kMostRows = 12;  // the largest R
 // Depth of one walk over hidden columns for the logits: a panel of x is 64 KB.
 constexpr int64_t kDepth = 512;
-// Groups of R vocabulary rows of the weight's gradient that take turns on a panel of x: 48 rows of 512 columns are 98 KB.
-constexpr int64_t kTurns = 4;
+// Panels of tokens that take turns on R rows of the weight: 192 KB of x, which stay in the second-level cache for the whole chunk.
+constexpr int64_t kTurns = 3;
 // Hidden columns of the weight that are taken together for the gradient of x: a multiple of every R and of a line of memory; 144 rows are 28 KB.
 constexpr int64_t kStrip = 48;
 // Rows of weight, in floats, that stay in the second-level cache between two products: 1 MB.
 constexpr int64_t kNear = 1 << 18;
 // Lanes are rounded up to it: a multiple of both panel widths.
 constexpr int64_t kPanel = 32;
-constexpr int64_t kMostLanes = 288;
+// Between rows of the slopes of a chunk, so that they do not share the cache's sets.
+constexpr int64_t kGap = 16;
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
@@ -46,7 +47,7 @@ struct Segment {
   int64_t first, last;  // chunks [first, last)
   double* sum_exp;      // [lanes]: of the chunks so far, relative to shift(base) of the last of them
   double* total;        // [lanes]: of the logits
-  float* product;       // [lanes / P][hidden rounded up to kMostRows][P]: what stands in `logits` times the weight, transposed; or null
+  float* product;       // [lanes / P][hidden rounded up to kMostRows][P]: what is stored times the weight, transposed; or null
   float* factor;        // [lanes]: of `product` in the gradient of x
 };
 
@@ -54,9 +55,10 @@ struct Block {
   const float *x, *weight;
   const int64_t* target;
   int64_t hidden, vocabulary, tokens;  // live tokens of this block
-  int64_t lanes;                       // tokens rounded up to kPanel; the stride of a row of logits
+  int64_t lanes;                       // tokens rounded up to kPanel
   Options options;
-  float* logits;        // [vocabulary rounded up to kMostRows][lanes]; then exp(logit - shift(base)), or the slopes
+  float* store;         // per chunk from begin(chunk) store_row on: [lanes / P][rows][P], logits, then exp(logit - shift(base)) or the slopes
+  int64_t store_row;    // floats per vocabulary row: lanes, or hidden where `store` is grad_weight
   float* packed_x;      // [lanes / P][hidden][P], x transposed; then [hidden / P][lanes][P], its rows times `factor`
   float* base;          // [chunks][lanes]: largest logit of the chunk; after `follow`, what its exponentials are relative to
   float* top;           // [lanes]: the largest base
@@ -74,6 +76,8 @@ struct Block {
   int64_t chunks() const { return (vocabulary + kChunk - 1) / kChunk; }
   int64_t begin(int64_t chunk) const { return chunk * kChunk; }
   int64_t end(int64_t chunk) const { return std::min(vocabulary, (chunk + 1) * kChunk); }
+  int64_t rows(int64_t chunk) const { return end(chunk) - begin(chunk); }
+  float* stored(int64_t chunk) const { return store + begin(chunk) * store_row; }
   int64_t wide() const { return (hidden + kMostRows - 1) / kMostRows * kMostRows; }
   int64_t sums() const { return options.label_smoothing > 0.0 ? 2 : 1; }  // of a chunk: exponentials, and for label smoothing logits
   // The gradient of the logits is exp(z) times a factor of the token, but for the target's: the weight can meet the exponentials at once, while its rows
@@ -98,13 +102,11 @@ struct PackColumns {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b) {
     constexpr int P = Blocking<L>::P;
-    for (int64_t t = 0; t < b.lanes; ++t) {
-      float* to = b.packed_x + t / P * b.hidden * P + t % P;
-      if (t < b.tokens)
-        for (int64_t h = 0; h < b.hidden; ++h) to[h * P] = b.x[t * b.hidden + h];
-      else
-        for (int64_t h = 0; h < b.hidden; ++h) to[h * P] = 0.0f;
-    }
+    for (int64_t panel = 0; panel < b.lanes; panel += P)
+      for (int64_t h = 0; h < b.hidden; ++h) {
+        float* to = b.packed_x + panel * b.hidden + h * P;
+        for (int64_t t = panel; t < panel + P; ++t) to[t - panel] = t < b.tokens ? b.x[t * b.hidden + h] : 0.0f;
+      }
   }
 };
 
@@ -124,44 +126,58 @@ struct PackRows {
   }
 };
 
-// One vocabulary chunk: logits, capped, their maximum per token, and the logits of the targets.
+// One vocabulary chunk: logits, capped, their maximum per token, and the logits of the targets. `ahead`: chunks to the one that this thread takes next.
 struct Logits {
   template <Level L>
-  static ASTRO_INLINE void run(const Block& b, int64_t chunk) {
+  static ASTRO_INLINE void run(const Block& b, int64_t chunk, int64_t ahead) {
     constexpr int N = Blocking<L>::N, R = Blocking<L>::R, P = Blocking<L>::P;
-    const int64_t first = b.begin(chunk), end = b.end(chunk), panels = b.lanes / P;
-    alignas(64) float copy[R * (kDepth + 16)];
-    for (int64_t v = first; v < end; v += R) {
-      const int64_t live = std::min<int64_t>(R, end - v);
-      for (int64_t h = 0; h < b.hidden; h += kDepth) {
-        const int64_t depth = std::min(kDepth, b.hidden - h);
-        const float* rows = b.weight + v * b.hidden + h;
-        int64_t stride = b.hidden;
-        if (live < R || b.hidden % 1024 == 0) {  // 4 KB apart, R rows would share the same few lines of the first-level cache
-          copy_panel(rows, b.hidden, live, depth, kDepth + 16, copy);
-          if (live < R) std::memset(copy + live * (kDepth + 16), 0, (R - live) * (kDepth + 16) * sizeof(float));
-          rows = copy;
-          stride = kDepth + 16;
+    const int64_t first = b.begin(chunk), rows = b.rows(chunk), panels = b.lanes / P;
+    const int64_t coming = std::min(b.begin(chunk + ahead), b.vocabulary), calls = (rows + R - 1) / R * ((b.hidden + kDepth - 1) / kDepth) * panels;
+    const int64_t floats = kChunk * b.hidden > kNear ? 0 : (std::min(coming + kChunk, b.vocabulary) - coming) * b.hidden;
+    int64_t call = 0;
+    for (int64_t h = 0; h < b.hidden; h += kDepth)
+      for (int64_t turn = 0; turn < panels; turn += kTurns)
+        for (int64_t v = 0; v < rows; v += R) {
+          const int64_t stop = std::min(turn + kTurns, panels), live = std::min<int64_t>(R, rows - v), depth = std::min(kDepth, b.hidden - h);
+          alignas(64) float copy[R * (kDepth + kGap)];
+          const float* weight = b.weight + (first + v) * b.hidden + h;
+          int64_t stride = b.hidden;
+          if (live < R || b.hidden % 1024 == 0) {  // 4 KB apart, R rows would share the same few lines of the first-level cache
+            copy_panel(weight, b.hidden, live, depth, kDepth + kGap, copy);
+            if (live < R) std::memset(copy + live * (kDepth + kGap), 0, (R - live) * (kDepth + kGap) * sizeof(float));
+            weight = copy;
+            stride = kDepth + kGap;
+          }
+          for (int64_t panel = turn; panel < stop; ++panel, ++call) {
+            const float* x = b.packed_x + (panel * b.hidden + h) * P;
+            float* z = b.stored(chunk) + (panel * rows + v) * P;
+            const Ahead next = Ahead::share(b.weight + coming * b.hidden, floats, call, calls);
+            if (live < R) last_rows<L>(weight, x, depth, live, h > 0, z);
+            else if (h == 0) multiply<L, false>(weight, stride, 1, x, P, depth, z, P, next);
+            else multiply<L, true>(weight, stride, 1, x, P, depth, z, P, next);
+          }
         }
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          const float* x = b.packed_x + (panel * b.hidden + h) * P;
-          float* z = b.logits + v * b.lanes + panel * P;
-          if (h == 0) multiply<L, false>(rows, stride, 1, x, P, depth, z, b.lanes);
-          else multiply<L, true>(rows, stride, 1, x, P, depth, z, b.lanes);
-        }
-      }
-    }
-    for (int64_t t = 0; t < b.lanes; t += N) highest<N>(b, chunk, t);
+    for (int64_t t = 0; t < b.lanes; t += N) highest<L>(b, chunk, t);
     for (int64_t t = 0; t < b.tokens; ++t)
-      if (b.target[t] >= first && b.target[t] < end) b.target_logit[t] = b.logits[b.target[t] * b.lanes + t];
+      if (b.target[t] >= first && b.target[t] < first + rows) b.target_logit[t] = b.stored(chunk)[(t / P * rows + b.target[t] - first) * P + t % P];
   }
 
-  template <int N>
+  template <Level L>
+  static ASTRO_INLINE void last_rows(const float* weight, const float* x, int64_t depth, int64_t live, bool add, float* z) {
+    constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
+    alignas(64) float sums[R * P];
+    multiply<L, false>(weight, kDepth + kGap, 1, x, P, depth, sums, P);
+    for (int64_t i = 0; i < live * P; ++i) z[i] = sums[i] + (add ? z[i] : 0.0f);
+  }
+
+  template <Level L>
   static ASTRO_INLINE void highest(const Block& b, int64_t chunk, int64_t t) {
+    constexpr int N = Blocking<L>::N, P = Blocking<L>::P;
     const float softcap = static_cast<float>(b.options.softcap);
     simd::F<N> maximum = simd::F<N>{} + kLowest;
-    for (int64_t v = b.begin(chunk); v < b.end(chunk); ++v) {
-      auto& z = lanes_at<N>(b.logits + v * b.lanes + t);
+    float* column = b.stored(chunk) + t / P * b.rows(chunk) * P + t % P;
+    for (int64_t v = 0; v < b.rows(chunk); ++v) {
+      auto& z = lanes_at<N>(column + v * P);
       if (softcap > 0.0f) z = capped<N>(z, softcap);
       maximum = z > maximum ? z : maximum;
     }
@@ -173,19 +189,20 @@ struct Logits {
 struct Exponentials {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b, int64_t chunk, float* sums) {
-    constexpr int N = Blocking<L>::N;
-    for (int64_t t = 0; t < b.lanes; t += N) {
-      if (b.proportional()) add<N, true>(b, chunk, t, sums);
-      else add<N, false>(b, chunk, t, sums);
+    for (int64_t t = 0; t < b.lanes; t += Blocking<L>::N) {
+      if (b.proportional()) add<L, true>(b, chunk, t, sums);
+      else add<L, false>(b, chunk, t, sums);
     }
   }
 
-  template <int N, bool InPlace>
+  template <Level L, bool InPlace>
   static ASTRO_INLINE void add(const Block& b, int64_t chunk, int64_t t, float* sums) {
+    constexpr int N = Blocking<L>::N, P = Blocking<L>::P;
     const simd::F<N> base = shift<simd::F<N>>(lanes_at<N>(b.base + chunk * b.lanes + t)), kept = lanes_at<N>(b.kept + t);
     simd::F<N> sum_exp{}, total{};
-    for (int64_t v = b.begin(chunk); v < b.end(chunk); ++v) {
-      auto& p = lanes_at<N>(b.logits + v * b.lanes + t);
+    float* column = b.stored(chunk) + t / P * b.rows(chunk) * P + t % P;
+    for (int64_t v = 0; v < b.rows(chunk); ++v) {
+      auto& p = lanes_at<N>(column + v * P);
       const simd::F<N> z = p, e = exp_below(z - base);
       sum_exp += e;
       if constexpr (InPlace) p = kept == 0.0f ? simd::F<N>{} : e;
@@ -196,43 +213,35 @@ struct Exponentials {
   }
 };
 
-// exp(shift(from) - shift(to)) per lane for bases that rise from `from` to `to`; whether one of them is not 1.
+// exp(shift(from) - shift(to)) for a base that rises from `from` to `to`. While it is -Inf the sums are 0.
+ASTRO_INLINE float fall(float from, float to) { return from == to || from == kLowest ? 1.0f : std::exp(from - to); }
+
+// The same for the lanes of a panel; whether one of them is not 1.
 ASTRO_INLINE bool falls(const float* from, const float* to, int64_t lanes, float* factor) {
   bool any = false;
-  for (int64_t t = 0; t < lanes; ++t) {
-    factor[t] = from[t] == to[t] || from[t] == kLowest ? 1.0f : std::exp(from[t] - to[t]);  // from -Inf on: the sums are still 0
-    any |= factor[t] != 1.0f;
-  }
+  for (int64_t t = 0; t < lanes; ++t) any |= (factor[t] = fall(from[t], to[t])) != 1.0f;
   return any;
 }
 
-// `product` += what stands in `logits` times the weight, for chunks [first, last) of a segment in order and hidden columns [begin, end), multiples of
+// `product` += what is stored times the weight, for chunks [first, last) of a segment in order and hidden columns [begin, end), multiples of
 // kMostRows. Tokens are the lanes: a panel of exponentials (18 KB) stays in the first-level cache while columns of the weight pass as factors.
 struct TimesWeight {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b, const Segment& s, int64_t first, int64_t last, int64_t begin, int64_t end) {
     alignas(64) float copy[kChunk * kStrip];
-    const int64_t columns = std::min(end, b.hidden), strips = (b.hidden + kStrip - 1) / kStrip;
+    const int64_t columns = std::min(end, b.hidden);
     const bool near = kChunk * b.hidden <= kNear;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       if (b.proportional() && chunk > s.first) raise<L>(b, s, chunk, begin, columns);
-      const int64_t v = b.begin(chunk), depth = b.end(chunk) - v, coming = b.begin(chunk + last - first);
-      const int64_t floats = std::clamp<int64_t>(b.vocabulary - coming, 0, depth) * b.hidden;  // the rows of the next call
       for (int64_t h = begin; h < columns; h += kStrip) {
-        const int64_t width = std::min(kStrip, columns - h);
-        Factors factors{b.weight + v * b.hidden + h, b.hidden, width};
-        if (near && width == kStrip) {
-          times<L>(b, s, chunk, h, factors, [&](int64_t call, int64_t calls) ASTRO_LAMBDA_INLINE {
-            return Ahead::share(b.weight + coming * b.hidden, floats, h / kStrip * calls + call, strips * calls);
-          });
+        const float* weight = b.weight + b.begin(chunk) * b.hidden + h;
+        const Factors factors{weight, b.hidden, std::min(kStrip, columns - h)};
+        if (near && factors.columns == kStrip) {
+          times<L>(b, s, chunk, h, factors, 0);
           continue;
         }
-        copy_strip<L>(factors, depth, copy);
-        const float* next = b.weight + v * b.hidden + h + kStrip;
-        const int64_t rows = h + kStrip < columns ? depth : 0;
-        times<L>(b, s, chunk, h, {copy, kStrip, width}, [&](int64_t call, int64_t calls) ASTRO_LAMBDA_INLINE {
-          return RowsAhead<kStrip>::share(next, rows, b.hidden, call, calls);
-        });
+        copy_strip<L>(factors, b.rows(chunk), copy);
+        times<L>(b, s, chunk, h, {copy, kStrip, factors.columns}, h + kStrip < columns ? b.rows(chunk) : 0);
       }
     }
   }
@@ -242,17 +251,19 @@ struct TimesWeight {
     int64_t stride, columns;
   };
 
-  template <Level L, class Share>
-  static ASTRO_INLINE void times(const Block& b, const Segment& s, int64_t chunk, int64_t h, const Factors& factors, const Share& share) {
+  // `coming` rows of the next strip are asked for.
+  template <Level L>
+  static ASTRO_INLINE void times(const Block& b, const Segment& s, int64_t chunk, int64_t h, const Factors& factors, int64_t coming) {
     constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
-    const int64_t depth = b.end(chunk) - b.begin(chunk), panels = b.lanes / P, groups = (factors.columns + R - 1) / R;
+    const int64_t depth = b.rows(chunk), panels = b.lanes / P, groups = (factors.columns + R - 1) / R;
+    const float* next = b.weight + b.begin(chunk) * b.hidden + h + kStrip;
     for (int64_t panel = 0; panel < panels; ++panel)
       for (int64_t group = 0; group < groups; ++group) {
-        const float* lanes = b.logits + b.begin(chunk) * b.lanes + panel * P;
+        const float* lanes = b.stored(chunk) + panel * depth * P;
         float* out = s.product + (panel * b.wide() + h + group * R) * P;
-        const auto ahead = share(panel * groups + group, panels * groups);
-        if (chunk > s.first) multiply<L, true>(factors.first + group * R, 1, factors.stride, lanes, b.lanes, depth, out, P, ahead);
-        else multiply<L, false>(factors.first + group * R, 1, factors.stride, lanes, b.lanes, depth, out, P, ahead);
+        const auto ahead = RowsAhead<kStrip>::share(next, coming, b.hidden, panel * groups + group, panels * groups);
+        if (chunk > s.first) multiply<L, true>(factors.first + group * R, 1, factors.stride, lanes, P, depth, out, P, ahead);
+        else multiply<L, false>(factors.first + group * R, 1, factors.stride, lanes, P, depth, out, P, ahead);
       }
   }
 
@@ -269,31 +280,36 @@ struct TimesWeight {
   template <Level L>
   static ASTRO_INLINE void raise(const Block& b, const Segment& s, int64_t chunk, int64_t begin, int64_t end) {
     constexpr int N = Blocking<L>::N, P = Blocking<L>::P;
-    alignas(64) float factor[kMostLanes];
-    if (!falls(b.base + (chunk - 1) * b.lanes, b.base + chunk * b.lanes, b.lanes, factor)) return;
-    for (int64_t t = 0; t < b.lanes; t += N)
-      for (int64_t h = begin; h < end; ++h) {
-        auto& sum = lanes_at<N>(s.product + (t / P * b.wide() + h) * P + t % P);
-        sum = sum * lanes_at<N>(factor + t);
-      }
+    for (int64_t t = 0; t < b.lanes; t += P) {
+      alignas(64) float factor[P];
+      if (!falls(b.base + (chunk - 1) * b.lanes + t, b.base + chunk * b.lanes + t, P, factor)) continue;
+      for (int64_t h = begin; h < end; ++h)
+        for (int n = 0; n < P; n += N) {
+          auto& sum = lanes_at<N>(s.product + t * b.wide() + h * P + n);
+          sum = sum * lanes_at<N>(factor + n);
+        }
+    }
   }
 };
 
-// One vocabulary chunk, when lse is known: what stands in `logits` becomes the gradient of the logits, but for `factor` and the target's `onehot`.
+// One vocabulary chunk, when lse is known: what is stored becomes the gradient of the logits, but for `factor` and the target's `onehot`.
 struct Slopes {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b, int64_t chunk) {
-    constexpr int N = Blocking<L>::N;
-    alignas(64) float factor[kMostLanes];
+    constexpr int N = Blocking<L>::N, P = Blocking<L>::P;
     const bool proportional = b.proportional();
-    if (proportional && !falls(b.base + chunk * b.lanes, b.top, b.lanes, factor)) return;
     const float softcap = static_cast<float>(b.options.softcap);
-    for (int64_t v = b.begin(chunk); v < b.end(chunk); ++v)
-      for (int64_t t = 0; t < b.lanes; t += N) {
-        auto& p = lanes_at<N>(b.logits + v * b.lanes + t);
-        if (proportional) p = p * lanes_at<N>(factor + t);
-        else p = slope<N>(b, t, p, softcap);
-      }
+    for (int64_t t = 0; t < b.lanes; t += P) {
+      alignas(64) float factor[P];
+      if (proportional && !falls(b.base + chunk * b.lanes + t, b.top + t, P, factor)) continue;
+      float* panel = b.stored(chunk) + t * b.rows(chunk);
+      for (int64_t v = 0; v < b.rows(chunk); ++v)
+        for (int n = 0; n < P; n += N) {
+          auto& p = lanes_at<N>(panel + v * P + n);
+          if (proportional) p = p * lanes_at<N>(factor + n);
+          else p = slope<N>(b, t + n, p, softcap);
+        }
+    }
   }
 
   // Exactly 0 for an ignored token, whatever its logits are.
@@ -305,38 +321,43 @@ struct Slopes {
   }
 };
 
-// The rows of the weight's gradient of one vocabulary chunk, after Slopes.
+// The rows of the weight's gradient of one vocabulary chunk, after Slopes, by way of `slopes`, [kChunk][lanes + kGap]: they may come to where the slopes are.
 struct GradientWeight {
   template <Level L>
-  static ASTRO_INLINE void run(const Block& b, int64_t chunk) {
+  static ASTRO_INLINE void run(const Block& b, int64_t chunk, float* slopes) {
     constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
-    const int64_t first = b.begin(chunk), end = b.end(chunk), panels = (b.hidden + P - 1) / P;
-    for (int64_t start = first; start < end; start += kTurns * R) {
-      const int64_t stop = std::min(start + kTurns * R, end), calls = panels * kTurns;
-      const int64_t floats = std::clamp<int64_t>(b.vocabulary - stop, 0, kTurns * R) * b.hidden;  // the rows of the next turns
-      int64_t call = 0;
-      for (int64_t h = 0; h < b.hidden; h += P)
-        for (int64_t v = start; v < stop; v += R, ++call)
-          tile<L>(b, v, std::min<int64_t>(R, end - v), h, Ahead::share(b.grad_weight + stop * b.hidden, floats, call, calls));
-    }
+    const int64_t first = b.begin(chunk), rows = b.rows(chunk), stride = b.lanes + kGap;
+    for (int64_t t = 0; t < b.lanes; t += P) unpack<L>(b.stored(chunk) + t * rows, rows, slopes + t, stride);
+    const int64_t coming = std::min(b.vocabulary - first - rows, kChunk) * b.lanes, calls = (b.hidden + P - 1) / P * ((rows + R - 1) / R);
+    int64_t call = 0;
+    for (int64_t h = 0; h < b.hidden; h += P)
+      for (int64_t v = 0; v < rows; v += R, ++call)
+        tile<L>(b, slopes + v * stride, first + v, std::min<int64_t>(R, rows - v), h, Ahead::share(b.stored(chunk) + rows * b.store_row, coming, call, calls));
     for (int64_t t = 0; t < b.tokens; ++t)
-      if (b.kept[t] != 0.0f && b.target[t] >= first && b.target[t] < end)
+      if (b.kept[t] != 0.0f && b.target[t] >= first && b.target[t] < first + rows)
         for (int64_t h = 0; h < b.hidden; ++h) b.grad_weight[b.target[t] * b.hidden + h] -= b.onehot[t] * b.x[t * b.hidden + h];
   }
 
   template <Level L>
-  static ASTRO_INLINE void tile(const Block& b, int64_t v, int64_t live, int64_t h, const Ahead& ahead) {
+  static ASTRO_INLINE void unpack(const float* panel, int64_t rows, float* to, int64_t stride) {
+    constexpr int N = Blocking<L>::N, P = Blocking<L>::P;
+    for (int64_t v = 0; v < rows; ++v)
+      for (int n = 0; n < P; n += N) lanes_at<N>(to + v * stride + n) = lanes_at<N>(panel + v * P + n);
+  }
+
+  template <Level L>
+  static ASTRO_INLINE void tile(const Block& b, const float* slopes, int64_t v, int64_t live, int64_t h, const Ahead& ahead) {
     constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
-    const float *slope = b.logits + v * b.lanes, *x = b.packed_x + h * b.lanes;
+    const float* x = b.packed_x + h * b.lanes;
     float* out = b.grad_weight + v * b.hidden + h;
     const int64_t columns = std::min<int64_t>(P, b.hidden - h);
     if (live == R && columns == P) {
-      if (b.first) multiply<L, false>(slope, b.lanes, 1, x, P, b.tokens, out, b.hidden, ahead);
-      else multiply<L, true>(slope, b.lanes, 1, x, P, b.tokens, out, b.hidden, ahead);
+      if (b.first) multiply<L, false>(slopes, b.lanes + kGap, 1, x, P, b.tokens, out, b.hidden, ahead);
+      else multiply<L, true>(slopes, b.lanes + kGap, 1, x, P, b.tokens, out, b.hidden, ahead);
       return;
     }
     alignas(64) float sums[R * P];
-    multiply<L, false>(slope, b.lanes, 1, x, P, b.tokens, sums, P);
+    multiply<L, false>(slopes, b.lanes + kGap, 1, x, P, b.tokens, sums, P);
     for (int64_t r = 0; r < live; ++r)
       for (int64_t j = 0; j < columns; ++j) out[r * b.hidden + j] = sums[r * P + j] + (b.first ? 0.0f : out[r * b.hidden + j]);
   }

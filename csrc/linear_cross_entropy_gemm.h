@@ -60,22 +60,15 @@ struct NothingAhead {
   ASTRO_INLINE void operator()(int64_t) const {}
 };
 
-// c[r][0 .. P) = (Add ? c : 0) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. P) for R rows r.
+// c[r][0 .. P) = (Add ? c : 0) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. P) for R rows r. The lines of c are asked for while the sums form.
 template <Level L, bool Add, class Requests = NothingAhead>
 ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
                            const Requests& ahead = {}) {
   using Block = Blocking<L>;
-  constexpr int N = Block::N, R = Block::R;
+  constexpr int N = Block::N, R = Block::R, P = Block::P;
   using Vector = simd::F<N>;
   using Memory = typename simd::Lanes<N>::FloatMemory;
-  Vector sums[R][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int n = 0; n < 2; ++n) {
-      if constexpr (Add) sums[r][n] = *reinterpret_cast<const Memory*>(c + r * ldc + n * N);
-      else sums[r][n] = Vector{};
-    }
+  Vector sums[R][2] = {};
   const auto step = [&](int64_t k) ASTRO_LAMBDA_INLINE {
     const Vector first = *reinterpret_cast<const Memory*>(b + k * ldb), second = *reinterpret_cast<const Memory*>(b + k * ldb + N);
 #pragma GCC unroll 12
@@ -85,8 +78,10 @@ ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step,
       sums[r][1] += left * second;
     }
   };
+  const RowsAhead<P> own{c, ldc, 0, R * RowsAhead<P>::kLines};
   int64_t k = 0;
   for (; k + 4 <= depth; k += 4) {
+    own(k / 4);
     ahead(k / 4);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) step(k + i);
@@ -95,7 +90,11 @@ ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step,
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < 2; ++n) *reinterpret_cast<Memory*>(c + r * ldc + n * N) = sums[r][n];
+    for (int n = 0; n < 2; ++n) {
+      Memory* to = reinterpret_cast<Memory*>(c + r * ldc + n * N);
+      if constexpr (Add) sums[r][n] += *to;
+      *to = sums[r][n];
+    }
 }
 
 // exp(x) for x <= 43; NaN stays NaN.

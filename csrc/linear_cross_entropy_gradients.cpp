@@ -1,14 +1,15 @@
 // Linear layer + cross-entropy with both gradients in one forward pass, for fp32 and a scalar loss: three matrix products instead of the four of
 // `linear_cross_entropy` + `linear_cross_entropy_backward`, which compute the logits twice.
 //
-// The tokens are cut into blocks of 96 (more if there are many); the logits of one block against the whole vocabulary are the only large buffer: 96 x
-// 32,000 x 4 B = 12.3 MB where eager adds 130 MB at 512 tokens. They stand token-last, [vocabulary][tokens], so that the softmax runs lane by lane,
-// without a reduction inside a vector. Per block:
+// Per block of tokens:
 //   1. chunk by chunk of the vocabulary: logits; their exponentials, relative to one that is at most 8 below the largest so far; these times the weight,
-//      which is the gradient of x up to a factor per token (with a soft cap or label smoothing it is not, and this product comes after 2 instead);
-//   2. chunk by chunk: the gradient of the logits in place, and the weight's gradient.
-// Chunks are of a fixed size and merged in order: the bits do not depend on the threads. Bytes per block: the weight once and its gradient in and out,
-// 3 V H x 4 B, against 6 x 96 V H flops: at 512 x 512 x 32,000 1.2 GB beside 50 GFLOP.
+//      which is the gradient of x up to a factor per token (with a soft cap or label smoothing it is not, and this product comes in 2 instead);
+//   2. chunk by chunk: the gradient of the logits, and the weight's gradient.
+// Between 1 and 2 the exponentials of the first block, of as many tokens as there are hidden columns, wait in the memory that the weight's gradient will
+// take: each chunk of them is copied to scratch before its rows are written. Tokens beyond those come in blocks of 96 or more with memory of their own.
+// Everything stands token-last, so that the softmax runs lane by lane, without a reduction inside a vector. Chunks are of a fixed size and merged in order:
+// the bits do not depend on the threads. Bytes at 512 x 512 x 32,000: the weight read, exponentials written and read, the gradient written, 4 V H x 4 B =
+// 0.26 GB (0.33 with the lines that a write reads first), beside 50 GFLOP.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -29,11 +30,10 @@ namespace astrobiogen::linear_cross_entropy {
 
 using at::Tensor;
 
-// Tokens per block: a multiple of every panel width and of every R. With T tokens eager adds 8 T V bytes; 96 tokens are 4 x 96 V, below a tenth of that
-// from T = 480 on. More tokens per block are fewer passes over the weight and its gradient; above 288 the traffic is below a tenth of the products.
+// Tokens per block with memory of its own. With T tokens eager adds 8 T V bytes; 96 tokens are 4 x 96 V, below a tenth of that from T = 480 on. More tokens
+// per block are fewer passes over the weight and its gradient; above 288 the traffic is below a tenth of the products.
 constexpr int64_t kBlockTokens = 96;
 constexpr int64_t kMostBlockTokens = 3 * kBlockTokens;
-static_assert(kMostBlockTokens <= kMostLanes);
 // Segments of the vocabulary: as many threads work on them without waiting for each other. Their sums of the gradient of x are at most a 24th of the logits.
 constexpr int64_t kMostSegments = 16, kLogitsPerSum = 24;
 // Chunks per thread between two barriers, where several threads share a segment.
@@ -56,10 +56,9 @@ void follow(const Block& b, const Segment& s, int64_t first, int64_t last) {
 
 // The sums of one more chunk. Doubles: thousands of chunks must not cost digits of the loss.
 void absorb(const Block& b, const Segment& s, int64_t chunk, const float* sums) {
-  float factor[kMostLanes];
-  if (chunk > s.first) falls(b.base + (chunk - 1) * b.lanes, b.base + chunk * b.lanes, b.lanes, factor);
+  const float *now = b.base + chunk * b.lanes, *before = now - b.lanes;
   for (int64_t t = 0; t < b.lanes; ++t) {
-    s.sum_exp[t] = (chunk > s.first ? s.sum_exp[t] * factor[t] : 0.0) + sums[t];
+    s.sum_exp[t] = (chunk > s.first ? s.sum_exp[t] * fall(before[t], now[t]) : 0.0) + sums[t];
     if (b.sums() == 2) s.total[t] = (chunk > s.first ? s.total[t] : 0.0) + sums[b.lanes + t];
   }
 }
@@ -138,7 +137,7 @@ void times_weight(const Block& b, const Segment& s, int64_t first, int64_t last)
 void walk_logits(const Block& b, const Segment& s, int64_t step, float* sums) {
   for (int64_t first = s.first; first < s.last; first += step) {
     const int64_t last = std::min(first + step, s.last);
-    for_each(std::max<int64_t>(first, 1), last, [&](int64_t chunk) { launch<Logits>(b, chunk); });
+    for_each(std::max<int64_t>(first, 1), last, [&](int64_t chunk) { launch<Logits>(b, chunk, step); });
     follow(b, s, first, last);
     for_each(first, last, [&](int64_t chunk) { launch<Exponentials>(b, chunk, sums + (chunk - first) * b.sums() * b.lanes); });
     for (int64_t chunk = first; chunk < last; ++chunk) absorb(b, s, chunk, sums + (chunk - first) * b.sums() * b.lanes);
@@ -146,21 +145,23 @@ void walk_logits(const Block& b, const Segment& s, int64_t step, float* sums) {
   }
 }
 
-void walk_slopes(const Block& b, const Segment& s, int64_t step) {
+// Rows of slopes for a thread. Inside another parallel loop, which has chosen by its own number, this number is 0.
+float* scratch_of_thread(const Block& b, float* scratch) { return scratch + at::get_thread_num() * kChunk * (b.lanes + kGap); }
+
+void walk_slopes(const Block& b, const Segment& s, int64_t step, float* scratch) {
   for (int64_t first = s.first; first < s.last; first += step) {
     const int64_t last = std::min(first + step, s.last);
-    for_each(first, last, [&](int64_t chunk) {
-      launch<Slopes>(b, chunk);
-      if (b.grad_weight != nullptr) launch<GradientWeight>(b, chunk);
-    });
+    for_each(first, last, [&](int64_t chunk) { launch<Slopes>(b, chunk); });
     if (!b.proportional()) times_weight(b, s, first, last);
+    if (b.grad_weight == nullptr) continue;
+    for_each(first, last, [&](int64_t chunk) { launch<GradientWeight>(b, chunk, scratch_of_thread(b, scratch)); });
   }
 }
 
 // Threads take segments, or, if there are more of them, share one after the other.
 int64_t shared_chunks(int64_t segments) { return at::get_num_threads() <= segments ? 1 : kChunksPerThread * at::get_num_threads(); }
 
-void run_block(const Block& b, const std::vector<Segment>& segments, float* sums, float scale, double& loss) {
+void run_block(const Block& b, const std::vector<Segment>& segments, float* sums, float* scratch, float scale, double& loss) {
   const int64_t count = segments.size(), step = shared_chunks(count);
   const auto each = [&](const auto& walk) {
     if (step == 1) for_each(0, count, walk);
@@ -169,11 +170,11 @@ void run_block(const Block& b, const std::vector<Segment>& segments, float* sums
   };
   mark_kept(b);
   launch<PackColumns>(b);
-  launch<Logits>(b, int64_t{0});
+  launch<Logits>(b, int64_t{0}, step);
   each([&](int64_t i) { walk_logits(b, segments[i], step, sums + i * b.sums() * b.lanes); });
   loss += finish(b, segments, scale);
   if (b.grad_weight != nullptr) launch<PackRows>(b);
-  if (b.grad_weight != nullptr || !b.proportional()) each([&](int64_t i) { walk_slopes(b, segments[i], step); });
+  if (b.grad_weight != nullptr || !b.proportional()) each([&](int64_t i) { walk_slopes(b, segments[i], step, scratch_of_thread(b, scratch)); });
   if (b.grad_x != nullptr) at::parallel_for(0, b.tokens, 1, [&](int64_t begin, int64_t end) { launch<GradientX>(b, segments, begin, end); });
 }
 
@@ -186,31 +187,39 @@ std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Te
                        : tokens == 0 ? at::zeros({vocabulary, hidden}, x.options())
                                      : at::empty({vocabulary, hidden}, x.options());
   double loss = 0.0;
-  const int64_t most = block_tokens(tokens), chunks = (vocabulary + kChunk - 1) / kChunk;
+  const int64_t chunks = (vocabulary + kChunk - 1) / kChunk;
   if (tokens > 0) {
-    const int64_t columns = round_up(hidden, kPanel), rows = round_up(vocabulary, kMostRows), wide = round_up(hidden, kMostRows);
-    const int64_t count = std::clamp<int64_t>(rows / (kLogitsPerSum * wide), 1, std::min(chunks, kMostSegments));
+    const int64_t columns = round_up(hidden, kPanel), wide = round_up(hidden, kMostRows), usual = block_tokens(tokens);
+    // Until it is written, a row of the weight's gradient has room for the logits of as many tokens as it has columns.
+    const int64_t room = need_weight && hidden / kPanel * kPanel >= usual ? hidden / kPanel * kPanel : 0;
+    const int64_t most = std::max(std::min(room, round_up(tokens, kPanel)), usual);
+    const int64_t count = std::clamp<int64_t>(vocabulary / (kLogitsPerSum * wide), 1, std::min(chunks, kMostSegments));
     const int64_t sums = (o.label_smoothing > 0.0 ? 2 : 1) * (count + shared_chunks(count));  // rows, of which segment i takes those from its i-th sums on
-    Workspace w(most * (rows + columns + chunks + 8 + count * ((need_x ? wide : 0) + 5) + sums), x);
-    for (int64_t start = 0; start < tokens; start += most) {
+    const int64_t scratch = need_weight ? at::get_num_threads() * kChunk * (most + kGap) : 0, stored = tokens > room ? vocabulary * usual : 0;
+    Workspace w(stored + most * (columns + chunks + 8 + count * ((need_x ? wide : 0) + 5) + sums) + scratch, x);
+    for (int64_t start = 0; start < tokens;) {
       w.next = w.memory.mutable_data_ptr<float>();
-      const int64_t live = std::min(most, tokens - start), lanes = round_up(live, kPanel);
+      const bool in_place = start == 0 && room > 0;
+      const int64_t live = std::min(in_place ? room : usual, tokens - start), lanes = round_up(live, kPanel);
       Block b{x.const_data_ptr<float>() + start * hidden, weight.const_data_ptr<float>(), target.const_data_ptr<int64_t>() + start,
               hidden, vocabulary, live, lanes, o};
-      b.logits = w.take(rows * lanes);
-      b.packed_x = w.take(columns * lanes);
-      b.base = w.take(chunks * lanes);
-      for (float** row : {&b.top, &b.target_logit, &b.kept, &b.lse, &b.softmax, &b.uniform, &b.onehot, &b.factor}) *row = w.take(lanes);
       b.grad_x = need_x ? grad_x.mutable_data_ptr<float>() + start * hidden : nullptr;
       b.grad_weight = need_weight ? grad_weight.mutable_data_ptr<float>() : nullptr;
       b.first = start == 0;
+      b.store = in_place ? b.grad_weight : w.take(vocabulary * lanes);
+      b.store_row = in_place ? hidden : lanes;
+      b.packed_x = w.take(columns * lanes);
+      b.base = w.take(chunks * lanes);
+      for (float** row : {&b.top, &b.target_logit, &b.kept, &b.lse, &b.softmax, &b.uniform, &b.onehot, &b.factor}) *row = w.take(lanes);
       std::vector<Segment> segments;
       for (int64_t i = 0; i < count; ++i) {
         double* sum_exp = reinterpret_cast<double*>(w.take(4 * lanes));
         float* product = need_x ? w.take(wide * lanes) : nullptr;
         segments.push_back({i * chunks / count, (i + 1) * chunks / count, sum_exp, sum_exp + lanes, product, w.take(lanes)});
       }
-      run_block(b, segments, w.take(sums * lanes), 1.0f / divisor, loss);
+      float* chunk_sums = w.take(sums * lanes);
+      run_block(b, segments, chunk_sums, w.next, 1.0f / divisor, loss);
+      start += live;
     }
   }
   Tensor total = at::empty({}, x.options());
