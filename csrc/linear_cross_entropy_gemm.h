@@ -115,6 +115,17 @@ struct RowSums {
   double sum_exp;  // of exp(z - maximum), or of exp(z) while the maximum is -Inf
   double total;    // of z
   float shift() const { return maximum == -std::numeric_limits<float>::infinity() ? 0.0f : maximum; }
+
+  // Those of further columns of the row.
+  void add(const RowSums& other) {
+    const RowSums raised{std::max(maximum, other.maximum), 0.0, total + other.total};
+    const auto moved = [&](const RowSums& sums) {
+      const bool empty = sums.maximum == -std::numeric_limits<float>::infinity();  // its sum is 0
+      return empty ? sums.sum_exp : sums.sum_exp * std::exp(static_cast<double>(sums.maximum) - raised.maximum);
+    };
+    const double together = moved(*this) + moved(other);
+    *this = {raised.maximum, together, raised.total};
+  }
 };
 
 // Of `columns` logits in fp32, bf16 or fp16, before the cap.

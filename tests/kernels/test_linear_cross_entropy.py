@@ -180,6 +180,32 @@ def test_autocast_casts_both() -> None:
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 4.0}], ids=["plain", "options"]
+)
+@pytest.mark.parametrize("tokens", [299, 700])
+def test_bf16_in_several_tiles(tokens: int, options: dict[str, Any], reduction: str) -> None:
+    """More columns than a tile has; tokens that find room in the weight's gradient, and more than do."""
+    x, weight, target = draw(tokens, 300, 9100, torch.bfloat16).values()
+    with torch.no_grad():
+        weight.mul_(300**-0.5)
+    target[::7] = -100
+    upstream = torch.rand(tokens) if reduction == "none" else torch.tensor(1.0)
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight)]
+        loss = linear_cross_entropy(*leaves, target, reduction=reduction, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
+
+    got = run(torch.bfloat16)
+    with use_kernels("reference"):
+        eager, exact = run(torch.bfloat16), run(torch.float64)
+    for value, plain, truth, factor in zip(got, eager, exact, (2.0, 3.0, 3.0)):
+        allowed = factor * (plain - truth).abs().max() + 8 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (value - truth).abs().max() <= allowed
+
+
 @pytest.mark.parametrize(("hidden", "vocabulary", "share"), [(32, 8000, 0.15), (512, 32000, 0.10)])
 def test_added_memory(hidden: int, vocabulary: int, share: float) -> None:
     """At 512 tokens, beyond the gradients it returns, less than `share` of what eager adds: the block of logits holds
