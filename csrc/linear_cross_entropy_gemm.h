@@ -23,7 +23,8 @@ struct Blocking {
 };
 
 // Lines of memory that a product asks for while it multiplies, at most one per four steps of its depth: all at once they would take every miss that a core
-// can wait for, and the product's own loads would queue behind them (gradient of x and logits together 225 instead of 261 ms at 512 x 512 x 32,000).
+// can wait for, and the product's own loads would queue behind them. At 512 x 512 x 32,000 logits and the product for dx take 2.37 times the time of one
+// product's arithmetic with the next rows of the weight asked for, 2.49 without.
 struct Ahead {
   static constexpr int64_t kLine = 16;  // floats
   const float* from;
