@@ -1,9 +1,9 @@
 // The fused loss for bf16 on CPUs that multiply bf16 in hardware, by PyTorch's products (oneDNN): both gradients in one pass, or the backward of a loss per
 // token.
 //
-// The vocabulary is cut into tiles of columns. One walk over them makes the logits, rounded to bf16 as F.linear rounds them, and the sums of every row; a second
-// one turns each tile into the gradient of the logits, in scratch, and multiplies it twice. In between the logits of the first tokens, as many as there are
-// hidden columns, wait in the memory that the weight's gradient will take, tile by tile; those of further tokens in memory of their own, a third of all
+// The vocabulary is cut into tiles of columns. One walk over them makes the logits, rounded to bf16 as F.linear rounds them, and the sums of every row; a
+// second one turns each tile into the gradient of the logits, in scratch, and multiplies it twice. In between the logits of the first tokens, as many as there
+// are hidden columns, wait in the memory that the weight's gradient will take, tile by tile; those of further tokens in memory of their own, a third of all
 // tokens at a time. The gradient of x is summed over the tiles in fp32, each tile's share having been rounded once.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -48,7 +48,7 @@ struct Tile {
 
 ASTRO_INLINE float cap(float v, float softcap) { return softcap > 0.0f ? softcap * std::tanh(v / softcap) : v; }
 
-struct Statistics {
+struct TileSums {
   template <Level L>
   static ASTRO_INLINE void run(const Tile& a, int64_t begin, int64_t end) {
     const float softcap = static_cast<float>(a.options.softcap);
@@ -60,7 +60,7 @@ struct Statistics {
   }
 };
 
-struct Slopes {
+struct TileSlopes {
   template <Level L>
   static ASTRO_INLINE void run(const Tile& a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -141,7 +141,7 @@ double walk_logits(const Work& w, float* lse) {
   w.for_each_tile([&](int64_t first, int64_t columns) {
     Tensor logits = w.view(w.store, first * w.store_row, columns);
     at::mm_out(logits, w.x, w.weight.narrow(0, first, columns).t());
-    w.visit<Statistics>({logits.const_data_ptr<Bf16>(), nullptr, first, columns, w.weight.size(0), y, w.options, sums.data(), logit.data(), nullptr, nullptr});
+    w.visit<TileSums>({logits.const_data_ptr<Bf16>(), nullptr, first, columns, w.weight.size(0), y, w.options, sums.data(), logit.data(), nullptr, nullptr});
   });
   const double smoothing = w.options.label_smoothing;
   double sum = 0.0;
@@ -168,7 +168,7 @@ void walk_slopes(const Work& w, const float* lse, const float* grad) {
     Tensor slopes = w.view(w.scratch, 0, columns), logits = slopes;
     if (w.store.defined()) logits = w.view(w.store, first * w.store_row, columns);
     else at::mm_out(logits, w.x, weight.t());
-    w.visit<Slopes>({logits.const_data_ptr<Bf16>(), slopes.mutable_data_ptr<Bf16>(), first, columns, w.weight.size(0), w.target.const_data_ptr<int64_t>(),
+    w.visit<TileSlopes>({logits.const_data_ptr<Bf16>(), slopes.mutable_data_ptr<Bf16>(), first, columns, w.weight.size(0), w.target.const_data_ptr<int64_t>(),
                      w.options, nullptr, nullptr, lse, grad});
     if (need_x) sum.add_(at::mm_out(share, slopes, weight));
     if (!need_weight) return;

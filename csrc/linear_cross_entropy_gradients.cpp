@@ -195,7 +195,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Te
     const int64_t most = std::max(std::min(room, round_up(tokens, kPanel)), usual);
     const int64_t count = std::clamp<int64_t>(vocabulary / (kLogitsPerSum * wide), 1, std::min(chunks, kMostSegments));
     const int64_t sums = (o.label_smoothing > 0.0 ? 2 : 1) * (count + shared_chunks(count));  // rows, of which segment i takes those from its i-th sums on
-    const int64_t scratch = need_weight ? at::get_num_threads() * kChunk * (most + kGap) : 0, stored = tokens > room ? vocabulary * usual : 0;
+    const int64_t scratch = need_weight ? at::get_num_threads() * kChunk * (most + kGap) : 0;
+    const int64_t stored = tokens > room ? vocabulary * std::min(usual, round_up(tokens - room, kPanel)) : 0;
     Workspace w(stored + most * (columns + chunks + 8 + count * ((need_x ? wide : 0) + 5) + sums) + scratch, x);
     for (int64_t start = 0; start < tokens;) {
       w.next = w.memory.mutable_data_ptr<float>();

@@ -225,6 +225,17 @@ def test_added_memory(hidden: int, vocabulary: int, share: float) -> None:
     assert ours < share * eager
 
 
+def test_a_token_more_than_hidden_columns_adds_memory_for_a_panel_of_tokens() -> None:
+    """The logits of as many tokens as hidden columns wait in the weight's gradient; the next one's need 32 lanes."""
+
+    def added(tokens: int) -> int:
+        x, weight, target = draw(tokens, 256, 8000, torch.float32).values()
+        returned = (x.numel() + weight.numel()) * 4
+        return _peak(lambda: torch.autograd.grad(linear_cross_entropy(x, weight, target), (x, weight))) - returned
+
+    assert added(257) - added(256) < 1.3 * 32 * 8000 * 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_added_memory_without_gradients(dtype: torch.dtype, reduction: str) -> None:
