@@ -2,7 +2,6 @@
 //
 // A BLAS packs both operands, whatever their size. Here one of them is a matrix of at most 512 x 512 that stays in the cache and the other one is read
 // once, so only the small one is packed (and nothing for the weight's gradient). Measured in benchmarks/bench_linear.py; other sizes and dtypes go to PyTorch.
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -18,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/autograd.h"
 #include "linear_gemm.h"
 
 namespace astrobiogen::linear {
@@ -113,19 +113,8 @@ struct Function : torch::autograd::Function<Function> {
   }
 };
 
-bool transformed() {
-  const auto& functions = at::functorch::functorchTLSAccessor();
-  if (!functions) return false;
-  try {
-    functions->checkSupportsCppAutogradFunction();  // the only question PyTorch answers: by an error inside a transform
-  } catch (const c10::Error&) {
-    return true;
-  }
-  return false;
-}
-
 Tensor differentiable(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return transformed() ? at::linear(x, weight, bias) : Function::apply(x, weight, bias);
+  return any_tangent(x, weight, bias) ? at::linear(x, weight, bias) : Function::apply(x, weight, bias);
 }
 
 }  // namespace astrobiogen::linear

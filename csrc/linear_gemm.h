@@ -168,8 +168,6 @@ struct Outputs {
 // Whether `linear` and `swiglu_mlp` have their own kernel for these sizes.
 bool serves(const at::Tensor& x, const at::Tensor& weight, int64_t rows);
 int64_t rows_of(const at::Tensor& x);
-// Inside `torch.func`, which takes no autograd function written in C++: PyTorch's own operators serve there.
-bool transformed();
 int64_t block_rows();
 int64_t panel_width();
 

@@ -1,6 +1,5 @@
 // The gradient formulas of `rms_norm` and `add_rms_norm` for CPU tensors in C++. A Python formula (astrobiogen/kernels/rms_norm/op.py, which serves other devices)
 // costs about 40 us per call and gradient, more than the arithmetic of 256 rows of 64; a small model has dozens of norms.
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/Functions.h>
@@ -10,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "linear_gemm.h"
+#include "common/autograd.h"
 
 namespace astrobiogen::rms_norm {
 
@@ -70,7 +69,7 @@ struct AddNorm : torch::autograd::Function<AddNorm> {
   }
 };
 
-// The definition in PyTorch's operators, for `torch.func`.
+// The definition in PyTorch's operators, for forward-mode derivatives.
 Two composed(const Tensor& x, const Tensor& weight, double eps) {
   const auto exact = at::promote_types(x.scalar_type(), at::kFloat);
   const Tensor wide = x.to(exact), rstd = (wide.square().mean(-1, true) + eps).rsqrt();
@@ -78,13 +77,13 @@ Two composed(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 Two norm(const Tensor& x, const Tensor& weight, double eps) {
-  if (linear::transformed()) return composed(x, weight, eps);
+  if (any_tangent(x, weight)) return composed(x, weight, eps);
   const variable_list out = Norm::apply(x, weight, eps);
   return {out[0], out[1]};
 }
 
 Three add_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  if (linear::transformed()) {
+  if (any_tangent(x, residual, weight)) {
     const Tensor total = x + residual;
     auto [y, rstd] = composed(total, weight, eps);
     return {y, total, rstd};

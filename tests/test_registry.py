@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -62,6 +63,38 @@ def test_modes_nest_and_survive_an_exception() -> None:
     assert not _registry.reference_selected()
 
 
+def test_modes_overlap_in_threads_and_each_block_ends_only_itself() -> None:
+    first, second = astrobiogen.use_kernels("reference"), astrobiogen.use_kernels("reference")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(first.__enter__).result()
+        other.submit(second.__enter__).result()
+        one.submit(first.__exit__, None, None, None).result()
+        assert _registry.reference_selected()  # the second block is still open
+        other.submit(second.__exit__, None, None, None).result()
+    assert not _registry.reference_selected()
+
+
+def test_a_thread_keeps_the_reference_while_another_asks_for_kernels() -> None:
+    with astrobiogen.use_kernels("reference"), ThreadPoolExecutor(1) as other:
+        block = astrobiogen.use_kernels("auto")
+        other.submit(block.__enter__).result()
+        assert _registry.reference_selected()
+        other.submit(block.__exit__, None, None, None).result()
+    assert not _registry.reference_selected()
+
+
+def test_many_threads_leave_the_kernels_selected() -> None:
+    def work(seed: int) -> None:
+        for step in range(200):
+            with astrobiogen.use_kernels("reference" if (seed + step) % 2 else "auto"):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert not _registry.reference_selected()
+    assert not _registry._SELECTION._open
+
+
 def test_an_unknown_mode_is_refused() -> None:
     with (
         pytest.raises(ValueError, match=r"mode must be 'auto' or 'reference', got 'fast'"),
@@ -117,17 +150,20 @@ def test_other_devices_get_shapes_from_the_fake() -> None:
 def test_the_second_derivative_is_refused_with_the_way_out(inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, weight = inputs
     (grad,) = torch.autograd.grad(ops.rms_norm(x, weight).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"has no second derivative: differentiate twice under"):
+    with pytest.raises(
+        RuntimeError, match=r"has no second derivative: differentiate twice with torch\.func .* or under"
+    ):
         torch.autograd.grad(grad.sum(), x)
 
 
-def test_every_differentiable_op_has_a_gradient_formula_and_every_backward_refuses() -> None:
+def test_every_op_has_the_rules_that_callers_need() -> None:
     without = {"edge_order"}  # integers in, integers out
     for name in _registry.ops():
         qualified = f"{_registry.NAMESPACE}::{name}"
         differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Autograd")
         assert differentiable == (name not in without), f"{name}: autograd registration {differentiable}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta"), f"{name}: no fake"
+        assert _registry.has_kernel(name, "FuncTorchDynamicLayerFrontMode"), f"{name}: no rule inside torch.func"
 
 
 def test_importing_the_library_loads_no_triton() -> None:

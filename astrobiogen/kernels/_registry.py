@@ -6,6 +6,9 @@ Every operator is a `torch.library` op in the namespace `astrobiogen`. PyTorch's
 * ``CPU``: C++ kernels, registered by the compiled extension `astrobiogen._C`;
 * every other case: the plain PyTorch reference, with one warning if a kernel should have served.
 
+Under a transform of `torch.func` (grad, vmap, jvp and what is built from them) and under forward-mode automatic
+differentiation every op runs its reference: PyTorch's own operators have all those rules, a kernel has one gradient.
+
 `use_kernels("reference")` bypasses the ops and runs the plain references under ordinary autograd, for comparisons.
 """
 
@@ -13,11 +16,13 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "astrobiogen"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -26,11 +31,32 @@ Mode = Literal["auto", "reference"]
 
 
 class _Selection:
-    """What `use_kernels` has chosen. Plain attribute access, so that `torch.compile` guards on it (a ContextVar breaks
-    the graph)."""
+    """What `use_kernels` has chosen, for the whole process.
+
+    `mode` is a plain attribute, so that `torch.compile` guards on it: it reads a ContextVar or a thread's own value
+    once and keeps it. Where the open blocks of several threads differ, "reference" holds: it is right for all of them.
+    """
 
     def __init__(self) -> None:
         self.mode: Mode = "auto"
+        self._lock = threading.Lock()
+        self._open: list[tuple[int, Mode, object]] = []  # thread, mode, which block; a thread's innermost block is last
+
+    def enter(self, mode: Mode, block: object) -> None:
+        """Open `block` in this thread."""
+        with self._lock:
+            self._open.append((threading.get_ident(), mode, block))
+            self._choose()
+
+    def leave(self, block: object) -> None:
+        """Close `block`, wherever it stands among the open ones."""
+        with self._lock:
+            self._open = [entry for entry in self._open if entry[2] is not block]
+            self._choose()
+
+    def _choose(self) -> None:
+        innermost = {thread: mode for thread, mode, _ in self._open}
+        self.mode = "reference" if "reference" in innermost.values() else "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,28 +113,72 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule)
     LIBRARY.impl(name, _warning_reference(name, reference), "CompositeExplicitAutograd")
+    # The key that every call meets first inside a transform of torch.func, whichever transform it is.
+    LIBRARY.impl(name, reference, "FuncTorchDynamicLayerFrontMode")
+    if "Tensor[]" in schema:  # the older vmap of is_grads_batched repeats an op for each member, but not with lists
+        LIBRARY.impl(name, reference, "Batched")
     if triton and importlib.util.find_spec("triton") is not None:
         LIBRARY.impl(name, _lazy_launcher(triton), "CUDA")
 
 
 def differentiable(name: str, *, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give op `name` its gradient formula. `backward` must call ops only, so that it dispatches and compiles like the
-    forward."""
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    """Give op `name` its gradient formula; forward-mode derivatives are those of its reference.
+
+    Not by `torch.library.register_autograd`: an op registered there drops a forward-mode tangent without a word.
+
+    Args:
+        name: a defined op.
+        backward: ``(ctx, *gradients of the outputs) -> gradients of the inputs``, one per argument of the schema (None
+            for a list of tensors as for a number). It must call ops only, so that it dispatches and compiles like the
+            forward.
+        setup_context: ``(ctx, inputs, output)``, saves what `backward` reads.
+    """
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    reference = _ENTRIES[name].reference
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    formula: Any = type(f"{name}_formula", (torch.autograd.Function,), members)
+
+    def differentiate(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            return reference(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return formula.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    LIBRARY.impl(name, differentiate, "Autograd")
 
 
 def refuse_second_derivative(name: str) -> None:
     """Make differentiating through the backward op `name` an error; without this PyTorch only warns and may return
     wrong values."""
 
+    def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        del ctx, inputs, output
+
     def refuse(ctx: Any, *grads: torch.Tensor) -> None:
         del ctx, grads
         raise RuntimeError(
-            f"astrobiogen::{name} has no second derivative: differentiate twice under "
-            "`astrobiogen.use_kernels('reference')`, which runs plain PyTorch, or drop `create_graph=True`."
+            f"astrobiogen::{name} has no second derivative: differentiate twice with torch.func (grad, hessian) or "
+            "under `astrobiogen.use_kernels('reference')`, which run plain PyTorch, or drop `create_graph=True`."
         )
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=LIBRARY)
+    differentiable(name, backward=refuse, setup_context=keep_nothing)
+
+
+def refuse_derivative(name: str, constant: torch.Tensor, why: str) -> None:
+    """ValueError if a derivative with respect to the argument `name`, a constant of its op, is being asked for."""
+    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(constant).tangent is not None
+    if constant.requires_grad or tangent:
+        asked = "requires_grad=True" if constant.requires_grad else "a tensor with a forward-mode tangent"
+        raise ValueError(f"{name} must not ask for a derivative ({why}), got {asked}; detach it")
 
 
 def reference_selected() -> bool:
@@ -120,6 +190,9 @@ def reference_selected() -> bool:
 def use_kernels(mode: Mode) -> Iterator[None]:
     """Choose the implementation of every op inside the `with` block, for the whole process.
 
+    Blocks nest, and may overlap in any order in several threads: a block ends only itself. While the innermost blocks
+    of two threads differ, "reference" holds for both.
+
     Args:
         mode: ``"auto"`` (the default outside any block: the dispatcher's choice, see `kernel_status`) or
             ``"reference"``
@@ -130,12 +203,12 @@ def use_kernels(mode: Mode) -> Iterator[None]:
     """
     if mode not in ("auto", "reference"):
         raise ValueError(f"mode must be 'auto' or 'reference', got {mode!r}")
-    previous = _SELECTION.mode
-    _SELECTION.mode = mode
+    block = object()
+    _SELECTION.enter(mode, block)
     try:
         yield
     finally:
-        _SELECTION.mode = previous
+        _SELECTION.leave(block)
 
 
 def kernel_status() -> KernelTable:

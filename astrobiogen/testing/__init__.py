@@ -11,8 +11,10 @@ from astrobiogen.testing._compiler import check_opcheck as check_opcheck
 from astrobiogen.testing._derivatives import check_gradcheck as check_gradcheck
 from astrobiogen.testing._derivatives import check_partial_gradients as check_partial_gradients
 from astrobiogen.testing._derivatives import check_second_derivative as check_second_derivative
+from astrobiogen.testing._habits import check_habits as check_habits
 from astrobiogen.testing._nonfinite import check_nonfinite as check_nonfinite
 from astrobiogen.testing._routes import Implementation as Implementation
 from astrobiogen.testing._routes import route as route
 from astrobiogen.testing._tolerance import Measurement as Measurement
+from astrobiogen.testing._transforms import check_transforms as check_transforms
 from astrobiogen.testing._values import check_op as check_op

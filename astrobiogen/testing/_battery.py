@@ -7,10 +7,12 @@ import torch
 from astrobiogen.kernels._case import Case
 from astrobiogen.testing._compiler import check_fullgraph, check_opcheck
 from astrobiogen.testing._derivatives import check_gradcheck, check_partial_gradients, check_second_derivative
+from astrobiogen.testing._habits import check_habits
 from astrobiogen.testing._inputs import Function
 from astrobiogen.testing._nonfinite import check_nonfinite
 from astrobiogen.testing._routes import Implementation
 from astrobiogen.testing._tolerance import Measurement
+from astrobiogen.testing._transforms import check_transforms
 from astrobiogen.testing._values import check_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,10 +29,12 @@ def check_battery(
 ) -> list[Measurement]:
     """Run every check of this package.
 
-    `check_op` for each case, dtype and implementation (Triton only where `case.interpret`, unless a GPU runs it);
-    `check_nonfinite` per implementation, `check_opcheck`, `check_fullgraph`, `check_gradcheck` (of the reference too),
-    `check_second_derivative` and `check_partial_gradients` for the cases marked `gradcheck`, on the GPU as well if
-    there is one (the fp64 checks on the CPU only: the Triton kernels accumulate in fp32).
+    `check_op` for each case, dtype and implementation (Triton only where `case.interpret`, unless a GPU runs it).
+
+    For the cases marked `gradcheck`: `check_nonfinite` per implementation, `check_opcheck`, `check_fullgraph`,
+    `check_partial_gradients`, `check_transforms` and `check_habits`, on the GPU as well if there is one;
+    `check_gradcheck` (of the reference too) and `check_second_derivative`, in fp64 and so on the CPU only: the Triton
+    kernels accumulate in fp32.
 
     Args:
         function: the public function.
@@ -64,6 +68,8 @@ def check_battery(
             check_fullgraph(function, case, device=device)
             if case.differentiable:
                 check_partial_gradients(function, case, device=device)
+                check_transforms(function, reference, case, device=device)
+                check_habits(function, case, device=device)
         if case.differentiable:
             check_gradcheck(reference, case)
             check_gradcheck(function, case)

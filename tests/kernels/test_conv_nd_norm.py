@@ -1,5 +1,6 @@
 """Convolution with norm and activation: the three norms against fp64, on the CPU, and the layer."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 import astrobiogen
 from astrobiogen import layers, ops
 from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case
-from astrobiogen.testing import check_op
+from astrobiogen.testing import check_battery, check_op
 from astrobiogen.testing._routes import route
 
 OPS = (
@@ -26,6 +27,12 @@ OPS = (
 def reference(**arguments: Any) -> torch.Tensor:
     with astrobiogen.use_kernels("reference"):
         return ops.conv_nd_norm(**arguments)
+
+
+@pytest.mark.parametrize("norm", list(NORM_GROUPS))
+def test_battery(norm: str) -> None:
+    small = dataclasses.replace(norm_case(norm, 2, 4, (2, 3), 2), gradcheck=True)
+    check_battery(ops.conv_nd_norm, reference, small, ops=OPS, implementations=("cpu",))
 
 
 @pytest.mark.parametrize("norm", list(NORM_GROUPS))

@@ -82,7 +82,7 @@ def attention(
         v: [B, Sk, Hkv, D].
         cos: [L, R] or [B, L, R] with L = max(Sq, Sk), R pairs rotated, 2R <= D: cosine of each position's angles; row
             L - Sk + j belongs to key j and row L - Sq + i to query i. The first 2R columns are rotated. None: no
-            rotation. Not differentiated.
+            rotation. A constant: it must not ask for a gradient.
         sin: as `cos`; given with it or not at all.
         causal: query i sees no key behind its own position.
         scale: factor of the scores; default 1 / sqrt(D).
@@ -112,7 +112,7 @@ def attention(
     compute = torch.promote_types(q.dtype, torch.float32)
     if cos is not None or sin is not None:
         cos, sin = _check_rotary(q, k, cos, sin)
-        cos, sin = cos.detach().to(compute), sin.detach().to(compute)
+        cos, sin = cos.to(compute), sin.to(compute)
     options = reference.Options(
         cos,
         sin,
@@ -192,8 +192,9 @@ def _check_rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if cos is None or sin is None:
         raise ValueError(f"cos and sin must be given together, got only {'sin' if cos is None else 'cos'}")
-    check_float("cos", cos)
-    check_float("sin", sin)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_float(name, table)
+        _registry.refuse_derivative(name, table, "the angles are constants of the op")
     check_same_device(q=q, cos=cos, sin=sin)
     rows = max(q.shape[1], k.shape[1])
     shapes = ((rows,), (q.shape[0], rows))

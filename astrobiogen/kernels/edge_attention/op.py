@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from astrobiogen.kernels import _registry
+from astrobiogen.kernels._batching import is_batched
 from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from astrobiogen.kernels.edge_attention import reference
 
@@ -46,7 +47,8 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
 
     Raises:
         TypeError: an index tensor is not int64.
-        ValueError: the shapes do not fit, or an index is outside its nodes (not checked inside `torch.compile`).
+        ValueError: the shapes do not fit, or an index is outside its nodes (not checked inside `torch.compile` and
+            `vmap`).
     """
     senders = receivers if senders is None else senders
     for name, index in (("receiver", receiver), ("sender", sender)):
@@ -54,7 +56,8 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
             raise TypeError(f"{name} must be int64, got {index.dtype}")
         check_shape(name, index, (receiver.numel(),), "[E], one entry per edge")
     check_same_device(receiver=receiver, sender=sender)
-    if not torch.compiler.is_compiling() and receiver.numel():  # reads values, which would break a compiled graph
+    readable = not torch.compiler.is_compiling() and not (is_batched(receiver) or is_batched(sender))
+    if readable and receiver.numel():  # reading values would break a compiled graph
         for name, index, count in (("receiver", receiver, receivers), ("sender", sender, senders)):
             low, high = (int(bound) for bound in torch.aminmax(index))
             if low < 0 or high >= count:
@@ -148,7 +151,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
     del grad_lse
     q, k, v, bias, lse, *edges = ctx.saved_tensors
-    nothing = [None] * len(edges), None
+    nothing = None, None
     if grad is None:
         return None, None, None, None, *nothing
     return *torch.ops.astrobiogen.edge_attention_backward(grad, q, k, v, bias, lse, edges, ctx.scale), *nothing

@@ -14,8 +14,8 @@ import torch
 
 def edge_order(index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(positions of `index` [E] in stable order, start of each of the values 0 … count among them [count + 1])."""
-    values, order = torch.sort(index, stable=True)
-    return order, torch.searchsorted(values, torch.arange(count + 1, device=index.device))
+    counts = index.new_zeros(count + 1).scatter_add(0, index + 1, torch.ones_like(index))
+    return torch.argsort(index, stable=True), counts.cumsum(0)
 
 
 def edge_attention(

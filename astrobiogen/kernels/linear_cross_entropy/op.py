@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from astrobiogen.kernels import _registry
+from astrobiogen.kernels._batching import is_batched
 from astrobiogen.kernels._checks import (
     check_float,
     check_number,
@@ -232,7 +233,7 @@ def _setup_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tens
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, weight, target, divisor, *output[1:])
-    ctx.options, ctx.needed = options, (need_x, need_weight)
+    ctx.options, ctx.needed, ctx.given = options, (need_x, need_weight), False
 
 
 def _backward_gradients(
@@ -242,26 +243,30 @@ def _backward_gradients(
     if grad is None:
         return (None,) * 10
     x, weight, target, divisor, *gradients = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        # create_graph=True: take the op that refuses a second derivative by name, where constants would pass for one.
+    if ctx.given or torch.is_grad_enabled():
+        # A second run of the graph: the caller owns the gradients, and may have changed them. create_graph=True: the op
+        # refuses a second derivative by name, where constants would pass for one.
         lse = torch.ops.astrobiogen.linear_cross_entropy(x, weight, target, *ctx.options)[1]
         upstream = (grad / divisor).expand_as(target)
         gradients = torch.ops.astrobiogen.linear_cross_entropy_backward(
             upstream, x, weight, target, lse.detach(), *ctx.options, *ctx.needed
         )
         return (*(g if need else None for g, need in zip(gradients, ctx.needed)), *(None,) * 8)
+    ctx.given = True
     return (*(_scaled(g, grad) if need else None for g, need in zip(gradients, ctx.needed)), *(None,) * 8)
 
 
 def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
-    """gradient * upstream; `loss.backward()` passes exactly 1, which needs no second [V, H] matrix. A caller that
-    changes the result in place and runs the graph again is told by autograd's version check.
+    """gradient * upstream, in the memory of `gradient`, which is given away with it: no second [V, H] matrix.
+
+    Through an alias with a version counter of its own: autograd would refuse to run the graph again after
+    `.grad.zero_()`.
+    A factor of 1, as from `loss.backward()`, costs nothing where its value can be read without waiting for a device.
     """
-    if (
-        type(upstream) is torch.Tensor and upstream.item() == 1.0
-    ):  # a traced tensor is of another class and has no value
-        return gradient
-    return gradient * upstream.to(gradient.dtype)
+    if type(upstream) is not torch.Tensor or is_batched(upstream):  # traced, or several: no value to read
+        return gradient * upstream
+    own = gradient.data
+    return own if upstream.device.type == "cpu" and upstream.item() == 1.0 else own.mul_(upstream)
 
 
 _registry.define(

@@ -52,10 +52,7 @@ def check_tables(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         check_float(name, table)
         if table.dtype not in (torch.float32, x.dtype):
             raise TypeError(f"{name} must be float32 or have the dtype of x, {x.dtype}, got {table.dtype}")
-        if table.requires_grad:
-            raise ValueError(
-                f"{name} must not require a gradient (it is a constant of the op), got requires_grad=True; detach it"
-            )
+        _registry.refuse_derivative(name, table, "it is a constant of the op")
     check_same_dtype(cos=cos, sin=sin)
     batch, length, _, width = x.shape
     for name, table in (("cos", cos), ("sin", sin)):
