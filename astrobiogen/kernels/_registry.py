@@ -175,10 +175,10 @@ def refuse_second_derivative(name: str) -> None:
 
 def refuse_derivative(name: str, constant: torch.Tensor, why: str) -> None:
     """ValueError if a derivative with respect to the argument `name`, a constant of its op, is being asked for."""
-    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(constant).tangent is not None
-    if constant.requires_grad or tangent:
-        asked = "requires_grad=True" if constant.requires_grad else "a tensor with a forward-mode tangent"
-        raise ValueError(f"{name} must not ask for a derivative ({why}), got {asked}; detach it")
+    if constant.requires_grad:
+        raise ValueError(f"{name} must not require a gradient ({why}), got requires_grad=True; detach it")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(constant).tangent is not None:
+        raise ValueError(f"{name} must not carry a forward-mode tangent ({why}); detach it")
 
 
 def reference_selected() -> bool:

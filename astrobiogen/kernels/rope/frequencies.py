@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from astrobiogen.kernels._batching import is_batched
 from astrobiogen.kernels._checks import FLOAT_DTYPES, check_same_device, check_same_dtype, check_tensor
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -273,7 +274,8 @@ def rope_positions(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
             )
     tokens = torch.arange(length, dtype=torch.int64, device=cu_seqlens.device)
     starts = cu_seqlens.to(torch.int64)
-    return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
+    begun = starts.new_zeros(length + 1).scatter_add(0, starts, torch.ones_like(starts)).cumsum(0)[:length]
+    return tokens - starts[begun - 1]  # sequences begun at or before each token
 
 
 def _plain(rotary: int, base: float, device: torch.device | str | None) -> torch.Tensor:
@@ -320,5 +322,5 @@ def _check_integers(name: str, value: torch.Tensor) -> None:
 
 
 def _values_are_cheap(value: torch.Tensor) -> bool:
-    """True where looking at the values neither waits for a device nor breaks a traced graph."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+    """True where looking at the values neither waits for a device nor breaks a traced graph or a transform."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(value)
