@@ -9,6 +9,7 @@
 #include <limits>
 #include <tuple>
 
+#include "attention_checks.h"
 #include "attention_common.h"
 #include "attention_kernels.h"
 #include "attention_panel.h"
@@ -109,6 +110,8 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse) {
 
 ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
                         const Optional& sinks, bool causal, double scale, int64_t window, double softcap, bool interleaved) {
+  constexpr check::Op op("astrobiogen::attention");
+  check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
   const Inputs in{unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved}};
   const bool wide = q.scalar_type() == at::kDouble;
   Tensor out = at::empty(q.sizes(), q.options());
@@ -124,6 +127,9 @@ ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 BackwardResult attention_backward(const Optional& grad_out, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
                                   const Tensor& out, const Tensor& lse, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
                                   const Optional& sinks, bool causal, double scale, int64_t window, double softcap, bool interleaved) {
+  constexpr check::Op op("astrobiogen::attention_backward");
+  check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
+  check_results(op, grad_out, grad_lse, q, out, lse);
   const Inputs in{unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved}};
   const Tensor grad = grad_out ? unit_stride(*grad_out) : at::zeros(out.sizes(), out.options());
   const Optional grad_of_lse = grad_lse ? std::optional(grad_lse->contiguous()) : std::nullopt;

@@ -14,6 +14,7 @@
 #include <optional>
 #include <tuple>
 
+#include "conv_nd_checks.h"
 #include "conv_nd_norm.h"
 #include "conv_nd_patches.h"
 
@@ -128,6 +129,8 @@ bool streamed(const Tensor& y) {
 std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
                                    at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups, int64_t activation,
                                    bool keep) {
+  constexpr check::Op op("astrobiogen::conv_nd");
+  check_conv(op, x, weight, bias, {stride, padding, mode, dilation, groups}, activation);
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
   const bool patches = are_patches(geometry, weight.sizes().slice(2)) && x.scalar_type() != at::kDouble;
   const Tensor rows = patches ? Tensor() : to_rows(x);
@@ -162,6 +165,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const T
                                                         const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, at::IntArrayRef stride,
                                                         at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups,
                                                         int64_t norm, int64_t norm_groups, double eps, int64_t activation, bool keep) {
+  constexpr check::Op op("astrobiogen::conv_nd_norm");
+  check_conv(op, x, weight, bias, {stride, padding, mode, dilation, groups}, activation);
+  check_norm(op, x, weight.size(0), gamma, beta, norm, norm_groups);
+  op.positive(eps, "eps");
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
   const Tensor rows = to_rows(x);
   const auto result = [](const NormResult& r) {
@@ -212,8 +219,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const T
 std::tuple<Tensor, Tensor, Tensor> conv_nd_norm_backward(const Tensor& grad, const Tensor& kept, const std::optional<Tensor>& gamma,
                                                          const std::optional<Tensor>& beta, const Tensor& mean, const Tensor& rstd, int64_t norm,
                                                          int64_t norm_groups, int64_t activation) {
+  constexpr check::Op op("astrobiogen::conv_nd_norm_backward");
+  check_norm_backward(op, grad, kept, gamma, beta, mean, rstd, norm, norm_groups, activation);
   const auto run = kept.scalar_type() == at::kDouble ? norm_backward_plain : norm_backward;
-  return run(grad, kept, gamma, beta, mean, rstd, norm, norm_groups, activation);
+  return run(grad, kept, gamma, beta, mean.contiguous(), rstd.contiguous(), norm, norm_groups, activation);
 }
 
 // The adjoint of a convolution with stride 1 as a convolution: taps mirrored, input and output channels exchanged, padding d (k - 1) - p. Circular
@@ -252,6 +261,8 @@ Tensor mirrored_weight(const Tensor& weight, int64_t groups) {
 
 Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                          at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups, at::IntArrayRef size) {
+  constexpr check::Op op("astrobiogen::conv_transpose_nd");
+  check_transpose(op, x, weight, bias, {stride, padding, mode, dilation, groups}, size);
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
   const Mirror m = mirror(geometry, x.sizes().slice(2), size, weight.sizes().slice(2));
   const Tensor rows = to_rows(x);
@@ -279,6 +290,8 @@ Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optio
 
 Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups) {
+  constexpr check::Op op("astrobiogen::conv_nd_weight_grad");
+  check_weight_grad(op, grad, x, kernel, {stride, padding, mode, dilation, groups});
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
   if (are_patches(geometry, kernel) && x.scalar_type() != at::kDouble)
     return patches_weight_grad(to_rows(grad).to(at::kFloat), x.to(at::kFloat), kernel).to(x.scalar_type());

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "conv_nd_checks.h"
 #include "conv_nd_geometry.h"
 
 namespace astrobiogen::conv_nd {
@@ -67,6 +68,8 @@ struct AddRows {
 };
 
 Tensor conv_nd_bias_grad(const Tensor& grad) {
+  constexpr check::Op op("astrobiogen::conv_nd_bias_grad");
+  check_volume(op, grad, "grad");
   const Tensor rows = to_rows(grad);
   const int64_t channels = rows.size(-1), positions = rows.numel() / channels;
   if (rows.scalar_type() == at::kDouble) return rows.reshape({positions, channels}).sum(0);

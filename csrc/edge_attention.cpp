@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "edge_attention.h"
+#include "edge_attention_checks.h"
 #include "edge_attention_heads.h"
 
 namespace astrobiogen::edge_attention {
@@ -231,7 +232,6 @@ struct Arguments {
 
 // `edges`: the tensors of `EdgeLists`, in order.
 Arguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, at::TensorList edges, double scale) {
-  TORCH_CHECK(edges.size() == 6, "edges must be the 6 tensors of EdgeLists, got ", edges.size());
   return {dense_rows(q),         dense_rows(k),         dense_rows(v),         bias.contiguous(),     edges[0].contiguous(), edges[1].contiguous(),
           edges[2].contiguous(), edges[3].contiguous(), edges[4].contiguous(), edges[5].contiguous(), scale};
 }
@@ -247,7 +247,11 @@ void for_dtype(at::ScalarType dtype, Body&& body) {
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, at::TensorList edges, double scale) {
+  constexpr check::Op op("astrobiogen::edge_attention");
+  check_arguments(op, q, k, v, bias, edges, scale);
   const Arguments all = arguments(q, k, v, bias, edges, scale);
+  check_order(op, "receiver", all.receiver, all.by_receiver, all.receiver_start);
+  check_order(op, "sender", all.sender, all.by_sender, all.sender_start);
   Tensor out = at::empty(q.sizes(), q.options()), lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(exact(q)));
   for_dtype(q.scalar_type(), [&]<typename T>() {
     const Forward<T> a{all.problem<T>(), out.mutable_data_ptr<T>(), lse.mutable_data_ptr<Wide<T>>()};
@@ -258,7 +262,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
                                                     const Tensor& lse, at::TensorList edges, double scale) {
+  constexpr check::Op op("astrobiogen::edge_attention_backward");
+  check_arguments(op, q, k, v, bias, edges, scale);
+  op.like(grad_any, "grad", q, "the shape of q");
+  op.dtype(lse, "lse", exact(q));
+  op.shape(lse, "lse", {q.size(0), q.size(1)}, "[N, heads]");
   const Arguments all = arguments(q, k, v, bias, edges, scale);
+  check_order(op, "receiver", all.receiver, all.by_receiver, all.receiver_start);
+  check_order(op, "sender", all.sender, all.by_sender, all.sender_start);
   const Tensor grad = dense_rows(grad_any), log_sum = lse.contiguous();
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v), grad_bias = like(bias);
@@ -276,6 +287,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
 
 // Counting sort: (positions of `index` in stable order, where each value starts); 0.1 ms for 36,800 edges where a radix sort and a search take 0.9.
 std::tuple<Tensor, Tensor> order(const Tensor& index_any, int64_t count) {
+  constexpr check::Op op("astrobiogen::edge_order");
+  op.dtype(index_any, "index", at::kLong);
+  op.rank(index_any, "index", 1, 1, "[E]");
+  op.size(count, "count", 0, std::numeric_limits<int64_t>::max() - 1);
   const Tensor index = index_any.contiguous();
   Tensor positions = at::empty(index.sizes(), index.options()), starts = at::zeros({count + 1}, index.options());
   const int64_t entries = index.numel(), *values = index.const_data_ptr<int64_t>();

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "common/autograd.h"
+#include "common/checks.h"
 #include "linear_gemm.h"
 
 namespace astrobiogen::linear {
@@ -55,7 +56,21 @@ void product(const float* a, const Tensor& matrix, bool transposed, const float*
   });
 }
 
+void check_layer(const check::Op& op, const Tensor& x, const Tensor& weight) {
+  op.floating(x, "x");
+  op.rank(x, "x", 1, check::kAnyRank, "[..., K]");
+  op.dtype(weight, "weight", x.scalar_type());
+  op.rank(weight, "weight", 2, 2, "[N, K]");
+  op.shape(weight, "weight", {weight.size(0), x.size(-1)}, "[N, K], K the last axis of x");
+}
+
 Tensor forward(const Tensor& x_any, const Tensor& weight_any, const std::optional<Tensor>& bias) {
+  constexpr check::Op op("astrobiogen::linear");
+  check_layer(op, x_any, weight_any);
+  if (bias) {
+    op.dtype(*bias, "bias", x_any.scalar_type());
+    op.shape(*bias, "bias", {weight_any.size(0)}, "[N], the rows of weight");
+  }
   if (!serves(x_any, weight_any, rows_of(x_any))) return at::linear(x_any, weight_any, bias);
   const Tensor x = x_any.contiguous(), weight = weight_any.contiguous(), start = bias.has_value() ? bias->contiguous() : Tensor();
   std::vector<int64_t> shape = x.sizes().vec();
@@ -67,6 +82,10 @@ Tensor forward(const Tensor& x_any, const Tensor& weight_any, const std::optiona
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any, bool need_x, bool need_weight) {
+  constexpr check::Op op("astrobiogen::linear_backward");
+  check_layer(op, x_any, weight_any);
+  op.dtype(grad_any, "grad", x_any.scalar_type());
+  op.rows_like(grad_any, "grad", x_any, weight_any.size(0), "[..., N], N the rows of weight");
   const Tensor grad = grad_any.contiguous(), weight = weight_any.contiguous();
   const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = rows_of(x_any);
   const bool own = serves(x_any, weight, rows);

@@ -27,6 +27,7 @@
 #include "common/math.h"
 #include "common/simd.h"
 #include "linear_cross_entropy.h"
+#include "linear_cross_entropy_checks.h"
 #include "linear_cross_entropy_gemm.h"
 
 namespace astrobiogen::linear_cross_entropy {
@@ -298,6 +299,8 @@ c10::DispatchKeySet no_autocast() { return c10::DispatchKeySet(c10::DispatchKey:
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& target_any, int64_t ignore_index,
                                    double label_smoothing, double z_loss, double softcap) {
+  constexpr check::Op op("astrobiogen::linear_cross_entropy");
+  check_arguments(op, x, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
   const c10::impl::ExcludeDispatchKeyGuard guard(no_autocast());
   const Tensor target = target_any.contiguous();
   check_targets(target, weight.size(0), ignore_index);
@@ -309,8 +312,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x, const Tensor& weight, const Tensor& target_any, const Tensor& lse_any,
                                     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool need_x, bool need_weight) {
+  constexpr check::Op op("astrobiogen::linear_cross_entropy_backward");
+  check_arguments(op, x, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
+  check_upstream(op, grad_any, lse_any, x);
   const c10::impl::ExcludeDispatchKeyGuard guard(no_autocast());
   const Tensor target = target_any.contiguous(), lse = lse_any.contiguous(), grad = grad_any.to(lse.scalar_type()).contiguous();
+  check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
   if (x.scalar_type() == at::kBFloat16 && has_bf16_products())
     return backward_bf16(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight);

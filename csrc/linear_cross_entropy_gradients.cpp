@@ -25,6 +25,7 @@
 #include "common/subnormals.h"
 #include "linear_cross_entropy.h"
 #include "linear_cross_entropy_block.h"
+#include "linear_cross_entropy_checks.h"
 
 namespace astrobiogen::linear_cross_entropy {
 
@@ -241,6 +242,10 @@ std::tuple<Tensor, Tensor, Tensor> gradients_composed(const Tensor& x, const Ten
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& weight, const Tensor& target_any, const Tensor& divisor,
                                              int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool need_x,
                                              bool need_weight) {
+  constexpr check::Op op("astrobiogen::linear_cross_entropy_gradients");
+  check_arguments(op, x, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
+  op.tensor(divisor, "divisor");
+  op.size(divisor.numel(), "entries of divisor", 1, 1);
   const Tensor target = target_any.contiguous();
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};

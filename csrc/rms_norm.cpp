@@ -16,6 +16,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/checks.h"
 #include "common/dispatch.h"
 #include "common/pairs.h"
 
@@ -328,18 +329,39 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor* re
   return {y, sum, rstd};
 }
 
+void check_norm(const check::Op& op, const Tensor& x, const Tensor& weight) {
+  op.floating(x, "x");
+  op.rank(x, "x", 1, check::kAnyRank, "[..., H]");
+  op.size(x.size(-1), "H, the last axis of x,", 1);
+  op.floating(weight, "weight");
+  op.shape(weight, "weight", {x.size(-1)}, "[H], H the last axis of x");
+}
+
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  constexpr check::Op op("astrobiogen::rms_norm");
+  check_norm(op, x, weight);
+  op.finite(eps, "eps", 0.0);
   auto [y, sum, rstd] = forward(x, nullptr, weight, eps);
   return {y, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  constexpr check::Op op("astrobiogen::add_rms_norm");
+  check_norm(op, x, weight);
+  op.like(residual, "residual", x, "the shape of x");
+  op.finite(eps, "eps", 0.0);
   return forward(x, &residual, weight, eps);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y_any, const Tensor& x_any, const Tensor& weight, const Tensor& rstd,
-                                             const std::optional<Tensor>& grad_sum_any) {
-  const Tensor grad_y = grad_y_any.contiguous(), x = x_any.contiguous();
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y_any, const Tensor& x_any, const Tensor& weight,
+                                             const Tensor& rstd_any, const std::optional<Tensor>& grad_sum_any) {
+  constexpr check::Op op("astrobiogen::rms_norm_backward");
+  check_norm(op, x_any, weight);
+  op.like(grad_y_any, "grad_y", x_any, "the shape of x");
+  op.like(grad_sum_any, "grad_sum", x_any, "the shape of x");
+  op.dtype(rstd_any, "rstd", check::exact(x_any));
+  op.shape(rstd_any, "rstd", x_any.sizes().slice(0, x_any.dim() - 1), "[...], the leading axes of x");
+  const Tensor grad_y = grad_y_any.contiguous(), x = x_any.contiguous(), rstd = rstd_any.contiguous();
   const std::optional<Tensor> grad_sum = grad_sum_any ? std::optional(grad_sum_any->contiguous()) : std::nullopt;
   Tensor grad_x = at::empty(x.sizes(), x.options());
   switch (x.scalar_type()) {

@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/dispatch.h"
 #include "common/math.h"
 
@@ -156,7 +157,21 @@ void rope_typed(const Tensor& x, const Tensor& cos_any, const Tensor& sin_any, b
   at::parallel_for(0, x.size(0) * length, grain, [&](int64_t begin, int64_t end) { dispatch<RotateTokens>(args, begin, end); });
 }
 
+void check_arguments(const check::Op& op, const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  op.floating(x, "x");
+  op.rank(x, "x", 4, 4, "[B, S, heads, D]");
+  op.floating(cos, "cos");
+  op.rank(cos, "cos", 2, 3, "[S, r / 2] or [B, S, r / 2]");
+  op.size(cos.size(-2), "S of cos", x.size(1), x.size(1));
+  op.size(cos.size(-1), "r / 2, the last axis of cos,", 0, x.size(3) / 2);
+  if (cos.dim() == 3 && cos.size(0) != 1) op.size(cos.size(0), "B of cos", x.size(0), x.size(0));
+  op.floating(sin, "sin");
+  op.shape(sin, "sin", cos.sizes(), "the shape of cos");
+}
+
 Tensor rope(const Tensor& x_any, const Tensor& cos, const Tensor& sin, bool interleaved, bool transposed) {
+  constexpr check::Op op("astrobiogen::rope");
+  check_arguments(op, x_any, cos, sin);
   const Tensor x = x_any.stride(-1) == 1 || x_any.size(-1) == 1 ? x_any : x_any.contiguous();
   Tensor out = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return out;

@@ -16,6 +16,7 @@
 
 #include "common/dispatch.h"
 #include "common/pairs.h"
+#include "swiglu_checks.h"
 #include "swiglu_interleaved.h"
 
 namespace astrobiogen::swiglu {
@@ -339,6 +340,7 @@ void dispatch(at::ScalarType type, Function&& function) {
 }
 
 Tensor forward(const Tensor& gate_any, const Tensor& up_any) {
+  check_halves(check::Op("astrobiogen::swiglu"), gate_any, up_any);
   const Tensor gate = unit_columns(gate_any), up = unit_columns(up_any);
   Tensor product = at::empty(gate.sizes(), gate.options());
   if (product.numel() > 0) dispatch(gate.scalar_type(), [&]<typename T>() { forward_typed<T>(gate, up, product); });
@@ -351,12 +353,14 @@ void backward(const Tensor& grad_any, const Tensor& gate_any, const Tensor& up_a
 }
 
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up) {
+  check_pair(check::Op("astrobiogen::swiglu_backward"), grad, gate, up);
   Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
   backward(grad, gate, up, grad_gate, &grad_up, nullptr);
   return {grad_gate, grad_up};
 }
 
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward_product(const Tensor& grad, const Tensor& gate, const Tensor& up) {
+  check_pair(check::Op("astrobiogen::swiglu_backward_product"), grad, gate, up);
   Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
   Tensor product = at::empty(gate.sizes(), gate.options());
   backward(grad, gate, up, grad_gate, &grad_up, &product);
@@ -364,11 +368,13 @@ std::tuple<Tensor, Tensor, Tensor> swiglu_backward_product(const Tensor& grad, c
 }
 
 Tensor swiglu_packed(const Tensor& gate_up) {
+  check_packed(check::Op("astrobiogen::swiglu_packed"), gate_up);
   const int64_t columns = gate_up.size(-1) / 2;
   return forward(gate_up.narrow(-1, 0, columns), gate_up.narrow(-1, columns, columns));
 }
 
 Tensor swiglu_packed_backward(const Tensor& grad, const Tensor& gate_up) {
+  check_packed_pair(check::Op("astrobiogen::swiglu_packed_backward"), grad, gate_up);
   const int64_t columns = gate_up.size(-1) / 2;
   Tensor grad_packed = at::empty(gate_up.sizes(), gate_up.options());
   backward(grad, gate_up.narrow(-1, 0, columns), gate_up.narrow(-1, columns, columns), grad_packed, nullptr, nullptr);

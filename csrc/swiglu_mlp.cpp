@@ -19,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/math.h"
 #include "common/autograd.h"
 #include "linear_gemm.h"
@@ -191,8 +192,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compose_backward(const Tensor& grad_a
   return {grad_x, at::mm(of_gate.t(), rows), at::mm(of_up.t(), rows), at::mm(grad.t(), swiglu.call(gates))};
 }
 
+void check_block(const check::Op& op, const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
+  op.floating(x, "x");
+  op.rank(x, "x", 1, check::kAnyRank, "[..., H]");
+  op.dtype(gate, "gate", x.scalar_type());
+  op.rank(gate, "gate", 2, 2, "[I, H]");
+  op.shape(gate, "gate", {gate.size(0), x.size(-1)}, "[I, H], H the last axis of x");
+  op.like(up, "up", gate, "the shape of gate");
+  op.dtype(down, "down", x.scalar_type());
+  op.shape(down, "down", {gate.size(1), gate.size(0)}, "[H, I], gate transposed");
+}
+
 // (y, [gate, up] of each row).
 std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& gate_any, const Tensor& up_any, const Tensor& down_any) {
+  constexpr check::Op op("astrobiogen::swiglu_mlp");
+  check_block(op, x_any, gate_any, up_any, down_any);
   const Tensor x = x_any.contiguous(), gate = gate_any.contiguous(), up = up_any.contiguous(), down = down_any.contiguous();
   const Sizes s{linear::rows_of(x), gate.size(1), gate.size(0)};
   if (!linear::serves(x, gate, s.rows) || !linear::serves(x, down, s.rows)) return compose_forward(x, gate, up, down);
@@ -207,8 +221,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& gate_any, 
   return {out, gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& gates, const Tensor& gate_any,
-                                                    const Tensor& up_any, const Tensor& down_any, bool need_x, bool need_weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& gates_any,
+                                                    const Tensor& gate_any, const Tensor& up_any, const Tensor& down_any,
+                                                    bool need_x, bool need_weights) {
+  constexpr check::Op op("astrobiogen::swiglu_mlp_backward");
+  check_block(op, x_any, gate_any, up_any, down_any);
+  op.like(grad_any, "grad", x_any, "the shape of x");
+  op.dtype(gates_any, "gates", x_any.scalar_type());
+  op.shape(gates_any, "gates", {linear::rows_of(x_any), check::product(2, gate_any.size(0))}, "[rows of x, 2 I]");
+  const Tensor gates = gates_any.contiguous();
   const Tensor grad = grad_any.contiguous(), x = x_any.contiguous(), gate = gate_any.contiguous(), up = up_any.contiguous(), down = down_any.contiguous();
   const Sizes s{linear::rows_of(x), gate.size(1), gate.size(0)};
   if (!linear::serves(x, gate, s.rows) || !linear::serves(x, down, s.rows))

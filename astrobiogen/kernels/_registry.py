@@ -231,6 +231,15 @@ def ops() -> tuple[str, ...]:
     return tuple(_ENTRIES)
 
 
+def reference_of(name: str) -> Callable[..., Any]:
+    """The plain PyTorch function that defines op `name`, with the op's arguments and results.
+
+    Raises:
+        KeyError: no such op.
+    """
+    return _ENTRIES[name].reference
+
+
 def triton_launcher(name: str) -> str:
     """``"module:function"`` of the CUDA launcher of op `name`; empty if it has none.
 
