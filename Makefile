@@ -7,14 +7,18 @@ TORCH := 2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/common/*.h)
 WORKERS ?= 2
+# Leaks are the interpreter's own; what is too large fails as without the sanitizer; the exit code is astrobiogen.testing.fuzz's SANITIZER_CODE.
+ASAN := detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024:exitcode=77:max_malloc_fill_size=4096:malloc_fill_byte=165
 
-.PHONY: train test bench lint types doctor clean help
+.PHONY: train test bench lint types doctor fuzz fuzz-asan clean help
 
 help:
 	@echo "make train   set up, then train the tiny preset on the bundled real data (ARGS='--smoke' for less than a minute)"
 	@echo "make test    set up, then run the tests                     (ARGS='-k rms_norm' for a part)"
 	@echo "make bench   set up, then run the benchmarks                (ARGS='--quick')"
 	@echo "make doctor  versions, devices, and which kernel serves which operator"
+	@echo "make fuzz   10,000 raw calls of every operator with wrong arguments  (ARGS='--calls N --seed S --op NAME')"
+	@echo "make fuzz-asan   the same under AddressSanitizer, with a build of its own"
 	@echo "make lint types   ruff and pyright"
 
 train: $(VENV)/.installed
@@ -28,6 +32,15 @@ bench: $(VENV)/.tools
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m astrobiogen.doctor $(ARGS)
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m astrobiogen.testing.fuzz $(ARGS)
+
+# A copy of the package with kernels of its own, below build/; the interpreter is not built for the sanitizer, so its library comes first.
+fuzz-asan: $(VENV)/.installed
+	ASTROBIOGEN_SANITIZE=1 ASTROBIOGEN_REQUIRE_EXTENSION=1 MAX_JOBS=$${MAX_JOBS:-2} $(BIN)/python setup.py -q build --build-base build/asan
+	cd build/asan/lib* && LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(CURDIR)/$(BIN)/python -m astrobiogen.testing.fuzz $(ARGS)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -57,12 +57,16 @@ def extension_arguments() -> dict:
     ]
     if platform.system() == "Darwin":
         flags.remove("-fopenmp")
+    sanitizer = []
+    if os.environ.get("ASTROBIOGEN_SANITIZE") == "1":  # `make fuzz-asan`
+        sanitizer = ["-fsanitize=address,undefined", "-fno-sanitize=alignment,vptr", "-fno-sanitize-recover=undefined"]
+        flags += [*sanitizer, "-O1", "-g1", "-fno-omit-frame-pointer"]
     extension = cpp_extension.CppExtension(
         "astrobiogen._C",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args=flags,
-        extra_link_args=[flag for flag in flags if flag == "-fopenmp"],
+        extra_link_args=[*(flag for flag in flags if flag == "-fopenmp"), *sanitizer],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 

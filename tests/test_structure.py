@@ -248,6 +248,41 @@ def test_every_public_op_is_in_the_catalogue_with_docstring_and_a_registered_ker
     assert registry.ops(), "no op is registered"
 
 
+def native_functions(text: str) -> dict[str, str]:
+    """C++ functions at the start of a line: name -> the code from its head to its closing brace."""
+    heads = re.finditer(r"^(?=\S)(?:inline )?[\w:<>, ]+[\w>] (\w+)\([^;{}]*\) \{\n", text, re.MULTILINE)
+    return {head[1]: text[head.start() : text.find("\n}\n", head.start())] for head in heads}
+
+
+def unchecked_ops(text: str) -> list[str]:
+    """Ops that a C++ file registers for the CPU by a function that does not begin with a check of its arguments.
+
+    The formulas on AutogradCPU hand their arguments to the op of the same name, which checks them.
+    """
+    found = []
+    for block in re.findall(r"TORCH_LIBRARY_IMPL\(astrobiogen, CPU, m\) \{.*?\}\n", text, re.DOTALL):
+        for op, function in re.findall(r'm\.impl\("(\w+)", &[\w:]*?(\w+)\)', block):
+            body = native_functions(text).get(function, "").partition("{\n")[2]
+            first = " ".join(body.split("\n")[:2])
+            if f'"astrobiogen::{op}"' not in first or "check::Op" not in first:
+                found.append(op)
+    return found
+
+
+def test_every_registered_cpu_kernel_begins_with_a_check_of_its_arguments() -> None:
+    registered = 0
+    for path in sorted((ROOT / "csrc").glob("*.cpp")):
+        text = path.read_text()
+        registered += len(re.findall(r"m\.impl\(", text))
+        assert not unchecked_ops(text), f"{relative(path)}: {unchecked_ops(text)} take their arguments on trust"
+    assert registered > 20
+    planted = (
+        'Tensor f(const Tensor& x) {\n  return x;\n}\nTORCH_LIBRARY_IMPL(astrobiogen, CPU, m) { m.impl("f", &a::f); }\n'
+    )
+    assert unchecked_ops(planted) == ["f"]
+    assert not unchecked_ops(planted.replace("return x", 'check::Op op("astrobiogen::f")'))
+
+
 def test_the_structure_tests_find_planted_faults(tmp_path: Path) -> None:
     late = ast.parse("def f():\n    import torch\n")
     assert [node in set(late.body) for node, _ in imported(late)] == [False]

@@ -172,9 +172,9 @@ EDITS: dict[str, Edit] = {
     "axis dropped": lambda t, draw: t.select(draw.randrange(t.dim()), 0),
     "axis added": lambda t, draw: t.unsqueeze(draw.randrange(t.dim() + 1)),
     "axes swapped": lambda t, draw: t.transpose(draw.randrange(t.dim()), draw.randrange(t.dim())),
-    "flat": lambda t, draw: t.reshape(-1),
+    "flat": lambda t, _: t.reshape(-1),
     "one number": lambda t, draw: _random(t, (), draw),
-    "no elements": lambda t, draw: t.new_empty(0),
+    "no elements": lambda t, _: t.new_empty(0),
     "axis longer": _resized(lambda n: (n + 1, n + 1, 2 * n, n + 17)),
     "axis shorter": _resized(lambda n: (n - 1, n - 1, n // 2, 1, 0)),
     "huge": _huge,
@@ -182,18 +182,20 @@ EDITS: dict[str, Edit] = {
     "spread": _spread,
     "permuted": _permuted,
     "dtype": lambda t, draw: t.to(draw.choice(DTYPES)),
-    "meta": lambda t, draw: t.to("meta"),
-    "sparse": lambda t, draw: t.to_sparse(),
+    "meta": lambda t, _: t.to("meta"),
+    "sparse": lambda t, _: t.to_sparse(),
     "freed storage": _freed,
-    "negative bit": lambda t, draw: torch._neg_view(t),
-    "None": lambda t, draw: None,
-    "with gradient": lambda t, draw: t.clone().requires_grad_(),
+    "negative bit": lambda t, _: torch._neg_view(t),
+    "None": lambda *_: None,
+    "with gradient": lambda t, _: t.clone().requires_grad_(),
     "nonfinite": _poked((float("nan"), float("inf"), float("-inf"))),
     "extreme": _poked((3e38, -3e38, 1e-40, 65504.0)),
 }
 INDEX_EDITS: dict[str, Edit] = {
     "index": _poked(INDICES),
     "shifted": lambda t, draw: t + draw.choice((1, -1)),
-    "shuffled": lambda t, draw: t[torch.randperm(t.numel(), generator=torch.Generator().manual_seed(draw.getrandbits(32)))],
+    "shuffled": lambda t, draw: t[
+        torch.randperm(t.numel(), generator=torch.Generator().manual_seed(draw.getrandbits(32)))
+    ],
     "constant": lambda t, draw: torch.full_like(t, int(t.view(-1)[draw.randrange(t.numel())])),
 }

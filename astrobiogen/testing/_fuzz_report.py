@@ -23,11 +23,13 @@ def table(counts: Mapping[str, Counter[str]]) -> str:
     total = Counter[str]()
     for row in counts.values():
         total.update(row)
-    rows = [("op", "calls", *COLUMNS)]
+    rows: list[tuple[str, ...]] = [("op", "calls", *COLUMNS)]
     for name, row in (*sorted(counts.items()), ("all", total)):
         rows.append((name, str(sum(row.values())), *(str(row[column]) for column in COLUMNS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows
+    )
 
 
 def update(path: Path, library: str, sanitized: bool, seed: int, counts: Mapping[str, Counter[str]]) -> None:
@@ -47,8 +49,11 @@ def update(path: Path, library: str, sanitized: bool, seed: int, counts: Mapping
         total.update(row)
     figures = [f"{total[column]:,}" for column in COLUMNS[:-1]]
     calls = sum(total.values()) - total["elsewhere"]
-    machine = f"{datetime.date.today():%d %b %Y}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, seed {seed}"
+    versions = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    machine = f"{datetime.date.today():%d %b %Y}, {versions}, seed {seed}"
     new = f"| {len(counts)} {library} operators | {watch} | {calls:,} | " + " | ".join([*figures, machine]) + " |"
     key = re.compile(rf"\| \d+ {library} operators \| {watch} \|")
-    rows = [line for line in inside.splitlines() if line.startswith("| ") and line[2:3].isdigit() and not key.match(line)]
+    rows = [
+        line for line in inside.splitlines() if line.startswith("| ") and line[2:3].isdigit() and not key.match(line)
+    ]
     path.write_text(f"{before}{BEGIN}\n\n{HEADER}" + "\n".join(sorted([*rows, new])) + f"\n\n{END}{after}")

@@ -15,13 +15,13 @@ from astrobiogen.testing._fuzz_calls import Call
 from astrobiogen.testing._fuzz_memory import Arena
 from astrobiogen.testing._fuzz_mutations import Mutant, mutate
 
-# Memory that a call may ask for beyond what the process has: more is an error to the call, not a machine without memory.
+# Memory that a call may ask for beyond what the process has: more is an error of the call, not of the machine.
 MEMORY = 1 << 30
 MOST_TRIES = 20
 # Relative to the largest element of the result. Wrong in kind, not in rounding: that is the battery's question.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# A backward op that is given results of the forward besides its inputs: once one of them is changed they contradict each
-# other, and what is right is not defined.
+# A backward op that is given results of the forward besides its inputs: once one of them is changed they contradict
+# each other, and what is right is not defined.
 RESULTS = {"out", "lse", "rstd", "mean", "gates"}
 FILL_BYTE = 0xA5
 M_PERTURB = -6
@@ -65,7 +65,7 @@ def attempt(call: Call, arguments: Sequence[Any]) -> tuple[Any, str]:
 
 
 def compare(call: Call, mutant: Mutant, arguments: Sequence[Any], got: Any) -> str:
-    """What is wrong with the result of an accepted call, in words; empty where the reference gives it too, or refuses."""
+    """What is wrong with the result of an accepted call, in words; empty where the reference agrees, or refuses."""
     reference = _registry.reference_of(call.name)
     try:
         with torch.no_grad():
@@ -136,8 +136,5 @@ def _flat(result: Any) -> list[torch.Tensor]:
 
 
 def _all_finite(arguments: Sequence[Any]) -> bool:
-    for value in arguments:
-        if isinstance(value, torch.Tensor) and not value.is_meta and value.is_floating_point():
-            if value.layout != torch.strided or not value.detach().isfinite().all():
-                return False
-    return True
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return all(t.layout == torch.strided and not t.is_meta and bool(t.detach().isfinite().all()) for t in tensors)

@@ -1,4 +1,4 @@
-"""The raw fuzzer: calls `torch.ops.astrobiogen.*` with wrong, odd and extreme arguments and counts what ends the process.
+"""The raw fuzzer: calls `torch.ops.astrobiogen.*` with wrong, odd and extreme arguments; counts what ends the process.
 
 Valid calls, forward and backward, are recorded from the cases of every operator and changed at random: axes, sizes,
 strides, dtypes, devices, layouts, values, integers, lists, None. Each tensor lies next to a page that nobody may touch.
@@ -41,6 +41,7 @@ SANITIZER_CODE = 77
 BUILDING, RUNNING, COMPARING = range(3)
 POLL_SECONDS = 0.01
 
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """What came of one call.
@@ -66,8 +67,8 @@ class Progress:
 
     def __init__(self) -> None:
         self.place = mmap.mmap(-1, mmap.PAGESIZE)
-        self.results = tempfile.TemporaryFile()
-        self.errors = tempfile.TemporaryFile()
+        self.results = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
 
     def note(self, index: int, phase: int) -> None:
         """Called by the worker."""
@@ -203,6 +204,12 @@ def runner(calls: Sequence[Call], seed: int, sanitized: bool) -> Runner:
     return run
 
 
+def say(text: str) -> None:
+    """A line on standard output, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def sanitizer_is_loaded() -> bool:
     """True under AddressSanitizer."""
     return "libasan" in os.environ.get("LD_PRELOAD", "")
@@ -210,7 +217,9 @@ def sanitizer_is_loaded() -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m astrobiogen.testing.fuzz", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m astrobiogen.testing.fuzz", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--calls", type=int, default=10_000, help="how many (default 10,000)")
     parser.add_argument("--seed", type=int, default=0, help="of the series of calls (default 0)")
     parser.add_argument("--op", action="append", default=[], help="only this operator; may be repeated")
@@ -227,19 +236,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = runner(calls, options.seed, sanitized)
     if options.only is not None:
         call, mutant, _ = _fuzz_worker.prepare(calls, options.seed, options.only)
-        print(_fuzz_worker.text_of(call, mutant), flush=True)
-        print(": ".join(run(options.only, Progress())))
+        say(_fuzz_worker.text_of(call, mutant))
+        say(": ".join(run(options.only, Progress())))
         return 0
     begin = time.monotonic()
     verdicts = drive(run, range(options.calls), options.timeout, sanitized)
     for verdict in verdicts:
         if verdict.outcome not in (REFUSED, ACCEPTED):
-            print(f"{verdict.outcome} at {verdict.index}: {verdict.why}: {verdict.call}")
+            say(f"{verdict.outcome} at {verdict.index}: {verdict.why}: {verdict.call}")
     counts: dict[str, Counter[str]] = {}
     for verdict in verdicts:
         counts.setdefault(verdict.op, Counter())[verdict.outcome] += 1
-    print(_fuzz_report.table(counts))
-    print(f"{len(verdicts):,} calls of seed {options.seed} in {time.monotonic() - begin:.0f} s")
+    say(_fuzz_report.table(counts))
+    say(f"{len(verdicts):,} calls of seed {options.seed} in {time.monotonic() - begin:.0f} s")
     if options.update is not None:
         _fuzz_report.update(options.update, options.library, sanitized, options.seed, counts)
     bad = sum(counts[op][outcome] for op in counts for outcome in FOUND)
