@@ -100,6 +100,18 @@ def test_an_order_that_is_none_of_its_edges_is_refused() -> None:
             ops.edge_attention(q, q, q, None, good._replace(by_receiver=by))
 
 
+def test_lists_on_a_device_whose_values_cannot_be_read_are_checked_by_shape_and_dtype() -> None:
+    on_meta = ops.EdgeLists(*(one.to("meta") for one in edges()))
+    q = torch.randn(4, 2, 8, device="meta")
+    assert ops.edge_attention(q, q, q, None, on_meta).shape == q.shape
+    with pytest.raises(ValueError, match=r"edges.by_sender must have shape \(4,\)"):
+        ops.edge_attention(q, q, q, None, on_meta._replace(by_sender=on_meta.by_sender[1:]))
+    with pytest.raises(TypeError, match=r"edges.sender must be int64"):
+        ops.edge_attention(q, q, q, None, on_meta._replace(sender=on_meta.sender.int()))
+    with pytest.raises(ValueError, match=r"must be on the device of edges.receiver"):
+        ops.edge_attention(q, q, q, None, on_meta._replace(by_receiver=edges().by_receiver))
+
+
 def test_a_freed_storage_is_refused() -> None:
     gate, up = torch.randn(4, 64), torch.randn(4, 64)
     up.untyped_storage().resize_(0)

@@ -104,7 +104,9 @@ def edge_attention(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or dtypes differ.
-        ValueError: a shape, a device or the scale does not fit.
+        ValueError: a shape, a device or the scale does not fit; on the CPU also if `edges` hold an index outside its
+            nodes or an order that is not the one of `edge_lists`. (On a GPU reading them would wait for the device:
+            lists that `edge_lists` built are right, others are taken on trust.)
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_float(name, tensor)
@@ -122,12 +124,25 @@ def edge_attention(
     check_shape("edges.sender_start", edges.sender_start, (k.shape[0] + 1,), "[nodes of k + 1]")
     check_same_dtype(q=q, k=k, v=v, bias=bias)
     check_same_device(q=q, k=k, v=v, bias=bias, receiver=edges.receiver)
+    if q.device.type != "cpu":  # on the CPU the op checks them, and their values too
+        _check_lists(edges)
     factor = float(max(width, 1)) ** -0.5 if scale is None else float(scale)
     if not math.isfinite(factor):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if _registry.reference_selected():
         return reference.edge_attention(q, k, v, bias, edges.receiver, edges.sender, factor)[0]
     return torch.ops.astrobiogen.edge_attention(q, k, v, bias, list(edges), factor)[0]
+
+
+def _check_lists(edges: EdgeLists) -> None:
+    """The lists' dtypes, lengths and devices."""
+    count = edges.receiver.numel()
+    for name, index in edges._asdict().items():
+        if check_tensor(f"edges.{name}", index).dtype != torch.int64:
+            raise TypeError(f"edges.{name} must be int64, got {index.dtype}")
+        if not name.endswith("_start"):
+            check_shape(f"edges.{name}", index, (count,), "[E], one entry per edge")
+        check_same_device(**{"edges.receiver": edges.receiver, f"edges.{name}": index})
 
 
 def _fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
