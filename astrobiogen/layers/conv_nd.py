@@ -2,22 +2,30 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.kernels.conv_nd.layout import PADDINGS, MemoryFormat
 from astrobiogen.kernels.conv_nd.op import Activation, PaddingMode
 from astrobiogen.layers._autocast import autocast_tensors
+from astrobiogen.layers.integers import as_integer, per_axis
 
 
 class ConvNd(nn.Module):
-    """Convolution over `n_axes` spatial axes, 1 to 5: x [B, C, *spatial] -> [B, O, *out], optional activation fused
-    behind it.
+    """Convolution over `n_axes` spatial axes, 1 to 5: x [B, C, *spatial] -> [B, O, *out], or without the batch axis,
+    optional activation fused behind it.
 
     out = floor((size + 2·padding − dilation·(kernel − 1) − 1) / stride) + 1 per axis. State dict and initialisation
     are those of `torch.nn.Conv1d` to `Conv3d` (`weight` [O, C/groups, *kernel], `bias` [O]); four and five axes have
     no PyTorch counterpart.
+
+    The result has the memory layout that came in, as with PyTorch's convolutions: channels-last where `x` is or the
+    weight was made so (`module.to(memory_format=torch.channels_last)`), else contiguous. The kernels work on
+    channels-last memory, so a chain of layers over a contiguous `x` copies twice per layer; with `memory_format=
+    "channels_last"`, or a channels-last `x`, only the first layer copies.
 
     Args:
         n_axes: number of spatial axes.
@@ -25,15 +33,18 @@ class ConvNd(nn.Module):
         out_channels: O.
         kernel_size: an int or one per axis.
         stride: an int or one per axis.
-        padding: an int or one per axis, on both sides.
+        padding: an int or one per axis, on both sides; "valid" (none), or "same" with stride 1: the size stays, and of
+            an odd number of rows the end of the axis takes one more.
         dilation: an int or one per axis.
         groups: divides C and O.
         bias: add a bias per output channel.
         padding_mode: a word or one per axis: "zeros", "circular", "replicate", "reflect", and "pole" as `ops.conv_nd`
             takes it.
         activation: None, "silu" or "gelu", applied to the result.
+        memory_format: "preserve", or "channels_last" for a result with channels innermost in memory, as `ops.conv_nd`.
 
     Raises:
+        TypeError: a size is not an integer.
         ValueError: sizes do not fit; from `forward`, as `ops.conv_nd`.
     """
 
@@ -44,39 +55,50 @@ class ConvNd(nn.Module):
         out_channels: int,
         kernel_size: int | Sequence[int],
         stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
+        padding: int | Sequence[int] | Literal["same", "valid"] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
         activation: Activation = None,
         *,
+        memory_format: MemoryFormat = "preserve",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= n_axes <= 5:
             raise ValueError(f"n_axes must be 1 to 5, got {n_axes}")
-        if groups < 1 or in_channels % groups or out_channels % groups:
+        self.n_axes = as_integer("n_axes", n_axes, 1)
+        self.in_channels = as_integer("in_channels", in_channels, 1)
+        self.out_channels = as_integer("out_channels", out_channels, 1)
+        self.groups = as_integer("groups", groups, 1)
+        if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
                 f"groups = {groups} must divide in_channels = {in_channels} and out_channels = {out_channels}"
             )
-        self.n_axes = n_axes
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = _per_axis("kernel_size", kernel_size, n_axes)
-        self.stride = _per_axis("stride", stride, n_axes)
-        self.padding = _per_axis("padding", padding, n_axes)
-        self.dilation = _per_axis("dilation", dilation, n_axes)
-        self.groups = groups
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.n_axes, 1)
+        self.stride = per_axis("stride", stride, self.n_axes, 1)
+        self.padding = self._padding(padding)
+        self.dilation = per_axis("dilation", dilation, self.n_axes, 1)
         self.padding_mode: PaddingMode | tuple[PaddingMode, ...] = (
             padding_mode if isinstance(padding_mode, str) else tuple(padding_mode)
         )
         self.activation: Activation = activation
-        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.memory_format: MemoryFormat = memory_format
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
+
+    def _padding(self, padding: int | Sequence[int] | str) -> tuple[int, ...] | Literal["same", "valid"]:
+        if not isinstance(padding, str):
+            return per_axis("padding", padding, self.n_axes, 0)
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be integers or one of {PADDINGS}, got {padding!r}")
+        if padding == "same" and max(self.stride) > 1:
+            raise ValueError(f"padding='same' keeps the size and needs stride 1, got stride = {self.stride}")
+        return padding  # type: ignore[return-value]
 
     def reset_parameters(self) -> None:
         """Uniform in ±1/sqrt(fan_in) for weight and bias, as PyTorch's convolutions do."""
@@ -86,7 +108,7 @@ class ConvNd(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve `x` [B, C, *spatial]."""
+        """Convolve `x` [B, C, *spatial] or [C, *spatial]."""
         x, weight, bias = autocast_tensors(x, self.weight, self.bias)
         return ops.conv_nd(
             x,
@@ -98,6 +120,7 @@ class ConvNd(nn.Module):
             dilation=self.dilation,
             groups=self.groups,
             activation=self.activation,
+            memory_format=self.memory_format,
         )
 
     def extra_repr(self) -> str:
@@ -125,12 +148,3 @@ class Conv5d(ConvNd):
         self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **options: object
     ) -> None:
         super().__init__(5, in_channels, out_channels, kernel_size, **options)  # pyright: ignore[reportArgumentType]
-
-
-def _per_axis(name: str, value: int | Sequence[int], n_axes: int) -> tuple[int, ...]:
-    values = (value,) * n_axes if isinstance(value, int) else tuple(value)
-    if len(values) != n_axes:
-        raise ValueError(f"{name} must be an int or {n_axes} ints, got {value!r}")
-    if min(values) < (0 if name == "padding" else 1):
-        raise ValueError(f"{name} must not be {'negative' if name == 'padding' else 'below 1'}, got {value!r}")
-    return values

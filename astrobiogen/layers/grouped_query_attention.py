@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.layers.children import reset_children
+from astrobiogen.layers.integers import as_integer
 from astrobiogen.layers.linear import Linear
 
 
@@ -75,6 +77,7 @@ class GroupedQueryAttention(nn.Module):
     There is no attention dropout: see `ops.attention`.
 
     Raises:
+        TypeError: a size is not an integer.
         ValueError: sizes do not divide; from `forward`, an argument does not fit.
     """
 
@@ -96,7 +99,8 @@ class GroupedQueryAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        hidden_size, num_heads = as_integer("hidden_size", hidden_size, 1), as_integer("num_heads", num_heads, 1)
+        kv_heads = num_heads if num_kv_heads is None else as_integer("num_kv_heads", num_kv_heads, 0)
         if kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {kv_heads}")
         if head_dim is None and hidden_size % num_heads:
@@ -106,7 +110,7 @@ class GroupedQueryAttention(nn.Module):
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = kv_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.head_dim = hidden_size // num_heads if head_dim is None else as_integer("head_dim", head_dim, 1)
         self.causal = causal
         self.window = window
         self.softcap = softcap
@@ -117,6 +121,10 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = Linear(hidden_size, kv_size, bias=bias, device=device, dtype=dtype)
         self.v_proj = Linear(hidden_size, kv_size, bias=bias, device=device, dtype=dtype)
         self.o_proj = Linear(q_size, hidden_size, bias=output_bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialise the projections as `torch.nn.Linear` does."""
+        reset_children(self)
 
     def forward(
         self,
@@ -145,13 +153,10 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens and cache exclude each other: the cache holds one sequence per batch entry")
         cos, sin = self._angles(position_embeddings, position_ids)
-        batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
+        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:  # keys are cached rotated, so the op must not rotate them again
             if cos is not None and sin is not None:
-                q, k = (ops.rope(heads, cos, sin, self.interleaved) for heads in (q, k))
+                q, k = (ops.rope(states, cos, sin, self.interleaved) for states in (q, k))
                 cos = sin = None
             k, v = cache.append(k, v)
         out = ops.attention(
@@ -167,7 +172,12 @@ class GroupedQueryAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             interleaved=self.interleaved,
         )
-        return self.o_proj(out.reshape(batch, length, self.num_heads * self.head_dim))
+        return self.o_proj(out.flatten(2))
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, S, heads · D] as [B, S, heads, D]; a tensor-parallel projection returns its own share of the heads."""
+        batch, length, width = states.shape
+        return states.view(batch, length, width // self.head_dim, self.head_dim)
 
     def _angles(
         self, tables: tuple[torch.Tensor, torch.Tensor] | None, position_ids: torch.Tensor | None

@@ -5,6 +5,7 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.layers._autocast import autocast_tensors
+from astrobiogen.layers.integers import as_integer
 
 
 class LinearCrossEntropy(nn.Module):
@@ -23,6 +24,7 @@ class LinearCrossEntropy(nn.Module):
         softcap: logits become softcap * tanh(logits / softcap); None for none.
 
     Raises:
+        TypeError: a size is not an integer.
         ValueError: a size is not positive; from `forward`, as `ops.linear_cross_entropy`.
     """
 
@@ -40,14 +42,17 @@ class LinearCrossEntropy(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if hidden_size < 1 or vocab_size < 1:
-            raise ValueError(f"hidden_size and vocab_size must be at least 1, got {hidden_size} and {vocab_size}")
+        shape = as_integer("vocab_size", vocab_size, 1), as_integer("hidden_size", hidden_size, 1)
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.softcap = softcap
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/sqrt(H), as `torch.nn.Linear` does."""
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(

@@ -1,13 +1,15 @@
 """SwiGLU feed-forward block with the parameter names of Hugging Face Llama."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.layers._autocast import autocast_tensors
+from astrobiogen.layers.children import globally_hooked, is_plain, project, reset_children
+from astrobiogen.layers.integers import as_integer
 from astrobiogen.layers.linear import Linear
 
 ALIGNMENT = (
@@ -15,17 +17,55 @@ ALIGNMENT = (
 )
 
 
+class PaddedLinear(Linear):
+    """A `Linear` whose last output rows or input columns are padding: `reset_parameters` leaves them zero.
+
+    Args:
+        in_features: columns, padding included.
+        out_features: rows, padding included.
+        bias: add a bias.
+        padding_in: columns of padding.
+        padding_out: rows of padding.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, padding_in: int = 0, padding_out: int = 0, **place: Any
+    ) -> None:
+        self.padding_in, self.padding_out = padding_in, padding_out
+        super().__init__(in_features, out_features, bias, **place)
+
+    def reset_parameters(self) -> None:
+        """As `torch.nn.Linear`, then zeros in the padding."""
+        super().reset_parameters()
+        self.zero_padding_()
+
+    @torch.no_grad()
+    def zero_padding_(self) -> None:
+        """Set the padding to zero."""
+        self.weight[:, self.in_features - self.padding_in :] = 0
+        self.weight[self.out_features - self.padding_out :] = 0
+        if self.bias is not None:
+            self.bias[self.out_features - self.padding_out :] = 0
+
+
+_LINEAR = (nn.Linear, Linear, PaddedLinear)
+
+
 class SwiGLU(nn.Module):
     """down_proj(silu(gate_proj(x)) · up_proj(x)), x [..., hidden_size].
 
-    Parameters: `gate_proj.weight`, `up_proj.weight` [I, H], `down_proj.weight` [H, I], and biases with `bias=True`,
-        as in
-    Hugging Face Llama. With `pad_intermediate=True` the weights are held with I rounded up to a multiple of 64; the
-    extra rows and columns are zero, their gradients are exactly zero (silu(0)·0 = 0 feeds zero weights), so the
-    function stays the same, and the state dict keeps the unpadded shapes.
+    Parameters: `gate_proj.weight`, `up_proj.weight` [I, H], `down_proj.weight` [H, I], and biases with `bias=True`, as
+    in Hugging Face Llama. The three projections are computed in one pass while they are plain linear layers; one with a
+    hook, an adapter, a parametrisation, another class or another kind of weight is called as a module.
+
+    With `pad_intermediate=True` the weights are held with I rounded up to a multiple of 64; the extra rows and columns
+    are zero, their gradients are exactly zero (silu(0)·0 = 0 feeds zero weights), so the function stays the same. The
+    state dict has the unpadded shapes; its values are views of the parameters, so writing into them changes the layer
+    (`down_proj.weight` has rows of the padded length: `.contiguous()` is the caller's where a file format asks for it).
 
     With `recompute=True` the product silu(gate)·up is not kept for the gradient of `down_proj.weight`: the backward
     kernel, which reads gate and up anyway, writes it again (48 MB less per layer at [2048, 11605] in half precision).
+    That needs a plain `down_proj`; another one is called, and keeps what it keeps.
 
     Source: Shazeer 2020, arXiv:2002.05202.
 
@@ -37,6 +77,7 @@ class SwiGLU(nn.Module):
         recompute: compute the product again in the backward pass instead of keeping it.
 
     Raises:
+        TypeError: a size is not an integer.
         ValueError: a size is not positive; from `forward`, the last axis of `x` is not `hidden_size`.
     """
 
@@ -52,32 +93,38 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if hidden_size < 1 or intermediate_size < 1:
-            raise ValueError(
-                f"hidden_size and intermediate_size must be at least 1, got {hidden_size} and {intermediate_size}"
-            )
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
+        self.hidden_size = as_integer("hidden_size", hidden_size, 1)
+        self.intermediate_size = as_integer("intermediate_size", intermediate_size, 1)
         self.recompute = recompute
-        held = -(-intermediate_size // ALIGNMENT) * ALIGNMENT if pad_intermediate else intermediate_size
-        self.gate_proj = Linear(hidden_size, held, bias=bias, device=device, dtype=dtype)
-        self.up_proj = Linear(hidden_size, held, bias=bias, device=device, dtype=dtype)
-        self.down_proj = Linear(held, hidden_size, bias=bias, device=device, dtype=dtype)
-        self.padding = held - intermediate_size
+        self.padding = -self.intermediate_size % ALIGNMENT if pad_intermediate else 0
+        held = self.intermediate_size + self.padding
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         if self.padding:
-            self.zero_padding_()
+            self.gate_proj: nn.Module = PaddedLinear(self.hidden_size, held, bias, padding_out=self.padding, **place)
+            self.up_proj: nn.Module = PaddedLinear(self.hidden_size, held, bias, padding_out=self.padding, **place)
+            self.down_proj: nn.Module = PaddedLinear(held, self.hidden_size, bias, padding_in=self.padding, **place)
             self.register_state_dict_post_hook(_trim_state)
             self.register_load_state_dict_pre_hook(_pad_state)
+        else:
+            self.gate_proj = Linear(self.hidden_size, held, bias, **place)
+            self.up_proj = Linear(self.hidden_size, held, bias, **place)
+            self.down_proj = Linear(held, self.hidden_size, bias, **place)
+
+    def reset_parameters(self) -> None:
+        """Initialise the projections as `torch.nn.Linear` does."""
+        reset_children(self)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """`torch.nn.Module.apply`; what `fn` wrote into the padding is zero again."""
+        super().apply(fn)
+        self.zero_padding_()
+        return self
 
     def zero_padding_(self) -> None:
-        """Set the padded rows and columns to zero; call after initialising the weights by hand."""
-        if not self.padding:
-            return
-        with torch.no_grad():
-            for projection in (self.gate_proj, self.up_proj):
-                for parameter in projection.parameters():
-                    parameter[self.intermediate_size :] = 0
-            self.down_proj.weight[:, self.intermediate_size :] = 0
+        """Set the padded rows and columns to zero; call after writing the weights by hand."""
+        for projection in self.children():
+            if isinstance(projection, PaddedLinear):
+                projection.zero_padding_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` [..., H] to [..., H]."""
@@ -85,14 +132,19 @@ class SwiGLU(nn.Module):
             raise ValueError(
                 f"x: last axis (hidden) has {x.shape[-1]} elements, expected hidden_size = {self.hidden_size}"
             )
-        if not self.recompute and self.down_proj.bias is None:
-            return ops.swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if not self.recompute:
-            return self.down_proj(ops.swiglu(gate, up))
-        gate, up, weight = autocast_tensors(gate, up, self.down_proj.weight)
-        out = _Down.apply(gate, up, weight)
-        return out if self.down_proj.bias is None else out + self.down_proj.bias.to(out.dtype)
+        children = self._modules
+        gate_proj, up_proj, down_proj = children["gate_proj"], children["up_proj"], children["down_proj"]
+        readable = is_plain(down_proj, _LINEAR) and not globally_hooked()
+        if readable and not self.recompute and is_plain(gate_proj, _LINEAR) and is_plain(up_proj, _LINEAR):
+            gate, up, down = gate_proj._parameters, up_proj._parameters, down_proj._parameters
+            if gate["bias"] is None and up["bias"] is None and down["bias"] is None:
+                return ops.swiglu_mlp(x, gate["weight"], up["weight"], down["weight"])
+        gate, up = project(gate_proj, _LINEAR, x), project(up_proj, _LINEAR, x)
+        if not (readable and self.recompute):
+            return project(down_proj, _LINEAR, ops.swiglu(gate, up))
+        gate, up, weight = autocast_tensors(gate, up, down_proj._parameters["weight"])
+        out, bias = _Down.apply(gate, up, weight), down_proj._parameters["bias"]
+        return out if bias is None else out + bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""
@@ -129,7 +181,7 @@ def _axes(prefix: str, state: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def _trim_state(module: SwiGLU, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     for key, axis in _axes(prefix, state):
-        state[key] = state[key].narrow(axis, 0, module.intermediate_size).contiguous()
+        state[key] = state[key].narrow(axis, 0, module.intermediate_size)  # a view: what is written there counts
 
 
 def _pad_state(module: SwiGLU, state: dict[str, Any], prefix: str, *_unused: Any) -> None:

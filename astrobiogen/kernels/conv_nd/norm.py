@@ -10,16 +10,19 @@ from astrobiogen.kernels import _registry
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_norm
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, Norm
+from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, same_size
 from astrobiogen.kernels.conv_nd.op import (
     CPU_RULE,
     GEOMETRY_SCHEMA,
     Activation,
     Ints,
+    Padding,
     PaddingMode,
     conv_gradients,
     empty_channel_last,
     needs_gradient,
     schema_lists,
+    unbatched,
 )
 
 _TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
@@ -38,11 +41,12 @@ def conv_nd_norm(
     norm_groups: int = 1,
     eps: float = 1e-5,
     stride: Ints = 1,
-    padding: Ints = 0,
+    padding: Padding = 0,
     padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
     dilation: Ints = 1,
     groups: int = 1,
     activation: Activation = None,
+    memory_format: MemoryFormat = "channels_last",
 ) -> torch.Tensor:
     """act(norm(conv_nd(x, weight, bias)) * norm_weight + norm_bias): convolution, norm over channels and activation.
 
@@ -53,14 +57,14 @@ def conv_nd_norm(
     * "group": over the channels of one of `norm_groups` groups and all positions of a sample.
 
     Args:
-        x, weight, bias, stride, padding, padding_mode, dilation, groups, activation: as `conv_nd`.
+        x, weight, bias, stride, padding, padding_mode, dilation, groups, activation, memory_format: as `conv_nd`.
         norm_weight, norm_bias: [O] or None (1 and 0), dtype and device of `x`; an RMS norm takes a bias too.
         norm: "rms", "layer" or "group".
         norm_groups: groups of a "group" norm, divides O; 1 for the others.
         eps: > 0, added to the variance.
 
     Returns:
-        y [B, O, *out] with the dtype of `x`, channels innermost in memory. Once differentiable on the kernels, any
+        y [B, O, *out], or [O, *out] without a batch, with the dtype of `x`. Once differentiable on the kernels, any
         number of times under `use_kernels("reference")`.
 
     Raises:
@@ -68,15 +72,28 @@ def conv_nd_norm(
 
     Source: Ba et al. 2016 (layer), Zhang and Sennrich 2019 (RMS), Wu and He 2018 (group).
     """
-    geometry = check_arguments(x, weight, bias, stride, padding, padding_mode, dilation, groups, activation)
+    if unbatched(x, weight):
+        y = conv_nd_norm(
+            x.unsqueeze(0), weight, bias, norm_weight, norm_bias, norm=norm, norm_groups=norm_groups, eps=eps,
+            stride=stride, padding=padding, padding_mode=padding_mode, dilation=dilation, groups=groups,
+            activation=activation, memory_format=memory_format,
+        )  # fmt: skip
+        return y.squeeze(0)
+    sides = numbers(padding, weight, dilation)
+    geometry = check_arguments(x, weight, bias, stride, sides, padding_mode, dilation, groups, activation)
     chosen = check_norm(x, weight.shape[0], norm_weight, norm_bias, norm, norm_groups, eps)
+    given = x
+    if isinstance(padding, str) and padding == "same":
+        x, geometry = same_size(x, weight.shape[2:], geometry)
     if _registry.reference_selected():
-        return reference.conv_nd_norm(x, weight, bias, norm_weight, norm_bias, geometry, chosen, activation)
+        y = reference.conv_nd_norm(x, weight, bias, norm_weight, norm_bias, geometry, chosen, activation)
+        return arrange(y, given, weight, memory_format)
     keep = needs_gradient(x, weight, bias, norm_weight, norm_bias)
     options = (chosen.kind, chosen.groups, chosen.eps, ACTIVATIONS.index(activation), keep)
-    return torch.ops.astrobiogen.conv_nd_norm(
-        x, weight, bias, norm_weight, norm_bias, *schema_lists(geometry), *options
-    )[0]
+    y = torch.ops.astrobiogen.conv_nd_norm(x, weight, bias, norm_weight, norm_bias, *schema_lists(geometry), *options)[
+        0
+    ]
+    return y if memory_format == "channels_last" else arrange(y, given, weight, memory_format)
 
 
 def _fake_conv_norm(

@@ -14,6 +14,7 @@ from astrobiogen.kernels import _registry
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_transposed_arguments
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry
+from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, same_size
 
 _TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
 
@@ -25,6 +26,7 @@ CPU_RULE = (
 )
 
 Ints = int | Sequence[int]
+Padding = Ints | Literal["same", "valid"]
 PaddingMode = Literal["zeros", "circular", "reflect", "replicate", "pole"]
 Activation = Literal["silu", "gelu"] | None
 
@@ -35,11 +37,12 @@ def conv_nd(
     bias: torch.Tensor | None = None,
     *,
     stride: Ints = 1,
-    padding: Ints = 0,
+    padding: Padding = 0,
     padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
     dilation: Ints = 1,
     groups: int = 1,
     activation: Activation = None,
+    memory_format: MemoryFormat = "channels_last",
 ) -> torch.Tensor:
     """Convolution (cross-correlation, as in PyTorch) over one to five spatial axes, with bias and activation in the
     same pass.
@@ -48,10 +51,13 @@ def conv_nd(
     fp32 for half precision.
 
     Args:
-        x: [B, C, *spatial], float32, bfloat16, float16 or float64, one to five spatial axes, any strides; B may be 0.
+        x: [B, C, *spatial] or, without a batch, [C, *spatial]; float32, bfloat16, float16 or float64, one to five
+            spatial axes, any strides; B may be 0.
         weight: [O, C / groups, *kernel], dtype and device of `x`.
         bias: [O] or None.
-        stride, padding, dilation: one integer, or one per spatial axis. Padding is added at both ends of the axis.
+        stride, padding, dilation: one integer, or one per spatial axis. Padding is added at both ends of the axis; the
+            word "valid" adds none, "same" as much as keeps the size (stride 1; of an odd number of rows the end of the
+            axis takes one more).
         padding_mode: how P extends `x` over the padding; one word, or one per spatial axis:
             "zeros"; "circular" (the axis closes on itself, e.g. longitude); "reflect" (mirrored, the edge row not
             repeated);
@@ -61,11 +67,14 @@ def conv_nd(
             half the width).
         groups: channels are split in this many independent groups; groups = C is a depthwise convolution.
         activation: None, "silu" (z * sigmoid(z)) or "gelu" (z * Phi(z), the exact form).
+        memory_format: of the result. "channels_last": channels are innermost in memory, as the kernels write them and
+            a following convolution reads them without a copy (then `y.flatten(1)` copies, and `y.view(B, -1)` has no
+            meaning). "preserve", as PyTorch's convolutions do and `layers.ConvNd` asks for: channels-last where `x` or
+            `weight` is, else contiguous, for one copy.
 
     Returns:
-        y [B, O, *out] with the dtype of `x`, out = floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) +
-        1. Channels are innermost
-        in memory (channels-last strides), so a following convolution reads it without a copy.
+        y [B, O, *out], or [O, *out] without a batch, with the dtype of `x`, out = floor((size + 2 padding - dilation
+        (kernel - 1) - 1) / stride) + 1.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or an integer, or dtypes differ.
@@ -74,13 +83,24 @@ def conv_nd(
     Source: dense convolution as `torch.nn.functional.conv3d`, extended to N axes; "pole" as the `earth` padding of
     CREDIT (https://github.com/NCAR/miles-credit).
     """
-    geometry = check_arguments(x, weight, bias, stride, padding, padding_mode, dilation, groups, activation)
+    if unbatched(x, weight):
+        y = conv_nd(
+            x.unsqueeze(0), weight, bias, stride=stride, padding=padding, padding_mode=padding_mode, dilation=dilation,
+            groups=groups, activation=activation, memory_format=memory_format,
+        )  # fmt: skip
+        return y.squeeze(0)
+    sides = numbers(padding, weight, dilation)
+    geometry = check_arguments(x, weight, bias, stride, sides, padding_mode, dilation, groups, activation)
+    given = x
+    if isinstance(padding, str) and padding == "same":
+        x, geometry = same_size(x, weight.shape[2:], geometry)
     if _registry.reference_selected():
-        return reference.conv_nd(x, weight, bias, geometry, activation)
+        y = reference.conv_nd(x, weight, bias, geometry, activation)
+        return arrange(y, given, weight, memory_format)
     keep = activation is not None and needs_gradient(x, weight, bias)
-    return torch.ops.astrobiogen.conv_nd(x, weight, bias, *schema_lists(geometry), ACTIVATIONS.index(activation), keep)[
-        0
-    ]
+    options = (*schema_lists(geometry), ACTIVATIONS.index(activation), keep)
+    y = torch.ops.astrobiogen.conv_nd(x, weight, bias, *options)[0]
+    return y if memory_format == "channels_last" else arrange(y, given, weight, memory_format)
 
 
 def conv_transpose_nd(
@@ -94,31 +114,45 @@ def conv_transpose_nd(
     padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
     dilation: Ints = 1,
     groups: int = 1,
+    memory_format: MemoryFormat = "channels_last",
 ) -> torch.Tensor:
     """The adjoint of `conv_nd` with the same weight: <conv_nd(u, weight), x> = <u, conv_transpose_nd(x, weight)> for
     all u; plus a bias.
 
     Args:
-        x: [B, C, *spatial], one to five spatial axes.
+        x: [B, C, *spatial] or [C, *spatial], one to five spatial axes.
         weight: [C, O / groups, *kernel] (the weight of the convolution whose adjoint this is, as in
         `torch.nn.functional.conv_transpose3d`).
         bias: [O] or None.
         stride, padding, padding_mode, dilation, groups: of that convolution.
         output_padding: rows of the result beyond the smallest that fits, per axis, in [0, stride).
+        memory_format: as in `conv_nd`.
 
     Returns:
-        y [B, O, *out], out = (size - 1) stride - 2 padding + dilation (kernel - 1) + 1 + output_padding, channels
-        innermost in memory.
+        y [B, O, *out] or [O, *out], out = (size - 1) stride - 2 padding + dilation (kernel - 1) + 1 + output_padding.
 
     Raises:
         TypeError, ValueError: as `conv_nd`.
     """
+    if unbatched(x, weight):
+        y = conv_transpose_nd(
+            x.unsqueeze(0), weight, bias, stride=stride, padding=padding, output_padding=output_padding,
+            padding_mode=padding_mode, dilation=dilation, groups=groups, memory_format=memory_format,
+        )  # fmt: skip
+        return y.squeeze(0)
     geometry, size = check_transposed_arguments(
         x, weight, bias, stride, padding, output_padding, padding_mode, dilation, groups
     )
     if _registry.reference_selected():
-        return reference.conv_transpose_nd(x, weight, bias, geometry, size)
-    return torch.ops.astrobiogen.conv_transpose_nd(x, weight, bias, *schema_lists(geometry), size)
+        y = reference.conv_transpose_nd(x, weight, bias, geometry, size)
+        return arrange(y, x, weight, memory_format)
+    y = torch.ops.astrobiogen.conv_transpose_nd(x, weight, bias, *schema_lists(geometry), size)
+    return y if memory_format == "channels_last" else arrange(y, x, weight, memory_format)
+
+
+def unbatched(x: object, weight: object) -> bool:
+    """True for x [C, *spatial], one axis less than `weight`; what is no tensor is refused later, by name."""
+    return isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and x.dim() == weight.dim() - 1 >= 2
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
