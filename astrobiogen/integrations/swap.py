@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from astrobiogen.integrations import hugging_face
 from astrobiogen.layers import ConvNd, RMSNorm, SwiGLU
@@ -14,6 +15,10 @@ from astrobiogen.layers import ConvNd, RMSNorm, SwiGLU
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 # The rule of kernels/conv_nd on the CPU: its own kernels serve these, everything else is a composition of PyTorch's.
 _MOST_INPUTS, _FEWEST_OUTPUTS = 4, 8
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,10 @@ def swap_layers(model: nn.Module) -> SwapTable:
     * `torch.nn.Conv1d` to `Conv3d` where the CPU kernels of `ops.conv_nd` serve the shape;
     * attention of these Hugging Face models, through their attention interface (see `register_attention`).
 
-    Subclasses, and layers with hooks, are left alone: they may do more than their class says.
+    Subclasses are left alone, and so are layers that do more than their class says: with hooks, a parametrisation, a
+    method replaced on the instance, other parts or another kind of weight. The projections of an MLP stay the same
+    modules and are called while they do more than `torch.nn.Linear` does (hooks, pruning, a bias put there), before the
+    swap or after it; an MLP whose projections are of another class (an adapter) is left alone.
 
     Returns:
         every layer of these kinds with what was done and why.
@@ -86,12 +94,12 @@ Made = tuple[nn.Module | None, str]
 
 def _maker(module: nn.Module) -> Callable[[Any], Made] | None:
     """The function that builds the replacement of a layer of this very class."""
-    kind = type(module)
+    kind = _kind(module)
     if kind is nn.RMSNorm:
         return _torch_norm
     if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return _convolution
-    family = _family(module)
+    family = _family(kind)
     if family and kind.__name__ == f"{FAMILIES[family]}RMSNorm":
         return _hugging_face_norm
     if family and kind.__name__ == f"{FAMILIES[family]}MLP":
@@ -99,34 +107,58 @@ def _maker(module: nn.Module) -> Callable[[Any], Made] | None:
     return None
 
 
-def _family(module: nn.Module) -> str:
-    parts = type(module).__module__.split(".")
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`; a parametrised module has one of its own, made from it."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def _family(kind: type[nn.Module]) -> str:
+    parts = kind.__module__.split(".")
     return parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 3 and parts[2] in FAMILIES else ""
 
 
 def _replacement(module: nn.Module, maker: Callable[[Any], Made]) -> Made:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name) for name in hooks):
-        return None, "it has hooks"
+    more = _more_than_its_class(module)
+    if more:
+        return None, more
     new, reason = maker(module)
     if new is not None:
-        new.train(module.training)
+        new.training = module.training  # the children keep theirs
     return new, reason
 
 
+def _more_than_its_class(module: nn.Module) -> str:
+    """What `module` does beyond the `forward` of its class, which its replacement would not do; empty for nothing."""
+    if parametrize.is_parametrized(module):
+        return "it is parametrised"
+    if any(getattr(module, name) for name in _HOOKS):
+        return "it has hooks"
+    replaced = [name for name, value in module.__dict__.items() if callable(value) and hasattr(type(module), name)]
+    if replaced:
+        return f"its {replaced[0]} was replaced on the instance"
+    own = {name for name, value in {**module._parameters, **module._buffers}.items() if value is not None}
+    if not own <= {"weight", "bias"}:
+        return f"it has {sorted(own - {'weight', 'bias'})[0]} beside its weight"
+    for value in module._parameters.values():
+        if value is not None and type(value) is not nn.Parameter:
+            return f"its weight is a {type(value).__name__}"
+    return ""
+
+
 def _adopt(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Give `new` the very parameters of `old`."""
-    for name, parameter in old.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        setattr(new.get_submodule(owner), leaf, parameter)
+    """Give `new` the very parameters and children of `old` that it has itself."""
+    for name, parameter in old._parameters.items():
+        setattr(new, name, parameter)
+    for name in new._modules:
+        setattr(new, name, old._modules[name])
     return new
 
 
 def _torch_norm(module: nn.RMSNorm) -> Made:
     if len(module.normalized_shape) != 1 or module.weight is None:
         return None, "normalises several axes" if len(module.normalized_shape) != 1 else "has no weight"
-    eps = torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps
-    return _adopt(RMSNorm(module.normalized_shape[0], eps, device="meta"), module), "one pass"
+    return _adopt(RMSNorm(module.normalized_shape[0], module.eps, device="meta"), module), "one pass"
 
 
 def _hugging_face_norm(module: Any) -> Made:
@@ -134,22 +166,30 @@ def _hugging_face_norm(module: Any) -> Made:
 
 
 def _mlp(module: Any) -> Made:
-    name = type(module.act_fn).__name__
+    activation, projections = module.act_fn, ("gate_proj", "up_proj", "down_proj")
+    name = type(activation).__name__
     if name not in ("SiLU", "SiLUActivation"):
         return None, f"its activation is {name}, expected SiLU"
-    bias = module.gate_proj.bias is not None
-    if any(type(getattr(module, part)) is not nn.Linear for part in ("gate_proj", "up_proj", "down_proj")):
-        return None, "its projections are not plain torch.nn.Linear"
-    hidden, inner = module.gate_proj.in_features, module.gate_proj.out_features
-    return _adopt(SwiGLU(hidden, inner, bias=bias, device="meta"), module), "silu and product in one pass"
+    more = _more_than_its_class(activation)
+    if more:
+        return None, f"act_fn: {more}"
+    parts = set(module._modules) - {*projections, "act_fn"}
+    if parts:
+        return None, f"it has {sorted(parts)[0]} beside its projections"
+    kinds = {type(getattr(module, part)) for part in projections}
+    if kinds != {nn.Linear}:
+        other = next(kind for kind in kinds if kind is not nn.Linear)
+        return None, f"its projections are not plain torch.nn.Linear but {other.__name__}"
+    new = SwiGLU(module.gate_proj.in_features, module.gate_proj.out_features, device="meta")
+    return _adopt(new, module), "silu and product in one pass"
 
 
 def _convolution(module: Any) -> Made:
     inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
     if module.weight.device.type != "cpu":
         return None, f"not measured on {module.weight.device.type}"
-    if isinstance(module.padding, str):
-        return None, f"padding={module.padding!r} has no fixed number"
+    if not module.weight.dtype.is_floating_point:
+        return None, f"its weight is {module.weight.dtype}"
     if inputs > _MOST_INPUTS or outputs < _FEWEST_OUTPUTS:
         rule = f"at most {_MOST_INPUTS} inputs and at least {_FEWEST_OUTPUTS} outputs per group"
         return None, f"{inputs} -> {outputs} channels per group: the own kernels are for {rule}"
@@ -162,8 +202,11 @@ def _convolution(module: Any) -> Made:
 
 def _swap_attention(model: nn.Module, table: SwapTable) -> None:
     for prefix, module in model.named_modules():
-        family = _family(module)
+        family = _family(type(module))
         if not family or type(module).__name__ != f"{FAMILIES[family]}Attention":
+            continue
+        if "forward" in module.__dict__:
+            table.append(Swap(prefix, type(module).__name__, "", "its forward was replaced on the instance"))
             continue
         config: Any = module.config
         if config._attn_implementation != hugging_face.NAME:

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.kernels.conv_nd.layout import PADDINGS, MemoryFormat
-from astrobiogen.kernels.conv_nd.op import Activation, PaddingMode
+from astrobiogen.kernels.conv_nd.op import Activation, Padding, PaddingMode
 from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.layers.integers import as_integer, per_axis
 
@@ -55,7 +54,7 @@ class ConvNd(nn.Module):
         out_channels: int,
         kernel_size: int | Sequence[int],
         stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+        padding: Padding = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
@@ -79,7 +78,7 @@ class ConvNd(nn.Module):
             )
         self.kernel_size = per_axis("kernel_size", kernel_size, self.n_axes, 1)
         self.stride = per_axis("stride", stride, self.n_axes, 1)
-        self.padding = self._padding(padding)
+        self.padding: Padding = self._padding(padding)
         self.dilation = per_axis("dilation", dilation, self.n_axes, 1)
         self.padding_mode: PaddingMode | tuple[PaddingMode, ...] = (
             padding_mode if isinstance(padding_mode, str) else tuple(padding_mode)
@@ -91,14 +90,14 @@ class ConvNd(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
-    def _padding(self, padding: int | Sequence[int] | str) -> tuple[int, ...] | Literal["same", "valid"]:
+    def _padding(self, padding: Padding) -> Padding:
         if not isinstance(padding, str):
             return per_axis("padding", padding, self.n_axes, 0)
         if padding not in PADDINGS:
             raise ValueError(f"padding must be integers or one of {PADDINGS}, got {padding!r}")
         if padding == "same" and max(self.stride) > 1:
             raise ValueError(f"padding='same' keeps the size and needs stride 1, got stride = {self.stride}")
-        return padding  # type: ignore[return-value]
+        return padding
 
     def reset_parameters(self) -> None:
         """Uniform in ±1/sqrt(fan_in) for weight and bias, as PyTorch's convolutions do."""

@@ -90,7 +90,7 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` [B, C, *spatial] or [C, *spatial]."""
-        children = self._modules
+        children: Any = self._modules  # the attributes would be searched for by name
         conv, norm = children["conv"], children["norm"]
         if not self._readable(conv, norm):
             return self._call(conv, norm, x)

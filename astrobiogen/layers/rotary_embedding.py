@@ -14,8 +14,9 @@ class RotaryEmbedding(nn.Module):
 
     Rotary columns come first; column i pairs with i + rotary/2 (rotate-half). No state-dict entries, as in Hugging
     Face Llama, whose `inv_freq` is not persistent either; the frequencies follow the module's device but stay fp32,
-    whatever dtype it is moved to, and are computed anew by every move, so that none can lose them. The angles depend on differences of positions only through
-    the rotation, so a score between query position m and key position n depends on m − n alone.
+    whatever dtype it is moved to, and are computed anew by every move, so that none can lose them. The angles depend on
+    differences of positions only through the rotation, so a score between query position m and key position n depends
+    on m − n alone.
 
     Source: Su et al. 2021, arXiv:2104.09864.
 

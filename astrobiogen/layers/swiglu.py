@@ -132,7 +132,7 @@ class SwiGLU(nn.Module):
             raise ValueError(
                 f"x: last axis (hidden) has {x.shape[-1]} elements, expected hidden_size = {self.hidden_size}"
             )
-        children = self._modules
+        children: Any = self._modules  # the attributes would be searched for by name
         gate_proj, up_proj, down_proj = children["gate_proj"], children["up_proj"], children["down_proj"]
         readable = is_plain(down_proj, _LINEAR) and not globally_hooked()
         if readable and not self.recompute and is_plain(gate_proj, _LINEAR) and is_plain(up_proj, _LINEAR):
