@@ -13,7 +13,7 @@ def autocast_tensors(*tensors: torch.Tensor | None) -> Any:
     """
     first = next(tensor for tensor in tensors if tensor is not None)
     kind = first.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

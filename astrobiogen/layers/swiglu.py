@@ -1,5 +1,6 @@
 """SwiGLU feed-forward block with the parameter names of Hugging Face Llama."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -163,7 +164,8 @@ class _Down(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gate, up, weight = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        kind = grad.device.type
+        with contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             grad_gate, grad_up, product = torch.ops.astrobiogen.swiglu_backward_product(grad @ weight, gate, up)
             return grad_gate, grad_up, grad.flatten(0, -2).T @ product.flatten(0, -2)
 

@@ -2,6 +2,7 @@
 checkpointing, masked means."""
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -56,6 +57,12 @@ def check_axes(name: str, tensor: torch.Tensor, axes: Sequence[str], sizes: dict
         expected = (sizes or {}).get(axis, size)
         if size != expected:
             raise ValueError(f"{name}: axis {axis!r} has size {size}, expected {expected} (shape {shape})")
+
+
+def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for the device of `tensor`; the meta device has none."""
+    kind = tensor.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def maybe_checkpoint(enabled: bool, function: Callable[..., Any], *args: Any) -> Any:

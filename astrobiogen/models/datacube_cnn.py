@@ -8,7 +8,14 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.layers import ConvNd, RMSNorm
-from astrobiogen.models._common import at_least_float32, check_axes, maybe_checkpoint, require, resolve_config
+from astrobiogen.models._common import (
+    at_least_float32,
+    check_axes,
+    maybe_checkpoint,
+    require,
+    resolve_config,
+    without_autocast,
+)
 from astrobiogen.models.climate_statistics import ClimateStatistics
 from astrobiogen.models.datacube_config import AXES, DatacubeConfig, Ints5
 from astrobiogen.models.datacube_head import PatchBudgets, PatchDecoder
@@ -142,7 +149,7 @@ class RebuiltDatacubeCNN(nn.Module):
         stem adds a learned vector where the epoch exists.
         """
         patch, channels = self.config.patch_size, self.config.base_channels
-        with torch.autocast(cube.device.type, enabled=False):
+        with without_autocast(cube):
             weight = torch.cat([at_least_float32(self.stem.weight), self.decoder.weight().t()])
             kernels = weight.view(-1, self.config.input_variables, *patch)
             both = ops.conv_nd(at_least_float32(cube), kernels, None, stride=patch).movedim(1, -1)
@@ -194,7 +201,7 @@ class Stage(nn.Module):
         super().__init__()
         self.down: ConvNd | None = None
         if max(stride) > 1 or in_channels != channels:
-            self.down = ConvNd(5, in_channels, channels, stride, stride=stride)
+            self.down = ConvNd(5, in_channels, channels, stride, stride=stride, memory_format="channels_last")
         self.norm = RMSNorm(channels)
         modes = ("circular", "zeros", "zeros", config.latitude_padding, "circular")
         kernels = [(1, 1, 1, 3, 3), (1, 1, 3, 1, 1), (3, 3, 1, 1, 1)]
@@ -209,6 +216,7 @@ class Stage(nn.Module):
                 padding=tuple(size // 2 for size in kernel),
                 padding_mode=modes,
                 activation=None if kernel is kernels[-1] else "silu",
+                memory_format="channels_last",
             )
             for kernel in kernels
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.layers import Linear, RMSNorm
-from astrobiogen.models._common import at_least_float32
+from astrobiogen.models._common import at_least_float32, without_autocast
 from astrobiogen.models.datacube_config import DatacubeConfig, Ints5
 from astrobiogen.models.physics import LATENT_HEAT, AtmosphereBudgets
 
@@ -79,7 +79,7 @@ class PatchDecoder(nn.Module):
             image: fp32 [B, *stem grid, base_channels + 1], Wᵀ patch of every patch of `cube`.
             cube: [B, V, *grid], to agree with.
         """
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows):
             weight = self.weight()
             difference = ((rows @ (weight.t() @ weight) - 2.0 * image) * rows).sum((3, 4, 5, 6))
             exact = torch.promote_types(cube.dtype, torch.float32)
@@ -142,7 +142,7 @@ class PatchBudgets(nn.Module):
             water: [B, months, epochs] to agree with, of `AtmosphereBudgets.anomaly`.
             energy: the same.
         """
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows):
             through = torch.einsum("zykmq,kc->zycmq", self.weights, decoder.weight())
             decoded = torch.einsum("btgzyxc,zycmq->btgzyxmq", rows, through)
             sums = decoded.sum((3, 4, 5))

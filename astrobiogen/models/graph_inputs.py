@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from astrobiogen.kernels._values import has_values
 from astrobiogen.models._common import check_axes, require
 
 METABOLITE, REACTION = 0, 1
@@ -103,7 +104,7 @@ def graph_tensors(data: Any, node_features: int, laplacian_dim: int, random_walk
         graph_of_node=graph_of_node,
         n_graphs=n_graphs,
     )
-    if not torch.compiler.is_compiling():  # reads values, which would break a compiled graph
+    if has_values(edge_index):
         checked = (("edge_index: nodes", edge_index, nodes), ("node_type: values", graph.node_type, 2))
         for name, index, count in checked:
             low, high = (int(bound) for bound in torch.aminmax(index)) if index.numel() else (0, 0)

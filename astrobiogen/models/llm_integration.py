@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.kernels._values import has_values
 from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.models._common import check_axes, masked_mean, maybe_checkpoint, require, resolve_config
@@ -101,7 +102,7 @@ class RebuiltLLMIntegration(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         check_axes("attention_mask", attention_mask, ("batch", "sequence"), {"batch": batch, "sequence": length})
-        if not torch.compiler.is_compiling():  # reads values, which would break a compiled graph
+        if has_values(attention_mask):
             mask = attention_mask.bool()
             require(
                 not bool((mask[:, 1:] & ~mask[:, :-1]).any()),

@@ -45,7 +45,9 @@ class GridTransformer(nn.Module):
         self.axes = tuple(axes)
         self.grid = tuple(grid)
         self.checkpointing = checkpointing
-        self.patches = ConvNd(len(grid), channels, embed_dim, tuple(patch), stride=tuple(patch))
+        self.patches = ConvNd(
+            len(grid), channels, embed_dim, tuple(patch), stride=tuple(patch), memory_format="channels_last"
+        )
         tables = [torch.empty(size // step, embed_dim).normal_(std=0.02) for size, step in zip(grid, patch)]
         self.positions = nn.ParameterList(nn.Parameter(table) for table in tables)
         self.layers = nn.ModuleList(EncoderLayer(embed_dim, num_heads, dropout) for _ in range(num_layers))

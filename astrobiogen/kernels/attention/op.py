@@ -134,7 +134,7 @@ def attention(
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Autocast's usual rule for matrix products, for q, k, v only: rotary angles need fp32 (bf16: 0.4 % off)."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from astrobiogen.kernels import _registry
-from astrobiogen.kernels._batching import is_batched
 from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from astrobiogen.kernels._values import has_values
 from astrobiogen.kernels.edge_attention import reference
 
 _TRITON = "astrobiogen.kernels.edge_attention.triton_kernels"
@@ -56,8 +56,7 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
             raise TypeError(f"{name} must be int64, got {index.dtype}")
         check_shape(name, index, (receiver.numel(),), "[E], one entry per edge")
     check_same_device(receiver=receiver, sender=sender)
-    readable = not torch.compiler.is_compiling() and not (is_batched(receiver) or is_batched(sender))
-    if readable and receiver.numel():  # reading values would break a compiled graph
+    if has_values(receiver) and has_values(sender) and receiver.numel():
         for name, index, count in (("receiver", receiver, receivers), ("sender", sender, senders)):
             low, high = (int(bound) for bound in torch.aminmax(index))
             if low < 0 or high >= count:

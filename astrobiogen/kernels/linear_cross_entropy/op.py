@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from astrobiogen.kernels import _registry
-from astrobiogen.kernels._batching import is_batched
 from astrobiogen.kernels._checks import (
     check_float,
     check_number,
@@ -15,6 +14,7 @@ from astrobiogen.kernels._checks import (
     check_shape,
     check_tensor,
 )
+from astrobiogen.kernels._values import is_batched
 from astrobiogen.kernels.linear_cross_entropy import reference
 
 _TRITON = "astrobiogen.kernels.linear_cross_entropy.triton_kernels"
@@ -121,7 +121,7 @@ def _divisor(
 def _autocast(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cast as autocast casts `F.linear`; `torch.library.register_autocast` would fix one dtype per device for good."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, weight
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), weight.to(dtype)

@@ -12,8 +12,8 @@ import math
 
 import torch
 
-from astrobiogen.kernels._batching import is_batched
 from astrobiogen.kernels._checks import FLOAT_DTYPES, check_same_device, check_same_dtype, check_tensor
+from astrobiogen.kernels._values import has_values
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -323,4 +323,4 @@ def _check_integers(name: str, value: torch.Tensor) -> None:
 
 def _values_are_cheap(value: torch.Tensor) -> bool:
     """True where looking at the values neither waits for a device nor breaks a traced graph or a transform."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(value)
+    return value.device.type == "cpu" and has_values(value)
