@@ -11,7 +11,7 @@ from astrobiogen import ops
 from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.layers.children import globally_hooked, is_plain, project, reset_children
 from astrobiogen.layers.integers import as_integer
-from astrobiogen.layers.linear import Linear
+from astrobiogen.layers.linear import LINEAR, Linear
 
 ALIGNMENT = (
     64  # elements: 128 bytes in 16-bit types, a whole tensor-core tile in every GEMM that touches the intermediate axis
@@ -49,7 +49,7 @@ class PaddedLinear(Linear):
             self.bias[self.out_features - self.padding_out :] = 0
 
 
-_LINEAR = (nn.Linear, Linear, PaddedLinear)
+_LINEAR = (*LINEAR, PaddedLinear)
 
 
 class SwiGLU(nn.Module):

@@ -8,7 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from astrobiogen.layers.children import globally_hooked, is_plain
+from astrobiogen.layers.linear import LINEAR
 
 Config = TypeVar("Config")
 
@@ -63,6 +67,18 @@ def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[
     """Autocast off for the device of `tensor`; the meta device has none."""
     kind = tensor.device.type
     return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+def affine(layer: nn.Module, width: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [N, `width`] and bias [N] of a linear layer: its own, or, where it is more than its class (an adapter, a
+    hook, a parametrisation), what it makes of the zero vector and of the unit vectors, in the dtype of `like`."""
+    if is_plain(layer, LINEAR) and not globally_hooked():
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if weight is not None and bias is not None:
+            return weight, bias
+    units = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)  # the last row is zero
+    images = layer(units)
+    return (images[:-1] - images[-1]).t(), images[-1]
 
 
 def maybe_checkpoint(enabled: bool, function: Callable[..., Any], *args: Any) -> Any:

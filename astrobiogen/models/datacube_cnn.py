@@ -9,6 +9,7 @@ from torch import nn
 from astrobiogen import ops
 from astrobiogen.layers import ConvNd, RMSNorm
 from astrobiogen.models._common import (
+    affine,
     at_least_float32,
     check_axes,
     maybe_checkpoint,
@@ -150,12 +151,15 @@ class RebuiltDatacubeCNN(nn.Module):
         """
         patch, channels = self.config.patch_size, self.config.base_channels
         with without_autocast(cube):
-            weight = torch.cat([at_least_float32(self.stem.weight), self.decoder.weight().t()])
+            stem_weight, stem_bias = affine(
+                self.stem, math.prod(patch) * self.config.input_variables, self.epoch_presence
+            )
+            weight = torch.cat([at_least_float32(stem_weight), self.decoder.weight().t()])
             kernels = weight.view(-1, self.config.input_variables, *patch)
             both = ops.conv_nd(at_least_float32(cube), kernels, None, stride=patch).movedim(1, -1)
         stem, image = both.split([channels, channels + 1], dim=-1)
-        present = _pool_mask(epoch_mask, patch[1]).to(self.stem.weight.dtype)
-        marks = present[:, None, :, None, None, None, None] * self.epoch_presence + self.stem.bias
+        present = _pool_mask(epoch_mask, patch[1]).to(self.epoch_presence.dtype)
+        marks = present[:, None, :, None, None, None, None] * self.epoch_presence + stem_bias
         return (stem.to(marks.dtype) + marks).movedim(-1, 1), image
 
     def _features(self, patterns: torch.Tensor, cube: torch.Tensor, epoch_mask: torch.Tensor) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.layers import Linear, RMSNorm
-from astrobiogen.models._common import at_least_float32, without_autocast
+from astrobiogen.layers.children import globally_hooked, is_plain
+from astrobiogen.layers.linear import LINEAR
+from astrobiogen.models._common import affine, at_least_float32, without_autocast
 from astrobiogen.models.datacube_config import DatacubeConfig, Ints5
 from astrobiogen.models.physics import LATENT_HEAT, AtmosphereBudgets
 
@@ -39,6 +41,7 @@ class PatchDecoder(nn.Module):
     def __init__(self, channels: int, config: DatacubeConfig) -> None:
         super().__init__()
         self.patch = config.patch_size
+        self.width = config.base_channels
         self.upscale: Ints5 = tuple(  # pyright: ignore[reportAttributeAccessIssue]
             total // step for total, step in zip(config.total_stride, config.patch_size)
         )
@@ -51,12 +54,15 @@ class PatchDecoder(nn.Module):
         """[B, C, *deepest grid] -> [B, *stem grid, base_channels]."""
         # The layer's outputs are ordered (channel, cell); asked for as (cell, channel), runs of channels are copied to
         # their places, where `unpatchify` would move single numbers (5.0 to 2.0 ms with its gradient, tiny preset).
-        cells = math.prod(self.upscale)
-        weight = self.expand.weight.unflatten(0, (-1, cells)).transpose(0, 1).flatten(0, 1)
-        bias = self.expand.bias.unflatten(0, (-1, cells)).t().flatten()
-        expanded = self.activation(ops.linear(self.norm(deep.movedim(1, -1)), weight, bias))
-        batch, *grid, _ = expanded.shape
-        split = expanded.view(batch, *grid, *self.upscale, -1).permute(0, 1, 6, 2, 7, 3, 8, 4, 9, 5, 10, 11)
+        cells, normed = math.prod(self.upscale), self.norm(deep.movedim(1, -1))
+        batch, *grid, _ = normed.shape
+        if is_plain(self.expand, LINEAR) and not globally_hooked():
+            weight = self.expand.weight.unflatten(0, (-1, cells)).transpose(0, 1).flatten(0, 1)
+            bias = self.expand.bias.unflatten(0, (-1, cells)).t().flatten()
+            expanded = ops.linear(normed, weight, bias).view(batch, *grid, *self.upscale, -1)
+        else:
+            expanded = self.expand(normed).unflatten(-1, (-1, *self.upscale)).movedim(6, -1)
+        split = self.activation(expanded).permute(0, 1, 6, 2, 7, 3, 8, 4, 9, 5, 10, 11)
         return split.reshape(batch, *(size * step for size, step in zip(grid, self.upscale)), -1)
 
     def forward(self, deep: torch.Tensor) -> torch.Tensor:
@@ -69,7 +75,8 @@ class PatchDecoder(nn.Module):
 
     def weight(self) -> torch.Tensor:
         """W with the bias as its last column, fp32 [K, base_channels + 1]: decoded patch = W h."""
-        return at_least_float32(torch.cat([self.decode.weight, self.decode.bias[:, None]], dim=1))
+        weight, bias = affine(self.decode, self.width, self.norm.weight)
+        return at_least_float32(torch.cat([weight, bias[:, None]], dim=1))
 
     def squared_error(self, rows: torch.Tensor, image: torch.Tensor, cube: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the decoded cube, fp32 [B, months, epochs] at the stem's resolution.

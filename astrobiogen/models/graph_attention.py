@@ -5,6 +5,8 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.layers import Linear, RMSNorm, SwiGLU
+from astrobiogen.layers.children import globally_hooked, is_plain
+from astrobiogen.layers.linear import LINEAR
 from astrobiogen.models._common import at_least_float32
 from astrobiogen.models.graph_inputs import METABOLITE, REACTION, GraphTensors, segment_max, segment_sum
 
@@ -108,14 +110,19 @@ class StructuralEmbedding(nn.Module):
 
     def __init__(self, hidden_dim: int, laplacian_dim: int, random_walk_dim: int) -> None:
         super().__init__()
+        self.widths = (laplacian_dim, random_walk_dim)
         self.laplacian = Linear(laplacian_dim, hidden_dim, bias=False)
         self.random_walk = Linear(random_walk_dim, hidden_dim, bias=False)
         self.node_types = nn.Embedding(2, hidden_dim)
 
     def forward(self, structure: torch.Tensor) -> torch.Tensor:
         """Embed the nodes, [N, hidden_dim], from `node_structure`: the three tables side by side are one product."""
-        tables = (self.laplacian.weight, self.random_walk.weight, self.node_types.weight.t())
-        return ops.linear(structure, torch.cat(tables, dim=1))
+        linear = is_plain(self.laplacian, LINEAR) and is_plain(self.random_walk, LINEAR)
+        if linear and is_plain(self.node_types, (nn.Embedding,)) and not globally_hooked():
+            tables = (self.laplacian.weight, self.random_walk.weight, self.node_types.weight.t())
+            return ops.linear(structure, torch.cat(tables, dim=1))
+        vectors, walks, kinds = structure.split([*self.widths, 2], dim=1)
+        return self.laplacian(vectors) + self.random_walk(walks) + self.node_types(kinds[:, 1].long())
 
 
 def node_structure(graph: GraphTensors) -> torch.Tensor:

@@ -4,13 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.kernels._values import has_values
 from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from astrobiogen.layers._autocast import autocast_tensors
-from astrobiogen.models._common import check_axes, masked_mean, maybe_checkpoint, require, resolve_config
+from astrobiogen.layers.children import globally_hooked, is_plain
+from astrobiogen.layers.linear import LINEAR
+from astrobiogen.models._common import (
+    at_least_float32,
+    check_axes,
+    masked_mean,
+    maybe_checkpoint,
+    require,
+    resolve_config,
+)
 from astrobiogen.models.llm_config import DOMAINS, LLMConfig
 
 INITIAL_STD = 0.02  # of every matrix, as in GPT-2 and Llama
@@ -211,8 +221,10 @@ class RebuiltLLMIntegration(nn.Module):
             prefix.append(self.embed_domains(self._domain_index(domain, batch, device))[:, None])
         elif domain is not None:
             raise ValueError("domain is given but use_scientific_reasoning is off")
-        for index, (name, size) in enumerate(self.config.modality_dims.items()):
-            token = self.modality_types.weight[index].expand(batch, -1)
+        dims = self.config.modality_dims
+        types = self.modality_types(torch.arange(len(dims), device=device)).unbind() if dims else ()
+        for kind, (name, size) in zip(types, dims.items()):
+            token = kind.expand(batch, -1)
             if name in features:
                 check_axes(
                     f"modality_features[{name!r}]",
@@ -256,8 +268,12 @@ class RebuiltLLMIntegration(nn.Module):
     def _loss(self, text: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Negative log-likelihood of token t + 1 given everything up to t."""
         targets = labels[:, 1:].contiguous()
-        states, weight = autocast_tensors(text[:, :-1].reshape(-1, text.shape[-1]), self.lm_head.weight)
-        total = ops.linear_cross_entropy(states, weight, targets.reshape(-1), reduction="sum")
+        states, head = text[:, :-1].reshape(-1, text.shape[-1]), self.lm_head
+        if is_plain(head, LINEAR) and head.bias is None and not globally_hooked():
+            states, weight = autocast_tensors(states, head.weight)
+            total = ops.linear_cross_entropy(states, weight, targets.reshape(-1), reduction="sum")
+        else:  # an adapter or a hook: the head is called, and its logits exist
+            total = F.cross_entropy(at_least_float32(head(states)), targets.reshape(-1), reduction="sum")
         count = (targets != -100).sum()
         return {"loss": total / count.clamp(min=1), "token_count": count}
 

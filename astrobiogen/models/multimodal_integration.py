@@ -177,8 +177,9 @@ class RebuiltMultimodalIntegration(nn.Module):
         first = next(iter(features.values()))
         batch = first.shape[0]
         tokens, masks = [], []
-        for index, (name, size) in enumerate(dims.items()):
-            token = self.types.weight[index].expand(batch, -1)
+        types = self.types(torch.arange(len(dims), device=first.device)).unbind()
+        for kind, (name, size) in zip(types, dims.items()):
+            token = kind.expand(batch, -1)
             mask = torch.zeros(batch, dtype=torch.bool, device=first.device)
             if name in features:
                 check_axes(
