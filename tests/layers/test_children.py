@@ -73,14 +73,15 @@ def group_norm() -> tuple[ConvNormAct, torch.Tensor, str]:
 
 
 def attention() -> tuple[GroupedQueryAttention, torch.Tensor, str]:
-    return GroupedQueryAttention(12, 2), torch.randn(1, 4, 12), "k_proj"
+    return GroupedQueryAttention(12, 2), torch.randn(1, 4, 12), "v_proj"
 
 
 MAKERS: dict[str, Callable[[], tuple[Any, torch.Tensor, str]]] = {
-    "swiglu": swiglu, "swiglu-gate": lambda: (*swiglu()[:2], "gate_proj"), "swiglu-down": lambda: (*swiglu()[:2], "down_proj"),
-    "swiglu-padded": lambda: swiglu(pad_intermediate=True), "swiglu-bias": lambda: swiglu(bias=True),
-    "swiglu-recompute": lambda: (*swiglu(recompute=True)[:2], "down_proj"), "conv": rms,
-    "conv-rms": lambda: (*rms()[:2], "norm"), "conv-layer": layer_norm, "conv-group": group_norm, "attention": attention,
+    "swiglu": swiglu, "swiglu-gate": lambda: (*swiglu()[:2], "gate_proj"),
+    "swiglu-down": lambda: (*swiglu()[:2], "down_proj"), "swiglu-padded": lambda: swiglu(pad_intermediate=True),
+    "swiglu-bias": lambda: swiglu(bias=True), "swiglu-recompute": lambda: (*swiglu(recompute=True)[:2], "down_proj"),
+    "conv": rms, "conv-rms": lambda: (*rms()[:2], "norm"), "conv-layer": layer_norm, "conv-group": group_norm,
+    "attention": attention,
 }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def forward_hook(child: nn.Module) -> None:
 
 
 def pre_hook(child: nn.Module) -> None:
-    child.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 1.5,))
+    child.register_forward_pre_hook(lambda _module, inputs: (F.relu(inputs[0]),))
 
 
 def own_forward(child: Any) -> None:
@@ -252,7 +253,7 @@ def offload(child: Any) -> None:
     child.to("meta")
 
 
-@pytest.mark.parametrize("maker", ["swiglu", "conv-layer", "attention"])
+@pytest.mark.parametrize("maker", ["swiglu", "conv-layer"])
 def test_one_graph_with_and_without_hooks(maker: str) -> None:
     layer, x, name = MAKERS[maker]()
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
