@@ -24,20 +24,23 @@ void visible_ranges(int64_t queries, int64_t keys, const Options& options, const
     const Tensor bounds = cu_seqlens->to(at::kLong).contiguous();
     const int64_t* bound = bounds.const_data_ptr<int64_t>();
     const int64_t last = bounds.numel() - 1;
+    TORCH_CHECK_VALUE(last >= 0, "cu_seqlens must have shape [n + 1], got no element");
     TORCH_CHECK_VALUE(bound[0] == 0 && bound[last] <= queries, "cu_seqlens must start at 0 and end at most at S = ", queries, ", got ", bound[0],
                       " .. ", bound[last]);
-    for (int64_t segment = 0; segment < last; ++segment) {
+    for (int64_t segment = 0; segment < last; ++segment)  // all of them before the first is used
       TORCH_CHECK_VALUE(bound[segment] <= bound[segment + 1], "cu_seqlens must not decrease, got ", bound[segment], " before ", bound[segment + 1]);
+    for (int64_t segment = 0; segment < last; ++segment) {
       std::fill(low.begin() + bound[segment], low.begin() + bound[segment + 1], static_cast<int32_t>(bound[segment]));
       std::fill(high.begin() + bound[segment], high.begin() + bound[segment + 1], static_cast<int32_t>(bound[segment + 1]));
     }
     for (int64_t i = bound[last]; i < queries; ++i) low[i] = high[i] = static_cast<int32_t>(bound[last]);
   }
+  const int64_t window = std::min(options.window, queries + keys);  // farther than any key, and no sum overflows
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t position = i + keys - queries;
     int64_t begin = low[i], end = high[i];
-    if (options.window > 0) begin = std::max(begin, position - options.window + 1);
-    if (options.window > 0) end = std::min(end, position + options.window);
+    if (window > 0) begin = std::max(begin, position - window + 1);
+    if (window > 0) end = std::min(end, position + window);
     if (options.causal) end = std::min(end, position + 1);
     end = std::max<int64_t>(end, 0);
     low[i] = static_cast<int32_t>(std::min(begin, end));
@@ -45,16 +48,25 @@ void visible_ranges(int64_t queries, int64_t keys, const Options& options, const
   }
 }
 
-// Divides by the sum, writes the output rows and the log-sum-exp.
+// Divides by the sum, writes the output rows, what their rounding took away (half precision), and the log-sum-exp.
 template <typename T>
 void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, const float* panels, const float* maximum, const float* total,
-                const Rows<T>& out, float* lse) {
+                const Rows<T>& out, int16_t* rest, float* lse) {
   for (int64_t i = 0; i < t.count; ++i) {
     const int64_t token = (t.first + i) / g.group, head = t.kv_head * g.group + (t.first + i) % g.group;
     const float* from = panels + i / width * g.dim * width + i % width;
     T* to = out.at(t.batch, token, head);
     const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
-    for (int64_t d = 0; d < g.dim; ++d) to[d] = static_cast<T>(from[d * width] * inverse);
+    if constexpr (std::is_same_v<T, float>) {
+      for (int64_t d = 0; d < g.dim; ++d) to[d] = from[d * width] * inverse;
+    } else {
+      int16_t* left = rest + ((t.batch * g.queries + token) * g.heads + head) * g.dim;
+      for (int64_t d = 0; d < g.dim; ++d) {
+        const float value = from[d * width] * inverse;
+        to[d] = static_cast<T>(value);
+        left[d] = rest_of(value, static_cast<float>(to[d]));
+      }
+    }
     lse[(t.batch * g.heads + head) * g.queries + token] =
         total[i] == 0.0f ? -std::numeric_limits<float>::infinity() : (maximum[i] + std::log2(total[i])) * kLn2;
   }
@@ -65,6 +77,50 @@ struct KeyRows {
   Tensor storage;
   Rows<const float> rows;
 };
+
+// Whether every value is finite that some queries see and others do not: those hold its row with weight 0, and 0 times NaN would be NaN.
+template <typename T>
+bool partly_seen_are_finite(const Geometry<float>& g, const Rows<T>& values) {
+  const auto [first, all_from] = std::minmax_element(g.low.begin(), g.low.end());
+  const auto [all_to, last] = std::minmax_element(g.high.begin(), g.high.end());
+  for (int64_t key = *first; key < *last; ++key) {
+    if (key >= *all_from && key < *all_to) continue;
+    for (int64_t b = 0; b < g.batch; ++b)
+      for (int64_t h = 0; h < g.kv_heads; ++h)
+        if (!all_finite(values.at(b, key, h), g.dim)) return false;
+  }
+  return true;
+}
+
+// Takes what is not finite out of packed values [pairs, Sk, D]; returns the rows where that was.
+std::vector<int64_t> silence_rows(const Tensor& packed, int64_t dim) {
+  float* values = packed.mutable_data_ptr<float>();
+  std::vector<int64_t> found;
+  if (finite_tensor(packed)) return found;
+  for (int64_t row = 0; row < packed.numel() / dim; ++row) {
+    if (all_finite(values + row * dim, dim)) continue;
+    silence(values + row * dim, dim);
+    found.push_back(row);
+  }
+  return found;
+}
+
+// What `silence_rows` took out reaches the queries that see it, and no other.
+template <typename T>
+void add_silenced(const Geometry<float>& g, const TaskRows& t, int64_t width, const std::vector<int64_t>& rows, const Rows<const T>& values,
+                  const int32_t* low, const int32_t* high, float* panels) {
+  for (const int64_t row : rows) {
+    const int64_t key = row % g.keys;
+    if (row / g.keys != t.batch * g.kv_heads + t.kv_head) continue;
+    const T* value = values.at(t.batch, key, t.kv_head);
+    for (int64_t i = 0; i < t.count; ++i) {
+      if (key < low[i] || key >= high[i]) continue;
+      float* to = panels + i / width * g.dim * width + i % width;
+      for (int64_t d = 0; d < g.dim; ++d)
+        if (const float x = static_cast<float>(value[d]); !all_finite(&x, 1)) to[d * width] += x;
+    }
+  }
+}
 
 template <typename T>
 KeyRows key_rows(const Geometry<float>& g, const Tensor& t, bool turn, bool copy) {
@@ -77,14 +133,19 @@ KeyRows key_rows(const Geometry<float>& g, const Tensor& t, bool turn, bool copy
 }
 
 template <typename T>
-void forward_typed(const Inputs& in, Tensor& out, Tensor& lse) {
+void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   const Geometry<float> g = make_geometry<float>(in.q, in.k, in.cos, in.sin, in.cu_seqlens, in.sinks, in.options);
   const Kernels& kernel = kernels();
   const int64_t width = kernel.width, blocks = (g.rows() + kTaskRows - 1) / kTaskRows, pairs = g.batch * g.kv_heads;
-  const KeyRows k = key_rows<T>(g, in.k, true, blocks > 1), v = key_rows<T>(g, in.v, false, blocks > 1);
+  bool copy_values = blocks > 1;
+  if constexpr (std::is_same_v<T, float>) copy_values = copy_values || !partly_seen_are_finite(g, rows_of<float>(in.v));
+  const KeyRows k = key_rows<T>(g, in.k, true, blocks > 1), v = key_rows<T>(g, in.v, false, copy_values);
+  const bool copied = copy_values || !std::is_same_v<T, float>;
+  const std::vector<int64_t> silenced = copied ? silence_rows(v.storage, g.dim) : std::vector<int64_t>{};
   const Rows<const T> q = rows_of<T>(in.q);
   const Rows<T> result = mutable_rows_of<T>(out);
   float* lse_data = lse.mutable_data_ptr<float>();
+  int16_t* rest_data = rest.mutable_data_ptr<int16_t>();
   const float factor = g.softcap > 0.0f ? g.scale / g.softcap : g.scale * kLog2E;
   const int64_t panel_floats = kTaskRows * g.dim;
   run_tasks(pairs * blocks, 2 * panel_floats + 4 * kTaskRows + kScratch, [&](int64_t task, float* scratch) {
@@ -104,7 +165,8 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse) {
     }
     kernel.forward({k.rows.at(t.batch, 0, t.kv_head), v.rows.at(t.batch, 0, t.kv_head), k.rows.token, v.rows.token, g.dim, t.panels, queries,
                     accumulator, maximum, total, low, high, g.softcap * kLog2E, scratch});
-    write_rows<T>(g, t, width, accumulator, maximum, total, result, lse_data);
+    if (!silenced.empty()) add_silenced<T>(g, t, width, silenced, rows_of<T>(in.v), low, high, accumulator);
+    write_rows<T>(g, t, width, accumulator, maximum, total, result, rest_data, lse_data);
   });
 }
 
@@ -116,24 +178,27 @@ ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   const bool wide = q.scalar_type() == at::kDouble;
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide ? at::kDouble : at::kFloat));
-  if (out.numel() == 0) return {out, lse};
+  const bool half = !wide && q.scalar_type() != at::kFloat;
+  Tensor rest = half ? at::empty(q.sizes(), q.options().dtype(at::kShort)) : at::empty({0}, q.options().dtype(at::kShort));
+  if (out.numel() == 0) return {out, lse, rest};
   if (wide) forward_double(in, out, lse);
-  else if (q.scalar_type() == at::kFloat) forward_typed<float>(in, out, lse);
-  else if (q.scalar_type() == at::kBFloat16) forward_typed<c10::BFloat16>(in, out, lse);
-  else forward_typed<c10::Half>(in, out, lse);
-  return {out, lse};
+  else if (q.scalar_type() == at::kFloat) forward_typed<float>(in, out, lse, rest);
+  else if (q.scalar_type() == at::kBFloat16) forward_typed<c10::BFloat16>(in, out, lse, rest);
+  else forward_typed<c10::Half>(in, out, lse, rest);
+  return {out, lse, rest};
 }
 
 BackwardResult attention_backward(const Optional& grad_out, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Tensor& out, const Tensor& lse, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
-                                  const Optional& sinks, bool causal, double scale, int64_t window, double softcap, bool interleaved) {
+                                  const Tensor& out, const Tensor& lse, const Tensor& rest, const Optional& cos, const Optional& sin,
+                                  const Optional& cu_seqlens, const Optional& sinks, bool causal, double scale, int64_t window, double softcap,
+                                  bool interleaved) {
   constexpr check::Op op("astrobiogen::attention_backward");
   check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
-  check_results(op, grad_out, grad_lse, q, out, lse);
+  check_results(op, grad_out, grad_lse, q, out, lse, rest);
   const Inputs in{unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved}};
   const Tensor grad = grad_out ? unit_stride(*grad_out) : at::zeros(out.sizes(), out.options());
   const Optional grad_of_lse = grad_lse ? std::optional(grad_lse->contiguous()) : std::nullopt;
-  return backward(in, grad, grad_of_lse, unit_stride(out), lse.contiguous());
+  return backward(in, grad, grad_of_lse, unit_stride(out), lse.contiguous(), rest.contiguous());
 }
 
 }  // namespace astrobiogen::attention

@@ -56,12 +56,15 @@ inline void check_arguments(const check::Op& op, const Tensor& q, const Tensor& 
 }
 
 inline void check_results(const check::Op& op, const Optional& grad_out, const Optional& grad_lse, const Tensor& q,
-                          const Tensor& out, const Tensor& lse) {
+                          const Tensor& out, const Tensor& lse, const Tensor& rest) {
   op.like(out, "out", q, "the shape of q");
   op.like(grad_out, "grad_out", q, "the shape of q");
   op.dtype(lse, "lse", check::exact(q));
   op.shape(lse, "lse", {q.size(0), q.size(2), q.size(1)}, "[B, Hq, Sq]");
   op.like(grad_lse, "grad_lse", lse, "the shape of lse");
+  const bool rounds = q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf;
+  op.dtype(rest, "rest", at::kShort);
+  op.shape(rest, "rest", rounds ? q.sizes() : at::IntArrayRef({0}), "the shape of q in half precision, else [0]");
 }
 
 }  // namespace astrobiogen::attention

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
@@ -132,6 +133,48 @@ void pack(const Geometry<Scalar>& g, const Rows<const T>& in, int64_t tokens, in
   });
 }
 
+// Whether all of `count` numbers are finite. In integers, which the compiler turns into vectors: the exponent of Inf and NaN is all ones.
+inline bool all_finite(const float* p, int64_t count) {
+  uint32_t carries = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, p + i, sizeof(bits));
+    carries |= (bits & 0x7fffffffu) + 0x00800000u;
+  }
+  return carries < 0x80000000u;
+}
+
+// Sets what is not finite to 0.
+inline void silence(float* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = all_finite(p + i, 1) ? p[i] : 0.0f;
+}
+
+inline bool finite_tensor(const Tensor& t) {
+  std::atomic<bool> finite{true};
+  const float* p = t.const_data_ptr<float>();
+  at::parallel_for(0, t.numel(), 65536, [&](int64_t begin, int64_t end) {
+    if (!all_finite(p + begin, end - begin)) finite = false;
+  });
+  return finite;
+}
+
+// A result in half precision and what its rounding took away: `rest` is the difference of the bits of the fp32 number and of the rounded one, widened.
+// bf16 and normal fp16 numbers come back exactly; fp16 subnormals and what overflowed stay as rounded.
+inline int16_t rest_of(float exact, float rounded) {
+  int32_t bits, base;
+  std::memcpy(&bits, &exact, sizeof(bits));
+  std::memcpy(&base, &rounded, sizeof(base));
+  return all_finite(&rounded, 1) ? static_cast<int16_t>(std::clamp(bits - base, -32768, 32767)) : int16_t{0};
+}
+
+inline float unrounded(float rounded, int16_t rest) {
+  int32_t bits;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  bits += rest;
+  std::memcpy(&rounded, &bits, sizeof(bits));
+  return rounded;
+}
+
 // Cache-line aligned floats, zeroed.
 class Scratch {
  public:
@@ -158,7 +201,7 @@ void run_tasks(int64_t count, int64_t scratch_floats, const Work& work) {
   });
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor>;
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 struct Inputs {
@@ -167,7 +210,8 @@ struct Inputs {
   Options options;
 };
 
-BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse);
+BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse,
+                        const Tensor& rest);
 void forward_double(const Inputs& in, Tensor& out, Tensor& lse);
 void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse, Tensor& grad_q,
                      Tensor& grad_k, Tensor& grad_v, Tensor& grad_sinks);

@@ -104,7 +104,7 @@ ASTRO_INLINE void backward_tile(const BackwardTile& t) {
   float *probability = t.scratch, *grad = t.scratch + kScratch;
   for (int64_t first = all.first; first < all.last; first += B::Keys) {
     const int64_t end = first + B::Keys < all.last ? first + B::Keys : all.last, count = end - first;
-    const float *keys = t.keys + first * t.dim, *values = t.values + first * t.dim;
+    const float *keys = t.keys + first * t.dim, *finite_keys = t.finite_keys + first * t.dim, *values = t.values + first * t.dim;
     int64_t begin_panel = t.panels, end_panel = 0;  // rows are ordered by position, so the panels that see this tile are neighbours
     for (int64_t x = 0; x < t.panels; ++x) {
       const Range& range = ranges[x];
@@ -120,7 +120,11 @@ ASTRO_INLINE void backward_tile(const BackwardTile& t) {
       if (first < ranges[x].full_first || end > ranges[x].full_last) mask_tile<B>(p, kRows, first, count, t.low + x * W, t.high + x * W);
       product<B, 2, false, Start::kZero>(count, values, t.dim, t.grads + panel, W, t.dim, g, kRows);
       gradient_tile<B>(p, g, count, t.lse + x * W, t.delta + x * W, t.softcap);
-      product<B, 2, true, Start::kAdd>(t.dim, keys, t.dim, g, kRows, count, t.grad_queries + panel, W);
+      if (t.lost) {  // -Inf - NaN: the keys that a lost row does not see have P = NaN
+        mask_tile<B>(p, kRows, first, count, t.low + x * W, t.high + x * W, 0.0f);
+        mask_tile<B>(g, kRows, first, count, t.low + x * W, t.high + x * W, 0.0f);
+      }
+      product<B, 2, true, Start::kAdd>(t.dim, finite_keys, t.dim, g, kRows, count, t.grad_queries + panel, W);
     }
     if (begin_panel >= end_panel) continue;
     const int64_t row = begin_panel * W, depth = (end_panel - begin_panel) * W;

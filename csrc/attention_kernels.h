@@ -24,17 +24,19 @@ struct ForwardTile {
 
 struct BackwardTile {
   const float* keys;    // [Sk][dim], rotated
+  const float* finite_keys;  // the same with 0 for what is not finite: a hidden pair meets it with weight 0
   const float* values;  // [Sk][dim]
   int64_t dim, padded;  // padded: row stride of the row-major tiles, a multiple of the register width, columns from `dim` on zero
   int64_t panels;
   const float* queries;      // [panels][dim][W]
-  const float* query_rows;   // [panels W][padded], the same numbers
+  const float* query_rows;   // [panels W][padded], the same numbers, finite
   const float* grads;        // [panels][dim][W] gradient of the output
-  const float* grad_rows;    // [panels W][padded]
-  const float* lse;          // [panels W], in units of log 2; finite
+  const float* grad_rows;    // [panels W][padded], finite
+  const float* lse;          // [panels W], in units of log 2; finite, or NaN for a row that is lost
   const float* delta;        // [panels W] sum_d grad out - gradient of lse
   const int32_t* low;
   const int32_t* high;
+  bool lost;            // some row's lse is NaN
   float softcap;
   float* grad_queries;  // [panels][dim][W], zero on entry
   float* grad_keys;     // [Sk][padded], added to

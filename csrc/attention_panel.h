@@ -27,11 +27,14 @@ inline void visible_keys(const Geometry<float>& g, const TaskRows& t, int64_t wi
   }
 }
 
-// panels[x][d][w] = factor * (rotated) row x W + w; with `flat`, the same numbers as rows of `padded` floats. Rows past the end are zero.
+// panels[x][d][w] = factor * (rotated) row x W + w; with `flat`, the same numbers as rows of `padded` floats, and 0 where they are not finite: there they
+// meet hidden pairs with weight 0. Rows past the end are zero. Returns the bits of the rows that are not finite (with `flat`).
+static_assert(kTaskRows <= 64);
 template <typename T>
-void pack_panels(const Geometry<float>& g, const TaskRows& t, const Rows<const T>& in, bool turn, float factor, int64_t width, float* panels,
+uint64_t pack_panels(const Geometry<float>& g, const TaskRows& t, const Rows<const T>& in, bool turn, float factor, int64_t width, float* panels,
                  float* flat, int64_t padded) {
   float row[kMaxHeadDim];
+  uint64_t marked = 0;
   for (int64_t i = 0; i < t.panels * width; ++i) {
     if (i < t.count) {
       const int64_t token = (t.first + i) / g.group, head = t.kv_head * g.group + (t.first + i) % g.group;
@@ -47,8 +50,13 @@ void pack_panels(const Geometry<float>& g, const TaskRows& t, const Rows<const T
     }
     float* to = panels + i / width * g.dim * width + i % width;
     for (int64_t d = 0; d < g.dim; ++d) to[d * width] = row[d];
-    if (flat != nullptr) std::memcpy(flat + i * padded, row, g.dim * sizeof(float));
+    if (flat == nullptr) continue;
+    std::memcpy(flat + i * padded, row, g.dim * sizeof(float));
+    if (all_finite(row, g.dim)) continue;
+    silence(flat + i * padded, g.dim);
+    marked |= uint64_t{1} << i;
   }
+  return marked;
 }
 
 }  // namespace astrobiogen::attention

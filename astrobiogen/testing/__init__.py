@@ -18,3 +18,4 @@ from astrobiogen.testing._routes import route as route
 from astrobiogen.testing._tolerance import Measurement as Measurement
 from astrobiogen.testing._transforms import check_transforms as check_transforms
 from astrobiogen.testing._values import check_op as check_op
+from astrobiogen.testing._visibility import check_visibility as check_visibility

@@ -14,6 +14,7 @@ from astrobiogen.testing._routes import Implementation
 from astrobiogen.testing._tolerance import Measurement
 from astrobiogen.testing._transforms import check_transforms
 from astrobiogen.testing._values import check_op
+from astrobiogen.testing._visibility import check_visibility
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,7 +30,8 @@ def check_battery(
 ) -> list[Measurement]:
     """Run every check of this package.
 
-    `check_op` for each case, dtype and implementation (Triton only where `case.interpret`, unless a GPU runs it).
+    `check_op` for each case, dtype and implementation (Triton only where `case.interpret`, unless a GPU runs it);
+    `check_visibility` per implementation for the cases marked `gradcheck` or `masks` (of the reference for the latter).
 
     For the cases marked `gradcheck`: `check_nonfinite` per implementation, `check_opcheck`, `check_fullgraph`,
     `check_partial_gradients`, `check_transforms` and `check_habits`, on the GPU as well if there is one;
@@ -59,6 +61,10 @@ def check_battery(
         for implementation in served:
             for dtype in dtypes:
                 measurements += check_op(function, reference, case, dtype, ops=ops, implementation=implementation)
+        if case.masks:
+            check_visibility(reference, reference, case)
+        for implementation in served if case.masks or case.gradcheck else ():
+            check_visibility(function, reference, case, ops=tuple(ops), implementation=implementation)
         if not case.gradcheck:
             continue
         for implementation in served:

@@ -138,6 +138,11 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(_bits(left), _bits(right))
 
 
+def different_bits(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Elementwise: True where the bits of two tensors of one shape and dtype differ."""
+    return _bits(left) != _bits(right)
+
+
 def name_of(function: Function) -> str:
     """The function's name for messages."""
     return getattr(function, "__name__", repr(function))

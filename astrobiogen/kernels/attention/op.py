@@ -11,6 +11,7 @@ from astrobiogen.kernels.attention import reference
 
 _TRITON = "astrobiogen.kernels.attention.triton_kernels"
 MAX_HEAD_DIM = 256
+NO_LIMIT = 2**31 - 1  # no two of at most 2^31 - 1 positions are as far apart: windows from here on hide nothing
 
 
 @overload
@@ -120,14 +121,14 @@ def attention(
         sinks,
         bool(causal),
         1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
-        0 if window is None else int(window),
+        0 if window is None or window >= NO_LIMIT else int(window),
         0.0 if softcap is None else float(softcap),
         bool(interleaved),
     )
     if _registry.reference_selected():
         out, lse = reference.attention(q, k, v, *options)
     else:
-        out, lse = torch.ops.astrobiogen.attention(q, k, v, *options)
+        out, lse, _ = torch.ops.astrobiogen.attention(q, k, v, *options)
     return (out, lse) if return_lse else out
 
 
@@ -207,10 +208,12 @@ def _check_rotary(
     return cos, sin
 
 
-def _fake_forward(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    del k, rest
+def _fake_forward(q: torch.Tensor, k: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del k, others
     batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty((batch, heads, queries), dtype=torch.promote_types(q.dtype, torch.float32))
+    rounds = q.dtype in (torch.float16, torch.bfloat16)
+    return q.new_empty(q.shape), lse, q.new_empty(q.shape if rounds else (0,), dtype=torch.int16)
 
 
 def _fake_backward(
@@ -221,22 +224,23 @@ def _fake_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    rest: torch.Tensor,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    del grad_out, grad_lse, out, lse
+    del grad_out, grad_lse, out, lse, rest
     sinks = reference.Options(*options).sinks
     grad_sinks = q.new_empty(0, dtype=torch.float32) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_sinks
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, k, v, cos, sin, cu_seqlens, sinks, *ctx.options = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, cos, sin, cu_seqlens, sinks)
 
 
 def _backward(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, _grad_rest: None
 ) -> tuple[torch.Tensor | None, ...]:
     if grad_out is None and grad_lse is None:
         return (None,) * 12
@@ -252,14 +256,14 @@ _OPTIONS = (
     "bool causal, float scale, int window, float softcap, bool interleaved"
 )
 _registry.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_forward,
     fake=_fake_forward,
     triton=f"{_TRITON}:attention",
 )
 _registry.define(
     "attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONS}) "
+    f"Tensor rest, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from astrobiogen.kernels.attention.reference_masked import pairs, product
 from astrobiogen.kernels.rope.reference import rope
 
 Forward = tuple[torch.Tensor, torch.Tensor]
+OpForward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Backward = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -43,8 +45,8 @@ def segment_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[torch.Tensor,
     segment = torch.searchsorted(cu_seqlens, position, right=True) - 1
     inside = segment < last
     segment = segment.clamp(0, max(last - 1, 0))
-    start = torch.where(inside, cu_seqlens[segment], position)
-    end = torch.where(inside, cu_seqlens[(segment + 1).clamp(max=last)], position)
+    start = torch.where(inside, cu_seqlens[segment], position).clamp(0, tokens)
+    end = torch.where(inside, cu_seqlens[(segment + 1).clamp(max=last)], position).clamp(0, tokens)
     return start.to(torch.int32), end.to(torch.int32)
 
 
@@ -56,8 +58,9 @@ def visible(queries: int, keys: int, o: Options, device: torch.device) -> torch.
     if o.causal:
         mask &= key <= position
     if o.window > 0:
-        mask &= key > position - o.window
-        mask &= key < position + o.window
+        reach = min(o.window, queries + keys)  # farther than any key, and no sum overflows
+        mask &= key > position - reach
+        mask &= key < position + reach
     if o.cu_seqlens is not None:
         start, end = segment_bounds(o.cu_seqlens, queries)
         mask &= (key >= start.unsqueeze(1)) & (key < end.unsqueeze(1))
@@ -67,26 +70,52 @@ def visible(queries: int, keys: int, o: Options, device: torch.device) -> torch.
 def _grouped(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotated q as [B, Hkv, G, Sq, D], rotated k and v as [B, Hkv, 1, Sk, D], all in fp32 or wider."""
+    """Rotated q as [B, Hkv, G, Sq, D], rotated k and v as [B, Hkv, G, Sk, D], all in fp32 or wider."""
     q, k = rotate(q, o), rotate(k, o)
     compute = torch.promote_types(q.dtype, torch.float32)
     batch, queries, heads, dim = q.shape
     kv_heads = k.shape[2]
-    q = q.to(compute).reshape(batch, queries, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
-    return q, k.to(compute).permute(0, 2, 1, 3).unsqueeze(2), v.to(compute).permute(0, 2, 1, 3).unsqueeze(2)
+    group = heads // kv_heads
+    q = q.to(compute).reshape(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    k, v = (x.to(compute).permute(0, 2, 1, 3).unsqueeze(2).expand(-1, -1, group, -1, -1) for x in (k, v))
+    return q, k, v
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, o: Options) -> torch.Tensor:
-    scores = (q @ k.transpose(-1, -2)) * o.scale
+def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, o: Options) -> torch.Tensor:
+    scores = pairs(q, k, mask) * o.scale
     return o.softcap * torch.tanh(scores / o.softcap) if o.softcap > 0 else scores
+
+
+def remainder(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """What rounding to half precision took away from fp32 numbers: the difference of the bits of `exact` and `rounded`
+    as fp32, int16. Exact for bf16 and normal fp16 numbers; fp16 subnormals and what overflowed stay as rounded. No
+    element for a dtype that is not half precision.
+    """
+    if rounded.dtype not in (torch.float16, torch.bfloat16):
+        return rounded.new_empty(0, dtype=torch.int16)
+    bits, base = exact.contiguous().view(torch.int32), rounded.float().contiguous().view(torch.int32)
+    rest = (bits - base).clamp(-32768, 32767).to(torch.int16)
+    return rest.masked_fill(~torch.isfinite(rounded), 0)
+
+
+def unrounded(rounded: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """The fp32 numbers that `remainder` was taken from; `rounded` itself if it is not half precision."""
+    if rounded.dtype not in (torch.float16, torch.bfloat16):
+        return rounded
+    return (rounded.float().contiguous().view(torch.int32) + rest).view(torch.float32)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Forward:
     """(out [B, Sq, Hq, D], lse [B, Hq, Sq]): see `op.attention`. Differentiable twice under plain autograd."""
-    o = Options(*options)
+    out, lse = _attend(q, k, v, Options(*options))
+    return out.to(q.dtype), lse
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> Forward:
+    """`attention` with `out` as it is before rounding."""
     grouped_q, grouped_k, grouped_v = _grouped(q, k, v, o)
     mask = visible(q.shape[1], k.shape[1], o, q.device)
-    scores = _scores(grouped_q, grouped_k, o).masked_fill(~mask, -torch.inf)
+    scores = _scores(grouped_q, grouped_k, mask, o).masked_fill(~mask, -torch.inf)
     batch, kv_heads, group, queries, dim = grouped_q.shape
     if o.sinks is not None:
         sink = o.sinks.to(scores.dtype).reshape(kv_heads, group, 1, 1).expand(batch, -1, -1, queries, 1)
@@ -97,16 +126,19 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) 
     # output to 0.
     blind = (scores == -torch.inf).all(dim=-1, keepdim=True)
     scores = scores.masked_fill(blind, 0.0)
-    probability = torch.softmax(scores, dim=-1)[..., : k.shape[1]].masked_fill(blind, 0.0)
-    out = (probability @ grouped_v).permute(0, 3, 1, 2, 4).reshape(batch, queries, kv_heads * group, dim)
+    probability = torch.softmax(scores, dim=-1)[..., : k.shape[1]].masked_fill(blind | ~mask, 0.0)
+    out = product(probability, grouped_v, mask).permute(0, 3, 1, 2, 4).reshape(batch, queries, kv_heads * group, dim)
     lse = torch.logsumexp(scores, dim=-1).masked_fill(blind.squeeze(-1), -torch.inf)
-    return out.to(q.dtype), lse.reshape(batch, kv_heads * group, queries)
+    return out, lse.reshape(batch, kv_heads * group, queries)
 
 
-def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Forward:
-    """The op's default kernel: `attention` with outputs in contiguous memory of their own, as an op promises."""
-    out, lse = attention(q, k, v, *options)
-    return out.contiguous(), lse.contiguous()
+def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> OpForward:
+    """The op's default kernel: `attention` with outputs in contiguous memory of their own, as an op promises, and
+    the `remainder` of `out`.
+    """
+    exact, lse = _attend(q, k, v, Options(*options))
+    out = exact.to(q.dtype)
+    return out.contiguous(), lse.contiguous(), remainder(exact, out)
 
 
 def attention_backward(
@@ -117,29 +149,34 @@ def attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    rest: torch.Tensor,
     *options: Any,
 ) -> Backward:
-    """(grad_q, grad_k, grad_v, grad_sinks); grad_sinks has no element without sinks. Formulas: README.md."""
+    """(grad_q, grad_k, grad_v, grad_sinks); grad_sinks has no element without sinks. `rest`: the `remainder` of `out`.
+    Formulas: README.md.
+    """
     o = Options(*options)
     grouped_q, grouped_k, grouped_v = _grouped(q, k, v, o)
     batch, kv_heads, group, queries, dim = grouped_q.shape
     shape = (batch, kv_heads, group, queries, 1)
     mask = visible(queries, k.shape[1], o, q.device)
-    scores = _scores(grouped_q, grouped_k, o)
+    scores = _scores(grouped_q, grouped_k, mask, o)
     lse = lse.to(scores.dtype).reshape(shape)
     probability = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)).masked_fill(~mask, 0.0)
     grad = torch.zeros_like(out) if grad_out is None else grad_out
     grad = grad.to(scores.dtype).reshape(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
-    saved = out.to(scores.dtype).reshape(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
-    delta = (grad * saved).sum(dim=-1, keepdim=True)
+    saved = unrounded(out, rest).reshape(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    delta = (grad * saved).sum(dim=-1, keepdim=True).masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
     if grad_lse is not None:
         delta = delta - grad_lse.to(scores.dtype).reshape(shape)
-    grad_scores = probability * (grad @ grouped_v.transpose(-1, -2) - delta)
+    grad_scores = probability * (pairs(grad, grouped_v, mask) - delta)
     if o.softcap > 0:
         grad_scores = grad_scores * (1.0 - (scores / o.softcap).square())
-    grad_q = (grad_scores @ grouped_k * o.scale).permute(0, 3, 1, 2, 4).reshape(q.shape)
-    grad_k = (grad_scores.transpose(-1, -2) @ grouped_q * o.scale).sum(dim=2).permute(0, 2, 1, 3)
-    grad_v = (probability.transpose(-1, -2) @ grad).sum(dim=2).permute(0, 2, 1, 3)
+    grad_scores = grad_scores.masked_fill(~mask, 0.0)
+    seen_by = mask.transpose(-1, -2)
+    grad_q = (product(grad_scores, grouped_k, mask) * o.scale).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    grad_k = (product(grad_scores.transpose(-1, -2), grouped_q, seen_by) * o.scale).sum(dim=2).permute(0, 2, 1, 3)
+    grad_v = product(probability.transpose(-1, -2), grad, seen_by).sum(dim=2).permute(0, 2, 1, 3)
     grad_q, grad_k = rotate(grad_q, o, inverse=True), rotate(grad_k, o, inverse=True)
     if o.sinks is None:
         grad_sinks = q.new_empty(0, dtype=torch.float32)

@@ -10,10 +10,12 @@ import triton.language as tl
 
 from astrobiogen.kernels.attention.triton_device import (
     LOG2E,
+    finite,
     key_range,
     load_columns,
     load_part,
     log2_scores,
+    only_finite,
     product,
     query_range,
     row_pointers,
@@ -26,13 +28,14 @@ from astrobiogen.kernels.attention.triton_device import (
 
 @triton.jit
 def row_constants_kernel(
-    grad, out, lse, grad_lse, log_sums, delta,
+    grad, out, lse, rest, grad_lse, log_sums, delta,
     g_batch, g_token, g_head, o_batch, o_token, o_head, heads, queries,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, G_UNIT: tl.constexpr, O_UNIT: tl.constexpr, GRAD_LSE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, G_UNIT: tl.constexpr, O_UNIT: tl.constexpr, REST: tl.constexpr,
+    GRAD_LSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, Hq, padded] = <dO, O> - dlse, and the log-sum-exp in units of log 2, +Inf for a row that sees nothing
-    or lies behind the last query, so that its probabilities are 0. Grid (B Hq, padded / BLOCK).
+    """delta [B, Hq, padded] = <dO, O> - dlse with O as it was before rounding, and the log-sum-exp in units of log 2:
+    +Inf for a row that sees nothing or lies behind the last query, so that its probabilities are 0, and NaN for a row
+    whose dO is not finite, so that all that it sees hears it. Grid (B Hq, padded / BLOCK).
     """
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first, local = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
@@ -42,14 +45,20 @@ def row_constants_kernel(
     column = tl.arange(0, COLUMNS)
     a = load_columns(row_pointers(g_base, first, local, g_token, G_UNIT), live, column, DIM).to(tl.float32)
     b = load_columns(row_pointers(o_base, first, local, o_token, O_UNIT), live, column, DIM).to(tl.float32)
-    value = tl.sum(a * b, 1)
+    if REST:
+        r_base = rest + (batch.to(tl.int64) * queries * heads + head) * DIM
+        left = load_columns(row_pointers(r_base, first, local, heads, DIM), live, column, DIM).to(tl.int32)
+        b = (b.to(tl.int32, bitcast=True) + left).to(tl.float32, bitcast=True)
+    value = tl.sum(tl.where(b == 0.0, 0.0, a * b), 1)  # a row that sees nothing is 0 whatever dO is
+    wrong = tl.max(tl.where(finite(a), 0, 1), 1) > 0
     index = tl.program_id(0).to(tl.int64) * queries + first + local
     if GRAD_LSE:
         value -= tl.load(grad_lse + index, mask=live, other=0.0).to(tl.float32)
     log_sum = tl.load(lse + index, mask=live, other=float("-inf"))
     to = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * BLOCK + first + local
     tl.store(delta + to, value)
-    tl.store(log_sums + to, tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2E))
+    log_sum = tl.where(wrong & (log_sum != float("-inf")), float("nan"), log_sum * LOG2E)
+    tl.store(log_sums + to, tl.where(log_sum == float("-inf"), float("inf"), log_sum))
 
 
 @triton.jit
@@ -63,11 +72,13 @@ def probabilities(raw, log_sum, visible, scale, softcap, SOFTCAP: tl.constexpr, 
 
 
 @triton.jit
-def score_gradient(p, s, grad_p, delta, softcap, SOFTCAP: tl.constexpr):
-    """dS = P (dP - delta), times the derivative of the soft cap."""
+def score_gradient(p, s, grad_p, delta, visible, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """dS = P (dP - delta), times the derivative of the soft cap; 0 for a hidden pair whatever its factors are."""
     ds = p * (grad_p - delta)
     if SOFTCAP:
         ds = ds * (1.0 - (s / softcap) * (s / softcap))
+    if MASKED:
+        ds = tl.where(visible, ds, 0.0)
     return ds
 
 
@@ -76,10 +87,10 @@ def query_tiles(
     dq, dq_tail, q, q_tail, g, g_tail, log_sum, delta, k_base, v_base, k_token, v_token, begin, end, keys, low, high,
     scale, softcap,
     MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, K_UNIT: tl.constexpr,
-    V_UNIT: tl.constexpr, SOFTCAP: tl.constexpr, LOWER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    V_UNIT: tl.constexpr, K_FINITE: tl.constexpr, SOFTCAP: tl.constexpr, LOWER: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq += dS K over the keys begin .. end - 1."""
+    """dq += dS K over the keys begin .. end - 1. What is not finite in a key that is seen made the row's log-sum NaN."""
     local = tl.arange(0, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
         n = first + local
@@ -97,7 +108,11 @@ def query_tiles(
             grad_p = product(g_tail, tl.trans(v_tail), grad_p, PRECISION)
         visible = visible_keys(n, low, high, LOWER)
         p, s = probabilities(raw, log_sum[:, None], visible, scale, softcap, SOFTCAP, MASKED)
-        ds = score_gradient(p, s, grad_p, delta[:, None], softcap, SOFTCAP).to(k.dtype)
+        ds = score_gradient(p, s, grad_p, delta[:, None], visible, softcap, SOFTCAP, MASKED).to(k.dtype)
+        if MASKED and not K_FINITE:
+            k = only_finite(k)
+            if TAIL > 0:
+                k_tail = only_finite(k_tail)
         dq = product(ds, k, dq, PRECISION)
         if TAIL > 0:
             dq_tail = product(ds, k_tail, dq_tail, PRECISION)
@@ -111,8 +126,9 @@ def grad_query_kernel(
     heads, group, queries, padded, keys, angle_batch, angle_first, scale, softcap, out_scale, window,
     DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr, G_WIDTH: tl.constexpr, Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
-    G_UNIT: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    G_UNIT: tl.constexpr, K_FINITE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ, turned back. Grid (B Hq, query blocks), longest first."""
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -145,17 +161,17 @@ def grad_query_kernel(
         dq, dq_tail = query_tiles(
             dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, begin, clean,
             keys, low, high, scale, softcap,
-            MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, True, PRECISION, BLOCK_N,
+            MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, K_FINITE, SOFTCAP, LOWER, True, PRECISION, BLOCK_N,
         )  # fmt: skip
     dq, dq_tail = query_tiles(
         dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, clean, edge,
         keys, low, high, scale, softcap,
-        MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, False, PRECISION, BLOCK_N,
+        MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, K_FINITE, SOFTCAP, LOWER, False, PRECISION, BLOCK_N,
     )  # fmt: skip
     dq, dq_tail = query_tiles(
         dq, dq_tail, q_main, q_tail, g_main, g_tail, log_sum, mean, k_base, v_base, k_token, v_token, edge, end,
         keys, low, high, scale, softcap,
-        MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, True, PRECISION, BLOCK_N,
+        MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, K_FINITE, SOFTCAP, LOWER, True, PRECISION, BLOCK_N,
     )  # fmt: skip
     to = row_pointers(grad_q + (wide * queries * heads + head) * DIM, first, local, heads, DIM)
     cos_rows = row_pointers(cos + wide * angle_batch, angle_first + first, local, ROTARY, 1)
@@ -170,11 +186,11 @@ def key_tiles(
     dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, n, q_base, g_base, log_sums, delta, q_token, g_token, begin, end,
     queries, keys, starts, ends, scale, softcap, window,
     MAIN: tl.constexpr, TAIL: tl.constexpr, Q_WIDTH: tl.constexpr, G_WIDTH: tl.constexpr, Q_UNIT: tl.constexpr,
-    G_UNIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    G_UNIT: tl.constexpr, Q_FINITE: tl.constexpr, G_FINITE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dv += P^T dO and dk += dS^T Q over the queries begin .. end - 1 of one head. Rows behind the last query have
-    log-sum +Inf, so P = 0.
+    log-sum +Inf, so P = 0; rows of which q or dO is not finite have log-sum NaN, so P = NaN where they see.
     """
     local = tl.arange(0, BLOCK_M)
     for first in range(begin, end, BLOCK_M):
@@ -197,12 +213,20 @@ def key_tiles(
             raw = product(k_tail, tl.trans(q_tail), raw, PRECISION)
         p, s = probabilities(raw, log_sum[None, :], visible, scale, softcap, SOFTCAP, MASKED)
         half_p = p.to(g.dtype)
+        if MASKED and not G_FINITE:
+            g = only_finite(g)
+            if TAIL > 0:
+                g_tail = only_finite(g_tail)
         dv = product(half_p, g, dv, PRECISION)
         grad_p = product(v, tl.trans(g), tl.zeros([k.shape[0], BLOCK_M], tl.float32), PRECISION)
         if TAIL > 0:
             dv_tail = product(half_p, g_tail, dv_tail, PRECISION)
             grad_p = product(v_tail, tl.trans(g_tail), grad_p, PRECISION)
-        ds = score_gradient(p, s, grad_p, mean[None, :], softcap, SOFTCAP).to(q.dtype)
+        ds = score_gradient(p, s, grad_p, mean[None, :], visible, softcap, SOFTCAP, MASKED).to(q.dtype)
+        if MASKED and not Q_FINITE:
+            q = only_finite(q)
+            if TAIL > 0:
+                q_tail = only_finite(q_tail)
         dk = product(ds, q, dk, PRECISION)
         if TAIL > 0:
             dk_tail = product(ds, q_tail, dk_tail, PRECISION)
@@ -216,9 +240,9 @@ def grad_key_kernel(
     heads, group, queries, padded, keys, angle_batch, angle_first, scale, softcap, out_scale, window,
     DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr, G_WIDTH: tl.constexpr, Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
-    G_UNIT: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PACKED: tl.constexpr, ONE_LOOP: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    G_UNIT: tl.constexpr, Q_FINITE: tl.constexpr, G_FINITE: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
+    ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK, turned back, and dV. Grid (B Hkv, key blocks): the first block, which most queries see, starts first."""
     kv_heads = heads // group
@@ -262,20 +286,22 @@ def grad_key_kernel(
             dk, dk_tail, dv, dv_tail = key_tiles(
                 dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row,
                 delta + row, q_token, g_token, begin, clean, queries, keys, starts, ends, scale, softcap, window,
-                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, CAUSAL, WINDOW, SOFTCAP, PACKED, True, PRECISION, BLOCK_M,
+                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, Q_FINITE, G_FINITE, CAUSAL, WINDOW, SOFTCAP, PACKED, True,
+                PRECISION, BLOCK_M,
             )  # fmt: skip
         if not ONE_LOOP:
             dk, dk_tail, dv, dv_tail = key_tiles(
                 dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row,
                 delta + row, q_token, g_token, clean, edge, queries, keys, starts, ends, scale, softcap, window,
-                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, CAUSAL, WINDOW, SOFTCAP, PACKED, False, PRECISION,
-                BLOCK_M,
+                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, Q_FINITE, G_FINITE, CAUSAL, WINDOW, SOFTCAP, PACKED, False,
+                PRECISION, BLOCK_M,
             )  # fmt: skip
         if not ONE_LOOP and (WINDOW or PACKED):
             dk, dk_tail, dv, dv_tail = key_tiles(
                 dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row,
                 delta + row, q_token, g_token, edge, end, queries, keys, starts, ends, scale, softcap, window,
-                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, CAUSAL, WINDOW, SOFTCAP, PACKED, True, PRECISION, BLOCK_M,
+                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, Q_FINITE, G_FINITE, CAUSAL, WINDOW, SOFTCAP, PACKED, True,
+                PRECISION, BLOCK_M,
             )  # fmt: skip
     to = (wide * keys * kv_heads + kv_head) * DIM
     # dV leaves first: while dK is turned, its registers are needed for the angles.

@@ -14,7 +14,14 @@ from astrobiogen.kernels.attention.reference import Options
 from astrobiogen.kernels.attention.samples import GATE_DIMS
 from astrobiogen.kernels.attention.triton_launch import Launch, Machine
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 _WITH_DOTS = ("forward", "few", "grad_query", "grad_key")
 
 
@@ -70,8 +77,9 @@ def _launches(shape: _Shape, target: int) -> dict[str, Launch]:
     q, k, v, token = (shape.tensors(*size) for size in ((2048, 32), (2048, 8), (2048, 8), (1, 32)))
     options, lse = shape.options(), torch.empty(1, 32, 2048, device="meta")
     p = triton_launch.make_problem(machine, q, k, options)
-    triton_launch.attend(p, v, q, lse)
-    triton_launch.differentiate(p, v, q, triton_launch.row_constants(p, q, q, lse, None), (q, k, v))
+    rest = torch.empty_like(q, dtype=torch.int16)
+    triton_launch.attend(p, v, q, lse, rest)
+    triton_launch.differentiate(p, v, q, triton_launch.row_constants(p, q, q, lse, rest, None), (q, k, v))
     found: dict[str, Launch] = {}
     for launch in collected:
         found.setdefault(launch.kernel.__name__.removesuffix("_kernel"), launch)
@@ -79,7 +87,8 @@ def _launches(shape: _Shape, target: int) -> dict[str, Launch]:
         collected.clear()
         # A decoder keeps rotated keys.
         alone = triton_launch.make_problem(machine, token, k, options._replace(cos=None, sin=None))
-        triton_launch.attend_few(alone, v, token, torch.empty(1, 32, 1, device="meta"))
+        left = torch.empty_like(token, dtype=torch.int16)
+        triton_launch.attend_few(alone, v, token, torch.empty(1, 32, 1, device="meta"), left)
         found |= {"few": collected[0], "combine": collected[1]}
     return found
 

@@ -81,6 +81,37 @@ def store_columns(rows, value, live, column, DIM: tl.constexpr):
 
 
 @triton.jit
+def store_rounded(rows, rest, value, live, column, DIM: tl.constexpr, REST: tl.constexpr):
+    """`store_columns`, and with REST what rounding took away (`reference.remainder`) at the same places of `rest`."""
+    store_columns(rows, value, live, column, DIM)
+    if REST:
+        rounded = value.to(rows.dtype.element_ty).to(tl.float32)
+        difference = value.to(tl.int32, bitcast=True) - rounded.to(tl.int32, bitcast=True)
+        difference = tl.minimum(tl.maximum(difference, -32768), 32767)
+        store_columns(rest, tl.where(finite(rounded), difference, 0), live, column, DIM)
+
+
+@triton.jit
+def finite(x):
+    """True where x is neither NaN nor infinite."""
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def only_finite(x):
+    """x with 0 in place of what is not finite: beside a hidden pair's weight of 0 that would become NaN."""
+    return tl.where(finite(x), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def clamped(x, LARGEST: tl.constexpr):
+    """x with 0 for NaN and the largest number for an infinity, which keeps its sign in a score."""
+    value = x.to(tl.float32)
+    value = tl.where(value == value, tl.minimum(tl.maximum(value, -LARGEST), LARGEST), 0.0)
+    return value.to(x.dtype)
+
+
+@triton.jit
 def load_angles(rows, live, START: tl.constexpr, PAIRS: tl.constexpr, ROTARY: tl.constexpr, OTHER: tl.constexpr):
     """cos or sin [rows, PAIRS] of the pairs START ..; OTHER for pairs that do not rotate."""
     pair = START + tl.arange(0, PAIRS)

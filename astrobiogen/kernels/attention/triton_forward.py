@@ -6,13 +6,17 @@ import triton.language as tl
 from astrobiogen.kernels.attention.triton_device import (
     LN2,
     LOG2E,
+    clamped,
+    finite,
     key_range,
     load_part,
     load_rotated,
     log2_scores,
     product,
     row_pointers,
+    only_finite,
     store_columns,
+    store_rounded,
     tile_bounds,
     visible_keys,
 )
@@ -23,10 +27,10 @@ def pack_kernel(
     x, cos, sin, out,
     x_batch, x_token, x_head, tokens, heads, angle_batch, angle_first,
     DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, X_UNIT: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, in the internal column order, zero behind DIM.
-    Grid (B heads, blocks).
+    """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, in the internal column order, zero behind DIM;
+    made finite with LARGEST > 0, the dtype's largest number. Grid (B heads, blocks).
     """
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first, local = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
@@ -38,6 +42,8 @@ def pack_kernel(
         rows, row_pointers(cos + angles, angle_first + first, local, ROTARY, 1),
         row_pointers(sin + angles, angle_first + first, local, ROTARY, 1), live, DIM, MAIN, TAIL, ROTARY, INTERLEAVED,
     )  # fmt: skip
+    if LARGEST > 0:
+        a, b, tail = clamped(a, LARGEST), clamped(b, LARGEST), clamped(tail, LARGEST)
     WIDTH: tl.constexpr = MAIN + TAIL
     to = row_pointers(out + tl.program_id(0).to(tl.int64) * tokens * WIDTH, first, local, 1, WIDTH)
     half = tl.arange(0, MAIN // 2)[None, :]
@@ -49,13 +55,15 @@ def pack_kernel(
 
 @triton.jit
 def attend_tiles(
-    acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, low, high, scale,
+    acc, acc_tail, top, total, silenced, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, low, high, scale,
     softcap,
     MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, K_UNIT: tl.constexpr,
     V_UNIT: tl.constexpr, SOFTCAP: tl.constexpr, LOWER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys begin .. end - 1 in tiles. `top` is the running maximum in units of log 2."""
+    """Online softmax over the keys begin .. end - 1 in tiles. `top` is the running maximum in units of log 2. Masked
+    tiles take values that are not finite for 0 and mark them in `silenced` [BLOCK_N]: `hear` adds them.
+    """
     HALF: tl.constexpr = MAIN // 2
     local = tl.arange(0, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
@@ -78,23 +86,44 @@ def attend_tiles(
         total = total * shrink + tl.sum(p, 1)
         top = new_top
         v = load_part(v_rows, exists, 0, MAIN, V_WIDTH, MASKED)
+        if MASKED:
+            silenced = tl.maximum(silenced, tl.max(tl.where(finite(v), 0, 1), 1))
+            v = only_finite(v)
         p = p.to(v.dtype)
         acc = product(p, v, acc * shrink[:, None], PRECISION)
         if TAIL > 0:
             v_tail = load_part(v_rows, exists, MAIN, TAIL, V_WIDTH, MASKED)
+            if MASKED:
+                silenced = tl.maximum(silenced, tl.max(tl.where(finite(v_tail), 0, 1), 1))
+                v_tail = only_finite(v_tail)
             acc_tail = product(p, v_tail, acc_tail * shrink[:, None], PRECISION)
-    return acc, acc_tail, top, total
+    return acc, acc_tail, top, total, silenced
+
+
+@triton.jit
+def hear(acc, v_base, v_token, begin, end, low, high, column, V_WIDTH: tl.constexpr, V_UNIT: tl.constexpr):
+    """Add the columns `column` of values that are not finite, of the keys begin .. end - 1, to the rows that see them.
+    One key after the other: this runs only where there are any.
+    """
+    for n in range(begin, end):
+        row = v_base + tl.cast(n, tl.int64) * v_token * V_UNIT + column
+        value = tl.load(row, mask=column < V_WIDTH, other=0.0).to(tl.float32)
+        loud = tl.where(finite(value), 0.0, value)
+        seen = (low <= n) & (n < high)
+        acc += tl.where(seen[:, None], loud[None, :], 0.0)
+    return acc
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, cos, sin, starts, ends, sinks, out, lse, totals,
+    q, k, v, cos, sin, starts, ends, sinks, out, lse, totals, rest,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     heads, group, queries, keys, angle_batch, angle_first, key_first, chunk, scale, softcap, window,
     DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
-    HEADS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, SPLIT: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of query rows against the keys they see. The rows of a program are tokens times HEADS heads that share
     a key/value head, head fastest: 1, or the whole group where there are few tokens. Q is rotated here; k is rotated
@@ -128,6 +157,7 @@ def forward_kernel(
     acc_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    silenced = tl.zeros([BLOCK_N], tl.int32)
     if SINKS and not SPLIT:
         top = tl.load(sinks + head + head_local).to(tl.float32) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
@@ -145,20 +175,24 @@ def forward_kernel(
         end = tl.minimum(tl.maximum(end, chunk_first), chunk_first + chunk)
     LOWER: tl.constexpr = WINDOW or PACKED
     if LOWER:
-        acc, acc_tail, top, total = attend_tiles(
-            acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys, low,
-            high, scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, True, True, PRECISION, BLOCK_N,
+        acc, acc_tail, top, total, silenced = attend_tiles(
+            acc, acc_tail, top, total, silenced, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys,
+            low, high, scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, True, True, PRECISION, BLOCK_N,
         )  # fmt: skip
-    acc, acc_tail, top, total = attend_tiles(
-        acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, clean, edge, keys, low, high,
-        scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, False, PRECISION, BLOCK_N,
+    acc, acc_tail, top, total, silenced = attend_tiles(
+        acc, acc_tail, top, total, silenced, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, clean, edge, keys, low,
+        high, scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, False, PRECISION, BLOCK_N,
     )  # fmt: skip
-    acc, acc_tail, top, total = attend_tiles(
-        acc, acc_tail, top, total, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, edge, end, keys, low, high,
-        scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, True, PRECISION, BLOCK_N,
+    acc, acc_tail, top, total, silenced = attend_tiles(
+        acc, acc_tail, top, total, silenced, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, edge, end, keys, low,
+        high, scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, LOWER, True, PRECISION, BLOCK_N,
     )  # fmt: skip
     row = (batch * heads + head + head_local).to(tl.int64) * queries + token
     columns, tails = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL if TAIL > 0 else 16)
+    if tl.max(silenced, 0) > 0:
+        acc = hear(acc, v_base, v_token, begin, end, low, high, columns, V_WIDTH, V_UNIT)
+        if TAIL > 0:
+            acc_tail = hear(acc_tail, v_base, v_token, begin, end, low, high, tails, V_WIDTH, V_UNIT)
     if SPLIT:
         row = row * tl.num_programs(2) + tl.program_id(2)
         to = out + row[:, None] * (MAIN + TAIL)
@@ -170,19 +204,20 @@ def forward_kernel(
     else:
         blind = total == 0.0
         inverse = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
-        base = out + (batch.to(tl.int64) * queries * heads + head) * DIM
-        to = row_pointers(base, first_token, token - first_token, heads, DIM) + head_local[:, None] * DIM
-        store_columns(to, acc * inverse[:, None], live, columns, DIM)
+        base = (batch.to(tl.int64) * queries * heads + head) * DIM
+        to = row_pointers(out + base, first_token, token - first_token, heads, DIM) + head_local[:, None] * DIM
+        left = row_pointers(rest + base, first_token, token - first_token, heads, DIM) + head_local[:, None] * DIM
+        store_rounded(to, left, acc * inverse[:, None], live, columns, DIM, REST)
         if TAIL > 0:
-            store_columns(to, acc_tail * inverse[:, None], live, tails, DIM)
+            store_rounded(to, left, acc_tail * inverse[:, None], live, tails, DIM, REST)
         value = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2)
         tl.store(lse + row, value, mask=live)
 
 
 @triton.jit
 def combine_kernel(
-    partial, tops, totals, sinks, out, lse, heads, queries, splits,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr,
+    partial, tops, totals, sinks, out, lse, rest, heads, queries, splits,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one row [B, Hq, Sq] in their order. Grid (B Hq Sq,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -205,6 +240,7 @@ def combine_kernel(
         acc += weight * tl.load(partial + index * WIDTH + column, mask=column < WIDTH, other=0.0)
     blind = total == 0.0
     result = tl.where(blind, 0.0, acc / tl.where(blind, 1.0, total))
-    to = ((row // (heads * queries)) * queries + row % queries) * heads + head
-    tl.store(out + to * DIM + column, result.to(out.dtype.element_ty), mask=column < DIM)
+    to = (((row // (heads * queries)) * queries + row % queries) * heads + head) * DIM
+    row_of_one = tl.zeros([1, 1], tl.int64) + to
+    store_rounded(out + row_of_one, rest + row_of_one, result[None, :], tl.full([1], True, tl.int1), column, DIM, REST)
     tl.store(lse + row, tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2))

@@ -10,20 +10,21 @@ from astrobiogen.kernels.attention.reference import Options
 from astrobiogen.kernels.attention.triton_cases import cases
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> reference.Forward:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> reference.OpForward:
     """The op `attention` on CUDA."""
     batch, queries, heads, _dim = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out, lse = q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=wide)
+    rest = q.new_empty(q.shape if q.element_size() == 2 else (0,), dtype=torch.int16)
     if out.numel() == 0:
-        return out, lse
+        return out, lse, rest
     if q.dtype == torch.float64:  # gradient checks only: no tensor-core path and no fp64 tiles
         return reference.attention_forward(q, k, v, *options)
     p = triton_launch.make_problem(triton_launch.machine_of(q.device), q, k, Options(*options))
     few = queries <= triton_config.FEW_QUERIES and p.options.cu_seqlens is None
     with torch.cuda.device_of(q):
-        (triton_launch.attend_few if few else triton_launch.attend)(p, v, out, lse)
-    return out, lse
+        (triton_launch.attend_few if few else triton_launch.attend)(p, v, out, lse, rest)
+    return out, lse, rest
 
 
 def attention_backward(
@@ -34,11 +35,12 @@ def attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    rest: torch.Tensor,
     *options: Any,
 ) -> reference.Backward:
     """The op `attention_backward` on CUDA."""
     if q.dtype == torch.float64:
-        return reference.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options)
+        return reference.attention_backward(grad_out, grad_lse, q, k, v, out, lse, rest, *options)
     sinks = Options(*options).sinks
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     if q.numel() == 0:
@@ -47,7 +49,7 @@ def attention_backward(
     p = triton_launch.make_problem(triton_launch.machine_of(q.device), q, k, Options(*options))
     grad = torch.zeros_like(out) if grad_out is None else grad_out
     with torch.cuda.device_of(q):
-        constants = triton_launch.row_constants(p, grad, out, lse, grad_lse)
+        constants = triton_launch.row_constants(p, grad, out, lse, rest, grad_lse)
         triton_launch.differentiate(p, v, grad, constants, grads)
     if sinks is None:
         return *grads, q.new_empty(0, dtype=torch.float32)

@@ -62,6 +62,7 @@ class Rows:
     strides: tuple[int, int, int]  # batch, token, head, in units of `unit` elements
     unit: int  # the largest power of two up to 16 bytes that divides all strides
     width: int  # columns that may be read without a mask
+    finite: bool = False  # a copy without NaN and infinities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,8 @@ def make_problem(machine: Machine, q: torch.Tensor, k: torch.Tensor, o: Options)
         cos, sin, rotary = o.cos.float().contiguous(), o.sin.float().contiguous(), o.cos.shape[-1]
     head = {"DIM": q.shape[-1], "MAIN": main, "TAIL": tail, "ROTARY": rotary}
     head |= {"INTERLEAVED": o.interleaved and rotary > 0}
+    # Farther than any key, and no 32-bit sum overflows.
+    o = o._replace(window=min(o.window, q.shape[1] + k.shape[1]))
     masks = {"CAUSAL": o.causal, "WINDOW": o.window > 0, "PACKED": o.cu_seqlens is not None}
     return Problem(machine, q, k, o, cos, sin, starts, ends, head, masks)
 
@@ -136,9 +139,9 @@ def _in_place(x: torch.Tensor) -> Rows:
     return Rows(x, (strides[0] // unit, strides[1] // unit, strides[2] // unit), unit, x.shape[-1])
 
 
-def packed(p: Problem, x: torch.Tensor, *, turn: bool, copy: bool = True) -> Rows:
+def packed(p: Problem, x: torch.Tensor, *, turn: bool, copy: bool = True, finite: bool = False) -> Rows:
     """`x` itself if its rows can be loaded 16 bytes at a time as they are, or if `copy` is False; else, and for `turn`
-    with angles, a copy [B, heads, S, MAIN + TAIL], rotated if `turn`."""
+    with angles, a copy [B, heads, S, MAIN + TAIL], rotated if `turn`, and clamped to finite numbers if `finite`."""
     turn = turn and p.head["ROTARY"] > 0
     rows = _in_place(x)
     batch, tokens, heads, _dim = x.shape
@@ -146,28 +149,30 @@ def packed(p: Problem, x: torch.Tensor, *, turn: bool, copy: bool = True) -> Row
         return rows
     result = x.new_empty((batch, heads, tokens, p.width))
     rotation = {"ROTARY": p.head["ROTARY"] if turn else 0, "INTERLEAVED": turn and p.head["INTERLEAVED"]}
+    largest = torch.finfo(x.dtype).max if finite else 0.0
     p.machine.launch(
         Launch(
             pack_kernel,
             (batch * heads, triton.cdiv(tokens, triton_config.PACK_ROWS)),
             (rows.data, p.cos, p.sin, result, *rows.strides, tokens, heads, *p.angle_rows(tokens)),
-            p.head | rotation | {"X_UNIT": rows.unit, "BLOCK": triton_config.PACK_ROWS},
+            p.head | rotation | {"X_UNIT": rows.unit, "LARGEST": largest, "BLOCK": triton_config.PACK_ROWS},
             triton_config.PACK_WARPS,
         )
     )
     unit = 16 // x.element_size()
-    return Rows(result, (heads * tokens * p.width // unit, p.width // unit, tokens * p.width // unit), unit, p.width)
+    strides = (heads * tokens * p.width // unit, p.width // unit, tokens * p.width // unit)
+    return Rows(result, strides, unit, p.width, finite)
 
 
-def attend(p: Problem, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """The forward pass into `out` and `lse`."""
+def attend(p: Problem, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, rest: torch.Tensor) -> None:
+    """The forward pass into `out`, `lse` and, for half precision, `rest`."""
     keys, values = packed(p, p.k, turn=True), packed(p, v, turn=False)
     tile = p.tiles.forward
     grid = (p.q.shape[0] * p.q.shape[2], triton.cdiv(p.q.shape[1], tile.block_m))
-    p.machine.launch(_forward(p, grid, tile, keys, values, (out, lse, lse)))
+    p.machine.launch(_forward(p, grid, tile, keys, values, (out, lse, lse, rest)))
 
 
-def attend_few(p: Problem, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+def attend_few(p: Problem, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, rest: torch.Tensor) -> None:
     """The forward pass of few queries: the group's heads fill the rows of a tile, and the keys are cut into chunks that
     are merged in order. A copy of the keys would cost more than it saves: they are read in place, however aligned.
     """
@@ -183,13 +188,14 @@ def attend_few(p: Problem, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     chunk = triton.cdiv(triton.cdiv(n_keys - first, splits), tile.block_n) * tile.block_n
     partial = out.new_empty((*lse.shape, splits, p.width), dtype=torch.float32)
     tops, totals = out.new_empty((2, *lse.shape, splits), dtype=torch.float32)
-    results = (partial, tops, totals)
+    results = (partial, tops, totals, rest)
     p.machine.launch(
         _forward(p, (pairs, blocks, splits), tile, keys, values, results, heads=p.group, chunk=(first, chunk))
     )
     sinks = p.options.sinks
     shape = {"DIM": dim, "WIDTH": p.width, "COLUMNS": triton.next_power_of_2(p.width), "SINKS": sinks is not None}
-    arguments = (*results, p.q if sinks is None else sinks, out, lse, heads, queries, splits)
+    shape |= {"REST": rest.numel() > 0}
+    arguments = (partial, tops, totals, p.q if sinks is None else sinks, out, lse, rest, heads, queries, splits)
     p.machine.launch(Launch(combine_kernel, (batch * heads * queries,), arguments, shape, 1))
 
 
@@ -199,7 +205,7 @@ def _forward(
     tile: Tile,
     keys: Rows,
     values: Rows,
-    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     *,
     heads: int = 1,
     chunk: tuple[int, int] | None = None,
@@ -215,13 +221,19 @@ def _forward(
     reading = {"K_WIDTH": keys.width, "V_WIDTH": values.width}
     reading |= {"Q_UNIT": rows.unit, "K_UNIT": keys.unit, "V_UNIT": values.unit}
     options = {"SOFTCAP": p.options.softcap > 0, "SINKS": sinks is not None, "HEADS": heads, "SPLIT": chunk is not None}
+    options |= {"REST": chunk is None and results[3].numel() > 0}
     options |= {"PRECISION": p.precision, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     constants = {**p.head, **p.masks, **reading, **options}
     return Launch(forward_kernel, grid, arguments, constants, tile.warps, tile.stages)
 
 
 def row_constants(
-    p: Problem, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, grad_lse: torch.Tensor | None
+    p: Problem,
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rest: torch.Tensor,
+    grad_lse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-sum-exp in units of log 2, and delta, [B, Hq, Sq rounded up to CONSTANT_ROWS] in fp32."""
     batch, queries, heads, dim = out.shape
@@ -231,8 +243,9 @@ def row_constants(
     left, right, lse = _in_place(grad), _in_place(out), lse.contiguous()
     incoming = lse if grad_lse is None else grad_lse.contiguous()
     constants = {"DIM": dim, "COLUMNS": max(16, triton.next_power_of_2(dim)), "G_UNIT": left.unit, "O_UNIT": right.unit}
-    constants |= {"GRAD_LSE": grad_lse is not None, "BLOCK": triton_config.CONSTANT_ROWS}
-    arguments = (left.data, right.data, lse, incoming, log_sums, delta, *left.strides, *right.strides, heads, queries)
+    constants |= {"REST": rest.numel() > 0, "GRAD_LSE": grad_lse is not None, "BLOCK": triton_config.CONSTANT_ROWS}
+    tensors = (left.data, right.data, lse, rest.contiguous(), incoming, log_sums, delta)
+    arguments = (*tensors, *left.strides, *right.strides, heads, queries)
     p.machine.launch(
         Launch(row_constants_kernel, (batch * heads, blocks), arguments, constants, triton_config.CONSTANT_WARPS)
     )
@@ -248,7 +261,12 @@ def differentiate(
 ) -> None:
     """The backward pass into `grads`, the gradients of q, k and v; `constants` from `row_constants`."""
     grad_q, grad_k, grad_v = grads
-    rows = (packed(p, p.q, turn=True), packed(p, p.k, turn=True), packed(p, v, turn=False), packed(p, grad, turn=False))
+    rows = (
+        packed(p, p.q, turn=True, finite=True),
+        packed(p, p.k, turn=True, finite=True),
+        packed(p, v, turn=False),
+        packed(p, grad, turn=False, finite=True),
+    )
     batch, queries, heads, _ = p.q.shape
     _, keys, kv_heads, _ = p.k.shape
     tile = p.tiles.grad_query
@@ -283,6 +301,8 @@ def _backward(
     reading |= {f"{name}_UNIT": r.unit for name, r in zip("QKVG", rows)}
     options = {"SOFTCAP": p.options.softcap > 0, "PRECISION": p.precision}
     if kernel is grad_key_kernel:
-        options["ONE_LOOP"] = tile.one_loop
+        options |= {"ONE_LOOP": tile.one_loop, "Q_FINITE": rows[0].finite, "G_FINITE": rows[3].finite}
+    else:
+        options["K_FINITE"] = rows[1].finite
     options |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     return Launch(kernel, grid, arguments, {**p.head, **p.masks, **reading, **options}, tile.warps, tile.stages)
