@@ -203,6 +203,44 @@ def test_backward_faults_are_found(backward: Backward, message: str) -> None:
         testing.check_op(toy(backward=backward), reference, PLAIN, torch.float32)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2e-4, 1e-9])
+def test_a_gradient_that_is_a_thousandth_wrong_is_found_whatever_its_size(scale: float) -> None:
+    """Half of the tensors here hold values of `scale`, as gradients of a mean over many tokens do."""
+    case = Case("small", lambda m: {"x": m.randn(3, 5) * scale, "weight": m.randn(5) * scale}, ("x", "weight"))
+
+    def wrong(grad: Tensor, x: Tensor, weight: Tensor) -> Gradients:
+        grad_x, grad_weight = good_backward(grad, x, weight)
+        assert grad_weight is not None
+        return grad_x, grad_weight * 1.001
+
+    with pytest.raises(AssertionError, match="gradient of weight: largest error"):
+        testing.check_op(toy(backward=wrong), reference, case, torch.float32)
+    testing.check_op(toy(), reference, case, torch.float32)
+
+
+def test_eager_that_was_lucky_on_one_element_is_measured_again() -> None:
+    """A result of one element that cancels: what rounds is its summands, of order one."""
+    case = Case("sum", lambda m: {"x": torch.cat((x := m.randn(63), -x, m.randn(1) * 1e-6))}, ())
+
+    def eager(x: Tensor) -> Tensor:
+        rounds = bool((x.double().sum().abs() * 1e9).long() % 2) or x.dtype == torch.float64
+        return x.sum() if rounds else x.double().sum().to(x.dtype)  # exact in one case of two
+
+    def other_order(x: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for value in x:
+            total = total + value
+        return total
+
+    def wrong(x: Tensor) -> Tensor:
+        return other_order(x) + 1e-4
+
+    for seed in range(4):
+        testing.check_op(other_order, eager, case, torch.float32, seed=seed)
+        with pytest.raises(AssertionError, match="largest error"):
+            testing.check_op(wrong, eager, case, torch.float32, seed=seed)
+
+
 def test_a_result_that_changes_between_runs_is_found() -> None:
     runs: list[int] = []
 
