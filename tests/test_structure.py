@@ -214,6 +214,20 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return length
 
 
+def test_integers_are_checked_in_one_place() -> None:
+    """`isinstance(value, int)` refuses numpy's integers and takes bools: `_checks.check_int` decides for every op."""
+    for path in sorted((PACKAGE / "kernels").rglob("*.py")):
+        if path.name != "_checks.py":
+            assert not (found := integer_checks(path)), f"{path.relative_to(ROOT)}:{found}: use check_int or check_ints"
+
+
+def integer_checks(path: Path) -> list[int]:
+    """Lines that ask whether something is an int."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    asking = [c for c in calls if getattr(c.func, "id", "") == "isinstance" and len(c.args) == 2]
+    return [c.lineno for c in asking if any(getattr(n, "id", "") == "int" for n in ast.walk(c.args[1]))]
+
+
 def test_size_exceptions_are_needed() -> None:
     for name, reason in LONGER.items():
         path, _, function = name.partition(":")
@@ -291,6 +305,9 @@ def test_the_structure_tests_find_planted_faults(tmp_path: Path) -> None:
     long = tmp_path / "long.py"
     long.write_text("def f():\n" + '    """Doc."""\n' + "    x = 1\n" * 61)
     assert code_lines(functions(ast.parse(long.read_text()))[0]) == 62
+    asks = tmp_path / "asks.py"
+    asks.write_text("isinstance(a, str)\nisinstance(b, (int, float))\nisinstance(c, int | None)\n")
+    assert integer_checks(asks) == [2, 3]
     assert any(re.search(word, "    raise NotImplementedError") for word in BANNED)
     assert any(re.search(word, "x = 1  # type: ignore") for word in BANNED)
     assert not any(re.search(word, "x = 1  # type: ignore[arg-type]") for word in BANNED)

@@ -1,9 +1,16 @@
 """Argument checks shared by the ops' public functions; every message names the argument, what was got and what is
 expected."""
 
+import numbers
+import operator
+from typing import Any, SupportsIndex
+
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+# Kernels on a GPU count in int32, and so do some of PyTorch's on the CPU: what is added to an index stays below.
+INT32_SAFE = 2**30
 
 
 def check_tensor(name: str, value: object) -> torch.Tensor:
@@ -22,9 +29,51 @@ def check_float(name: str, value: object) -> torch.Tensor:
 
 
 def check_number(name: str, value: object) -> None:
-    """TypeError unless `value` is an int or a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """TypeError unless `value` is a real number, of Python or numpy; bools are none."""
+    if type(value) is float:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_int(name: str, value: SupportsIndex, lowest: int = INT64_MIN, highest: int = INT64_MAX) -> int:
+    """`value` as an int: an int, a symbolic one, or whatever else says by `__index__` that it is an integer (numpy's).
+
+    Raises:
+        TypeError: it is something else, or a bool.
+        ValueError: it is not in [lowest, highest].
+    """
+    number = value if type(value) is int or isinstance(value, torch.SymInt) else _index(name, value)
+    if number < lowest or number > highest:
+        bound = f">= {lowest}" if number < lowest and lowest > INT64_MIN else f"in [{lowest}, {highest}]"
+        raise ValueError(f"{name} must be an integer {bound}, got {value!r}")
+    return number
+
+
+def check_ints(name: str, value: Any, axes: int, lowest: int = INT64_MIN) -> tuple[int, ...]:
+    """`value` as one int for each of `axes` spatial axes: an integer for all of them, or a sequence of them.
+
+    Raises:
+        TypeError, ValueError: as `check_int`, naming the axis; or the sequence has another length.
+    """
+    if type(value) is int or (hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0):  # arrays have it too
+        return (check_int(name, value, lowest),) * axes
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+        raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}")
+    values = tuple(value)
+    if len(values) != axes:
+        raise ValueError(f"{name} must be one integer or one per spatial axis ({axes}), got {value!r}")
+    return tuple(check_int(f"{name} on spatial axis {axis}", number, lowest) for axis, number in enumerate(values))
+
+
+def _index(name: str, value: SupportsIndex) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = True
+    if isinstance(value, bool) or number is True or number is False:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return number
 
 
 def check_same_device(**tensors: torch.Tensor) -> None:

@@ -194,7 +194,7 @@ WRONG = {
     ),
     "sin_shape": Wrong({"cos": torch.ones(4, 4), "sin": torch.ones(4, 3)}, ValueError, r"sin must have shape \(4, 4\)"),
     "scale": Wrong({"scale": float("nan")}, ValueError, r"scale must be a finite number or None, got nan"),
-    "window": Wrong({"window": 0}, ValueError, r"window must be an integer >= 1 or None, got 0"),
+    "window": Wrong({"window": 0}, ValueError, r"window must be an integer >= 1, got 0"),
     "softcap": Wrong({"softcap": -1.0}, ValueError, r"softcap must be a finite number > 0 or None, got -1.0"),
     "sinks": Wrong({"sinks": torch.ones(2)}, ValueError, r"sinks must have shape \(4,\) .* got \(2,\)"),
     "cu_float": Wrong(

@@ -289,15 +289,15 @@ def test_positions_count_within_sequences_and_on_into_padding() -> None:
     ("call", "error", "message"),
     [
         (lambda: ops.rope_frequencies(4, 7), ValueError, r"rotary must be an even number >= 2, got 7"),
-        (lambda: ops.rope_frequencies(-1, 8), ValueError, r"length must be >= 0, got -1"),
-        (lambda: ops.rope_frequencies(4, 8, offset=-2), ValueError, r"offset must be >= 0, got -2"),
+        (lambda: ops.rope_frequencies(-1, 8), ValueError, r"length must be an integer >= 0, got -1"),
+        (lambda: ops.rope_frequencies(4, 8, offset=-2), ValueError, r"offset must be an integer >= 0, got -2"),
         (lambda: ops.rope_frequencies(4, 8, base=1.0), ValueError, r"base must be a finite number > 1, got 1\.0"),
         (lambda: ops.rope_frequencies(4, 8, dtype=torch.int32), TypeError, r"dtype must be float32.*got torch\.int32"),
         (lambda: ops.rope_frequencies_linear(4, 8, factor=0.5), ValueError, r"factor must be .* >= 1, got 0\.5"),
         (
             lambda: ops.rope_frequencies_dynamic_ntk(4, 2, factor=2.0, original_length=8),
             ValueError,
-            r"rotary must be >= 4, got 2",
+            r"rotary must be an integer >= 4, got 2",
         ),
         (
             lambda: ops.rope_frequencies_yarn(4, 8, factor=2.0, original_length=8, mscale=1.0),

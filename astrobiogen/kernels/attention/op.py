@@ -6,12 +6,19 @@ from typing import Any, Literal, overload
 import torch
 
 from astrobiogen.kernels import _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from astrobiogen.kernels._checks import (
+    INT32_SAFE,
+    check_float,
+    check_int,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from astrobiogen.kernels.attention import reference
 
 _TRITON = "astrobiogen.kernels.attention.triton_kernels"
 MAX_HEAD_DIM = 256
-NO_LIMIT = 2**31 - 1  # no two of at most 2^31 - 1 positions are as far apart: windows from here on hide nothing
 
 
 @overload
@@ -87,7 +94,8 @@ def attention(
         sin: as `cos`; given with it or not at all.
         causal: query i sees no key behind its own position.
         scale: factor of the scores; default 1 / sqrt(D).
-        window: W >= 1: query at position p sees keys p-W+1 .. p, and without `causal` p-W+1 .. p+W-1. None: no limit.
+        window: an integer W >= 1, however large: query at position p sees keys p-W+1 .. p, and without `causal`
+            p-W+1 .. p+W-1. None: no limit.
         softcap: c > 0, bounds the scores to (-c, c) after scaling. None: no bound.
         cu_seqlens: int32 or int64 [n + 1], 0 = c_0 <= c_1 <= ... <= c_n <= S: packed sequences; token t of sequence
             c_i <= t < c_(i+1) sees only that sequence; tokens from c_n on see nothing. Needs B = 1 and Sq = Sk. `cos`
@@ -109,7 +117,7 @@ def attention(
     """
     q, k, v = _autocast(check_float("q", q), check_float("k", k), check_float("v", v))
     _check_heads(q, k, v)
-    _check_options(q, k, scale, window, softcap, cu_seqlens, sinks)
+    _check_options(q, k, scale, softcap, cu_seqlens, sinks)
     compute = torch.promote_types(q.dtype, torch.float32)
     if cos is not None or sin is not None:
         cos, sin = _check_rotary(q, k, cos, sin)
@@ -121,7 +129,7 @@ def attention(
         sinks,
         bool(causal),
         1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
-        0 if window is None or window >= NO_LIMIT else int(window),
+        _window(window),
         0.0 if softcap is None else float(softcap),
         bool(interleaved),
     )
@@ -159,15 +167,12 @@ def _check_options(
     q: torch.Tensor,
     k: torch.Tensor,
     scale: float | None,
-    window: int | None,
     softcap: float | None,
     cu_seqlens: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> None:
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
-    if window is not None and (isinstance(window, float) or window < 1):
-        raise ValueError(f"window must be an integer >= 1 or None, got {window!r}")
     if softcap is not None and not 0.0 < softcap < float("inf"):
         raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap!r}")
     if sinks is not None:
@@ -186,6 +191,12 @@ def _check_options(
                 f"{tuple(k.shape)}"
             )
         check_same_device(q=q, cu_seqlens=cu_seqlens)
+
+
+def _window(window: int | None) -> int:
+    """As the op takes it, 0 for none. Whatever stands for "no limit" becomes a number to which a position can be added
+    in int32 (a constant: the smaller of it and a sequence length would tie a compiled graph to that length)."""
+    return 0 if window is None else min(check_int("window", window, 1), INT32_SAFE)
 
 
 def _check_rotary(

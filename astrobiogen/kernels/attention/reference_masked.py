@@ -45,7 +45,6 @@ class _Product(torch.autograd.Function):
         return pairs(grad, values, mask), product(weights.transpose(-1, -2), grad, mask.transpose(-1, -2)), None
 
 
-
 class _Pairs(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -1,11 +1,20 @@
 """Argument checks of `conv_nd` and `conv_transpose_nd`: once, at the public entry, with errors that name the argument
 and the axis."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape
+from astrobiogen.kernels._checks import (
+    INT32_SAFE,
+    check_float,
+    check_int,
+    check_ints,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
 from astrobiogen.kernels.conv_nd.geometry import (
     ACTIVATIONS,
     CIRCULAR,
@@ -18,6 +27,9 @@ from astrobiogen.kernels.conv_nd.geometry import (
     Geometry,
     Norm,
 )
+
+# Strides, paddings and dilations below it can be added up four at a time in int32.
+FARTHEST = INT32_SAFE // 4
 
 
 def check_arguments(
@@ -44,7 +56,7 @@ def check_arguments(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     _check_axes(geometry, x.shape[2:], weight.shape[2:])
-    return geometry
+    return _within_int32(geometry, x.shape[2:], weight.shape[2:])
 
 
 def check_transposed_arguments(
@@ -68,10 +80,11 @@ def check_transposed_arguments(
     if x.shape[1] % groups:
         raise ValueError(f"x's {x.shape[1]} channels must be a multiple of groups = {groups}")
     _check_bias(x, bias, weight.shape[1] * groups)
-    extra = _per_axis("output_padding", output_padding, x.dim() - 2, 0)
+    extra = check_ints("output_padding", output_padding, x.dim() - 2, 0)
     for axis, (rows, step) in enumerate(zip(extra, geometry.stride)):
         if rows >= step:
             raise ValueError(f"output_padding on spatial axis {axis} must be below the stride {step}, got {rows}")
+    _check_transposed_size(geometry, x.shape[2:], weight.shape[2:], extra)
     size = geometry.transposed_size(x.shape[2:], weight.shape[2:], extra)
     for axis, length in enumerate(size):
         if length < 1:
@@ -80,7 +93,7 @@ def check_transposed_arguments(
                 f"padding {geometry.padding[axis]} is too long"
             )
     _check_axes(geometry, size, weight.shape[2:])
-    return geometry, size
+    return _within_int32(geometry, size, weight.shape[2:]), size
 
 
 def check_norm(
@@ -95,8 +108,7 @@ def check_norm(
     """The norm of a valid `conv_nd_norm` call; raises TypeError or ValueError as its docstring says."""
     if norm not in NORMS[1:]:
         raise ValueError(f"norm must be one of {NORMS[1:]}, got {norm!r}")
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"norm_groups must be an integer >= 1, got {groups!r}")
+    groups = check_int("norm_groups", groups, 1)
     kind = NORMS.index(norm)
     if kind != GROUP and groups != 1:
         raise ValueError(f"norm_groups must be 1 for norm={norm!r}, got {groups}")
@@ -134,8 +146,7 @@ def _check_common(
         )
     check_same_dtype(x=x, weight=weight)
     check_same_device(x=x, weight=weight)
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be an integer >= 1, got {groups!r}")
+    groups = check_int("groups", groups, 1)
     if x.shape[1] < 1 or weight.shape[0] < 1 or weight.shape[1] < 1:
         raise ValueError(
             f"x and weight must have at least one channel, got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
@@ -144,10 +155,10 @@ def _check_common(
         if size < 1 or kernel < 1:
             raise ValueError(f"spatial axis {axis} must have size and kernel >= 1, got size {size} and kernel {kernel}")
     return Geometry(
-        _per_axis("stride", stride, axes, 1),
-        _per_axis("padding", padding, axes, 0),
+        check_ints("stride", stride, axes, 1),
+        check_ints("padding", padding, axes, 0),
         _modes(padding_mode, axes),
-        _per_axis("dilation", dilation, axes, 1),
+        check_ints("dilation", dilation, axes, 1),
         groups,
     )
 
@@ -184,16 +195,38 @@ def _check_axes(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) 
             )
 
 
-def _per_axis(name: str, value: int | Sequence[int], axes: int, lowest: int) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(values) != axes:
-        raise ValueError(f"{name} must be one integer or one per spatial axis ({axes}), got {value!r}")
-    for axis, number in enumerate(values):
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name} on spatial axis {axis} must be an integer, got {number!r}")
-        if number < lowest:
-            raise ValueError(f"{name} on spatial axis {axis} must be >= {lowest}, got {number}")
-    return values
+def _within_int32(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) -> Geometry:
+    """The same convolution with numbers that kernels may add up in int32.
+
+    A step beyond the last position of the kernel is as good as one to just behind it, and the dilation of a single tap
+    means nothing. Longer paddings are refused, before an output as long is asked for.
+    """
+    if max(*geometry.stride, *geometry.padding, *geometry.dilation) < FARTHEST:
+        return geometry
+    stride, dilation = list(geometry.stride), list(geometry.dilation)
+    for axis, (length, taps, pad) in enumerate(zip(size, kernel, geometry.padding)):
+        if pad >= FARTHEST:
+            raise ValueError(f"padding on spatial axis {axis} must be below {FARTHEST}, got {pad}")
+        if taps == 1:
+            dilation[axis] = 1
+        positions = length + 2 * pad - dilation[axis] * (taps - 1)
+        stride[axis] = min(stride[axis], positions)
+    return dataclasses.replace(geometry, stride=tuple(stride), dilation=tuple(dilation))
+
+
+def _check_transposed_size(
+    geometry: Geometry, size: Sequence[int], kernel: Sequence[int], extra: Sequence[int]
+) -> None:
+    """ValueError where the result of a transposed convolution would pass what `_within_int32` allows."""
+    for name, numbers in (
+        ("stride", [step if rows > 1 else 1 for step, rows in zip(geometry.stride, size)]),
+        ("padding", geometry.padding),
+        ("dilation", [step if taps > 1 else 1 for step, taps in zip(geometry.dilation, kernel)]),
+        ("output_padding", extra),
+    ):
+        for axis, number in enumerate(numbers):
+            if number >= FARTHEST:
+                raise ValueError(f"{name} on spatial axis {axis} must be below {FARTHEST}, got {number}")
 
 
 def _modes(value: str | Sequence[str], axes: int) -> tuple[int, ...]:

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 import torch
 
 from astrobiogen.kernels import _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from astrobiogen.kernels._checks import (
+    INT32_SAFE,
+    check_float,
+    check_int,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from astrobiogen.kernels._values import has_values
 from astrobiogen.kernels.edge_attention import reference
 
@@ -39,18 +47,19 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
     Args:
         receiver: int64 [E].
         sender: int64 [E].
-        receivers: number of nodes that receive.
+        receivers: number of nodes that receive, in [0, 2^30].
         senders: number of nodes that send; default `receivers`, the same nodes.
 
     Returns:
         `EdgeLists` on the device of `receiver`.
 
     Raises:
-        TypeError: an index tensor is not int64.
-        ValueError: the shapes do not fit, or an index is outside its nodes (not checked inside `torch.compile` and
-            `vmap`).
+        TypeError: an index tensor is not int64, or a number of nodes no integer.
+        ValueError: the shapes do not fit, a number of nodes is out of its range, or an index is outside its nodes (not
+            checked inside `torch.compile` and `vmap`).
     """
-    senders = receivers if senders is None else senders
+    receivers = check_int("receivers", receivers, 0, INT32_SAFE)
+    senders = receivers if senders is None else check_int("senders", senders, 0, INT32_SAFE)
     for name, index in (("receiver", receiver), ("sender", sender)):
         if check_tensor(name, index).dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {index.dtype}")
@@ -60,7 +69,7 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
         for name, index, count in (("receiver", receiver, receivers), ("sender", sender, senders)):
             low, high = (int(bound) for bound in torch.aminmax(index))
             if low < 0 or high >= count:
-                raise ValueError(f"{name} must be in [0, {count}), got values from {low} to {high}")
+                raise ValueError(f"{name} must be in [0, {count}), got values from {low} to {high}; {name}s = {count}")
     return EdgeLists(receiver, sender, *_sorted(receiver, receivers), *_sorted(sender, senders))
 
 

@@ -31,7 +31,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     _check(x, weight, eps)
     if _registry.reference_selected():
         return reference.rms_norm(x, weight, eps)
-    return torch.ops.astrobiogen.rms_norm(x, weight, eps)[0]
+    return torch.ops.astrobiogen.rms_norm(x, weight, float(eps))[0]
 
 
 def add_rms_norm(
@@ -62,7 +62,7 @@ def add_rms_norm(
     check_same_device(x=x, residual=residual)
     if _registry.reference_selected():
         return reference.add_rms_norm(x, residual, weight, eps)
-    y, total, _ = torch.ops.astrobiogen.add_rms_norm(x, residual, weight, eps)
+    y, total, _ = torch.ops.astrobiogen.add_rms_norm(x, residual, weight, float(eps))
     return y, total
 
 

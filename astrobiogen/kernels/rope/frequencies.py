@@ -12,10 +12,23 @@ import math
 
 import torch
 
-from astrobiogen.kernels._checks import FLOAT_DTYPES, check_same_device, check_same_dtype, check_tensor
+from astrobiogen.kernels._checks import (
+    FLOAT_DTYPES,
+    INT32_SAFE,
+    check_int,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+)
 from astrobiogen.kernels._values import has_values
 
 _INTEGERS = (torch.int32, torch.int64)
+# An angle is a product in fp64, so at position p it is off by up to p / 2^53 turns of one radian: here 1e-7, the
+# rounding of cos and sin in fp32.
+MAX_POSITION = 2**30
+MAX_ROTARY = 2**16
+# Entries of a table: 8 GiB of angles in fp64.
+MAX_ENTRIES = 2**30
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,8 +45,8 @@ def rope_frequencies(
     """cos and sin of the plain rotary embedding: f_i = base^(-2i / rotary), arXiv:2104.09864.
 
     Args:
-        length: number of positions S, >= 0.
-        rotary: rotary columns r of a head, even, >= 2; smaller than the head dimension for partial rotary.
+        length: number of positions S, >= 0; offset + length <= 2^30.
+        rotary: rotary columns r of a head, even, in [2, 2^16]; smaller than the head dimension for partial rotary.
         base: > 1; 10,000 in the original, 500,000 in Llama 3.
         offset: position of the first row (tokens that are already in a cache), >= 0.
         dtype: of the result; float32 is right for half-precision models too.
@@ -43,7 +56,7 @@ def rope_frequencies(
         (cos, sin), each [S, r/2]; no gradient.
 
     Raises:
-        TypeError: `dtype` is not a floating-point dtype that the ops take.
+        TypeError: `dtype` is not a floating-point dtype that the ops take, or an integer argument is no integer.
         ValueError: a number is out of its range.
     """
     frequencies = _plain(rotary, base, device)
@@ -103,8 +116,9 @@ def rope_frequencies_dynamic_ntk(
         TypeError, ValueError: as in `rope_frequencies`.
     """
     _check_factor(factor)
-    _check_at_least("original_length", original_length, 1)
-    _check_at_least("rotary", rotary, 4)
+    original_length = check_int("original_length", original_length, 1)
+    rotary = check_int("rotary", rotary, 4, MAX_ROTARY)
+    length, offset = _positions(length, offset)
     longest = max(offset + length, original_length)
     stretch = (factor * longest / original_length - (factor - 1.0)) ** (rotary / (rotary - 2))
     return _tables(_plain(rotary, base * stretch, device), length, offset, 1.0, dtype)
@@ -146,13 +160,14 @@ def rope_frequencies_yarn(
         TypeError, ValueError: as in `rope_frequencies`.
     """
     _check_factor(factor)
-    _check_at_least("original_length", original_length, 1)
+    original_length = check_int("original_length", original_length, 1)
     if not 0.0 < beta_slow <= beta_fast:
         raise ValueError(f"beta_slow must be in (0, beta_fast = {beta_fast!r}], got {beta_slow!r}")
     if (mscale is None) != (mscale_all_dim is None):
         raise ValueError(
             f"mscale and mscale_all_dim go together, got mscale={mscale!r} and mscale_all_dim={mscale_all_dim!r}"
         )
+    rotary = check_int("rotary", rotary, 2, MAX_ROTARY)
     plain = _plain(rotary, base, device)
 
     def pair(turns: float) -> float:
@@ -196,7 +211,7 @@ def rope_frequencies_llama3(
         TypeError, ValueError: as in `rope_frequencies`.
     """
     _check_factor(factor)
-    _check_at_least("original_length", original_length, 1)
+    original_length = check_int("original_length", original_length, 1)
     if not 0.0 < low_frequency_factor < high_frequency_factor:
         raise ValueError(
             f"low_frequency_factor must be in (0, high_frequency_factor = {high_frequency_factor!r}), "
@@ -263,7 +278,7 @@ def rope_positions(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     """
     check_tensor("cu_seqlens", cu_seqlens)
     _check_integers("cu_seqlens", cu_seqlens)
-    _check_at_least("length", length, 0)
+    length = check_int("length", length, 0, INT32_SAFE)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {tuple(cu_seqlens.shape)}")
     if _values_are_cheap(cu_seqlens):
@@ -279,17 +294,21 @@ def rope_positions(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _plain(rotary: int, base: float, device: torch.device | str | None) -> torch.Tensor:
-    if rotary < 2 or rotary % 2 != 0:
+    rotary = check_int("rotary", rotary, 2, MAX_ROTARY)
+    if rotary % 2 != 0:
         raise ValueError(f"rotary must be an even number >= 2, got {rotary!r}")
     if not 1.0 < base < math.inf:
         raise ValueError(f"base must be a finite number > 1, got {base!r}")
     exponents = torch.arange(0, rotary, 2, dtype=torch.float64, device=device) / rotary
-    return torch.pow(torch.tensor(base, dtype=torch.float64, device=device), -exponents)
+    return torch.pow(torch.tensor(float(base), dtype=torch.float64, device=device), -exponents)
 
 
 def _tables(frequencies: torch.Tensor, length: int, offset: int, scale: float, dtype: torch.dtype) -> Tables:
-    _check_at_least("length", length, 0)
-    _check_at_least("offset", offset, 0)
+    length, offset = _positions(length, offset)
+    if length * frequencies.numel() > MAX_ENTRIES:
+        raise ValueError(
+            f"length must be at most {MAX_ENTRIES // frequencies.numel()} for {frequencies.numel()} pairs, got {length}"
+        )
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     positions = torch.arange(offset, offset + length, dtype=torch.float64, device=frequencies.device)
@@ -311,9 +330,11 @@ def _check_factor(factor: float) -> None:
         raise ValueError(f"factor must be a finite number >= 1, got {factor!r}")
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value!r}")
+def _positions(length: int, offset: int) -> tuple[int, int]:
+    length, offset = check_int("length", length, 0, MAX_POSITION), check_int("offset", offset, 0, MAX_POSITION)
+    if offset + length > MAX_POSITION:
+        raise ValueError(f"offset + length must be at most {MAX_POSITION}, got offset {offset} and length {length}")
+    return length, offset
 
 
 def _check_integers(name: str, value: torch.Tensor) -> None:
