@@ -13,7 +13,6 @@ falls back, newest first, to one that is whole. No pickle anywhere.
 """
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -30,7 +29,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from astrobiogen.training import distributed_shards, packing
+from astrobiogen.training import checkpoint_checks, distributed_shards, packing, tensor_files
+from astrobiogen.training.checkpoint_checks import MALFORMED, Needs
 from astrobiogen.training.distributed import World
 from astrobiogen.training.errors import CheckpointError
 
@@ -93,6 +93,14 @@ def _sealed(body: dict[str, Any]) -> bytes:
     return _json_bytes(body | {"sha256": hashlib.sha256(_json_bytes(body)).hexdigest()})
 
 
+def _remove(path: Path) -> None:
+    """Delete a folder or file; of one that was moved elsewhere and linked, the link: the rest is its mover's."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def _rank(path: Path) -> tuple[int, int]:
     match = _NAME.fullmatch(path.name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, -1)
@@ -102,30 +110,21 @@ def verify(folder: Path) -> dict[str, Any]:
     """Check every byte of a checkpoint against its manifest and return the manifest.
 
     Raises:
-        CheckpointError: what is missing or differs.
+        CheckpointError: what is missing or differs; a name that leads out of the folder; a pipe or a device.
     """
-    manifest = folder / MANIFEST
     try:
-        raw = manifest.read_bytes()
-        body = json.loads(raw)
-        if not isinstance(body, dict) or "sha256" not in body:
-            raise CheckpointError(f"{manifest} is not a manifest")
+        raw, body = checkpoint_checks.read_manifest(folder, MANIFEST)
         body.pop("sha256")
         if raw != _sealed(body):
-            raise CheckpointError(f"{manifest} does not match its own checksum")
-        if body["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has checkpoint format {body['format']}, this version reads {FORMAT}")
-        for name, expected in body["files"].items():
-            path = folder / name
-            size = path.stat().st_size
-            if size != expected["size"]:
-                raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected['size']}")
-            if _sha256(path) != expected["sha256"]:
-                raise CheckpointError(f"{path} does not match its SHA-256")
+            raise CheckpointError(f"{folder / MANIFEST} does not match its own checksum")
+        if body.get("format") != FORMAT:
+            raise CheckpointError(f"{folder} has checkpoint format {body.get('format')}, this version reads {FORMAT}")
+        files = checkpoint_checks.files_of(folder, body)
+        checkpoint_checks.check_listed(folder, files)
+        for name, (size, digest) in files.items():
+            checkpoint_checks.check_file(folder, name, size, digest)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    except ValueError as error:  # not JSON, not UTF-8
-        raise CheckpointError(f"{manifest} is not readable JSON: {error}") from error
     return body
 
 
@@ -142,6 +141,14 @@ def read(folder: Path, reference: Reference = lambda _stem, _name: None) -> Cont
 
 
 def _load(folder: Path, body: dict[str, Any], reference: Reference) -> Content:
+    try:
+        return _loaded(folder, body, reference)
+    except MALFORMED as error:
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder} matches its checksums, but cannot be loaded: {text}") from error
+
+
+def _loaded(folder: Path, body: dict[str, Any], reference: Reference) -> Content:
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     documents: dict[str, Any] = {}
     for stem in sorted({name.split("/")[0] for name in body["files"] if "/" in name}):
@@ -198,7 +205,7 @@ class CheckpointStore:
         """Remove what an interrupted save or prune has left; nothing with a committed name is touched."""
         for path in self.root.iterdir():
             if ".tmp-" in path.name or path.name.startswith("deleting-"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
 
     def candidates(self) -> list[Path]:
         """Committed checkpoints, newest first, not yet verified."""
@@ -207,7 +214,7 @@ class CheckpointStore:
 
     def _free_name(self, step: int) -> Path:
         path, repeat = self.root / f"step-{step:08d}", 0
-        while path.exists():
+        while os.path.lexists(path):
             repeat += 1
             path = self.root / f"step-{step:08d}-r{repeat}"
         return path
@@ -246,19 +253,22 @@ class CheckpointStore:
         temporary.rename(final)
 
     def _publish(self, final: Path) -> Path:
-        """What follows the commit."""
-        self._observer("after commit")
-        _fsync(self.root)
+        """What follows the commit. The checkpoint is there: what fails here must not say that it is not."""
         self._good.add(final)
-        self._point(final)
-        self._observer("before prune")
-        self.prune()
-        self._observer("after prune")
+        try:
+            self._observer("after commit")
+            _fsync(self.root)
+            self._point(final)
+            self._observer("before prune")
+            self.prune()
+            self._observer("after prune")
+        except OSError as error:
+            _LOG.warning("%s is saved, but what follows a save failed: %s", final, error)
         return final
 
     def _fill(self, folder: Path, content: Content, sharded: list[str]) -> dict[str, dict[str, Any]]:
         """Write the files that are this process's to write; their sizes and hashes."""
-        world = self._world
+        world, digests = self._world, dict[Path, str]()
         written = [path for stem in sharded for path in distributed_shards.own_files(folder / stem, world.rank)]
         for path in written:
             _fsync(path)
@@ -267,11 +277,7 @@ class CheckpointStore:
                 continue
             stored, aliases = packing.unshare(tensors)
             path = folder / f"{stem}.safetensors"
-            try:
-                safetensors.torch.save_file(stored, path, metadata={"aliases": json.dumps(aliases)})
-            except safetensors.SafetensorError as error:
-                raise OSError(errno.EIO, f"safetensors could not write: {error}") from error
-            _fsync(path)
+            digests[path] = tensor_files.write(path, stored, {"aliases": json.dumps(aliases)})
             written.append(path)
             self._observer(f"wrote {path.name}")
         for stem, document in content.documents.items():
@@ -280,7 +286,10 @@ class CheckpointStore:
                 written.append(folder / f"{stem}.json")
                 self._observer(f"wrote {stem}.json")
         return {
-            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+            path.relative_to(folder).as_posix(): {
+                "size": path.stat().st_size,
+                "sha256": digests.get(path) or _sha256(path),
+            }
             for path in written
         }
 
@@ -313,31 +322,35 @@ class CheckpointStore:
             # Renamed first: a kill in the middle of the deletion leaves no half checkpoint under a committed name.
             doomed = self.root / f"deleting-{uuid.uuid4().hex[:8]}"
             folder.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)
             self._good.discard(folder)
 
-    def load_newest(self, reference: Reference = lambda _stem, _name: None) -> tuple[Path, Content] | None:
+    def load_newest(
+        self, reference: Reference = lambda _stem, _name: None, needs: Needs | None = None
+    ) -> tuple[Path, Content] | None:
         """The newest checkpoint that verifies, or None if there is no checkpoint at all. Each bad one on the way is
         named in a warning. Every process must call it; process 0 verifies.
 
         Args:
             reference: (file stem, name) -> the tensor that the read one will replace, if known: of a shard only this
                 process's part is read.
+            needs: file stem -> keys that its JSON document must have; a checkpoint without them is passed over, too.
 
         Raises:
             CheckpointError: there are checkpoints, but not one is whole.
         """
-        found = self._world.on_main(self._newest_whole)
+        found = self._world.on_main(lambda: self._newest_whole(needs or {}))
         if found is None:
             return None
         folder, body = found
         return folder, _load(folder, body, reference)
 
-    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+    def _newest_whole(self, needs: Needs) -> tuple[Path, dict[str, Any]] | None:
         candidates = self.candidates()
         for folder in candidates:
             try:
                 body = verify(folder)
+                checkpoint_checks.check_needed(folder, body["files"], needs)
             except CheckpointError as error:
                 _LOG.warning("checkpoint skipped: %s; falling back to an older one", error)
                 continue

@@ -17,6 +17,8 @@ from astrobiogen.training.state import Progress, Task
 from astrobiogen.training.update import Updater
 
 _LOG = logging.getLogger("astrobiogen")
+# What a run cannot go on without; see `CheckpointStore.load_newest`.
+_NEEDED = {"model": (), "training": ("updater", "progress", "rng", "fingerprint", "config")}
 
 
 class Saver:
@@ -114,7 +116,7 @@ class Saver:
             CheckpointError: no checkpoint is whole, or it belongs to another model or other data.
         """
         references = distributed_state.References(self._updater)
-        found = self.store.load_newest(references)
+        found = self.store.load_newest(references, _NEEDED)
         if found is None:
             self._monitor.record("resumed", step=0, checkpoint="")
             _LOG.warning("no checkpoint in %s yet: the run starts at its beginning", self.store.root)
@@ -145,7 +147,7 @@ class Saver:
             CheckpointError: there is no whole one.
         """
         references = distributed_state.References(self._updater)
-        found = self.best_store.load_newest(references)
+        found = self.best_store.load_newest(references, {"model": ()})
         if found is None:
             raise CheckpointError(f"{self.best_store.root} holds no checkpoint")
         load_weights(self._model, found[0], references.placed(found[1]).tensors["model"])
