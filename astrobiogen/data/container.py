@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from astrobiogen.data.errors import DataError, unreadable
+from astrobiogen.data.guarded import MOST_UNPACKED, open_regular, read_bounded, unxz
 
 MAGIC = b"ASTRODAT"
 # pb=0 and lp=0: the planes hold single bytes without alignment.
@@ -129,7 +131,10 @@ def _encode(array: AnyArray, coding: str) -> bytes:
 
 
 def _decode(data: bytes, coding: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> AnyArray:
-    raw = lzma.decompress(data)
+    stated = math.prod(shape) * dtype.itemsize
+    raw = unxz(data, stated)
+    if len(raw) != stated:
+        raise ValueError(f"unpacks to {len(raw)} bytes, its shape {shape} of {dtype} needs {stated}")
     if coding != "delta2":
         return _unplanes(raw, dtype, shape)
     zigzag = _unplanes(raw, np.dtype(np.uint16), shape)
@@ -164,6 +169,7 @@ def write_arrays(
     blobs: list[bytes] = []
     entries: list[dict[str, Any]] = []
     offset = 0
+    _refuse_too_large(path, sum(array.nbytes for array in arrays.values()))
     for name, array in arrays.items():
         if array.dtype.name not in _DTYPES:
             raise DataError(path, name, f"dtype {array.dtype} cannot be packed, expected one of {_DTYPES}")
@@ -187,6 +193,12 @@ def write_arrays(
     path.write_bytes(MAGIC + len(header).to_bytes(4, "little") + header + b"".join(blobs))
 
 
+def _refuse_too_large(path: Path, unpacked: int) -> None:
+    """Zeros pack 20,000 to 1, so that a file of kilobytes may state any size: it is compared before memory is taken."""
+    if unpacked > MOST_UNPACKED:
+        raise DataError(path, "arrays", f"{unpacked} bytes unpacked, expected at most {MOST_UNPACKED}")
+
+
 def _well_formed(entry: dict[str, Any]) -> bool:
     """Whether an entry of the header says what it must, in the types that it must have."""
     numbers = [entry["offset"], entry["bytes"], *entry["shape"]]
@@ -204,7 +216,7 @@ def parse_arrays(path: Path, data: bytes) -> Contents:
     Raises
     ------
     DataError
-        Wrong magic, broken header or truncated blob; names the array.
+        Wrong magic, broken header, truncated blob (names the array), or arrays of more than 1 GiB together.
     """
     if data[:8] != MAGIC:
         raise DataError(path, "", "is not a packed array file (wrong first 8 bytes)")
@@ -214,8 +226,10 @@ def parse_arrays(path: Path, data: bytes) -> Contents:
         entries = {str(e["name"]): e for e in header["arrays"] if _well_formed(e)}
         if len(entries) != len(header["arrays"]) or not isinstance(attributes := header["attributes"], dict):
             raise ValueError("an array's entry is not well formed")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(path, "header", f"cannot be read ({error}); the file is truncated or damaged") from error
+    sizes = [math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for entry in entries.values()]
+    _refuse_too_large(path, sum(sizes))
     blobs: dict[str, bytes] = {}
     for name, entry in entries.items():
         start = 12 + size + entry["offset"]
@@ -228,7 +242,8 @@ def parse_arrays(path: Path, data: bytes) -> Contents:
 def read_arrays(path: Path) -> Contents:
     """Read one container file; see ``parse_arrays``."""
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = read_bounded(file, MOST_UNPACKED)
     except OSError as error:
         raise unreadable(path, error) from error
     return parse_arrays(path, data)

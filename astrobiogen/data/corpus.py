@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astrobiogen.data.errors import DataError, unreadable
+from astrobiogen.data.guarded import MOST_UNPACKED, unxz
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.pack import read_manifest, verified_bytes
 
@@ -29,7 +30,7 @@ def load_corpus(path: str | Path = SAMPLE_FOLDER) -> tuple[Module, ...]:
     """Sections of the corpus of a pack folder; a damaged file or a section without words is a ``DataError``."""
     root = Path(path)
     try:
-        lines = lzma.decompress(verified_bytes(root, CORPUS, read_manifest(root))).decode("utf-8").splitlines()
+        lines = unxz(verified_bytes(root, CORPUS, read_manifest(root)), MOST_UNPACKED).decode("utf-8").splitlines()
         modules = tuple(Module(**json.loads(line)) for line in lines)
     except (lzma.LZMAError, ValueError, TypeError) as error:
         raise unreadable(root / CORPUS, error) from error

@@ -12,12 +12,14 @@ import stat
 import zlib
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
+from xml.parsers import expat
 
 GZIP = b"\x1f\x8b"
 MIB = 2**20
 MOST_UNPACKED = 1024 * MIB  # of one file; the largest known network unpacks to 0.04 GiB, a bundled climate to 1 MiB
 # Of LZMA's own tables: preset 6, which packs use, takes 9 MiB, preset 9 65 MiB; a header may ask for 4 GiB.
 _LZMA_MEMORY = 128 * MIB
+MOST_NESTED = 200  # XML elements within one another; SBML takes about 12, with notes and formulas 40
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
@@ -122,3 +124,38 @@ def unxz(data: bytes, most: int) -> bytes:
     if stream.unused_data:
         raise ValueError(f"{len(stream.unused_data)} bytes follow the end of the stream")
     return b"".join(pieces)
+
+
+class _RefusedError(Exception):
+    """What was found."""
+
+
+def xml_problem(text: str) -> str:
+    """What makes XML dangerous to a parser, empty when nothing does: declarations of a document type, whose entities
+    expand without limit and may name other files, and elements nested so deep that a parser's stack overflows. Text
+    that is not well formed is left to the parser, up to where it goes wrong.
+    """
+    depth = 0
+
+    def declared(*_: object) -> None:
+        raise _RefusedError("declares a document type, whose entities may expand without limit: refused")
+
+    def opened(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > MOST_NESTED:
+            raise _RefusedError(f"nests more than {MOST_NESTED} elements: refused")
+
+    def closed(*_: object) -> None:
+        nonlocal depth
+        depth -= 1
+
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler, parser.StartElementHandler, parser.EndElementHandler = declared, opened, closed
+    try:
+        parser.Parse(text, True)
+    except _RefusedError as error:
+        return str(error)
+    except expat.ExpatError:
+        return ""
+    return ""

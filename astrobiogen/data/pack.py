@@ -20,11 +20,13 @@ from astrobiogen.data import splits
 from astrobiogen.data.container import Contents, parse_arrays
 from astrobiogen.data.cubes import VARIABLES, level_statistics
 from astrobiogen.data.errors import DataError, unreadable
+from astrobiogen.data.guarded import MIB, MOST_UNPACKED, open_inside, read_bounded
 from astrobiogen.data.spec import DataSpec, Row
 from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, PartRow, read_rows
 
 MANIFEST = "manifest.json"
 FORMAT = "astrobiogen-pack-2"
+_MOST_MANIFEST = 64 * MIB
 PARTS = "split.csv"
 IN_SAMPLE, IN_TABLE, BY_NAME = "sample", "table", "name"  # who placed a star system or genus
 STD_FLOOR = 1e-6  # of a constant column: it becomes 0 after centring
@@ -145,8 +147,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a pack folder; absent, damaged or of another format is a ``DataError``."""
     path = root / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with open_inside(root, MANIFEST) as file:
+            manifest = json.loads(read_bounded(file, _MOST_MANIFEST))
+    except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
@@ -157,12 +160,15 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def verified_bytes(root: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
-    """Bytes of file ``name``, checked for presence in folder and manifest, size and SHA-256."""
+    """Bytes of file ``name``, checked for presence in folder and manifest, kind, size and SHA-256."""
     entry = manifest["files"].get(name)
     if entry is None:
         raise DataError(root / name, "", "is not listed in the manifest")
+    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+        raise DataError(root / MANIFEST, name, "lacks 'bytes' or 'sha256'")
     try:
-        data = (root / name).read_bytes()
+        with open_inside(root, name) as file:
+            data = read_bounded(file, MOST_UNPACKED)
     except OSError as error:
         raise unreadable(root / name, error) from error
     if len(data) != entry["bytes"]:

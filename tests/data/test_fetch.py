@@ -272,7 +272,7 @@ def test_the_catalogue_as_ckan_answers(server: str) -> None:
     path = "/api/3/action/package_search?fq=organization:thai&rows=100&start=0"
     Server.answers[path] = (200, (RECORDED / "ckan_package_search.json").read_bytes())
     link = "http://127.0.0.1:5000/datastore/dump/6ed8a2fb-f432-43ce-bae7-17684cf8a6bf"
-    assert climates.ckan_links(server, WEB) == [link]
+    assert climates.ckan_links(server, WEB) == {link: {}}
     with pytest.raises(data.DataError, match="0 netCDF files are listed"):
         climates.listing("thai", WEB, "", server)
 

@@ -30,7 +30,7 @@ def _document(path: Path) -> dict[str, Any]:
     body = unpacked(path)
     try:
         document = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(path, "", f"cannot be read as JSON ({error})") from error
     if not isinstance(document, dict):
         raise DataError(path, "", f"holds a {type(document).__name__}, expected a cobra model")

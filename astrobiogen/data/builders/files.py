@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from pathlib import Path
 
 from astrobiogen.data.errors import unreadable
-
-_GZIP = b"\x1f\x8b"
+from astrobiogen.data.guarded import GZIP, MOST_UNPACKED, gunzip, open_regular, read_bounded
 
 
 def unpacked(path: Path) -> bytes:
@@ -17,10 +15,11 @@ def unpacked(path: Path) -> bytes:
     Raises
     ------
     DataError
-        Missing, unreadable, or a truncated or damaged archive.
+        Missing, no regular file, unreadable, a truncated or damaged archive, or more than 1 GiB when unpacked.
     """
     try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw[:2] == _GZIP else raw
-    except (OSError, EOFError, zlib.error) as error:
+        with open_regular(path) as file:
+            raw = read_bounded(file, MOST_UNPACKED)
+        return gunzip(raw) if raw[:2] == GZIP else raw
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise unreadable(path, error) from error

@@ -15,6 +15,7 @@ from astrobiogen.data.builders import assemble, chemistry
 from astrobiogen.data.builders.assemble import DEFAULT_FLUX, Network
 from astrobiogen.data.builders.files import unpacked
 from astrobiogen.data.errors import DataError
+from astrobiogen.data.guarded import xml_problem
 
 _FORMULA_NOTE = re.compile(r"FORMULA:\s*([A-Za-z0-9]+)", re.IGNORECASE)
 _CHARGE_NOTE = re.compile(r"CHARGE:\s*(-?\d+)", re.IGNORECASE)
@@ -31,6 +32,8 @@ def read_text(path: Path) -> str:
     text = data.decode("utf-8", errors="replace")
     if "<sbml" not in text[:4000]:
         raise DataError(path, "", "is not SBML (no <sbml> element near its start)")
+    if problem := xml_problem(text):
+        raise DataError(path, "", problem)
     return text
 
 

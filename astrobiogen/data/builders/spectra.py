@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from astrobiogen.data.builders.files import unpacked
 from astrobiogen.data.errors import DataError, unreadable
+from astrobiogen.data.guarded import MOST_UNPACKED, open_regular, read_bounded
 
 WAVELENGTH_RANGE, BINS = (0.30, 2.40), 256  # micrometres; inside the range of both Earth spectra
 # name -> (file, columns of wavelength and albedo); "modern_earth" is the quadrature spectrum of Robinson et al. 2011,
@@ -92,7 +93,8 @@ def read_psg(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         Unreadable, an error message instead of a spectrum, another unit, or non-finite values.
     """
     try:
-        body = path.read_bytes()
+        with open_regular(path) as file:
+            body = read_bounded(file, MOST_UNPACKED)
     except OSError as error:
         raise unreadable(path, error) from error
     return parse_psg(path, body)

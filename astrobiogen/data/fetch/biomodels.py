@@ -13,11 +13,12 @@ import urllib.parse
 from pathlib import Path
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.fetch.download import Web, json_object, keep, sbml
+from astrobiogen.data.fetch.download import Web, differs, json_object, keep, sbml, stated_checksums
 from astrobiogen.data.fetch.each import Fetched, each
 
 URL = "https://www.biomodels.org"
 SMALLEST_PAGE, LARGEST_PAGE = 10, 100  # results of one request: the service raises fewer to 10
+_CHECKSUMS = ("sha256sum", "sha1sum", "md5sum")  # keys of a file list's entries; older models have none
 _IDENTIFIER = re.compile(r"[A-Za-z0-9]+")
 
 
@@ -63,13 +64,14 @@ def _fetch_one(raw: Path, web: Web, identifier: str, base: str) -> Path:
         return path
     url = f"{base}/model/files/{identifier}?format=json"
     listed = json_object(url, web).get("main")
-    names = [str(f.get("name", "")) for f in listed if isinstance(f, dict)] if isinstance(listed, list) else []
-    name = next((n for n in names if n.endswith((".xml", ".sbml"))), None)
-    if name is None:
+    files = [f for f in listed if isinstance(f, dict)] if isinstance(listed, list) else []
+    names = [str(f.get("name", "")) for f in files]
+    number = next((k for k, n in enumerate(names) if n.endswith((".xml", ".sbml"))), None)
+    if number is None:
         raise DataError(url, "main", f"lists no .xml file ({names[:5]})")
-    url = f"{base}/model/download/{identifier}?filename={urllib.parse.quote(name)}"
+    url = f"{base}/model/download/{identifier}?filename={urllib.parse.quote(names[number])}"
     body = web.get(url)
-    if problem := sbml(body):
+    if problem := sbml(body) or differs(body, stated_checksums(files[number], _CHECKSUMS)):
         raise DataError(url, "content", problem)
     keep(path, gzip.compress(body, mtime=0))
     return path

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.fetch.download import Web, json_object, netcdf
+from astrobiogen.data.fetch.download import Web, json_object, netcdf, stated_checksums
 from astrobiogen.data.fetch.each import Fetched, each
 
 # Way et al. 2018, ApJS 239, 24; licence: US government work
@@ -58,15 +58,16 @@ def folder_links(url: str, web: Web) -> list[str]:
     return every
 
 
-def ckan_links(base: str, web: Web) -> list[str]:
-    """Addresses of the files of every THAI data set in the CKAN catalogue at ``base``.
+def ckan_links(base: str, web: Web) -> dict[str, dict[str, str]]:
+    """Addresses of the files of every THAI data set in the CKAN catalogue at ``base``, each with the checksums that the
+    catalogue states (field ``hash``, often empty).
 
     Raises
     ------
     DataError
         No answer, or one that is not of CKAN's ``package_search``.
     """
-    links: list[str] = []
+    links: dict[str, dict[str, str]] = {}
     seen, count = 0, 1
     while seen < count:
         arguments = {"fq": f"organization:{THAI_ORGANISATION}", "rows": CKAN_PAGE, "start": seen}
@@ -78,7 +79,8 @@ def ckan_links(base: str, web: Web) -> list[str]:
         if not packages:
             break
         seen, count = seen + len(packages), result["count"]
-        links += [str(r.get("url", "")) for package in packages for r in package.get("resources", ())]
+        resources = [resource for package in packages for resource in package.get("resources", ())]
+        links |= {str(r.get("url", "")): stated_checksums(r, ("hash",)) for r in resources}
     return links
 
 
@@ -94,17 +96,22 @@ def listing(source: str, web: Web, pattern: str, url: str | None = None) -> list
     DataError
         No answer, none matches, or two have the same file name.
     """
+    return list(_listed(source, web, pattern, url))
+
+
+def _listed(source: str, web: Web, pattern: str, url: str | None) -> dict[str, dict[str, str]]:
+    """``listing``, each address with the checksums that the source states."""
     where = url or {"rocke3d": ROCKE3D, "thai": THAI}[source]
-    every = ckan_links(where.rstrip("/"), web) if source == "thai" else folder_links(where, web)
+    every = ckan_links(where.rstrip("/"), web) if source == "thai" else {k: {} for k in folder_links(where, web)}
     web_links = (link for link in every if link.startswith(("http://", "https://")))
-    files = list(dict.fromkeys(link for link in web_links if _name(link).endswith(_SUFFIXES)))
+    files = [link for link in web_links if _name(link).endswith(_SUFFIXES)]
     chosen = [link for link in files if re.search(pattern, _name(link))]
     if not chosen:
         raise DataError(where, "links", f"{len(files)} netCDF files are listed, none matches {pattern!r}")
     name, times = Counter(map(_name, chosen)).most_common(1)[0]
     if times > 1:
         raise DataError(where, "links", f"{times} files are named {name!r}; a narrower --pattern must choose one")
-    return chosen
+    return {link: every[link] for link in chosen}
 
 
 def fetch(source: str, raw: Path, web: Web, pattern: str, url: str | None = None) -> Fetched:
@@ -112,9 +119,11 @@ def fetch(source: str, raw: Path, web: Web, pattern: str, url: str | None = None
     listed among the problems.
     """
 
+    listed = _listed(source, web, pattern, url)
+
     def one(link: str) -> Path:
         path = raw / f"climate-{source}" / _name(link)
-        web.save(link, path, netcdf)
+        web.save(link, path, netcdf, expected=listed[link])
         return path
 
-    return each(listing(source, web, pattern, url), source, one)
+    return each(list(listed), source, one)

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.fetch.download import Web, keep, looks_like_a_page
+from astrobiogen.data.guarded import GZIP, gunzip, xml_problem
 
 URL = "https://github.com/OpenExoplanetCatalogue/oec_gzip/raw/master/systems.xml.gz"
 COLUMNS: tuple[str, ...] = (
@@ -53,13 +54,19 @@ def parse(body: bytes, source: str = URL) -> tuple[list[dict[str, str]], list[di
     Raises
     ------
     DataError
-        Not gzip, truncated, not XML, or without planets: an error page never becomes a table.
+        Not gzip, truncated, not XML, without planets (an error page never becomes a table), larger than 1 GiB when
+        unpacked, or with declarations of entities.
     """
-    if body[:2] != b"\x1f\x8b" and (problem := looks_like_a_page(body)):
+    if body[:2] != GZIP and (problem := looks_like_a_page(body)):
         raise DataError(source, "", problem)
     try:
-        root = ElementTree.fromstring(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
-    except (OSError, EOFError, zlib.error, ElementTree.ParseError) as error:
+        plain = (gunzip(body) if body[:2] == GZIP else body).decode("utf-8")  # another encoding could hide declarations
+        if problem := xml_problem(plain):
+            raise DataError(source, "", problem)
+        root = ElementTree.fromstring(plain)
+    except DataError:
+        raise
+    except (EOFError, ValueError, zlib.error, ElementTree.ParseError) as error:
         raise DataError(source, "", f"is not the catalogue's XML ({error})") from error
     rows: list[dict[str, str]] = []
     texts: list[dict[str, str]] = []
