@@ -17,7 +17,9 @@ import rich.progress
 from astrobiogen.training import trackers
 from astrobiogen.training.config import MonitorConfig
 from astrobiogen.training.errors import UserError
+from astrobiogen.training.log_files import Rotation, read_log, torn
 
+__all__ = ["LOG_NAME", "Monitor", "read_log"]
 LOG_NAME = "astrobiogen"
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -33,26 +35,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a log.jsonl in order, as if the run had never been interrupted.
-
-    A line torn by a kill is left out, and so are records that a resumed run made anew: those after the step it went on
-        from, and
-    the earlier one of two "step" or "epoch" records of the same step.
-    """
-    records: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        event, step = record.get("event"), record.get("step", 0)
-        if event == "resumed":
-            records = {key: old for key, old in records.items() if old.get("step", 0) <= step}
-        records[(event, step) if event in ("step", "epoch") else (event, step, number)] = record
-    return list(records.values())
-
-
 class _Records:
     """log.jsonl: each record reaches the operating system at once. On a full disk records are lost, not the run: it is
     said once, and a record "log_gap" with their number follows as soon as there is room.
@@ -60,7 +42,8 @@ class _Records:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            self._torn = torn(path)
+            self._rotation = Rotation(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}", exit_code=1) from error
@@ -71,6 +54,7 @@ class _Records:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._rotation.close()
 
     def append(self, record: dict[str, Any]) -> None:
         """Write `record`, or count it as lost."""
@@ -85,6 +69,7 @@ class _Records:
             written, reason = 0, error.strerror or str(error)
         if written == len(data):
             self._torn, self._lost = False, 0
+            self._file = self._rotation.after(self._file, written)
             return
         self._torn = self._torn or written > 0
         self._lost += 1

@@ -19,6 +19,7 @@ th{color:#57606a;font-weight:600}td.left,th.left{text-align:left}tr.model td{bac
 .plots{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;flex:0 1 25rem;min-width:min(22rem,100%)}img{width:100%}
 figcaption{font-size:.85rem;color:#57606a}p.note{color:#57606a;font-size:.9rem}
 """
+MOST_RECORDS = 4000  # of each kind in the plots: more than they have pixels
 TABLE_HEAD = ("test cell", "method", "n", "accuracy", "AUROC", "cross-entropy", "ECE")
 _NAMES = {"accuracy": "accuracy", "auroc": "AUROC", "loss": "cross-entropy (nats)", "ece": "calibration error (ECE)"}
 
@@ -144,7 +145,10 @@ def _training(records: Sequence[Mapping[str, Any]]) -> str:
         return ""
     plots = (report_plots.loss_curves, report_plots.validation_curves, report_plots.optimisation, report_plots.speed)
     pictures = [*(plot(records) for plot in plots), report_plots.gpus(records)]
-    return f'<h2>Training</h2><div class="plots">{"".join(pictures)}</div>'
+    steps = report_plots.of_event(records, "step")
+    every = round((steps[-1].get("update", 0) - steps[0].get("update", 0)) / max(len(steps) - 1, 1)) if steps else 1
+    note = f"<p class=note>Of the updates about one in {every} is drawn, and all that were skipped.</p>"
+    return f'<h2>Training</h2>{note if every > 1 else ""}<div class="plots">{"".join(pictures)}</div>'
 
 
 def _weights(result: Mapping[str, Any]) -> str:
@@ -168,7 +172,7 @@ def render(
 
     Args:
         result: what metrics.json holds.
-        records: log.jsonl as `monitor.read_log` returns it.
+        records: log.jsonl as `monitor.read_log` returns it, or thinned.
         predictions: on the test set, "model" first, then baselines.
         memory, environment: what memory_report.json and environment.json hold, if there are such files.
     """

@@ -292,7 +292,7 @@ def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metr
     """Write metrics.json and report.html."""
     run_folder.write_json(folder / run_folder.METRICS, result)
     log = folder / "log.jsonl"
-    records = read_log(log) if log.exists() else []
+    records = read_log(log).thinned(report.MOST_RECORDS)
     facts, used = (run_folder.read_json(folder / name) for name in (run_folder.ENVIRONMENT, memory.REPORT))
     page = report.render(result, records, predictions, memory=used, environment=facts)
     run_folder.write_text(folder / run_folder.REPORT, page)

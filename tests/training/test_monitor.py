@@ -292,7 +292,7 @@ def test_rates_are_in_the_log_and_cover_the_run(make_run: Any, tmp_path: Path) -
     )
     # Each speed is rounded to a tenth of a millisecond.
     assert sum(speed["seconds"] for speed in steps) - 1e-4 * len(steps) <= run.trainer.progress.seconds <= elapsed
-    assert "Infinity" not in json.dumps(records)
+    assert "Infinity" not in json.dumps(list(records))
 
 
 def test_auto_precision_is_measured_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
