@@ -6,6 +6,8 @@ Order of precedence: the preset's values, then `--config FILE.yaml`, then single
 import dataclasses
 from typing import Any, Literal
 
+from astrobiogen.training.config_watch import HangConfig, SpikeConfig
+
 PRESETS = ("tiny", "small", "a5000", "a5000x2", "original")
 PresetName = Literal["tiny", "small", "a5000", "a5000x2", "original"]
 
@@ -141,6 +143,10 @@ class CheckpointConfig:
     """Save after every N epochs; 0: only by time, at the end and on a signal."""
     every_minutes: float = 120.0
     """Save when this much time has passed since the last save, also inside an epoch; 0 switches it off."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it in a thread while training goes on; takes host memory of the size of a
+    checkpoint. The best model is always written at once.
+    """
     keep: int = 3
     """Verified checkpoints to keep besides the best one; at least 2, so that a corrupt newest one has a fallback."""
 
@@ -299,6 +305,10 @@ class TrainConfig:
     """Machine."""
     distributed: DistributedConfig = DistributedConfig()
     """Several processes."""
+    hang: HangConfig = dataclasses.field(default_factory=HangConfig)
+    """Time limits."""
+    spike: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
+    """Faults of the hardware."""
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", self.seed, "0 or more")

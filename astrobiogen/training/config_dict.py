@@ -45,7 +45,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Keys that may change when a run is resumed, since no weight depends on them.
-FREE_ON_RESUME = ("checkpoint.", "monitor.", "stop.", "evaluation.", "distributed.")
+FREE_ON_RESUME = ("checkpoint.", "monitor.", "stop.", "evaluation.", "distributed.", "hang.", "spike.")
 
 
 def changed_on_resume(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

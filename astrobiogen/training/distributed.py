@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from astrobiogen.training.errors import UserError
+from astrobiogen.training.watchdog import within
 
 _LOG = logging.getLogger("astrobiogen")
 _FAILED = "astrobiogen/failed/"
@@ -92,7 +93,9 @@ class World:
         if cuda:
             torch.cuda.set_device(world.local_rank)
         with world._exchange("meeting the other processes"):
-            world._store = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=world._timeout)))[0]
+            # A program that holds the port and never answers makes the store wait without end, whatever its timeout.
+            meeting = dist.rendezvous("env://", world.rank, world.size, timeout=world._timeout)
+            world._store = within(60.0 * minutes + _GRACE_SECONDS, lambda: next(iter(meeting)))[0]
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
                 store=dist.PrefixStore("astrobiogen/group", world._store),
@@ -126,7 +129,8 @@ class World:
     def _exchange(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, ValueError) as error:  # gloo and NCCL raise RuntimeErrors, a bad MASTER_PORT a ValueError
+        # gloo and NCCL raise RuntimeErrors, a bad MASTER_PORT a ValueError, a port that is silent a TimeoutError
+        except (RuntimeError, ValueError, TimeoutError) as error:
             raise PeerError(self._reason(what, error)) from error
 
     def _reason(self, what: str, error: BaseException) -> str:
@@ -243,10 +247,12 @@ class World:
             return
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and _is_lost_peer(error):
             raise PeerError(self._reason("exchanging gradients or parameters", error)) from error
-        self._write_down(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        self.write_down(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
-    def _write_down(self, text: str) -> None:
-        assert self._store is not None
+    def write_down(self, text: str) -> None:
+        """Leave the reason of this process's end for the others."""
+        if self._store is None:
+            return
         try:
             self._store.set(f"{_FAILED}{self.rank}", text)
         except RuntimeError as error:

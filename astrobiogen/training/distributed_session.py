@@ -10,6 +10,7 @@ from astrobiogen.training import run_folder
 from astrobiogen.training.config import MonitorConfig, TrainConfig
 from astrobiogen.training.config_dict import to_dict
 from astrobiogen.training.distributed import World
+from astrobiogen.training.watchdog import Watchdog, limits_of
 
 _LOG = logging.getLogger("astrobiogen")
 
@@ -36,6 +37,11 @@ def monitored(world: World, folder: Path, config: TrainConfig) -> tuple[Path, Mo
         config.monitor, progress="plain", level=level, log_file="", tensorboard=False, wandb="off", trackio=False
     )
     return own, settings, {}
+
+
+def watchdog(world: World, folder: Path, config: TrainConfig) -> Watchdog:
+    """Ends this process if it hangs, and leaves word for the others."""
+    return Watchdog(folder, limits_of(config.hang), (world.rank, world.size), world.write_down)
 
 
 def held(world: World, folder: Path) -> contextlib.AbstractContextManager[None]:

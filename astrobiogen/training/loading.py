@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from astrobiogen.training.watchdog import enable_worker_stacks
+
 Batch = dict[str, Any]
 Collate = Callable[[list[Any]], Batch]
 
@@ -52,6 +54,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    enable_worker_stacks()
 
 
 def load_batches(

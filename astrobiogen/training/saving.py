@@ -15,6 +15,7 @@ from astrobiogen.training.errors import CheckpointError
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.state import Progress, Task
 from astrobiogen.training.update import Updater
+from astrobiogen.training.watchdog import Watchdog
 
 _LOG = logging.getLogger("astrobiogen")
 # What a run cannot go on without; see `CheckpointStore.load_newest`.
@@ -27,6 +28,7 @@ class Saver:
     Args:
         folder: the run folder; checkpoints go to `checkpoints/` in it, the best model to `best/`.
         observer: passed on to the checkpoint stores (tests).
+        watchdog: its section "save" limits a save; default: nothing does.
 
     With several processes, each of them must call each method.
 
@@ -43,7 +45,9 @@ class Saver:
         progress: Progress,
         monitor: Monitor,
         observer: Observer | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        self._watchdog = watchdog or Watchdog(None, {})
         self._world = updater.parallel.world
         self.store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, observer, self._world)
         self.best_store = CheckpointStore(folder / "best", 1, observer, self._world)
@@ -89,7 +93,8 @@ class Saver:
         self._saved_at = started
         step = self._progress.step
         try:
-            path = self.store.save(step, self._content())
+            with self._watchdog.section("save"):
+                path = self.store.save(step, self._content())
         except OSError as error:
             _LOG.error("checkpoint NOT saved (%s); the ones before it are untouched", error)
             self._monitor.record("save_failed", step=step, error=str(error))
@@ -104,7 +109,8 @@ class Saver:
         document = {"epoch": self._progress.epoch, "validation": result.summary(), "config": to_dict(self._config)}
         documents = {"best": document, "data": self._task.statistics}
         try:
-            self.best_store.save(step, Content({"model": dict(self._model.state_dict())}, documents))
+            with self._watchdog.section("save"):
+                self.best_store.save(step, Content({"model": dict(self._model.state_dict())}, documents))
         except OSError as error:
             _LOG.error("best model NOT saved (%s); the one before it is untouched", error)
             self._monitor.record("save_failed", step=step, error=str(error))

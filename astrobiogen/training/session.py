@@ -39,6 +39,7 @@ from astrobiogen.training.evaluation import MODALITIES
 from astrobiogen.training.gpu import GpuSampler
 from astrobiogen.training.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
+from astrobiogen.training.watchdog import Watchdog
 
 _LOG = logging.getLogger("astrobiogen")
 _PLAIN_WIDTH = 150
@@ -67,12 +68,13 @@ def train(config: TrainConfig, folder: Path, resume: bool, world: World | None =
         runtime.Interrupt() as interrupt,
         GpuSampler(device, config.monitor.gpu_seconds if world.main else 0.0, monitor.record_gpu),
         astrobiogen.use_kernels(config.runtime.kernels),
+        distributed_session.watchdog(world, folder, config) as watchdog,
     ):
         world.on_main(lambda: _begin(config, folder, resume, done | {"device": str(device), "dtype": str(dtype)}))
         distributed_session.announce(world, config)
         how = f"{device}; {dtype} ({reason}); seed {config.seed}; {done['threads']} threads"
         _LOG.info("run folder %s; %s", folder, how)
-        result = _train(config, folder, resume, monitor, interrupt, device, dtype, world)
+        result = _train(config, folder, resume, monitor, interrupt, device, dtype, world, watchdog)
     if result is not None:
         show(result, folder)
     return 0
@@ -87,22 +89,24 @@ def _train(
     device: torch.device,
     dtype: torch.dtype,
     world: World,
+    watchdog: Watchdog,
 ) -> dict[str, Any] | None:
     """Train, examine the best model, publish; what metrics.json holds, or None if a signal came, and in every process
     but the first.
     """
-    assembly = assemble.assemble(config, assemble.load_bundle(config))
-    _LOG.info("data: %s", assembly.task.fingerprint)
-    if not distributed_session.sharded(world, config):  # a sharded model may not fit on the device as a whole
-        assembly.task.model.to(device)
-    measured = world.on_main(lambda: throughput.measure(assembly.task, device, dtype))
-    speed = dataclasses.replace(measured, peak=measured.peak * world.size)
-    rates = (speed.flops_per_sample / 1e9, speed.peak / 1e9, dtype)
-    _LOG.info("%.3g GFLOP per sample; matrix products reach %.3g GFLOP/s in %s", *rates)
-    parts = (assembly.task, config, folder, monitor, interrupt)
-    trainer = Trainer(*parts, device=device, dtype=dtype, throughput=speed, world=world)
-    if resume:
-        trainer.saver.resume()
+    with watchdog.section("setup"):
+        assembly = assemble.assemble(config, assemble.load_bundle(config))
+        _LOG.info("data: %s", assembly.task.fingerprint)
+        if not distributed_session.sharded(world, config):  # a sharded model may not fit on the device as a whole
+            assembly.task.model.to(device)
+        measured = world.on_main(lambda: throughput.measure(assembly.task, device, dtype))
+        speed = dataclasses.replace(measured, peak=measured.peak * world.size)
+        rates = (speed.flops_per_sample / 1e9, speed.peak / 1e9, dtype)
+        _LOG.info("%.3g GFLOP per sample; matrix products reach %.3g GFLOP/s in %s", *rates)
+        parts = (assembly.task, config, folder, monitor, interrupt)
+        trainer = Trainer(*parts, device=device, dtype=dtype, throughput=speed, world=world, watchdog=watchdog)
+        if resume:
+            trainer.saver.resume()
     monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
     if not _fit(trainer, folder, config, device):
         where = (interrupt.received, trainer.progress.step, folder)
@@ -110,7 +114,13 @@ def _train(
         return None
     best = trainer.saver.load_best()
     _LOG.info("examining the best model, %s", best)
-    examined = examine(assembly, trainer.model, config, device, dtype, lambda: bool(interrupt.received), world)
+    with watchdog.section("examination") as section:
+
+        def should_stop() -> bool:
+            section.beat()
+            return bool(interrupt.received)
+
+        examined = examine(assembly, trainer.model, config, device, dtype, should_stop, world)
     if not world.main:
         return None
     if examined is None:

@@ -22,6 +22,7 @@ from astrobiogen.training.saving import Saver
 from astrobiogen.training.state import Progress, Task
 from astrobiogen.training.throughput import Throughput
 from astrobiogen.training.update import Updater, UpdateResult
+from astrobiogen.training.watchdog import Watchdog
 from astrobiogen.training.weighting import Weighting
 
 _LOG = logging.getLogger("astrobiogen")
@@ -37,6 +38,7 @@ class Trainer:
         interrupt: its flag, in any process, ends the run at the next micro-batch, after a save.
         throughput: turns seconds into the rates of the log.
         world: the processes that train together; default: this one alone.
+        watchdog: ends the process if a section of the run hangs; default: nothing does.
         observer: passed on to the checkpoint stores (tests).
 
     Raises:
@@ -56,6 +58,7 @@ class Trainer:
         throughput: Throughput | None = None,
         observer: Observer | None = None,
         world: World | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.task = task
         self.config = config
@@ -65,6 +68,7 @@ class Trainer:
         self._device = device
         self._dtype = dtype
         self._world = world or World()
+        self._watchdog = watchdog or Watchdog(None, {})
         self._throughput = throughput or Throughput()
         self._clock = self._window_clock = time.monotonic()
         self._batches = task.sampler.batches_per_epoch
@@ -79,7 +83,7 @@ class Trainer:
         self.updater = Updater(parallel, optimizer, config, updates, device, dtype)
         self._weighting = Weighting(task.counts, task.text_share, config.seed)
         self._probe = MemoryProbe(folder, self.updater, config, device, dtype)
-        self.saver = Saver(folder, task, config, self.updater, self.progress, monitor, observer)
+        self.saver = Saver(folder, task, config, self.updater, self.progress, monitor, observer, self._watchdog)
 
     def fit(self) -> bool:
         """Train until an end is reached; False if a signal stopped it (a checkpoint has then been saved, if the disk
@@ -117,11 +121,12 @@ class Trainer:
         loaded = loading.load_batches(
             self.task.train, self.task.collate, shares, self._device, self.config.data.workers
         )
-        for shared, (indices, batch) in zip(todo, loaded, strict=True):
+        for shared, (indices, batch) in zip(todo, self._watchdog.each("data", loaded), strict=True):
             if self.task.augment is not None:
                 batch = self.task.augment(batch)
             batch, factors = self._weighting(progress.epoch, shared, indices, batch)
-            with self._probe.watching(batch) if self._probe.due(shared.closes) else contextlib.nullcontext():
+            watching = self._probe.watching(batch) if self._probe.due(shared.closes) else contextlib.nullcontext()
+            with self._watchdog.section("step"), watching:
                 self.updater.add(shared, batch, factors)
                 progress.batch += shared.batches
                 progress.step += shared.batches
@@ -210,7 +215,13 @@ class Trainer:
         """
         started = time.monotonic()
         average = self.updater.average
-        with average.applied(self.model) if average else contextlib.nullcontext():
+        watched = self._watchdog.section("validation")
+
+        def should_stop() -> bool:  # asked before each batch: so it gets on
+            section.beat()
+            return bool(self._interrupt.received)
+
+        with watched as section, average.applied(self.model) if average else contextlib.nullcontext():
             result = evaluation.evaluate(
                 self.model,
                 self.task.loss_function,
@@ -221,7 +232,7 @@ class Trainer:
                 dtype=self._dtype,
                 order=self.task.validation_order,
                 counts=self.task.validation_counts,
-                should_stop=lambda: bool(self._interrupt.received),
+                should_stop=should_stop,
                 world=self._world,
             )
             better = result is not None and stopping.judge(self.progress, self.config.stop, result)
