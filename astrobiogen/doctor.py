@@ -29,6 +29,7 @@ from rich.markup import escape
 import astrobiogen
 from astrobiogen import _extension, data, ops
 from astrobiogen.kernels import _registry
+from astrobiogen.system import console
 from astrobiogen.training import preflight as preflight_checks
 from astrobiogen.training.errors import UserError
 
@@ -117,6 +118,11 @@ def run_checks(preflight: bool) -> Iterator[Check]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; return the exit code."""
+    with console.best_effort():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m astrobiogen.doctor", description="Versions, devices, kernels, and named checks."
     )

@@ -2,10 +2,10 @@
 for several of them as an ensemble."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 from torch import nn
 
 import astrobiogen
+from astrobiogen.system import console
 from astrobiogen.training import (
     assemble,
     checkpoint,
+    claim,
     cli,
     ensemble,
     metrics,
@@ -99,7 +101,13 @@ def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespa
 
 def _run(given: Sequence[str]) -> int:
     arguments = _arguments(given)
-    output = run_folder.create(arguments.output, "") if arguments.output else None
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(claim.claimed(arguments.output, "")).folder if arguments.output else None
+        return _examined(arguments, output)
+
+
+def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
+    """Examine what `arguments` name, print it and write it to `output`, a folder of our own."""
     found = [_find(Path(source)) for source in arguments.sources]
     configs = [_config(path, content, arguments) for path, content in found]
     config, (path, content) = configs[0], found[0]
@@ -170,10 +178,11 @@ def _run_facts(model: Any, content: checkpoint.Content) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("astrobiogen").setLevel(logging.INFO)
     given = sys.argv[1:] if arguments is None else arguments
-    return cli.guarded(lambda: _run(given), lambda: Path(tempfile.gettempdir()) / "astrobiogen-crash.log")
+    with console.best_effort():
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        logging.getLogger("astrobiogen").setLevel(logging.INFO)
+        return cli.guarded(lambda: _run(given), lambda: None)
 
 
 if __name__ == "__main__":

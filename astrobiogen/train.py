@@ -4,22 +4,25 @@ Without options: the tiny preset on the bundled data, on the CPU, in a few minut
 several GPUs or processes: `python -m torch.distributed.run --nproc-per-node N -m astrobiogen.train ...`.
 """
 
+import contextlib
 import dataclasses
+import os
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from astrobiogen.training import cli, plan, run_folder, runtime, session
+from astrobiogen.system import console
+from astrobiogen.training import claim, cli, ending, plan, requeue, run_folder, runtime, session
+from astrobiogen.training.claim import Claim
+from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.distributed import World, launched_rank
-from astrobiogen.training.errors import UserError
 
 
 @dataclasses.dataclass
 class _Place:
-    """Where a crash would be written: the run folder once there is one."""
+    """The run folder once there is one: where failures are written down."""
 
-    folder: Path = dataclasses.field(default_factory=lambda: Path(tempfile.gettempdir()))
+    folder: Path | None = None
 
 
 def _run(arguments: Sequence[str], place: _Place) -> int:
@@ -30,33 +33,49 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
     if options.find_lr:
         return _find_learning_rate(options, place) if launched_rank() == 0 else 0
     cuda = runtime.choose_device(options.config.runtime.device).type == "cuda"
-    with World.join(options.config.distributed.timeout_minutes, cuda) as world:
-        place.folder = world.on_main(lambda: _folder(options))
-        try:
-            return session.train(options.config, place.folder, bool(options.resume), world)
-        except UserError:
-            if world.main and not options.resume:
-                run_folder.discard_unbegun(place.folder)
-            raise
+    with (
+        World.join(options.config.distributed.timeout_minutes, cuda) as world,
+        contextlib.ExitStack() as stack,
+    ):
+        owned, config = world.on_main(lambda: stack.enter_context(_folder(options)))
+        place.folder = owned.folder
+        if owned.state == claim.DONE and options.resume == requeue.AUTO:
+            if world.main:
+                sys.stdout.write(ending.said_before(owned.folder) + "\n")
+            return 0
+        ended = session.train(config, owned.folder, owned.state != claim.NEW, world)
+    return ending.status(config.runtime.preempted_status, os.environ) if ended == session.PREEMPTED else 0
 
 
 def _find_learning_rate(options: cli.Options, place: _Place) -> int:
-    place.folder = _folder(options)
-    return session.find_learning_rate(options.config, place.folder)
+    with claim.claimed(options.output, options.config.preset) as owned:
+        place.folder = owned.folder
+        return session.find_learning_rate(options.config, owned.folder)
 
 
-def _folder(options: cli.Options) -> Path:
-    """The run folder, made or found."""
-    if options.resume:
-        return run_folder.find(options.resume)
-    return run_folder.create(options.output, options.config.preset)
+@contextlib.contextmanager
+def _folder(options: cli.Options) -> Iterator[tuple[Claim, TrainConfig]]:
+    """The run folder, made or found, for this process alone, and the configuration to train with in it."""
+    if options.resume == requeue.AUTO:
+        with claim.claimed(options.output, options.config.preset, go_on=True) as owned:
+            config = options.config if owned.state == claim.NEW else requeue.agreed(options.config, owned.folder)
+            yield owned, config
+    elif options.resume:
+        with claim.resumed(run_folder.find(options.resume)) as owned:
+            yield owned, options.config
+    else:
+        with claim.claimed(options.output, options.config.preset) as owned:
+            yield owned, options.config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done (or stopped by a signal, with a checkpoint), 1 failed, 2 wrong."""
+    """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong, `runtime.preempted_status` (75) stopped by a
+    signal and to be gone on with.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     place = _Place()
-    return cli.guarded(lambda: _run(given, place), lambda: place.folder / "crash.log")
+    with console.best_effort():
+        return cli.guarded(lambda: _run(given, place), lambda: place.folder)
 
 
 if __name__ == "__main__":

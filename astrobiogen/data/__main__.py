@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from astrobiogen.data.errors import DataError
+from astrobiogen.system import console
 
 # Subcommand -> module with ``main(arguments) -> exit status``, and what it does. Only the chosen one is loaded:
 # ``build`` needs packages that loading does not.
@@ -35,6 +36,11 @@ def main(arguments: list[str]) -> int:
     """Run a subcommand; a data problem, a missing optional package, or a file or folder that the system refuses is one
     line on standard error and status 2.
     """
+    with console.best_effort():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         sys.stdout.write(usage())
         return 0

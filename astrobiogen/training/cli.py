@@ -7,14 +7,13 @@ import difflib
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 
-from astrobiogen.training import memory, run_folder
+from astrobiogen.training import crash, memory, requeue, run_folder
 from astrobiogen.training.config import PRESETS, TrainConfig, preset, smoke
 from astrobiogen.training.config_dict import changed_on_resume, flatten, to_dict
 from astrobiogen.training.distributed import launched_rank
@@ -32,7 +31,8 @@ _EXAMPLES = """examples:
   python -m astrobiogen.train --find-lr --output lr              which learning rate?
   python -m astrobiogen.train --preset small --print_config > my.yaml
   python -m astrobiogen.train --config my.yaml --optimizer.learning_rate 5e-4
-  python -m astrobiogen.train --resume runs/20261124-101500-small"""
+  python -m astrobiogen.train --resume runs/20261124-101500-small
+  python -m astrobiogen.train --output run --resume auto         start or go on: for schedulers that requeue"""
 
 
 class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -46,7 +46,7 @@ class Options:
     Attributes:
         config: of the run.
         output: run folder to make; empty for `runs/<date>-<preset>`.
-        resume: run folder to go on with; empty for a new run.
+        resume: run folder to go on with; empty for a new run; "auto": whatever `output` needs.
         plan: print the memory plan instead of training.
         memory: GiB that the plan is compared with; 0: this machine's.
         find_lr: run the learning-rate range test instead of training.
@@ -75,7 +75,11 @@ def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
         "--config", action="config", help="YAML file with any of the keys below; unknown keys are refused."
     )
     parser.add_argument(
-        "--resume", type=str, default="", help="Folder of a run to go on with; its own configuration is used."
+        "--resume",
+        type=str,
+        default="",
+        help="Folder of a run to go on with; its own configuration is used. auto: start in --output, go on with the "
+        "run that is in it, or say that it has finished.",
     )
     parser.add_argument("--output", type=str, default="", help="Folder of the new run (default: runs/<date>-<preset>).")
     parser.add_argument(
@@ -137,7 +141,9 @@ def parse(arguments: Sequence[str]) -> Options:
     base = to_dict(preset(_early_preset(arguments)))
     parser = _parser(base)
     values = _parsed(parser, arguments)
-    if values.resume and not asked:
+    if values.resume == requeue.AUTO and not values.output:
+        raise UserError("--resume auto: needs --output FOLDER, the folder to start or go on in")
+    if values.resume not in ("", requeue.AUTO) and not asked:
         folder = run_folder.find(values.resume)
         if values.output:
             raise UserError(f"--output {values.output}: not with --resume, which goes on in the run's own folder")
@@ -147,7 +153,7 @@ def parse(arguments: Sequence[str]) -> Options:
         values = _parsed(parser, arguments)
     config = _as_config(parser, values)
     wanted = smoke(config) if values.smoke else config
-    return Options(wanted, values.output, "", values.plan, values.memory, values.find_lr)
+    return Options(wanted, values.output, values.resume, values.plan, values.memory, values.find_lr)
 
 
 def _early_preset(arguments: Sequence[str]) -> str:
@@ -192,9 +198,9 @@ def spoken_once() -> Iterator[None]:
             raise SystemExit(error.exit_code) from error
 
 
-def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
-    """Run `command` and turn every failure into one line on stderr and an exit code; the traceback of a bug goes to
-    `crash_log()`.
+def guarded(command: Callable[[], int], folder: Callable[[], Path | None]) -> int:
+    """Run `command` and turn every failure into one line on stderr and an exit code. The line is also the last one of
+    train.log in `folder()`, if there is one by then; the traceback of a bug goes to a file.
     """
     try:
         return command()
@@ -203,19 +209,16 @@ def guarded(command: Callable[[], int], crash_log: Callable[[], Path]) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted before there was anything to save", 130
     except Exception as error:  # the outermost frame: whatever it is, the user gets one line and a file
+        code = 1
         if memory.is_out_of_memory(error):
-            message, code = _memory_advice(error), 1
+            message = _memory_advice(error)
         elif isinstance(error, OSError) and error.errno in _DISK:
             place = f"{error.filename}: " if error.filename else ""
-            message, code = f"{place}{error.strerror}; checkpoints saved before are untouched", 1
+            message = f"{place}{error.strerror}; checkpoints saved before are untouched"
         else:
-            path = crash_log()
-            with path.open("a", encoding="utf-8") as file:
-                traceback.print_exc(file=file)
-            message, code = (
-                f"internal: {type(error).__name__}: {' '.join(str(error).split())[:300]} (details: {path})",
-                1,
-            )
+            text = " ".join(str(error).split())[:300]
+            message = f"internal: {type(error).__name__}: {text} (details: {crash.write_down(folder())})"
+    crash.note(folder(), f"error: {message}")
     sys.stderr.write(f"error: {message}\n")
     return code
 

@@ -12,6 +12,13 @@ PRESETS = ("tiny", "small", "a5000", "a5000x2", "original")
 PresetName = Literal["tiny", "small", "a5000", "a5000x2", "original"]
 
 
+# More than any machine has processors; OpenMP breaks the process down when it cannot start as many as asked for.
+MAX_THREADS = 1024
+MAX_WORKERS = 1024
+# What every generator that is seeded with it takes: NumPy's and scikit-learn's the least.
+MAX_SEED = 2**32 - 1
+
+
 def _require(condition: bool, key: str, got: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{key}: got {got!r}, expected {expected}")
@@ -45,7 +52,7 @@ class DataConfig:
         _require(self.accumulation >= 1, "data.accumulation", self.accumulation, "at least 1")
         _require(self.block >= 0, "data.block", self.block, "0 (random batches) or more")
         _require(self.limit >= 0, "data.limit", self.limit, "0 (no limit) or more")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        _require(0 <= self.workers <= MAX_WORKERS, "data.workers", self.workers, f"0 to {MAX_WORKERS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,9 +251,13 @@ class RuntimeConfig:
     """
     kernels: Literal["auto", "reference"] = "auto"
     """`auto`: the library's kernels; `reference`: plain PyTorch."""
+    preempted_status: int = 75
+    """Exit status of a run that a signal has stopped, with a checkpoint to go on from; 75 is EX_TEMPFAIL of sysexits.h:
+    try again later. Under torchrun it is 0 whatever is set here, and the file PREEMPTED in the run folder tells."""
 
     def __post_init__(self) -> None:
-        _require(self.threads >= 0, "runtime.threads", self.threads, "0 or more")
+        _require(0 <= self.threads <= MAX_THREADS, "runtime.threads", self.threads, f"0 to {MAX_THREADS}")
+        _require(0 <= self.preempted_status <= 255, "runtime.preempted_status", self.preempted_status, "0 to 255")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +322,7 @@ class TrainConfig:
     """Faults of the hardware."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
 
 

@@ -45,7 +45,16 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Keys that may change when a run is resumed, since no weight depends on them.
-FREE_ON_RESUME = ("checkpoint.", "monitor.", "stop.", "evaluation.", "distributed.", "hang.", "spike.")
+FREE_ON_RESUME = (
+    "checkpoint.",
+    "monitor.",
+    "stop.",
+    "evaluation.",
+    "distributed.",
+    "hang.",
+    "spike.",
+    "runtime.preempted_status",
+)
 
 
 def changed_on_resume(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,12 +1,10 @@
 """What a whole run does otherwise when several processes share it."""
 
-import contextlib
 import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
-from astrobiogen.training import run_folder
 from astrobiogen.training.config import MonitorConfig, TrainConfig
 from astrobiogen.training.config_dict import to_dict
 from astrobiogen.training.distributed import World
@@ -42,11 +40,6 @@ def monitored(world: World, folder: Path, config: TrainConfig) -> tuple[Path, Mo
 def watchdog(world: World, folder: Path, config: TrainConfig) -> Watchdog:
     """Ends this process if it hangs, and leaves word for the others."""
     return Watchdog(folder, limits_of(config.hang), (world.rank, world.size), world.write_down)
-
-
-def held(world: World, folder: Path) -> contextlib.AbstractContextManager[None]:
-    """The run folder for this run alone; process 0 holds it for all."""
-    return run_folder.held(folder) if world.main else contextlib.nullcontext()
 
 
 def announce(world: World, config: TrainConfig) -> None:

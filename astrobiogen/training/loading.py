@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from astrobiogen.training import runtime
 from astrobiogen.training.watchdog import enable_worker_stacks
 
 Batch = dict[str, Any]
@@ -52,7 +53,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     """Batch systems and terminals signal the whole process group: a worker that died of it would end the training
     process before it has saved. Workers end when the parent tells them to, or is gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in runtime.STOPPING:
         signal.signal(number, signal.SIG_IGN)
     enable_worker_stacks()
 

@@ -3,10 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-import os
 import re
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from astrobiogen.system import console
 from astrobiogen.training import evaluation, loading, plan, precision, run_folder
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.optimizer import inner_of
@@ -24,6 +22,7 @@ REPORT, OUT_OF_MEMORY = "memory_report.json", "oom_report.json"
 # Outside this band of measured / planned the log says so.
 _BAND = (0.9, 1.1)
 _MIB = 2**20
+# PyTorch's profiler prints these on stderr from C++, whatever its log level.
 _NATIVE_MESSAGES = (b"SyncActivityProfilerHandler.cpp", b"CPUAllocator.cpp")
 
 
@@ -120,7 +119,7 @@ class MemoryProbe:
             result[0] = torch.cuda.max_memory_allocated(self._device)
             return
         recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        with _without_profiler_messages(), recorded:
+        with console.without_native_lines(_NATIVE_MESSAGES), recorded:
             yield result
         now = highest = start
         for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
@@ -149,7 +148,10 @@ class MemoryProbe:
         report = max(reports, key=lambda one: one["measured_bytes"]["total"])
         if world.distributed:
             report = report | {"processes": reports}
-        run_folder.write_json(self._folder / REPORT, report)
+        try:
+            run_folder.write_json(self._folder / REPORT, report)
+        except OSError as error:  # a full disk may have room again when something must be saved
+            _LOG.error("%s could not be written (%s)", self._folder / REPORT, error.strerror or error)
         self._say(report, world.size)
 
     def _say(self, report: dict[str, Any], processes: int) -> None:
@@ -161,26 +163,6 @@ class MemoryProbe:
             _LOG.info(text)
         else:
             _LOG.warning("%s; see %s", text, self._folder / REPORT)
-
-
-@contextlib.contextmanager
-def _without_profiler_messages() -> Iterator[None]:
-    """PyTorch's profiler prints lines of its own on stderr from C++, whatever its log level. Everything else that is
-    printed meanwhile appears afterwards.
-    """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as aside:
-        kept = os.dup(2)
-        os.dup2(aside.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            aside.seek(0)
-            lines = aside.read().splitlines(keepends=True)
-            os.write(2, b"".join(line for line in lines if not any(name in line for name in _NATIVE_MESSAGES)))
 
 
 def advice(config: TrainConfig, bytes_held: Mapping[str, int]) -> list[str]:

@@ -14,7 +14,7 @@ import rich.console
 import rich.logging
 import rich.progress
 
-from astrobiogen.training import trackers
+from astrobiogen.training import log_file, trackers
 from astrobiogen.training.config import MonitorConfig
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.log_files import Rotation, read_log, torn
@@ -47,7 +47,7 @@ class _Records:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}", exit_code=1) from error
-        self._lost = 0
+        self._lost = self.lost = 0
 
     def __enter__(self) -> Self:
         return self
@@ -73,20 +73,9 @@ class _Records:
             return
         self._torn = self._torn or written > 0
         self._lost += 1
+        self.lost += 1
         if self._lost == 1:
             logging.getLogger(LOG_NAME).error("log.jsonl cannot be written (%s); training goes on without it", reason)
-
-
-class _LogFile(logging.FileHandler):
-    """train.log; on a full disk its lines are on the console only, instead of a traceback for each."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: the console has the line too."""
-
-    def close(self) -> None:
-        """Close; what a full disk kept from being written is lost."""
-        with contextlib.suppress(OSError):
-            super().close()
 
 
 class Monitor:
@@ -120,7 +109,7 @@ class Monitor:
 
     def _open(self) -> None:
         self._records = self._stack.enter_context(_Records(self._folder / "log.jsonl"))
-        file = self._log_file()
+        self._file = file = self._log_file()
         file.setFormatter(logging.Formatter(_FORMAT))
         console: logging.Handler
         if self.rich:
@@ -137,17 +126,22 @@ class Monitor:
         self._trackers = trackers.Trackers(trackers.open_trackers(self._folder, self._config, self._settings))
         self._stack.callback(self._trackers.close)
 
-    def _log_file(self) -> logging.Handler:
+    def _log_file(self) -> log_file.LogFile:
         path = Path(self._config.log_file) if self._config.log_file else self._folder / "train.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return _LogFile(path, encoding="utf-8")
+            return log_file.LogFile(path, self.logger)
         except OSError as error:
             raise UserError(f"monitor.log_file: {path} cannot be written: {error.strerror or error}") from error
 
     def __exit__(self, *_: object) -> None:
         self.end_progress()
         self._stack.close()
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """How many records and lines a full disk kept from the log files, for metrics.json."""
+        return {"log_records_lost": self._records.lost, "log_lines_lost": self._file.lost}
 
     def record(self, event: str, **values: Any) -> None:
         """Append one record to log.jsonl and flush it to the operating system."""

@@ -1,16 +1,15 @@
 """The folder of a run: where everything about it is found afterwards."""
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import re
+import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,11 @@ import astrobiogen
 from astrobiogen.training.errors import UserError
 
 CONFIG, ENVIRONMENT, METRICS, REPORT = "config.yaml", "environment.json", "metrics.json", "report.html"
-LOCK = ".lock"
+LOCK, RECORDS, LOG, CRASH = ".lock", "log.jsonl", "train.log", "crash.log"
+# How the last part of a run has ended; while it trains, and after a kill, neither is there.
+PREEMPTED, FINISHED = "PREEMPTED", "FINISHED"
+_ASIDE = re.compile(r"(?:config|environment|metrics|report|memory|oom|nonfinite|lr_finder|PREEMPTED|FINISHED)"
+                    r"[\w.-]*\.tmp-[0-9a-f]{8}")  # fmt: skip
 _LIBRARIES = (
     "torch",
     "triton",
@@ -32,66 +35,6 @@ _LIBRARIES = (
     "jsonargparse",
     "bitsandbytes",
 )
-
-
-def create(output: str, preset: str) -> Path:
-    """Make the run folder; without a name it is `runs/<date>-<preset>`.
-
-    Raises:
-        UserError: the folder is not empty, is a file, or cannot be made.
-    """
-    if output:
-        folder = Path(output)
-    else:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / f"{stamp}-{preset}"
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"--output: {folder} exists and is not an empty folder; name another one, "
-                f"or go on with the run in it by --resume {folder}"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be written: {error.strerror or error}") from error
-    return folder
-
-
-def discard_unbegun(folder: Path) -> None:
-    """Take back a run folder in which no training began, so that the command, put right, can use its name. Only what
-    the beginning of a run writes is deleted; with anything else in it the folder stays.
-    """
-    names = {CONFIG, ENVIRONMENT, LOCK, "log.jsonl", "train.log"}
-    parts = [folder, *folder.glob("process-*")]
-    files = [path for part in parts for path in part.iterdir() if path not in parts]
-    if any(path.name not in names or not path.is_file() for path in files):
-        return
-    for path in files:
-        path.unlink()
-    for part in reversed(parts):
-        part.rmdir()
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The run folder for this process alone, until it ends, however it ends.
-
-    Raises:
-        UserError: another process is training in it, or it cannot be written.
-    """
-    try:
-        file = (folder / LOCK).open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}", exit_code=1) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is training in this folder", exit_code=1) from error
-        yield
 
 
 def find(path: str) -> Path:
@@ -109,10 +52,26 @@ def find(path: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old or the new text, never a part."""
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    """Write a file so that readers see the old or the new text, never a part, whatever ends process or machine.
+
+    Raises:
+        OSError: the disk is full, ...; the old text stays, and nothing else is left behind.
+    """
+    aside = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with aside.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def is_aside(path: Path) -> bool:
+    """Whether a killed process left this while it wrote a file of a run."""
+    return bool(_ASIDE.fullmatch(path.name))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -108,26 +108,42 @@ def prepare(config: RuntimeConfig, seed: int) -> dict[str, Any]:
     }
 
 
+# What ends a run with a checkpoint: a person, a batch system's end and its warnings before it, a closed terminal, the
+# limit of processor time.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# A second one of these ends the process at once. The others come several times, or before a SIGTERM, by themselves.
+_INSISTING = (signal.SIGINT, signal.SIGTERM)
+
+
 @dataclasses.dataclass
 class Interrupt:
-    """Turns SIGINT and SIGTERM into a flag that the loop polls; a second signal of either kind ends the process at
-    once.
+    """Turns every signal of `STOPPING` into a flag that the loop polls; the second SIGINT or SIGTERM ends the process
+    at once. SIGHUP stays ignored where it was (`nohup`).
 
     Use as a context manager.
+
+    Attributes:
+        received: name of the first signal; empty without one.
+        saved: whether a checkpoint was saved because of it.
     """
 
     received: str = ""
+    saved: bool = False
+    _insisted: bool = False
     _previous: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def _handle(self, number: int, _frame: types.FrameType | None) -> None:
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = signal.Signals(number).name
+        if number in _INSISTING:
+            if self._insisted:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._insisted = True
+        self.received = self.received or signal.Signals(number).name
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in STOPPING:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,6 +20,7 @@ from astrobiogen.training import (
     assemble,
     baselines,
     distributed_session,
+    ending,
     evaluation,
     final,
     lr_finder,
@@ -45,14 +46,19 @@ _LOG = logging.getLogger("astrobiogen")
 _PLAIN_WIDTH = 150
 _CONTROL = "near-surface temperature"
 _NOT_FINITE = "nonfinite_report.json"
+ENDED, PREEMPTED = "ended", "preempted"
 
 
-def train(config: TrainConfig, folder: Path, resume: bool, world: World | None = None) -> int:
-    """Train in `folder` (made before) and write metrics.json and report.html there; the process's exit code.
+def train(config: TrainConfig, folder: Path, resume: bool, world: World | None = None) -> str:
+    """Train in `folder` (made before) and write metrics.json and report.html there.
 
     Args:
+        folder: the caller's alone, see `claim`.
         world: the processes that train together, each of which must call this; default: this one alone. Process 0
             writes the folder; the others log their warnings in `process-<rank>` of it.
+
+    Returns:
+        `ENDED`, or `PREEMPTED` if a signal came first.
 
     Raises:
         UserError: anything the user can put right.
@@ -63,7 +69,6 @@ def train(config: TrainConfig, folder: Path, resume: bool, world: World | None =
     done = runtime.prepare(config.runtime, config.seed) | distributed_session.facts(world, config)
     config = precision.resolved(config, dtype)
     with (
-        distributed_session.held(world, folder),
         Monitor(*distributed_session.monitored(world, folder, config)) as monitor,
         runtime.Interrupt() as interrupt,
         GpuSampler(device, config.monitor.gpu_seconds if world.main else 0.0, monitor.record_gpu),
@@ -77,7 +82,7 @@ def train(config: TrainConfig, folder: Path, resume: bool, world: World | None =
         result = _train(config, folder, resume, monitor, interrupt, device, dtype, world, watchdog)
     if result is not None:
         show(result, folder)
-    return 0
+    return PREEMPTED if interrupt.received else ENDED
 
 
 def _train(
@@ -111,6 +116,8 @@ def _train(
     if not _fit(trainer, folder, config, device):
         where = (interrupt.received, trainer.progress.step, folder)
         _LOG.warning("stopped by %s at step %d; go on with: --resume %s", *where)
+        if world.main:
+            ending.preempted(folder, trainer.progress.step, interrupt.received, interrupt.saved, world)
         return None
     best = trainer.saver.load_best()
     _LOG.info("examining the best model, %s", best)
@@ -126,11 +133,14 @@ def _train(
     if examined is None:
         text = "stopped by %s while examining the trained model; do that again with: --resume %s"
         _LOG.warning(text, interrupt.received, folder)
+        ending.preempted(folder, trainer.progress.step, interrupt.received, True, world)
         return None
     result, predictions = examined
-    result |= {"run": _describe(trainer), "environment": run_folder.ENVIRONMENT}
+    result |= {"run": _describe(trainer) | monitor.lost, "environment": run_folder.ENVIRONMENT}
     publish(folder, result, predictions)
     monitor.record("final", step=trainer.progress.step, test=result["model"][final.ALL_CELLS])
+    _LOG.info("finished: %s, %s", folder / run_folder.METRICS, folder / run_folder.REPORT)
+    ending.finished(folder, trainer.progress.step, trainer.progress.stopped)
     return result
 
 
@@ -180,6 +190,7 @@ def find_learning_rate(config: TrainConfig, folder: Path) -> int:
 
 def _begin(config: TrainConfig, folder: Path, resume: bool, done: dict[str, Any]) -> None:
     """Write down what is run where."""
+    ending.clear(folder)
     if not resume:
         run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
     run_folder.write_json(folder / _environment_name(folder), run_folder.environment(done))

@@ -166,7 +166,7 @@ class Trainer:
     def _save_interrupted(self) -> None:
         """Save, after a signal in some process."""
         self._interrupt.received = next(name for name in self._world.gather(self._interrupt.received) if name)
-        saved = self.saver.save(self._interrupt.received)
+        saved = self._interrupt.saved = self.saver.save(self._interrupt.received)
         self._monitor.record("interrupted", step=self.progress.step, signal=self._interrupt.received, saved=saved)
 
     def _log_update(self, result: UpdateResult) -> None:

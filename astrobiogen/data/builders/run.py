@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-import os
 import shutil
 import sys
 from collections import Counter
@@ -35,6 +34,7 @@ from astrobiogen.data.progress import say
 from astrobiogen.data.spec import DataSpec
 from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, PartRow, write_rows
 from astrobiogen.data.text import BOS, EOS, MAX_TEXT_TOKENS, PAD, SEP, VOCAB_SIZE
+from astrobiogen.system import staging
 
 N_EPOCHS = 3
 OUTPUT = Path("datasets/habitat")
@@ -220,36 +220,50 @@ def write_manifest(work: Work, summary: dict[str, Any]) -> None:
 def build(raw: Path, output: Path, workers: int = 2, psg_tables: bool = False) -> list[str]:
     """Build the pack in ``output`` from ``raw``; returns what was left out and why.
 
-    A pack that is there already is replaced when the new one is complete: the work is done in ``<output>.part``.
+    A pack that is there already is replaced when the new one is complete; until then the work is done in a folder of
+    its own beside it, see ``astrobiogen.system.staging``. A link at ``output`` stays: what it points to is replaced.
 
     Raises
     ------
     DataError
-        Nothing usable in ``raw``, or ``output`` is not empty and not a pack; what was there stays as it was.
+        Nothing usable in ``raw``; ``output`` is not empty and not a pack, or holds files that are not the pack's; or
+        another process is building it. What was there stays as it was.
     """
     if not (raw / "climate").is_dir():
         raise DataError(raw, "climate", "folder absent; lay raw files out as docs/data.md describes")
-    if output.exists() and not output.is_dir():
-        raise DataError(output, "", "is a file, expected a folder; nothing was changed")
-    if output.exists() and any(output.iterdir()) and not (output / pack.MANIFEST).is_file():
-        raise DataError(output, "", "is not empty and not a packed dataset; nothing was changed")
-    part, old = (output.with_name(output.name + end) for end in (".part", ".old"))
-    if old.exists() and not output.exists():  # a build was ended between its last two steps
-        os.replace(old, output)
-    for left in (part, old):  # by an interrupted build
-        shutil.rmtree(left, ignore_errors=True)
-    part.mkdir(parents=True)
-    work = Work(raw, part, workers)
+    target = staging.target_of(output)
+    _replaceable(output, target)
     try:
-        _build(work, psg_tables)
-    except BaseException:  # Ctrl-C and a full disk too
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    if output.exists():
-        os.replace(output, old)
-    os.replace(part, output)
-    shutil.rmtree(old, ignore_errors=True)
-    return work.problems
+        with staging.owned(target), staging.workplace(target) as folder:
+            _replaceable(output, target)
+            new = folder / staging.NEW
+            new.mkdir()
+            work = Work(raw, new, workers)
+            _build(work, psg_tables)
+            _replaceable(output, target)
+            staging.replace_folder(folder, target)
+            return work.problems
+    except staging.BusyError as error:
+        raise DataError(output, "", f"{error.strerror}; nothing was changed") from error
+
+
+def _replaceable(output: Path, target: Path) -> None:
+    """Refuse to replace anything but an empty folder or a pack with nothing else in it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise DataError(output, "", "is a file, expected a folder; nothing was changed")
+    held = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if not held:
+        return
+    try:
+        listed = set(pack.read_manifest(target)["files"])
+    except DataError as error:
+        text = f"is not empty and not a packed dataset ({error.problem}); nothing was changed"
+        raise DataError(output, "", text) from error
+    if foreign := sorted(held - listed - {pack.MANIFEST}):
+        text = f"is not of the packed dataset there, and would be lost ({len(foreign)} such files); nothing was changed"
+        raise DataError(output, foreign[0], text)
 
 
 def _build(work: Work, psg_tables: bool) -> None:

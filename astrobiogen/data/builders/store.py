@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from astrobiogen.data.builders.variables import VARIABLES
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.pack import Pack
 from astrobiogen.data.progress import track
+from astrobiogen.system import staging
 
 SEGMENTS = (cubes.INPUT_SEGMENT, cubes.LABEL_SEGMENT)
 _AXES = ("climate", "segment")
@@ -120,13 +119,13 @@ def write_store(path: Path, keys: Sequence[str], names: Sequence[str], grid: Gri
         raise DataError(path, "", "suffix must be .zarr or .nc")
     if path.exists():
         raise DataError(path, "", "exists already; nothing was changed")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        with _created(part, keys, names, grid) as arrays:
-            for entry in entries:
-                _write_entry(path, keys, grid, arrays, entry)
-        os.replace(part, path)
+    with (
+        staging.owned(staging.target_of(path)),
+        staging.staged(path, new=True) as part,
+        _created(part, keys, names, grid) as arrays,
+    ):
+        for entry in entries:
+            _write_entry(path, keys, grid, arrays, entry)
 
 
 def _write_entry(path: Path, keys: Sequence[str], grid: Grid, arrays: Mapping[str, _Target], entry: Entry) -> None:

@@ -8,7 +8,6 @@ import io
 import ipaddress
 import json
 import math
-import os
 import ssl
 import string
 import time
@@ -16,13 +15,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.progress import track
+from astrobiogen.system import staging
 
 Result = TypeVar("Result")
 Check = Callable[[Path], str]  # what is wrong with the content, "" when nothing
@@ -123,7 +122,7 @@ class Web:
         """
         if path.exists() and not check(path) and not differs(path, expected or {}):
             return
-        with _whole(path) as part:
+        with staging.staged(path) as part:
 
             def write() -> None:
                 with part.open("wb") as handle:
@@ -192,21 +191,9 @@ def _chunks(url: str, answer: http.client.HTTPResponse, most: int, name: str = "
             raise _TruncatedError(f"truncated: {got} of {stated} bytes")
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes ``path`` when the block ends well, and vanishes when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def keep(path: Path, body: bytes) -> None:
     """Write ``path`` whole or not at all."""
-    with _whole(path) as part:
+    with staging.staged(path) as part:
         part.write_bytes(body)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from astrobiogen.data.builders import climate
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.make_climate.driver import SCRIPT
 from astrobiogen.data.make_climate.parameters import Climate
+from astrobiogen.system import staging
+from astrobiogen.system.ownership import InUseError, Lock
 
 YEAR = 360.0  # days of the model's year
 KEPT = ("ta", "ua", "va", "hus", "cl", "ts", "tas", "ps", "sic", "pr", "evap", "clt", "prw", "alb", "rst", "rlut")
@@ -218,6 +221,21 @@ class Job:
         DataError
             The program failed or left an unusable file.
         """
+        with self._alone():
+            return self._run(output, stop, report)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The work folder for this process alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(Lock(self.folder / ".lock"))
+            except InUseError as error:
+                raise DataError(self.folder, "", f"another process runs this climate ({error})") from error
+            yield
+
+    def _run(self, output: Path, stop: threading.Event, report: Callable[[list[Segment]], None]) -> bool:
         self._prepare()
         report(self.history)
         while not balanced(self.history, self.settings) and len(self.history) < self.settings.max_segments:
@@ -225,9 +243,8 @@ class Job:
             if not (self.folder / f"segment-{number}.nc").exists():
                 self._segment(number, stop)
             self.history.append(self._figures(number))
-            part = self.folder / "history.json.part"
-            part.write_text(json.dumps([asdict(s) for s in self.history]), encoding="utf-8")
-            os.replace(part, self.folder / "history.json")
+            with staging.staged(self.folder / "history.json") as part:
+                part.write_text(json.dumps([asdict(s) for s in self.history]), encoding="utf-8")
             self._forget(number - 2)
             report(self.history)
         converged = balanced(self.history, self.settings)
@@ -243,9 +260,7 @@ class Job:
 
     def _publish(self, output: Path, segment: int, number: int, converged: bool) -> None:
         """Copy the kept variables with their provenance."""
-        output.mkdir(parents=True, exist_ok=True)
         path = output / f"{self.planned.key}_seg{segment}.nc"
-        part = path.with_suffix(".part")
         years = (number + 1) * self.settings.segment_days / YEAR
         with xr.open_dataset(self.folder / f"segment-{number}.nc", decode_times=False, engine="netcdf4") as dataset:
             chosen = dataset[[name for name in KEPT if name in dataset]]
@@ -260,5 +275,5 @@ class Job:
                 "ts_drift": drift(self.history, number, self.settings),  # K per year
                 "acceptance": json.dumps(asdict(self.settings)),
             }
-            chosen.to_netcdf(part, engine="netcdf4", encoding={n: {"zlib": True, "complevel": 4} for n in chosen})
-        os.replace(part, path)
+            with staging.staged(path) as part:
+                chosen.to_netcdf(part, engine="netcdf4", encoding={n: {"zlib": True, "complevel": 4} for n in chosen})

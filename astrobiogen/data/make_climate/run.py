@@ -27,6 +27,7 @@ from astrobiogen.data.make_climate.jobs import MIN_SEGMENT_DAYS, Job, Segment, S
 from astrobiogen.data.make_climate.parameters import Climate, climate_of
 from astrobiogen.data.make_climate.plot import Runs, history_of, plot_histories
 from astrobiogen.data.progress import say
+from astrobiogen.system import staging
 
 # one core, T21L10, 45-minute steps: 215 s as ExoPlaSim is shipped (bounds checked), 186 s with -march=native
 SECONDS_PER_YEAR = 200.0
@@ -184,12 +185,17 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM (a batch system's time limit) ends the running segments as Ctrl-C does; they would go on alone."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    """What a batch system or a closed terminal sends ends the running segments as Ctrl-C does; they would go on alone.
+    SIGHUP stays ignored where it was (``nohup``).
+    """
+    wanted = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    before = {n: signal.signal(n, _interrupt) for n in wanted if n != signal.SIGHUP or not ignored}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def name_planets(path: Path, runs: Sequence[Climate]) -> None:
@@ -202,8 +208,7 @@ def name_planets(path: Path, runs: Sequence[Climate]) -> None:
     if set(new) <= set(rows):
         return
     rows |= {prefix: (body.name, body.star_system) for prefix, body in new.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as handle:
+    with staging.staged(path) as part, part.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(("prefix", "name", "star_system"))
         writer.writerows((prefix, *values) for prefix, values in sorted(rows.items()))

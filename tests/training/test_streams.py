@@ -1,0 +1,221 @@
+"""The console and the log files are there for the run, not the run for them."""
+
+import io
+import json
+import logging
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astrobiogen.system import console
+from astrobiogen.training import cli, crash, memory, run_folder
+from astrobiogen.training.errors import UserError
+from astrobiogen.training.log_file import LogFile
+from astrobiogen.training.monitor import Monitor, read_log
+from tests.training.conftest import toy_config
+
+ROOT = Path(__file__).parents[2]
+# Trains the toy model under the console of the command: a memory report with the profiler, log lines, a closing table.
+PROGRAM = """
+import logging, sys, tempfile
+from pathlib import Path
+import torch
+from astrobiogen.system import console
+from astrobiogen.training import cli, runtime
+from astrobiogen.training.monitor import Monitor
+from astrobiogen.training.trainer import Trainer
+from tests.training import conftest as toy
+
+folder = Path(sys.argv[1])
+
+def command():
+    config = toy.toy_config(epochs=2)
+    with Monitor(folder, toy.dataclasses.replace(config.monitor, level="INFO")) as monitor:
+        places = {"device": torch.device("cpu"), "dtype": torch.float32}
+        assert Trainer(toy.toy_task(config), config, folder, monitor, runtime.Interrupt(), **places).fit()
+    for line in range(10_000):
+        print("a closing table of many lines", line)
+    (folder / "done").touch()
+    return 7
+
+with console.best_effort():
+    code = cli.guarded(command, lambda: folder)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "streams",
+    ["2>/dev/full >/dev/full", "2>&1 | head -1", ">&- 2>&-", "<&- >&- 2>&-"],
+    ids=["full", "head", "closed", "all closed"],
+)
+def test_a_console_that_is_gone_ends_no_run_and_hides_no_end(streams: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    ended = f"{{ {sys.executable} {tmp_path / 'program.py'} {tmp_path}; echo $? > {tmp_path / 'status'}; }}"
+    command = f"{ended} {streams}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(["bash", "-c", command], env=environment, capture_output=True, timeout=200, check=True)
+    assert (tmp_path / "status").read_text() == "7\n", (tmp_path / "train.log").read_text()
+    assert (tmp_path / "done").exists()
+    assert not (tmp_path / "crash.log").exists()
+    assert (tmp_path / "memory_report.json").exists()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert all(re.match(r"20\d\d-\d\d-\d\d ", line) for line in lines)  # nothing else was printed into it
+    assert "training ended: " in lines[-1]
+    assert [record["event"] for record in read_log(tmp_path / "log.jsonl")].count("epoch") == 2
+
+
+class Broken(io.StringIO):
+    """A stream that cannot be written."""
+
+    encoding = "ascii"  # type: ignore[assignment]
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, _text: str) -> int:
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "full"), ValueError("closed")])
+def test_writing_to_a_broken_stream_is_no_error(error: Exception) -> None:
+    stream = console.BestEffort(Broken(error))
+    assert stream.write("text") == 4
+    stream.writelines(["a", "b"])
+    stream.flush()
+    assert not stream.isatty()
+    assert console.BestEffort(None).write("text") == 4
+    assert not console.BestEffort(None).isatty()
+
+
+def test_what_a_console_cannot_encode_is_escaped() -> None:
+    inner = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    assert console.BestEffort(inner).write("3 \u00b5m\n") == 5
+    assert inner.buffer.getvalue() == b"3 \\xb5m\n"  # type: ignore[attr-defined]
+
+
+def test_the_last_line_of_the_log_is_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise UserError("data: gone", exit_code=1)
+
+    assert cli.guarded(fail, lambda: tmp_path) == 1  # no run folder: nothing is made in it
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "train.log").write_text("before\n")
+    assert cli.guarded(fail, lambda: tmp_path) == 1
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[1].endswith(" ERROR error: data: gone")
+    assert capsys.readouterr().err == "error: data: gone\n" * 2
+
+
+def test_crash_logs_are_new_files_or_in_the_run_folder_and_follow_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> int:
+        raise KeyError("gone")
+
+    temporary, folder, mine = tmp_path / "tmp", tmp_path / "run", tmp_path / "mine"
+    temporary.mkdir()
+    folder.mkdir()
+    mine.write_text("mine")
+    monkeypatch.setattr(crash.tempfile, "tempdir", str(temporary))
+    for name in ("crash.log", "astrobiogen-crash.log"):
+        (temporary / name).symlink_to(mine)
+    (folder / "crash.log").symlink_to(mine)
+    (folder / "train.log").symlink_to(mine)
+    assert cli.guarded(fail, lambda: None) == 1
+    assert cli.guarded(fail, lambda: folder) == 1
+    made = sorted(path for path in temporary.iterdir() if not path.is_symlink())
+    assert len(made) == 2
+    assert all("KeyError: 'gone'" in path.read_text() for path in made)
+    assert mine.read_text() == "mine"
+    said = capsys.readouterr().err
+    assert all(f"(details: {path})" in said for path in made)
+    (folder / "crash.log").unlink()
+    assert cli.guarded(fail, lambda: folder) == 1
+    assert "Traceback" in (folder / "crash.log").read_text()
+    (folder / "crash.log").unlink()
+    (folder / "crash.log").mkdir()
+    monkeypatch.setattr(crash.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert cli.guarded(fail, lambda: folder) == 1
+    assert "(details: none, they could not be written: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_files() -> Iterator[Any]:
+    """`small_files(bytes)`: files may not grow beyond this; 0: as before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size or soft, hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_log_on_a_full_disk_is_said_once_counted_and_goes_on_when_there_is_room(
+    tmp_path: Path, small_files: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Monitor(tmp_path, toy_config().monitor) as monitor:
+        monitor.logger.setLevel("INFO")
+        monitor.logger.info("first")
+        monitor.record("step", step=1, loss=1.0)
+        small_files(60)
+        for step in range(2, 6):
+            monitor.logger.info("line of step %d", step)
+            monitor.record("step", step=step, loss=1.0)
+        small_files(0)
+        monitor.logger.info("last")
+        monitor.record("step", step=6, loss=1.0)
+        lost = monitor.lost
+    said = capsys.readouterr().err
+    assert said.count("the log file cannot be written (") == 1
+    assert said.count("log.jsonl cannot be written (") == 1
+    assert "line of step 5" in said
+    assert lost["log_records_lost"] == 4
+    assert lost["log_lines_lost"] >= 4
+    records = read_log(tmp_path / "log.jsonl")
+    assert [record["step"] for record in records if record["event"] == "step"] == [1, 6]
+    assert [record["lost"] for record in records if record["event"] == "log_gap"] == [4]
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert "first" in lines[0]
+    assert f"({lost['log_lines_lost']} lines could not be written here)" in lines
+    assert lines[-1].endswith("INFO last")
+
+
+def test_the_line_handler_writes_at_once_and_marks_a_gap(tmp_path: Path, small_files: Any) -> None:
+    logger = logging.Logger("lines")
+    handler = LogFile(tmp_path / "x.log", logger)
+    logger.addHandler(handler)
+    logger.warning("one")
+    assert (tmp_path / "x.log").read_text() == "one\n"
+    small_files(6)
+    logger.warning("two two")  # "tw" fits
+    small_files(0)
+    logger.warning("three")
+    handler.close()
+    assert (tmp_path / "x.log").read_text() == "one\ntw\n(2 lines could not be written here)\nthree\n"
+    assert handler.lost == 2
+
+
+def test_a_memory_report_on_a_full_disk_is_said_and_training_goes_on(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_path: Path, _value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_json", full)
+    assert make_run(toy_config()).trainer.fit()
+    assert f"{memory.REPORT} could not be written (No space left on device)" in caplog.text
+    assert json.dumps(caplog.text).count("memory: ") >= 1
