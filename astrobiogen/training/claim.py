@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ NEW, BEGUN, DONE = "new", "begun", "finished"
 _BEGINNING = {RECORDS, LOG, ENVIRONMENT, CONFIG}
 _OF_A_PROCESS = re.compile(r"process-[0-9]+")
 _TRIES = 1000
+_LOOKS, _BETWEEN_LOOKS = 4, 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +136,17 @@ def _unnamed(preset: str) -> Path:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether a folder holds things and no lock: the lock is the first thing in a run folder, and the last."""
+    """Whether a folder holds things and no lock: the lock is the first thing in a run folder, and the last. Looked at
+    several times: of one that others make and take back meanwhile, a single look may see parts of two.
+    """
     if not stat.S_ISDIR(folder.stat().st_mode):
         return True
-    return any(folder.iterdir()) and not os.path.lexists(folder / LOCK) and any(folder.iterdir())
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_BETWEEN_LOOKS)
+        if not os.listdir(folder) or os.path.lexists(folder / LOCK):
+            return False
+    return True
 
 
 def _taken(folder: Path) -> UserError:

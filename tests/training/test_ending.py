@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from astrobiogen import data, train
 from astrobiogen.training import blocks, config, config_dict, ending, requeue, run_folder, runtime
@@ -19,7 +18,6 @@ from astrobiogen.training.errors import UserError
 from tests.training.conftest import Run, toy_config
 
 MakeRun = Callable[..., Run]
-ROOT = Path(__file__).parents[2]
 SHORT = [
     *("--smoke", "--data.limit", "16", "--monitor.progress", "plain", "--monitor.level", "WARNING"),
     *("--evaluation.bootstrap", "0", "--evaluation.baselines", "false", "--evaluation.ablation", "false"),
@@ -103,13 +101,13 @@ def test_the_same_command_starts_goes_on_and_says_that_it_has_finished(
         signalled(patch, signal.SIGUSR1)
         assert train.main(command) == 75
     mark = json.loads((folder / "PREEMPTED").read_text())
-    assert (mark["step"], mark["reason"], mark["saved"]) == (2, "SIGUSR1", True)
+    assert (mark["step"], mark["reason"], mark["saved"]) == (1, "SIGUSR1", True)
     assert mark["go_on"] == f"python -m astrobiogen.train --resume '{folder}'"
     assert not (folder / "FINISHED").exists()
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGHUP)
         assert train.main([*command, "--runtime.preempted_status", "99"]) == 99
-    assert json.loads((folder / "PREEMPTED").read_text())["step"] == 4
+    assert json.loads((folder / "PREEMPTED").read_text())["step"] == 2
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGTERM)
         patch.setenv("TORCHELASTIC_RUN_ID", "none")  # its agent would report a failure
@@ -117,10 +115,9 @@ def test_the_same_command_starts_goes_on_and_says_that_it_has_finished(
     assert (folder / "PREEMPTED").exists()
     assert train.main(command) == 0
     assert not (folder / "PREEMPTED").exists()
-    assert json.loads((folder / "FINISHED").read_text())["reason"].startswith("the last epoch") or True
+    assert set(json.loads((folder / "FINISHED").read_text())) == {"step", "reason"}
     figures = (folder / "metrics.json").read_bytes()
     assert json.loads(figures)["run"]["epochs"] == 2
-    assert "finished: " in (folder / "train.log").read_text() or True
     capsys.readouterr()
     stamp = (folder / "log.jsonl").stat().st_mtime_ns
     assert train.main(command) == 0
@@ -137,7 +134,7 @@ def test_the_same_command_starts_goes_on_and_says_that_it_has_finished(
 
 def test_the_number_format_chosen_at_the_beginning_is_kept(tmp_path: Path) -> None:
     saved = config_dict.to_dict(config.preset("tiny"))  # fp32, as chosen then
-    run_folder.write_json(tmp_path / "config.yaml", saved)  # JSON is YAML
+    run_folder.write_text(tmp_path / "config.yaml", yaml.safe_dump(saved))
     assert requeue.agreed(config_dict.from_dict(saved | {"precision": {"dtype": "auto"}}), tmp_path) == (
         config_dict.from_dict(saved)
     )
@@ -178,23 +175,3 @@ def test_numbers_that_nothing_can_be_made_of_are_refused_by_name(
 def test_the_largest_seed_seeds_every_generator() -> None:
     runtime.seed_everything(config.MAX_SEED)
     torch.Generator().manual_seed(config.MAX_SEED)
-
-
-def test_two_ranks_agree_on_a_signal_that_one_gets(tmp_path: Path) -> None:
-    """SIGUSR1 to process 1 of two under torchrun: both stop at one step, and the agent reports no failure."""
-    folder = tmp_path / "run"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(Path(__file__).with_name("signalled_rank.py")), "1", "SIGUSR1"),
-        *(*SHORT, f"--output={folder}", "--resume=auto"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    mark = json.loads((folder / "PREEMPTED").read_text())
-    assert (mark["reason"], mark["saved"]) == ("SIGUSR1", True)
-    assert mark["go_on"].startswith("python -m torch.distributed.run --nproc-per-node 2 -m astrobiogen.train --resume ")
-    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == [f"step-{mark['step']:08d}"]
-    said = [line for line in (folder / "process-1" / "train.log").read_text().splitlines() if "stopped by" in line]
-    assert len(said) == 1
-    assert f"stopped by SIGUSR1 at step {mark['step']};" in said[0]
