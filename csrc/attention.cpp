@@ -51,16 +51,19 @@ void visible_ranges(int64_t queries, int64_t keys, const Options& options, const
 // Divides by the sum, writes the output rows, what their rounding took away (half precision), and the log-sum-exp.
 template <typename T>
 void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, const float* panels, const float* maximum, const float* total,
-                const Rows<T>& out, int16_t* rest, float* lse) {
+                const int32_t* low, const int32_t* high, const Rows<T>& out, int16_t* rest, float* lse) {
   for (int64_t i = 0; i < t.count; ++i) {
     const int64_t token = (t.first + i) / g.group, head = t.kv_head * g.group + (t.first + i) % g.group;
     const float* from = panels + i / width * g.dim * width + i % width;
     T* to = out.at(t.batch, token, head);
     const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
-    if constexpr (std::is_same_v<T, float>) {
+    int16_t* left = std::is_same_v<T, float> ? nullptr : rest + ((t.batch * g.queries + token) * g.heads + head) * g.dim;
+    if (low[i] >= high[i]) {  // sees nothing: 0, also where the sink is not finite
+      std::fill_n(to, g.dim, T(0.0f));
+      if (left != nullptr) std::fill_n(left, g.dim, int16_t{0});
+    } else if constexpr (std::is_same_v<T, float>) {
       for (int64_t d = 0; d < g.dim; ++d) to[d] = from[d * width] * inverse;
     } else {
-      int16_t* left = rest + ((t.batch * g.queries + token) * g.heads + head) * g.dim;
       for (int64_t d = 0; d < g.dim; ++d) {
         const float value = from[d * width] * inverse;
         to[d] = static_cast<T>(value);
@@ -166,7 +169,7 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
     kernel.forward({k.rows.at(t.batch, 0, t.kv_head), v.rows.at(t.batch, 0, t.kv_head), k.rows.token, v.rows.token, g.dim, t.panels, queries,
                     accumulator, maximum, total, low, high, g.softcap * kLog2E, scratch});
     if (!silenced.empty()) add_silenced<T>(g, t, width, silenced, rows_of<T>(in.v), low, high, accumulator);
-    write_rows<T>(g, t, width, accumulator, maximum, total, result, rest_data, lse_data);
+    write_rows<T>(g, t, width, accumulator, maximum, total, low, high, result, rest_data, lse_data);
   });
 }
 

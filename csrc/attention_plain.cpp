@@ -72,7 +72,7 @@ void forward_double(const Inputs& in, Tensor& out, Tensor& lse) {
         total += weight;
         for (int64_t d = 0; d < g.dim; ++d) to[d] += weight * value[d];
       }
-      for (int64_t d = 0; d < g.dim; ++d) to[d] = total == 0.0 ? 0.0 : to[d] / total;
+      for (int64_t d = 0; d < g.dim; ++d) to[d] = total == 0.0 || g.low[i] >= g.high[i] ? 0.0 : to[d] / total;
       lse_data[(b * g.heads + h) * g.queries + i] = total == 0.0 ? -kInfinity : shift + std::log(total);
     }
   });

@@ -87,37 +87,41 @@ ASTRO_INLINE void forward_nodes(const Forward<T>& a, int64_t first, int64_t last
   using A = Wide<T>;
   const Problem<T>& in = a.in;
   const int64_t heads = in.heads, columns = in.columns();
+  const A lowest = -std::numeric_limits<A>::infinity();
   std::vector<A> query(columns), sums(columns), highest(heads), total(heads), scores;
+  std::vector<uint8_t> blind(heads);
   for (int64_t node = first; node < last; ++node) {
     const int64_t begin = in.lists.receiver_start[node], count = in.lists.receiver_start[node + 1] - begin;
     const int64_t* edges = in.lists.by_receiver + begin;
     reserve(scores, count * heads);
     widen<T>(in.q[node], columns, in.scale, query.data());
-    std::fill(highest.begin(), highest.end(), -std::numeric_limits<A>::infinity());
+    std::fill(highest.begin(), highest.end(), lowest);
     std::fill(total.begin(), total.end(), A(0));
     std::fill(sums.begin(), sums.end(), A(0));
     for (int64_t e = 0; e < count; ++e) {
       const T *key = in.k[in.lists.sender[edges[e]]], *bias = in.bias + edges[e] * heads;
       for (int64_t h = 0; h < heads; ++h) {
-        const A score = dot(query.data() + h * width, key + h * width, width) + static_cast<A>(bias[h]);
+        const A score = cuts(bias[h]) ? lowest : dot(query.data() + h * width, key + h * width, width) + static_cast<A>(bias[h]);
         scores[e * heads + h] = score;
         if (score > highest[h] || score != score) highest[h] = score;  // NaN stays
       }
     }
+    for (int64_t h = 0; h < heads; ++h) blind[h] = highest[h] == lowest, highest[h] = blind[h] ? A(0) : highest[h];
     for (int64_t e = 0; e < count; ++e)
       for (int64_t h = 0; h < heads; ++h) scores[e * heads + h] -= highest[h];
     exponentials(scores.data(), count * heads);
     for (int64_t e = 0; e < count; ++e) {
-      const T* value = in.v[in.lists.sender[edges[e]]];
+      const T *value = in.v[in.lists.sender[edges[e]]], *bias = in.bias + edges[e] * heads;
       for (int64_t h = 0; h < heads; ++h) {
+        if (blind[h] || cuts(bias[h])) continue;
         const A weight = scores[e * heads + h];
         total[h] += weight;
         add(sums.data() + h * width, weight, value + h * width, width);
       }
     }
     for (int64_t h = 0; h < heads; ++h) {
-      round_to<T>(sums.data() + h * width, width, count == 0 ? A(0) : A(1) / total[h], a.out + node * columns + h * width);
-      a.lse[node * heads + h] = count == 0 ? -std::numeric_limits<A>::infinity() : highest[h] + std::log(total[h]);
+      round_to<T>(sums.data() + h * width, width, blind[h] ? A(0) : A(1) / total[h], a.out + node * columns + h * width);
+      a.lse[node * heads + h] = blind[h] ? lowest : highest[h] + std::log(total[h]);
     }
   }
 }
@@ -129,10 +133,12 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
   const Problem<T>& in = a.in;
   const int64_t heads = in.heads, columns = in.columns();
   std::vector<A> query(columns), grad(columns), sums(columns), own(heads), weights, slopes;
+  std::vector<uint8_t> cut;
+  bool found = false;
   for (int64_t node = first; node < last; ++node) {
     const int64_t begin = in.lists.receiver_start[node], count = in.lists.receiver_start[node + 1] - begin;
     const int64_t* edges = in.lists.by_receiver + begin;
-    reserve(weights, count * heads), reserve(slopes, count * heads);
+    reserve(weights, count * heads), reserve(slopes, count * heads), reserve(cut, count * heads);
     widen<T>(in.q[node], columns, in.scale, query.data());
     widen<T>(a.grad[node], columns, A(1), grad.data());
     std::fill(sums.begin(), sums.end(), A(0));
@@ -141,24 +147,40 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
       const int64_t from = in.lists.sender[edges[e]];
       const T *key = in.k[from], *value = in.v[from], *bias = in.bias + edges[e] * heads;
       for (int64_t h = 0; h < heads; ++h) {
-        weights[e * heads + h] = dot(query.data() + h * width, key + h * width, width) + static_cast<A>(bias[h]) - a.lse[node * heads + h];
-        slopes[e * heads + h] = dot(grad.data() + h * width, value + h * width, width);
+        const A lse = a.lse[node * heads + h];
+        cut[e * heads + h] = cuts(bias[h]) || lse == -std::numeric_limits<A>::infinity();
+        weights[e * heads + h] = cut[e * heads + h] ? A(0) : dot(query.data() + h * width, key + h * width, width) + static_cast<A>(bias[h]) - lse;
+        slopes[e * heads + h] = cut[e * heads + h] ? A(0) : dot(grad.data() + h * width, value + h * width, width);
       }
     }
     exponentials(weights.data(), count * heads);
+    for (int64_t i = 0; i < count * heads; ++i)
+      if (cut[i]) weights[i] = A(0), found = true;
     for (int64_t e = 0; e < count; ++e)  // g·out from its terms: out was rounded to T
       for (int64_t h = 0; h < heads; ++h) own[h] += weights[e * heads + h] * slopes[e * heads + h];
     for (int64_t e = 0; e < count; ++e) {
       const T* key = in.k[in.lists.sender[edges[e]]];
       for (int64_t h = 0; h < heads; ++h) {
-        const A weight = weights[e * heads + h], slope = weight * (slopes[e * heads + h] - own[h]);
+        const A weight = weights[e * heads + h], slope = cut[e * heads + h] ? A(0) : weight * (slopes[e * heads + h] - own[h]);
         a.weight[edges[e] * heads + h] = weight, a.slope[edges[e] * heads + h] = slope;
         a.grad_bias[edges[e] * heads + h] = static_cast<T>(slope);
+        if (cut[e * heads + h]) continue;
         add(sums.data() + h * width, slope, key + h * width, width);
       }
     }
     round_to<T>(sums.data(), columns, in.scale, a.grad_q + node * columns);
   }
+  if (found) a.cut->store(true, std::memory_order_relaxed);
+}
+
+template <typename T>
+void forward_cut(const Forward<T>& a, int64_t node) {
+  forward_nodes<T>(a, node, node + 1, a.in.width);
+}
+
+template <typename T>
+void backward_cut(const Backward<T>& a, int64_t node) {
+  backward_receivers<T>(a, node, node + 1, a.in.width);
 }
 
 template <typename T, typename W>
@@ -166,6 +188,7 @@ ASTRO_INLINE void backward_senders(const Backward<T>& a, int64_t first, int64_t 
   using A = Wide<T>;
   const Problem<T>& in = a.in;
   const int64_t heads = in.heads, columns = in.columns();
+  const bool cut = a.cut->load(std::memory_order_relaxed);
   std::vector<A> keys(columns), values(columns);
   for (int64_t node = first; node < last; ++node) {
     std::fill(keys.begin(), keys.end(), A(0));
@@ -174,6 +197,7 @@ ASTRO_INLINE void backward_senders(const Backward<T>& a, int64_t first, int64_t 
       const int64_t edge = in.lists.by_sender[at], to = in.lists.receiver[edge];
       const T *query = in.q[to], *grad = a.grad[to];
       for (int64_t h = 0; h < heads; ++h) {
+        if (cut && a.weight[edge * heads + h] == A(0)) continue;
         add(keys.data() + h * width, a.slope[edge * heads + h], query + h * width, width);
         add(values.data() + h * width, a.weight[edge * heads + h], grad + h * width, width);
       }
@@ -274,10 +298,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v), grad_bias = like(bias);
   Tensor weight = at::empty(bias.sizes(), bias.options().dtype(exact(q))), slope = like(weight);
+  std::atomic<bool> cut{false};
   for_dtype(q.scalar_type(), [&]<typename T>() {
     using A = Wide<T>;
     const Backward<T> a{all.problem<T>(), rows_of<T>(grad), log_sum.const_data_ptr<A>(), weight.mutable_data_ptr<A>(),
-                        slope.mutable_data_ptr<A>(), grad_q.mutable_data_ptr<T>(), grad_k.mutable_data_ptr<T>(), grad_v.mutable_data_ptr<T>(),
+                        slope.mutable_data_ptr<A>(), &cut, grad_q.mutable_data_ptr<T>(), grad_k.mutable_data_ptr<T>(), grad_v.mutable_data_ptr<T>(),
                         grad_bias.mutable_data_ptr<T>()};
     at::parallel_for(0, q.size(0), kGrain, [&](int64_t begin, int64_t end) { dispatch<BackwardReceivers<T>>(a, begin, end); });
     at::parallel_for(0, k.size(0), kGrain, [&](int64_t begin, int64_t end) { dispatch<BackwardSenders<T>>(a, begin, end); });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -53,9 +54,16 @@ struct Backward {
   Problem<T> in;
   Rows<T> grad;
   const Wide<T>* lse;
-  Wide<T> *weight, *slope;  // p and ds, [E][heads]
+  Wide<T> *weight, *slope;  // p and ds, [E][heads]; both 0 for an edge that is cut
+  std::atomic<bool>* cut;   // set by the receivers' loop if a bias of -Inf cuts an edge: the senders' loop then leaves out weights of 0
   T *grad_q, *grad_k, *grad_v, *grad_bias;
 };
+
+// A bias of -Inf cuts an edge: what its ends hold, NaN included, reaches nothing.
+template <typename T>
+ASTRO_INLINE bool cuts(T bias) {
+  return static_cast<Wide<T>>(bias) == -std::numeric_limits<Wide<T>>::infinity();
+}
 
 // e^x in place, for x <= 0 but for a rounding; `values` is padded to a multiple of 8.
 ASTRO_INLINE void exponentials(float* values, int64_t count) {

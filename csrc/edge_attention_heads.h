@@ -63,6 +63,15 @@ struct Four {
       for (int v = 0; v < V; ++v) part[h][v] += simd::load8(p + h * W + v * 8) * factor[h];
   }
 
+  // As above, without the heads whose weight is 0 if `cut`.
+  template <typename T>
+  ASTRO_INLINE void add(f32x4 factor, const T* p, bool cut, f32x4 weight) {
+    if (!cut) return add(factor, p);
+    for (int h = 0; h < kHeads; ++h)
+      for (int v = 0; v < V; ++v)
+        if (weight[h] != 0.0f) part[h][v] += simd::load8(p + h * W + v * 8) * factor[h];
+  }
+
   template <typename T>
   ASTRO_INLINE void store(T* p, f32x4 factor) const {
     for (int h = 0; h < kHeads; ++h)
@@ -73,6 +82,17 @@ struct Four {
 template <typename T>
 ASTRO_INLINE void prefetch_row(const T* row, int64_t columns) {
   for (int64_t j = 0; j < columns; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j);
+}
+
+// One head at a time, for nodes with edges that are cut (edge_attention.cpp).
+template <typename T>
+void forward_cut(const Forward<T>& a, int64_t node);
+template <typename T>
+void backward_cut(const Backward<T>& a, int64_t node);
+
+ASTRO_INLINE bool any_cut(f32x4 least) {
+  const float lowest = -std::numeric_limits<float>::infinity();
+  return least[0] == lowest || least[1] == lowest || least[2] == lowest || least[3] == lowest;
 }
 
 template <typename T, int64_t W>
@@ -86,15 +106,21 @@ ASTRO_INLINE void forward_fours(const Forward<T>& a, int64_t first, int64_t last
     reserve(scores, count * kHeads);
     for (int64_t g = 0; g < heads; g += kHeads) {
       const auto query = Four<W>::load(in.q[node] + g * W, in.scale);
-      f32x4 highest = f32x4{} - std::numeric_limits<float>::infinity(), total = {};
+      f32x4 highest = f32x4{} - std::numeric_limits<float>::infinity(), total = {}, least = {};
       for (int64_t e = 0; e < count; ++e) {
         if (g == 0 && begin + e + kAhead < edges_in_all) {
           const int64_t soon = in.lists.sender[edges[e + kAhead]];
           prefetch_row(in.k[soon], columns), prefetch_row(in.v[soon], columns);
         }
-        const f32x4 score = query.dots(in.k[in.lists.sender[edges[e]]] + g * W) + load4(in.bias + edges[e] * heads + g);
+        const f32x4 bias = load4(in.bias + edges[e] * heads + g);
+        const f32x4 score = query.dots(in.k[in.lists.sender[edges[e]]] + g * W) + bias;
+        least = bias < least ? bias : least;
         store4(scores.data() + e * kHeads, score);
         highest = (score > highest) | (score != score) ? score : highest;  // NaN stays
+      }
+      if (any_cut(least)) {
+        forward_cut<T>(a, node);
+        break;
       }
       const simd::f32x8 twice = __builtin_shufflevector(highest, highest, 0, 1, 2, 3, 0, 1, 2, 3);
       for (int64_t j = 0; j < count * kHeads; j += 8) {
@@ -127,15 +153,21 @@ ASTRO_INLINE void backward_receiver_fours(const Backward<T>& a, int64_t first, i
     for (int64_t g = 0; g < heads; g += kHeads) {
       const auto query = Four<W>::load(in.q[node] + g * W, in.scale), grad = Four<W>::load(a.grad[node] + g * W, 1.0f);
       const f32x4 lse = load4(a.lse + node * heads + g);
-      f32x4 own = {};
+      f32x4 own = {}, least = {};
       for (int64_t e = 0; e < count; ++e) {
         if (g == 0 && begin + e + kAhead < edges_in_all) {
           const int64_t soon = in.lists.sender[edges[e + kAhead]];
           prefetch_row(in.k[soon], columns), prefetch_row(in.v[soon], columns);
         }
         const int64_t from = in.lists.sender[edges[e]];
-        store4(weights.data() + e * kHeads, query.dots(in.k[from] + g * W) + load4(in.bias + edges[e] * heads + g) - lse);
+        const f32x4 bias = load4(in.bias + edges[e] * heads + g);
+        least = bias < least ? bias : least;
+        store4(weights.data() + e * kHeads, query.dots(in.k[from] + g * W) + bias - lse);
         store4(slopes.data() + e * kHeads, grad.dots(in.v[from] + g * W));
+      }
+      if (any_cut(least)) {
+        backward_cut<T>(a, node);
+        break;
       }
       exponentials(weights.data(), count * kHeads);
       for (int64_t e = 0; e < count; ++e)  // g·out from its terms: out was rounded to T
@@ -156,6 +188,7 @@ template <typename T, int64_t W>
 ASTRO_INLINE void backward_sender_fours(const Backward<T>& a, int64_t first, int64_t last) {
   const Problem<T>& in = a.in;
   const int64_t heads = in.heads, columns = in.columns(), edges_in_all = in.lists.sender_start[in.senders];
+  const bool cut = a.cut->load(std::memory_order_relaxed);
   for (int64_t node = first; node < last; ++node) {
     for (int64_t g = 0; g < heads; g += kHeads) {
       Four<W> keys = {}, values = {};
@@ -166,8 +199,9 @@ ASTRO_INLINE void backward_sender_fours(const Backward<T>& a, int64_t first, int
           __builtin_prefetch(a.slope + soon * heads), __builtin_prefetch(a.weight + soon * heads);
         }
         const int64_t edge = in.lists.by_sender[at], to = in.lists.receiver[edge];
-        keys.add(load4(a.slope + edge * heads + g), in.q[to] + g * W);
-        values.add(load4(a.weight + edge * heads + g), a.grad[to] + g * W);
+        const f32x4 weight = load4(a.weight + edge * heads + g), slope = load4(a.slope + edge * heads + g);
+        keys.add(slope, in.q[to] + g * W, cut, weight);
+        values.add(weight, a.grad[to] + g * W, cut, weight);
       }
       keys.store(a.grad_k + node * columns + g * W, f32x4{} + in.scale);
       values.store(a.grad_v + node * columns + g * W, f32x4{} + 1.0f);

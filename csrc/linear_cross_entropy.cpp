@@ -310,7 +310,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return forward_typed<float, float>(x, weight, target, o);
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x, const Tensor& weight, const Tensor& target_any, const Tensor& lse_any,
+// x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that such a row may hold would be NaN in every gradient.
+Tensor only_kept(const Tensor& x, const Tensor& target, int64_t ignore_index) {
+  const int64_t *y = target.const_data_ptr<int64_t>(), *end = y + target.numel();
+  return std::find(y, end, ignore_index) == end ? x : x.masked_fill(target.eq(ignore_index).unsqueeze(-1), 0);
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight, const Tensor& target_any, const Tensor& lse_any,
                                     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool need_x, bool need_weight) {
   constexpr check::Op op("astrobiogen::linear_cross_entropy_backward");
   check_arguments(op, x, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
@@ -319,6 +325,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x, con
   const Tensor target = target_any.contiguous(), lse = lse_any.contiguous(), grad = grad_any.to(lse.scalar_type()).contiguous();
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
+  const Tensor x = only_kept(x_any, target, ignore_index);
   if (x.scalar_type() == at::kBFloat16 && has_bf16_products())
     return backward_bf16(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight);
   return x.scalar_type() == at::kDouble ? backward_typed<double>(grad, x, weight, target, lse, o, need_x, need_weight)

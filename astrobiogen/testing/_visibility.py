@@ -10,11 +10,12 @@ from astrobiogen.kernels._case import Case
 from astrobiogen.testing import _inputs, _routes
 from astrobiogen.testing._inputs import Arguments, Function
 
-# How many rows of each tensor are tried, evenly spread from the first to the last.
-ROWS = 4
+# What is planted in the first, a middle and the last row of each tensor.
+PLANTED = (float("nan"), float("inf"), float("-inf"))
 # Finite values that a row is replaced by, in multiples of one draw: a moderate one, and far ones to both sides, for
 # what a function hears on one side only (ReLU).
 PROBES = (3.7, 30.0, -30.0)
+_UPSTREAM = "upstream gradient"
 
 
 def check_visibility(
@@ -27,9 +28,9 @@ def check_visibility(
     ops: tuple[str, ...] = (),
     implementation: _routes.Implementation = "default",
 ) -> None:
-    """Plant NaN, +Inf and -Inf in one row at a time (along the last axis; one element of a vector) of each
-    floating-point argument and upstream gradient, and demand that every element of an output or a gradient that cannot
-    hear the row keeps its bits.
+    """Plant NaN, +Inf or -Inf in one row at a time (along the last axis; one element of a vector) of each differentiable
+    argument and upstream gradient, and demand that every element of an output or a gradient that cannot hear the row
+    keeps its bits.
 
     What can hear a row is found by probing: an element that changes in the fp64 reference when the row is replaced by
     other finite numbers. An element may also be constant because a softmax has one member; unless the case says with
@@ -41,11 +42,8 @@ def check_visibility(
     where = _routes.device_of(implementation, device)
     clean = _copies(_inputs.build(case, dtype, where))
     plain = _inputs.evaluate(reference, clean, (), []).outputs
-    problem = clean | {
-        f"upstream gradient {index}": gradient
-        for index, gradient in enumerate(_inputs.draw_upstream(case, plain))
-        if gradient is not None
-    }
+    upstream = _inputs.draw_upstream(case, plain)
+    problem = clean | {f"{_UPSTREAM} {index}": gradient for index, gradient in enumerate(upstream)}
     wide = _inputs.upcast(problem)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         # NumPy, on which Triton's interpreter computes, warns about arithmetic with infinities.
@@ -53,7 +51,7 @@ def check_visibility(
         quiet = _all(reference, case, wide)
         with _routes.route(ops, implementation):
             before = _all(function, case, problem)
-        for name, row, value in _plants(problem):
+        for name, row, value in _plants(case, problem):
             deaf = _deaf(reference, case, wide, quiet, name, row)
             if not case.masks:
                 finite = _all(reference, case, _replaced(wide, name, row, value))
@@ -75,16 +73,13 @@ def _judge(label: str, before: torch.Tensor, after: torch.Tensor, deaf: torch.Te
         )
 
 
-def _plants(problem: Arguments) -> Iterator[tuple[str, int, float]]:
-    """NaN in every row that is tried, +Inf in the first and -Inf in the last of them."""
+def _plants(case: Case, problem: Arguments) -> Iterator[tuple[str, int, float]]:
+    """(tensor, row, value): one plant per row that is tried."""
     for name, value in problem.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
+        if not (name in case.differentiable or name.startswith(_UPSTREAM)) or value is None or not value.numel():
             continue
-        rows = _rows(value).shape[0]
-        tried = sorted({round(i * (rows - 1) / (ROWS - 1)) for i in range(ROWS)})
-        yield from ((name, row, float("nan")) for row in tried)
-        yield name, tried[0], float("inf")
-        yield name, tried[-1], float("-inf")
+        last = _rows(value).shape[0] - 1
+        yield from zip([name] * len(PLANTED), sorted({0, last // 2, last}), PLANTED)
 
 
 def _deaf(
@@ -100,10 +95,9 @@ def _deaf(
 
 def _all(function: Function, case: Case, problem: Arguments) -> dict[str, torch.Tensor]:
     """Floating-point outputs and gradients by name, of arguments and upstream gradients together."""
-    arguments = {name: value for name, value in problem.items() if not name.startswith("upstream")}
-    upstream = [problem.get(f"upstream gradient {index}") for index in range(len(problem) - len(arguments) + 8)]
-    plain = _inputs.evaluate(function, arguments, (), []).outputs
-    result = _inputs.evaluate(function, arguments, case.differentiable, upstream[: len(plain)])
+    arguments = {name: value for name, value in problem.items() if not name.startswith(_UPSTREAM)}
+    upstream = [value for name, value in problem.items() if name.startswith(_UPSTREAM)]  # one per output, in order
+    result = _inputs.evaluate(function, arguments, case.differentiable, upstream)
     found = {f"output {i}": o for i, o in enumerate(result.outputs) if o.is_floating_point()}
     return found | {f"gradient of {name}": g for name, g in result.gradients.items() if g is not None}
 

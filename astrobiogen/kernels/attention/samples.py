@@ -1,6 +1,7 @@
 """Inputs that attention must handle, and the sizes worth timing."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,7 +120,31 @@ def _expanded(make: TensorMaker) -> dict[str, Any]:
     }
 
 
+def _with_sinks(build: Callable[[TensorMaker], dict[str, Any]]):
+    def with_sinks(make: TensorMaker) -> dict[str, Any]:
+        return build(make) | {"sinks": make.randn(2)}
+
+    return with_sinks
+
+
+def _short_sequences(make: TensorMaker) -> dict[str, Any]:
+    # none of one token, and two tokens behind the last
+    bounds = torch.tensor([0, 3, 3, 5, 16], device=make.device)
+    return tensors(make, 1, 18, 18, 2, 1, 4) | {"cu_seqlens": bounds, "causal": False, "return_lse": True}
+
+
+def _peaked(factor: float, build: Callable[[TensorMaker], dict[str, Any]]):
+    """Scores `factor` times as large: nearly all of a row's weight is on one key."""
+
+    def peaked(make: TensorMaker) -> dict[str, Any]:
+        arguments = build(make)
+        return arguments | {"q": arguments["q"] * factor}
+
+    return peaked
+
+
 _GRADS = ("q", "k", "v")
+_ALL_GRADS = (*_GRADS, "sinks")
 
 CASES = (
     Case("gradcheck", plain(1, 3, 3, 2, 1, 6, rotary=2), _GRADS, gradcheck=True),
@@ -146,6 +171,17 @@ CASES = (
     Case("heads_first", _heads_first, _GRADS, interpret=False),
     Case("fused_projection", _fused_projection, _GRADS),
     Case("expanded", _expanded, _GRADS),
+    Case("peaked", _peaked(50, plain(1, 35, 35, 4, 2, 68, rotary=34)), _GRADS, interpret=False),
+    Case("peaked_softcap", _peaked(50, plain(1, 20, 20, 2, 1, 16, softcap=40.0)), _GRADS, interpret=False),
+    Case("peaked_sinks", _with_sinks(_peaked(50, plain(1, 20, 33, 2, 1, 40, window=9))), _ALL_GRADS, interpret=False),
+    Case("peaked_packed", _peaked(50, _packed), _GRADS, interpret=False),
+    Case("peaked_few", _peaked(50, plain(1, 5, 18, 2, 1, 16)), _GRADS),
+    Case("half_peaked", _peaked(8, plain(1, 35, 35, 2, 1, 24)), _GRADS, interpret=False),
+    Case("masks_packed", _short_sequences, _GRADS, masks=True),
+    Case("masks_packed_causal", _with_sinks(_packed), _ALL_GRADS, interpret=False, masks=True),
+    Case("masks_window", _with_sinks(plain(1, 18, 20, 2, 1, 5, window=4)), _ALL_GRADS, masks=True),
+    Case("masks_blind", _with_sinks(plain(1, 21, 6, 2, 1, 5, rotary=2)), _ALL_GRADS, interpret=False, masks=True),
+    Case("masks_few", _with_sinks(plain(1, 3, 35, 2, 1, 5, window=9, softcap=2.0)), _ALL_GRADS, masks=True),
     Case("group_64", plain(1, 5, 6, 64, 1, 8), _GRADS, interpret=False),
     Case("several_tiles", plain(1, 130, 130, 4, 1, 68, rotary=34), _GRADS, interpret=False),
 )

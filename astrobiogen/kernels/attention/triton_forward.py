@@ -203,13 +203,14 @@ def forward_kernel(
             store_columns(to, acc_tail, live, tails, MAIN + TAIL)
     else:
         blind = total == 0.0
-        inverse = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
+        inverse = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))[:, None]
+        sees = (low < high)[:, None]  # a row that sees nothing is 0, also where its sink is not finite
         base = (batch.to(tl.int64) * queries * heads + head) * DIM
         to = row_pointers(out + base, first_token, token - first_token, heads, DIM) + head_local[:, None] * DIM
         left = row_pointers(rest + base, first_token, token - first_token, heads, DIM) + head_local[:, None] * DIM
-        store_rounded(to, left, acc * inverse[:, None], live, columns, DIM, REST)
+        store_rounded(to, left, tl.where(sees, acc * inverse, 0.0), live, columns, DIM, REST)
         if TAIL > 0:
-            store_rounded(to, left, acc_tail * inverse[:, None], live, tails, DIM, REST)
+            store_rounded(to, left, tl.where(sees, acc_tail * inverse, 0.0), live, tails, DIM, REST)
         value = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2)
         tl.store(lse + row, value, mask=live)
 
@@ -223,11 +224,12 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     head = row // queries % heads
     column = tl.arange(0, COLUMNS)
-    top = float("-inf")
-    if SINKS:
-        top = tl.load(sinks + head).to(tl.float32) * LOG2E
+    seen = float("-inf")
     for split in range(splits):
-        top = tl.maximum(top, tl.load(tops + row * splits + split))
+        seen = tl.maximum(seen, tl.load(tops + row * splits + split))
+    top = seen
+    if SINKS:
+        top = tl.maximum(seen, tl.load(sinks + head).to(tl.float32) * LOG2E)
     safe = tl.where(top == float("-inf"), 0.0, top)
     total = safe * 0.0
     if SINKS:
@@ -239,7 +241,7 @@ def combine_kernel(
         total += weight * tl.load(totals + index)
         acc += weight * tl.load(partial + index * WIDTH + column, mask=column < WIDTH, other=0.0)
     blind = total == 0.0
-    result = tl.where(blind, 0.0, acc / tl.where(blind, 1.0, total))
+    result = tl.where(blind | (seen == float("-inf")), 0.0, acc / tl.where(blind, 1.0, total))
     to = (((row // (heads * queries)) * queries + row % queries) * heads + head) * DIM
     row_of_one = tl.zeros([1, 1], tl.int64) + to
     store_rounded(out + row_of_one, rest + row_of_one, result[None, :], tl.full([1], True, tl.int1), column, DIM, REST)

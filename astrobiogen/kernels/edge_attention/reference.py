@@ -4,6 +4,8 @@ score(e, h) = scale q[receiver(e), h] · k[sender(e), h] + bias(e, h)
 p(e, h)     = exp(score(e, h)) / sum over edges e' into receiver(e) of exp(score(e', h))
 out(i, h)   = sum over edges e into i of p(e, h) v[sender(e), h],   0 for a node without edges
 
+An edge whose bias is -inf is none: what its ends hold, NaN included, reaches nothing.
+
 Sums and the softmax are taken in fp32 (fp64 for fp64 input); the result is rounded once.
 """
 
@@ -30,16 +32,19 @@ def edge_attention(
     """(out [N, heads, D], log of the softmax's denominator [N, heads], −inf for a node without edges)."""
     nodes, heads, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    wide_q = (q.to(exact) * scale).index_select(0, receiver)
-    wide_k, wide_v = (t.to(exact).index_select(0, sender) for t in (k, v))
-    scores = (wide_q * wide_k).sum(-1) + bias.to(exact)
+    cut = bias == float("-inf")
+    wide_q = (q.to(exact) * scale).index_select(0, receiver).masked_fill(cut[..., None], 0.0)
+    wide_k, wide_v = (t.to(exact).index_select(0, sender).masked_fill(cut[..., None], 0.0) for t in (k, v))
+    scores = ((wide_q * wide_k).sum(-1) + bias.to(exact)).masked_fill(cut, float("-inf"))
     start = scores.new_full((nodes, heads), float("-inf"))
     highest = start.scatter_reduce(0, receiver[:, None].expand_as(scores), scores.detach(), "amax")
+    highest = highest.masked_fill(highest == float("-inf"), 0.0)
     weights = (scores - highest.index_select(0, receiver)).exp()
     total = scores.new_zeros(nodes, heads).index_add(0, receiver, weights)
+    lse = (total.log() + highest).masked_fill(total == 0, float("-inf"))
     total = total.clamp(min=torch.finfo(exact).tiny)
     sums = wide_v.new_zeros(q.shape).index_add(0, receiver, weights[..., None] * wide_v)
-    return (sums / total[..., None]).to(q.dtype), total.log() + highest
+    return (sums / total[..., None]).to(q.dtype), lse
 
 
 def edge_attention_op(
@@ -69,13 +74,16 @@ def edge_attention_backward(
     the receiver's edges. It equals g·out, but out was rounded."""
     receiver, sender = edges[:2]
     exact = torch.promote_types(q.dtype, torch.float32)
-    wide_q, wide_grad = (t.to(exact).index_select(0, receiver) for t in (q, grad))
-    wide_k, wide_v = (t.to(exact).index_select(0, sender) for t in (k, v))
+    cut = bias == float("-inf")
+    ends = ((q, receiver), (grad, receiver), (k, sender), (v, sender))
+    wide_q, wide_grad, wide_k, wide_v = (
+        t.to(exact).index_select(0, index).masked_fill(cut[..., None], 0.0) for t, index in ends
+    )
     scores = (wide_q * wide_k).sum(-1) * scale + bias.to(exact)
-    weights = (scores - lse.index_select(0, receiver)).exp()
+    weights = (scores - lse.index_select(0, receiver)).exp().masked_fill(cut, 0.0)
     along = (wide_grad * wide_v).sum(-1)
     own = lse.new_zeros(lse.shape).index_add(0, receiver, weights * along)
-    slope = weights * (along - own.index_select(0, receiver))
+    slope = (weights * (along - own.index_select(0, receiver))).masked_fill(cut, 0.0)
 
     def gather(like: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(like.shape).index_add(0, index, values).to(like.dtype)

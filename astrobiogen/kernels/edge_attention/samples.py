@@ -89,6 +89,23 @@ def _large_scores(make: TensorMaker) -> dict[str, Any]:
     return arguments | {"bias": arguments["bias"] * 200}
 
 
+def _cut(nodes: int, heads: int, width: int):
+    """A bias of -inf cuts edges: for all heads or one, and all edges into the last node but one. No node is left with
+    one edge.
+    """
+
+    def build(make: TensorMaker) -> dict[str, Any]:
+        arguments = graph(nodes, 6 * nodes, heads, width)(make)
+        receiver = torch.arange(nodes - 1).repeat_interleave(6).to(make.device)
+        arguments["bias"] = arguments["bias"][: 6 * (nodes - 1)].clone()
+        arguments["bias"][::6] = -torch.inf
+        arguments["bias"][1::6, 0] = -torch.inf
+        arguments["bias"][-6:] = -torch.inf
+        return arguments | {"receiver": receiver, "sender": arguments["sender"][: 6 * (nodes - 1)]}
+
+    return build
+
+
 _GRADS = ("q", "k", "v", "bias")
 
 CASES = (
@@ -103,6 +120,8 @@ CASES = (
     Case("no_bias", _no_bias, ("q", "k", "v")),
     Case("scale", graph(5, 12, 2, 8, scale=2.5), _GRADS),
     Case("large_scores", _large_scores, _GRADS),
+    Case("cut", _cut(4, 3, 5), _GRADS, masks=True),
+    Case("cut_fours", _cut(5, 4, 8), _GRADS, interpret=False, masks=True),
     Case("star", lambda make: graph(4, 70, 1, 8)(make) | {"receiver": torch.full((70,), 2)}, _GRADS),
     Case("head_68", graph(5, 11, 2, 68), _GRADS),
     Case("tiny", graph(300, 1300, 4, 8), _GRADS, interpret=False),

@@ -37,6 +37,14 @@ def _tile(pointer, nodes, step, cells, mask):
 
 
 @triton.jit
+def _visible(bias_ptr, place, inside, heads, live, HEADS: tl.constexpr):
+    """(bias [edges, H], which edges are there: a bias of -inf cuts one, which elements of their rows are read)."""
+    bias = wide(tl.load(bias_ptr + place, mask=inside[:, None] & (heads < HEADS)[None, :], other=0.0))
+    visible = inside[:, None] & (bias != float("-inf"))
+    return bias, visible, visible[:, :, None] & live[None, :, :]
+
+
+@triton.jit
 def _edge_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, sender_ptr, order_ptr, start_ptr, out_ptr, lse_ptr, q_step, k_step, v_step, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, D: tl.constexpr, EDGES: tl.constexpr,
@@ -54,22 +62,24 @@ def _edge_attention_fwd_kernel(
         inside = slots < end
         edges = tl.load(order_ptr + slots, mask=inside, other=0)
         others = tl.load(sender_ptr + edges, mask=inside, other=0)
-        mask = inside[:, None, None] & live[None, :, :]
-        bias_mask = inside[:, None] & (heads < HEADS)[None, :]
-        scores = tl.sum(query[None, :, :] * _tile(k_ptr, others, k_step, cells, mask), 2)
-        scores += wide(tl.load(bias_ptr + edges[:, None] * HEADS + heads[None, :], mask=bias_mask, other=0.0))
-        scores = tl.where(inside[:, None], scores, float("-inf"))
+        place = edges[:, None] * HEADS + heads[None, :]
+        bias, visible, mask = _visible(bias_ptr, place, inside, heads, live, HEADS)
+        scores = tl.sum(query[None, :, :] * _tile(k_ptr, others, k_step, cells, mask), 2) + bias
+        scores = tl.where(visible, scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, 0))
-        kept = tl.exp(highest - raised)
-        weights = tl.exp(scores - raised[None, :])
+        shift = tl.where(raised == float("-inf"), 0.0, raised)
+        kept = tl.exp(highest - shift)
+        weights = tl.exp(scores - shift[None, :])
         total = total * kept + tl.sum(weights, 0)
         values = _tile(v_ptr, others, v_step, cells, mask)
         sums = sums * kept[:, None] + tl.sum(weights[:, :, None] * values, 0)
         highest = raised
-    safe = tl.where(end > begin, total, 1.0)
+    blind = total == 0.0
+    safe = tl.where(blind, 1.0, total)
     target = out_ptr + node * (HEADS * WIDTH) + cells
     tl.store(target, (sums / safe[:, None]).to(out_ptr.dtype.element_ty), mask=live)
-    tl.store(lse_ptr + node * HEADS + heads, highest + tl.log(safe), mask=heads < HEADS)
+    lse = tl.where(blind, float("-inf"), highest + tl.log(safe))
+    tl.store(lse_ptr + node * HEADS + heads, lse, mask=heads < HEADS)
 
 
 @triton.jit
@@ -95,21 +105,21 @@ def _edge_attention_bwd_receiver_kernel(
             inside = slots < end
             edges = tl.load(order_ptr + slots, mask=inside, other=0)
             others = tl.load(sender_ptr + edges, mask=inside, other=0)
-            mask = inside[:, None, None] & live[None, :, :]
             place = edges[:, None] * HEADS + heads[None, :]
-            bias_mask = inside[:, None] & (heads < HEADS)[None, :]
+            place_mask = inside[:, None] & (heads < HEADS)[None, :]
+            bias, visible, mask = _visible(bias_ptr, place, inside, heads, live, HEADS)
             keys = _tile(k_ptr, others, k_step, cells, mask)
-            scores = tl.sum(query[None, :, :] * keys, 2) + wide(tl.load(bias_ptr + place, mask=bias_mask, other=0.0))
-            weights = tl.where(inside[:, None], tl.exp(scores - log_sum[None, :]), 0.0)
+            scores = tl.sum(query[None, :, :] * keys, 2) + bias
+            weights = tl.where(visible, tl.exp(scores - log_sum[None, :]), 0.0)
             along = tl.sum(grad[None, :, :] * _tile(v_ptr, others, v_step, cells, mask), 2)
             if walk == 0:
                 own += tl.sum(weights * along, 0)
             else:
-                slopes = tl.where(inside[:, None], weights * (along - own[None, :]), 0.0)
+                slopes = tl.where(visible, weights * (along - own[None, :]), 0.0)
                 sums += tl.sum(slopes[:, :, None] * keys, 0)
-                tl.store(weight_ptr + place, weights, mask=bias_mask)
-                tl.store(slope_ptr + place, slopes, mask=bias_mask)
-                tl.store(grad_bias_ptr + place, slopes.to(grad_bias_ptr.dtype.element_ty), mask=bias_mask)
+                tl.store(weight_ptr + place, weights, mask=place_mask)
+                tl.store(slope_ptr + place, slopes, mask=place_mask)
+                tl.store(grad_bias_ptr + place, slopes.to(grad_bias_ptr.dtype.element_ty), mask=place_mask)
     tl.store(grad_q_ptr + row, (sums * scale).to(grad_q_ptr.dtype.element_ty), mask=live)
 
 
@@ -130,11 +140,11 @@ def _edge_attention_bwd_sender_kernel(
         inside = slots < end
         edges = tl.load(order_ptr + slots, mask=inside, other=0)
         others = tl.load(receiver_ptr + edges, mask=inside, other=0)
-        mask = inside[:, None, None] & live[None, :, :]
         place = edges[:, None] * HEADS + heads[None, :]
         place_mask = inside[:, None] & (heads < HEADS)[None, :]
         slopes = tl.load(slope_ptr + place, mask=place_mask, other=0.0)
         weights = tl.load(weight_ptr + place, mask=place_mask, other=0.0)
+        mask = (weights != 0.0)[:, :, None] & live[None, :, :]  # an edge cut by its bias has weight 0 exactly
         keys += tl.sum(slopes[:, :, None] * _tile(q_ptr, others, q_step, cells, mask), 0)
         values += tl.sum(weights[:, :, None] * _tile(grad_ptr, others, grad_step, cells, mask), 0)
     row = node * (HEADS * WIDTH) + cells

@@ -38,10 +38,10 @@ def linear_cross_entropy_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `linear_cross_entropy`: loss [tokens] and lse [tokens], both fp32 (fp64 for fp64 input)."""
     check_targets(target, weight.shape[0], ignore_index)
-    logits = _capped(_logits(x, weight), softcap)
+    kept = target != ignore_index
+    logits = _capped(_logits(only_kept(kept, x), weight), softcap)
     logprobs = torch.log_softmax(logits, dim=-1)
     lse = torch.logsumexp(logits, dim=-1)
-    kept = target != ignore_index
     loss = F.nll_loss(logprobs, target, ignore_index=ignore_index, reduction="none") * (1.0 - label_smoothing)
     if label_smoothing > 0.0:
         loss = loss - label_smoothing * logprobs.mean(-1)
@@ -70,6 +70,7 @@ def linear_cross_entropy_backward(
     whatever its `grad`; times 1 - (z_j / c)^2 under a soft cap;  dx = dz W,  dweight = dz^T x. A gradient that is not
     needed comes back as an empty [0] tensor.
     """
+    x = only_kept(target != ignore_index, x)
     logits = _capped(_logits(x, weight), softcap)
     vocabulary = weight.shape[0]
     kept = (target != ignore_index).unsqueeze(-1)
@@ -118,6 +119,11 @@ def check_targets(target: torch.Tensor, vocabulary: int, ignore_index: int) -> N
     valid = (target == ignore_index) | ((target >= 0) & (target < vocabulary))
     message = f"target must hold values in [0, {vocabulary}) or ignore_index = {ignore_index}; at least one is outside"
     torch._assert_async(valid.all(), message)
+
+
+def only_kept(kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x with 0 in the rows of ignored tokens: what they hold, NaN included, reaches no other row and no weight."""
+    return x.masked_fill(~kept.unsqueeze(-1), 0.0)
 
 
 def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

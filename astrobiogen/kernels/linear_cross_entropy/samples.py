@@ -103,7 +103,7 @@ CASES = (
     Case("power_of_two", _plain(16, 32, vocabulary=64), _GRADS),
     Case("sum", _plain(5, 16, vocabulary=45, reduction="sum"), _GRADS),
     Case("ignored", _ignored(2), _GRADS),
-    Case("ignored_in_range", _ignored(3, ignore_index=5, reduction="none"), _GRADS),
+    Case("ignored_in_range", _ignored(3, ignore_index=5, reduction="none"), _GRADS, masks=True),
     Case("smoothed", _ignored(4, label_smoothing=0.2), _GRADS),
     Case("z_loss", _ignored(4, z_loss=0.1, reduction="sum"), _GRADS),
     Case("softcap", _plain(6, 24, vocabulary=50, softcap=1.5), _GRADS),

@@ -221,6 +221,7 @@ def linear_cross_entropy_backward(
     if tokens == 0:
         return x.new_empty((0, hidden) if need_x else 0), grad_weight.zero_()
     target, lse, grad = target.contiguous(), lse.contiguous(), grad.to(torch.float32)
+    x = reference.only_kept(target != ignore_index, x)
     columns = slab_columns(tokens, vocabulary)
     buffer = x.new_empty((tokens, columns))
     total_x = x.new_zeros((tokens, hidden) if need_x else 0, dtype=torch.float32)
