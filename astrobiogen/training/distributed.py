@@ -108,6 +108,17 @@ class World:
             world._control = group
         return world
 
+    def twin(self) -> "World":
+        """The same processes with a line of their own, for exchanges in another thread; every process must call it."""
+        other = World()
+        other.rank, other.size, other.local_rank = self.rank, self.size, self.local_rank
+        other._store, other._timeout = self._store, self._timeout
+        if self._control is not None:
+            group = dist.new_group(backend="gloo", timeout=self._timeout)
+            assert isinstance(group, dist.ProcessGroup)
+            other._control = group
+        return other
+
     @property
     def main(self) -> bool:
         """Whether this is the process that logs, writes the run folder and speaks to the user."""

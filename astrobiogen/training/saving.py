@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from astrobiogen.training import distributed_state, evaluation, packing, runtime
+from astrobiogen.training.background import Background, HostCopy, Job
 from astrobiogen.training.checkpoint import PROCESS, CheckpointStore, Content, Observer
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.config_dict import to_dict
@@ -18,6 +19,8 @@ from astrobiogen.training.update import Updater
 from astrobiogen.training.watchdog import Watchdog
 
 _LOG = logging.getLogger("astrobiogen")
+# Seconds.
+_WORTH_TELLING = 1.0
 # What a run cannot go on without; see `CheckpointStore.load_newest`.
 _NEEDED = {"model": (), "training": ("updater", "progress", "rng", "fingerprint", "config")}
 
@@ -49,7 +52,11 @@ class Saver:
     ) -> None:
         self._watchdog = watchdog or Watchdog(None, {})
         self._world = updater.parallel.world
-        self.store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, observer, self._world)
+        asynchronous = config.checkpoint.asynchronous
+        self._background = Background() if asynchronous else None
+        self._copy = HostCopy() if asynchronous else None
+        saving = self._world.twin() if asynchronous else self._world
+        self.store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep, observer, saving)
         self.best_store = CheckpointStore(folder / "best", 1, observer, self._world)
         self._task = task
         self._config = config
@@ -88,19 +95,58 @@ class Saver:
         return Content(files, documents)
 
     def save(self, why: str) -> bool:
-        """Store a checkpoint; a full or read-only disk is reported and training goes on with the older ones kept."""
+        """Store a checkpoint; a full or read-only disk is reported and training goes on with the older ones kept. With
+        `checkpoint.asynchronous` it is handed over, True then only means that, and `settle` tells how it went.
+        """
+        self.settle()
         started = time.monotonic()
         self._saved_at = started
-        step = self._progress.step
-        try:
-            with self._watchdog.section("save"):
-                path = self.store.save(step, self._content())
-        except OSError as error:
-            _LOG.error("checkpoint NOT saved (%s); the ones before it are untouched", error)
-            self._monitor.record("save_failed", step=step, error=str(error))
+        job = Job(self._progress.step, why, 0.0, started)
+        with self._watchdog.section("save"):
+            content = self._content()
+            if self._background is not None and self._copy is not None:
+                content = self._copy(content)
+                job.stall = time.monotonic() - started
+                self._background.start(job, lambda: self._write(job.step, content))
+                return True
+            try:
+                job.result = self.store.save(job.step, content)
+            except OSError as error:
+                job.failure = error
+        job.stall = job.seconds = time.monotonic() - started
+        return self._report(job)
+
+    def _write(self, step: int, content: Content) -> Path:
+        with self._watchdog.section("save"):
+            return self.store.save(step, content)
+
+    def settle(self, wait: bool = True) -> bool:
+        """Report the save that was handed over, once it is done; with `wait` it is waited for.
+
+        Returns:
+            False if it has failed.
+        """
+        if self._background is None:
+            return True
+        with self._watchdog.section("save"):
+            started = time.monotonic()
+            job = self._background.take(wait)
+        if job is None:
+            return True
+        if (waited := time.monotonic() - started) > _WORTH_TELLING:
+            _LOG.warning("waited %.1f s for the checkpoint of step %d, which was still being written", waited, job.step)
+        job.stall += waited
+        return self._report(job)
+
+    def _report(self, job: Job) -> bool:
+        if job.failure is not None and not isinstance(job.failure, OSError):
+            raise job.failure
+        if job.failure is not None:
+            _LOG.error("checkpoint NOT saved (%s); the ones before it are untouched", job.failure)
+            self._monitor.record("save_failed", step=job.step, error=str(job.failure))
             return False
-        seconds = round(time.monotonic() - started, 3)
-        self._monitor.record("saved", step=step, checkpoint=path.name, why=why, seconds=seconds)
+        times = {"seconds": round(job.seconds, 3), "stall": round(job.stall, 3)}
+        self._monitor.record("saved", step=job.step, checkpoint=job.result.name, why=job.why, **times)
         return True
 
     def save_best(self, result: evaluation.Evaluation) -> None:

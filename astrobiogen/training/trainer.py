@@ -94,6 +94,7 @@ class Trainer:
         try:
             return self._fit()
         finally:
+            self.saver.settle()
             self._monitor.end_progress()
 
     def _fit(self) -> bool:
@@ -133,6 +134,7 @@ class Trainer:
                 if shared.closes:
                     self._log_update(self.updater.finish())
             self._tick()
+            self.saver.settle(wait=False)
             if not self.updater.parallel.may_stop(shared.closes):
                 continue
             # The clock is that of process 0; a signal counts in whichever process it arrives.
@@ -166,7 +168,7 @@ class Trainer:
     def _save_interrupted(self) -> None:
         """Save, after a signal in some process."""
         self._interrupt.received = next(name for name in self._world.gather(self._interrupt.received) if name)
-        saved = self._interrupt.saved = self.saver.save(self._interrupt.received)
+        saved = self._interrupt.saved = self.saver.save(self._interrupt.received) and self.saver.settle()
         self._monitor.record("interrupted", step=self.progress.step, signal=self._interrupt.received, saved=saved)
 
     def _log_update(self, result: UpdateResult) -> None:

@@ -1,6 +1,6 @@
 """Kill a training process with SIGKILL again and again, many times inside a save, and show that nothing is ever lost.
 
-    python -m tests.reliability.kill_while_training --kills 200
+    python -m tests.reliability.kill_while_training --kills 200 [--asynchronous]
 
 One parent, which has imported everything, forks a child that trains (or resumes) a small model and saves after every
 micro-batch. Every second child is killed by the parent after a random time; the others kill themselves at a random
@@ -39,11 +39,11 @@ RESUMED = "resumed"
 MOST_STAGES = 40  # stages of about four saves
 
 
-def trained(folder: Path, epochs: int, observer: Callable[[str], None] | None) -> Trainer:
+def trained(folder: Path, epochs: int, observer: Callable[[str], None] | None, asynchronous: bool) -> Trainer:
     """Train or resume in `folder`, saving after every micro-batch."""
     config = toy.toy_config(
         epochs=epochs,
-        checkpoint=CheckpointConfig(every_minutes=1e-9),
+        checkpoint=CheckpointConfig(every_minutes=1e-9, asynchronous=asynchronous),
         schedule=ScheduleConfig(name="constant"),
         stop=StopConfig(patience=0, target_accuracy=1.0),
     )
@@ -60,7 +60,7 @@ def trained(folder: Path, epochs: int, observer: Callable[[str], None] | None) -
     return trainer
 
 
-def one_kill(folder: Path, stages: int, seconds: float) -> str:
+def one_kill(folder: Path, stages: int, seconds: float, asynchronous: bool) -> str:
     """Fork a child that trains, and have it killed: by itself after `stages` stages of saving, or, if that is 0, by us
     `seconds` after it began to train. Returns the stage that it had reached.
     """
@@ -77,7 +77,7 @@ def one_kill(folder: Path, stages: int, seconds: float) -> str:
                 if seen == stages:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            trained(folder, EPOCHS, observer)
+            trained(folder, EPOCHS, observer, asynchronous)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -106,14 +106,14 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in records if record["event"] == "step"]
 
 
-def experiment(base: Path, kills: int, generator: random.Random) -> dict[str, object]:
+def experiment(base: Path, kills: int, generator: random.Random, asynchronous: bool = False) -> dict[str, object]:
     """The figures of one experiment."""
     folder = base / "killed"
     unreadable, half_written, lost, steps = 0, 0, 0, [0]
     stages: collections.Counter[str] = collections.Counter()
     for number in range(kills):
         inside = generator.randrange(1, MOST_STAGES) if number % 2 == 0 else 0
-        stages[one_kill(folder, inside, generator.uniform(0.0, 0.3))] += 1
+        stages[one_kill(folder, inside, generator.uniform(0.0, 0.3), asynchronous)] += 1
         saved = folder / "checkpoints"
         half_written += any(".tmp-" in path.name or path.name.startswith("deleting-") for path in saved.glob("*"))
         try:
@@ -126,7 +126,8 @@ def experiment(base: Path, kills: int, generator: random.Random) -> dict[str, ob
         lost = max(lost, steps[-1] - step, done - step)
         steps.append(step)
     epochs = steps[-1] // BATCHES_PER_EPOCH + 2
-    resumed, whole = trained(folder, epochs, None), trained(base / "whole", epochs, None)
+    resumed = trained(folder, epochs, None, asynchronous)
+    whole = trained(base / "whole", epochs, None, asynchronous=False)
     expected = whole.model.state_dict()
     return {
         "kills": kills,
@@ -147,14 +148,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--asynchronous", action="store_true", help="save in the background")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        result = experiment(Path(name), arguments.kills, random.Random(arguments.seed))
+        result = experiment(Path(name), arguments.kills, random.Random(arguments.seed), arguments.asynchronous)
     sys.stdout.write(json.dumps(result | {"seconds": round(time.monotonic() - started)}) + "\n")
     good = result["weights_equal_to_never_killed"] and result["loss_log_equal_to_never_killed"]
-    return 0 if good and not result["unrecoverable"] and result["most_micro_batches_lost"] in (0, 1) else 1
+    # In the background the save of one micro-batch is written while the next one runs.
+    most = 2 if arguments.asynchronous else 1
+    return 0 if good and not result["unrecoverable"] and int(str(result["most_micro_batches_lost"])) <= most else 1
 
 
 if __name__ == "__main__":
