@@ -18,6 +18,7 @@ from astrobiogen.training.distributed_share import rounds
 from astrobiogen.training.memory import MemoryProbe
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.optimizer import build_optimizer
+from astrobiogen.training.rerun import Rerun
 from astrobiogen.training.saving import Saver
 from astrobiogen.training.state import Progress, Task
 from astrobiogen.training.throughput import Throughput
@@ -81,6 +82,7 @@ class Trainer:
         optimizer = build_optimizer(self.model, config.optimizer)
         distributed_state.seed_process(config.seed, self._world)
         self.updater = Updater(parallel, optimizer, config, updates, device, dtype)
+        self._rerun = Rerun(self.updater, config, monitor)
         self._weighting = Weighting(task.counts, task.text_share, config.seed)
         self._probe = MemoryProbe(folder, self.updater, config, device, dtype)
         self.saver = Saver(folder, task, config, self.updater, self.progress, monitor, observer, self._watchdog)
@@ -128,10 +130,12 @@ class Trainer:
             batch, factors = self._weighting(progress.epoch, shared, indices, batch)
             watching = self._probe.watching(batch) if self._probe.due(shared.closes) else contextlib.nullcontext()
             with self._watchdog.section("step"), watching:
+                self._rerun.keep(shared, batch, factors)
                 self.updater.add(shared, batch, factors)
                 progress.batch += shared.batches
                 progress.step += shared.batches
                 if shared.closes:
+                    self._rerun.examine(progress.step)
                     self._log_update(self.updater.finish())
             self._tick()
             self.saver.settle(wait=False)

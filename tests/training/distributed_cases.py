@@ -24,9 +24,10 @@ from astrobiogen.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from astrobiogen.training.config_watch import SpikeConfig
 from astrobiogen.training.distributed import World
 from astrobiogen.training.memory import REPORT
-from astrobiogen.training.monitor import Monitor
+from astrobiogen.training.monitor import Monitor, read_log
 from astrobiogen.training.state import Task
 from astrobiogen.training.trainer import Trainer
 from tests.training import ragged
@@ -317,7 +318,54 @@ def full_disk(world: World, folder: Path) -> dict[str, Any]:
     return result
 
 
-CASES = (equal_training, mixed_precision, fp16, ragged_window, memory, interrupted_and_resumed, bad_batch, full_disk)
+def in_background(world: World, folder: Path) -> dict[str, Any]:
+    """Saves after every round, at once and in the background: `test_distributed.py` compares the files."""
+    result: dict[str, Any] = {}
+    for strategy in ("ddp", "fsdp2"):
+        for name, asynchronous in (("at once", False), ("behind", True)):
+            saving = CheckpointConfig(every_minutes=1e-9, keep=50, asynchronous=asynchronous)
+            settings = config(strategy, epochs=1, checkpoint=saving)
+            result[f"{strategy} {name}"] = outcome(trained(settings, folder / strategy / name, world, dropout=0.2))
+    return result
+
+
+def spike(world: World, folder: Path) -> dict[str, Any]:
+    """The loss of process 1 is wrong once, then by its data: all compute the update again and agree on the verdict."""
+    verdicts: list[Any] = []
+    for strategy in ("ddp", "fsdp2"):
+        for once in (True, False):
+            settings = config(strategy, epochs=1, spike=SpikeConfig(rerun=True))
+            calls = 0
+
+            def broken(trainer: Trainer, _interrupt: runtime.Interrupt, once: bool = once) -> None:
+                def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+                    nonlocal calls
+                    calls += trainer.model.training
+                    wrong = world.rank == 1 and trainer.model.training and (calls == 2 if once else calls <= 8)
+                    return output | {"logits": output["logits"] + float("nan")} if wrong else output
+
+                trainer.model.register_forward_hook(hook)
+
+            own = folder / strategy / str(once)
+            trained(settings, own, world, before=broken)
+            log = own if world.main else own / f"rank-{world.rank}"
+            found = [record for record in read_log(log / "log.jsonl") if record["event"] == "rerun"]
+            verdicts.append([strategy, once, found[0]["verdict"], found[0]["processes"]])
+    return {"verdicts": [json.dumps(one) for one in world.gather(verdicts)]}
+
+
+CASES = (
+    equal_training,
+    mixed_precision,
+    fp16,
+    ragged_window,
+    memory,
+    interrupted_and_resumed,
+    bad_batch,
+    full_disk,
+    in_background,
+    spike,
+)
 
 
 def main(folder: Path) -> None:

@@ -4,6 +4,7 @@ One pair of processes runs all of `distributed_cases.py`; the tests compare what
 """
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -253,6 +254,28 @@ def test_full_disk_in_one_process_commits_nothing(pair: dict[str, Any], strategy
     assert result["stopped"] == "all epochs done"
     assert result["names"] == ["latest", "step-00000006"]
     assert "No space left on device (process 1 of 2)" in pair["output"][0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_checkpoints_written_in_the_background_are_those_written_at_once(pair: dict[str, Any], strategy: str) -> None:
+    folders = [pair["folder"] / "in_background" / strategy / name / "checkpoints" for name in ("at once", "behind")]
+    names = [sorted(path.name for path in folder.iterdir() if path.name.startswith("step-")) for folder in folders]
+    assert names[0] == names[1]
+    assert len(names[0]) >= 4
+    for name in names[0]:
+        one, other = (checkpoint.read(folder / name) for folder in folders)
+        assert one.tensors.keys() == other.tensors.keys()
+        for stem, tensors in one.tensors.items():
+            assert tensors.keys() == other.tensors[stem].keys()
+            assert all(torch.equal(value, other.tensors[stem][key]) for key, value in tensors.items()), stem
+
+
+def test_a_spike_in_one_process_is_computed_again_by_all(pair: dict[str, Any]) -> None:
+    own, others = (json.loads(text) for text in pair["spike"]["verdicts"])
+    assert own == others
+    for strategy, once, verdict, processes in own:
+        assert verdict == ("not reproducible: hardware" if once else "reproducible: data or model"), strategy
+        assert (1 in processes) is once
 
 
 def test_the_failing_process_is_named(pair: dict[str, Any]) -> None:
