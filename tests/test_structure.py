@@ -71,6 +71,17 @@ BANNED = (
     r"TODO", r"FIXME", r"XXX\b", r"HACK\b", r"NotImplementedError", r"except:\s*$", r"type: ignore(?!\[)", r"noqa(?!:)",
     r"/work/(?:main|shared)", r"/tmp/team",
 )  # fmt: skip
+# Names that two processes, or a user and we, would share; `astrobiogen.system.staging` makes others.
+SHARED_NAMES = (
+    r"gettempdir", r"tempfile\.mktemp\b", r"tmp-\{os\.getpid", r"""with_suffix\(["']\.(?:part|tmp|old|bak)""",
+    r"""["'][\w.-]*\.(?:part|tmp|old|bak)["']""",
+)  # fmt: skip
+# Files that delete folders with all that is in them -> how they know that it is theirs.
+DELETES: dict[str, str] = {
+    "astrobiogen/system/staging.py": "a marker file that it holds locked",
+    "astrobiogen/training/checkpoint.py": "names that only it gives, in a folder whose lock the run holds",
+    "astrobiogen/data/make_climate/driver.py": "its own work folder, under its lock",
+}
 # Files that must name a banned word to forbid it.
 BANNED_EXEMPT = ("tests/test_structure.py",)
 
@@ -208,6 +219,21 @@ def test_sizes_and_banned_words(path: Path) -> None:
                 assert length <= limit, f"{name}:{function.lineno}: {function.name} has {length} lines, allowed {limit}"
 
 
+@pytest.mark.parametrize("path", python_files(PACKAGE), ids=relative)
+def test_nothing_temporary_has_a_name_that_another_may_use(path: Path) -> None:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        for word in SHARED_NAMES:
+            assert not re.search(word, line), f"{relative(path)}:{number}: {line.strip()[:100]}; use system.staging"
+        if "rmtree(" in line:
+            assert relative(path) in DELETES, f"{relative(path)}:{number}: whose folder is deleted? See system.staging"
+
+
+def test_deleting_files_are_needed() -> None:
+    for name, how in DELETES.items():
+        assert "rmtree(" in (ROOT / name).read_text(), f"{name} deletes no folder"
+        assert how, f"{name}: say how it knows that the folder is its own"
+
+
 def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     """All functions and methods."""
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -323,6 +349,8 @@ def test_the_structure_tests_find_planted_faults(tmp_path: Path) -> None:
     asks = tmp_path / "asks.py"
     asks.write_text("isinstance(a, str)\nisinstance(b, (int, float))\nisinstance(c, int | None)\n")
     assert integer_checks(asks) == [2, 3]
+    planted = ('x.with_suffix(".part")', 'path.name + ".old"', 'f"{name}.tmp-{os.getpid()}"', 'p / "history.json.part"')
+    assert all(any(re.search(word, line) for word in SHARED_NAMES) for line in planted)
     assert any(re.search(word, "    raise NotImplementedError") for word in BANNED)
     assert any(re.search(word, "x = 1  # type: ignore") for word in BANNED)
     assert not any(re.search(word, "x = 1  # type: ignore[arg-type]") for word in BANNED)

@@ -1,7 +1,7 @@
 """Things that appear under their name whole or not at all: made in a folder beside it that nobody else uses.
 
-Such a folder is called `.NAME.astrobiogen-XXXXXXXX`. It holds a marker file, which its maker keeps locked; what a
-killed process has left is told by both, a marker and no lock, and nothing else is ever cleared away.
+Such a folder is called `.NAME.astrobiogen-` and eight random digits. It holds a marker file, which its maker keeps
+locked; what a killed process has left is told by both, a marker and no lock, and nothing else is ever cleared away.
 """
 
 import contextlib
