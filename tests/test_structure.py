@@ -338,6 +338,19 @@ def test_every_registered_cpu_kernel_begins_with_a_check_of_its_arguments() -> N
     assert not unchecked_ops(planted.replace("return x", 'check::Op op("astrobiogen::f")'))
 
 
+def bare_launches(tree: ast.AST) -> list[int]:
+    """Lines of calls ``kernel[grid](...)``."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript))
+    return [call.lineno for call in calls]
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE / "kernels"), ids=relative)
+def test_every_kernel_is_launched_on_the_device_of_its_tensors(path: Path) -> None:
+    found = bare_launches(ast.parse(path.read_text()))
+    allowed = 1 if path.name == "_triton.py" else 0  # the helper itself
+    assert len(found) == allowed, f"{relative(path)}:{found}: launch kernels by astrobiogen.kernels._triton.launch"
+
+
 def test_the_structure_tests_find_planted_faults(tmp_path: Path) -> None:
     late = ast.parse("def f():\n    import torch\n")
     assert [node in set(late.body) for node, _ in imported(late)] == [False]
@@ -351,6 +364,7 @@ def test_the_structure_tests_find_planted_faults(tmp_path: Path) -> None:
     assert integer_checks(asks) == [2, 3]
     planted = ('x.with_suffix(".part")', 'path.name + ".old"', 'f"{name}.tmp-{os.getpid()}"', 'p / "history.json.part"')
     assert all(any(re.search(word, line) for word in SHARED_NAMES) for line in planted)
+    assert bare_launches(ast.parse("def f(x):\n    k[(1,)](x)\n    launch(k, (1,))(x)\n")) == [2]
     assert any(re.search(word, "    raise NotImplementedError") for word in BANNED)
     assert any(re.search(word, "x = 1  # type: ignore") for word in BANNED)
     assert not any(re.search(word, "x = 1  # type: ignore[arg-type]") for word in BANNED)

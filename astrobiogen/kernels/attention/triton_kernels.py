@@ -22,8 +22,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) 
         return reference.attention_forward(q, k, v, *options)
     p = triton_launch.make_problem(triton_launch.machine_of(q.device), q, k, Options(*options))
     few = queries <= triton_config.FEW_QUERIES and p.options.cu_seqlens is None
-    with torch.cuda.device_of(q):
-        (triton_launch.attend_few if few else triton_launch.attend)(p, v, out, lse, rest)
+    (triton_launch.attend_few if few else triton_launch.attend)(p, v, out, lse, rest)
     return out, lse, rest
 
 
@@ -48,9 +47,8 @@ def attention_backward(
         return grads[0], grads[1].zero_(), grads[2].zero_(), grad_sinks
     p = triton_launch.make_problem(triton_launch.machine_of(q.device), q, k, Options(*options))
     grad = torch.zeros_like(out) if grad_out is None else grad_out
-    with torch.cuda.device_of(q):
-        constants = triton_launch.row_constants(p, grad, out, lse, rest, grad_lse)
-        triton_launch.differentiate(p, v, grad, constants, grads)
+    constants = triton_launch.row_constants(p, grad, out, lse, rest, grad_lse)
+    triton_launch.differentiate(p, v, grad, constants, grads)
     if sinks is None:
         return *grads, q.new_empty(0, dtype=torch.float32)
     weight = torch.exp(sinks.float()[:, None] - lse)  # [B, Hq, Sq]: the sink's share of every row

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 
+from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.attention import reference, triton_config
 from astrobiogen.kernels.attention.reference import Options
 from astrobiogen.kernels.attention.triton_backward import grad_key_kernel, grad_query_kernel, row_constants_kernel
@@ -33,8 +34,8 @@ class Launch:
     stages: int = 1
 
     def run(self) -> None:
-        """Start it on the current device."""
-        self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        """Start it on the device of its tensors."""
+        launch(self.kernel, self.grid)(*self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
 @dataclasses.dataclass(frozen=True)

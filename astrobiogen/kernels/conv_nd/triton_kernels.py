@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.geometry import (
     CIRCULAR,
@@ -141,7 +142,7 @@ class _Forward:
         if y.numel() == 0:
             return
         kind, gamma, beta, mean, rstd, eps = norm if norm is not None else (0, y, y, y, y, 0.0)
-        launch = forward_launch(
+        start = forward_launch(
             self.problem,
             y.element_size(),
             _target(y),
@@ -159,7 +160,7 @@ class _Forward:
             "mean": mean,
             "rstd": rstd,
         }
-        launch(x=self.rows, weight=self.weight, bias=shift, eps=eps, **tensors)
+        start(x=self.rows, weight=self.weight, bias=shift, eps=eps, **tensors)
 
 
 def conv_transpose_nd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any) -> torch.Tensor:
@@ -184,10 +185,10 @@ def conv_transpose_nd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
         problem = adjoint_problem(x.shape[0], x.shape[2:], padded, weight.shape[2:], inner, (inputs, outputs))
         packed = weight.reshape(groups, inputs, outputs, -1).permute(0, 3, 1, 2)
         packed = (packed if problem.transposed else packed.flip(1)).contiguous()
-        launch = forward_launch(problem, x.element_size(), _target(x), precision=_precision(x))
+        start = forward_launch(problem, x.element_size(), _target(x), precision=_precision(x))
         shift = _bias(None if folds else bias, x, groups * outputs)
         unused = dict.fromkeys(("kept", "gamma", "beta", "mean", "rstd"), y)
-        launch(x=x.movedim(1, -1).contiguous(), weight=packed, bias=shift, y=y, eps=0.0, **unused)
+        start(x=x.movedim(1, -1).contiguous(), weight=packed, bias=shift, y=y, eps=0.0, **unused)
     if not folds:
         return y.movedim(-1, 1)
     total = fold_halo(y.movedim(-1, 1), folded).movedim(1, -1)
@@ -207,10 +208,10 @@ def conv_nd_weight_grad(grad: torch.Tensor, x: torch.Tensor, kernel: list[int], 
     if x.shape[0] == 0:
         return x.new_zeros(groups * outputs, inputs, *kernel)
     problem = Problem.of(x.shape[0], padded.shape[2:], grad.shape[2:], kernel, geometry, (inputs, outputs))
-    launch = weight_launch(problem, x.element_size(), _target(x), precision=_precision(x))
-    shape = (launch.constants["SPLITS"], groups, problem.taps, inputs, outputs)
+    start = weight_launch(problem, x.element_size(), _target(x), precision=_precision(x))
+    shape = (start.constants["SPLITS"], groups, problem.taps, inputs, outputs)
     partial = x.new_empty(shape, dtype=torch.float32)
-    launch(x=padded.movedim(1, -1).contiguous(), grad=grad.movedim(1, -1).contiguous(), partial=partial)
+    start(x=padded.movedim(1, -1).contiguous(), grad=grad.movedim(1, -1).contiguous(), partial=partial)
     total = partial.sum(0) if shape[0] > 1 else partial[0]
     return total.permute(0, 3, 2, 1).reshape(groups * outputs, inputs, *kernel).to(x.dtype).contiguous()
 
@@ -225,7 +226,7 @@ def conv_nd_bias_grad(grad: torch.Tensor) -> torch.Tensor:
     block_r, tiles = TILE_ELEMENTS // block_c, -(-channels // block_c)
     programs = max(1, min(SUM_PROGRAMS // tiles, -(-count // block_r)))
     partial = grad.new_empty(programs, channels, dtype=torch.float32)
-    row_sums[(programs * tiles,)](
+    launch(row_sums, (programs * tiles,))(
         rows, partial, count, C=channels, PROGRAMS=programs, BLOCK_R=block_r, BLOCK_C=block_c
     )  # fmt: skip
     return partial.sum(0).to(grad.dtype)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.conv_nd.geometry import GROUP, INNER_AXES, MAX_AXES, Geometry
 from astrobiogen.kernels.conv_nd.triton_forward import conv_packed, conv_taps
 from astrobiogen.kernels.conv_nd.triton_weight import weight_packed, weight_taps
@@ -169,7 +170,7 @@ class Launch:
     def __call__(self, **tensors: Any) -> None:
         """Run on `tensors`."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        self.kernel[(self.grid,)](**tensors, **self.integers, **self.constants, **options)
+        launch(self.kernel, (self.grid,))(**tensors, **self.integers, **self.constants, **options)
 
 
 def tile_for(family: str, itemsize: int, target: int) -> Tile:

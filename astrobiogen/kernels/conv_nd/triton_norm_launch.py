@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.geometry import GROUP, Norm
 from astrobiogen.kernels.conv_nd.triton_launch import Problem
@@ -54,7 +55,7 @@ def normalize_rows(
     """y = act(norm(z) * gamma + beta) for a channel norm; `y` may be `z`; statistics if `keep`."""
     rows, channels = z.numel() // z.shape[-1], z.shape[-1]
     block_c, block_r = row_blocks(channels)
-    norm_rows[(-(-rows // block_r),)](
+    launch(norm_rows, (-(-rows // block_r),))(
         z, y, gamma, beta, mean, rstd, rows, norm.eps,
         C=channels, NORM=norm.kind, ACTIVATION=activation, KEEP=keep, BLOCK_R=block_r, BLOCK_C=block_c,
         num_warps=row_warps(block_c),
@@ -70,7 +71,7 @@ def group_statistics(
     tiles = partial.shape[1] // batch
     splits = max(1, min(SUM_PROGRAMS // (batch * norm.groups), tiles))
     merged = torch.empty(batch, norm.groups, splits, 3, dtype=torch.float32, device=mean.device)
-    merge_tiles[(batch * norm.groups * splits,)](
+    launch(merge_tiles, (batch * norm.groups * splits,))(
         partial[0], partial[1], merged, tiles, problem.plane, -(-problem.plane // tile),
         C=channels, GROUPS=norm.groups, SPLITS=splits, TILE_ROWS=tile, BLOCK=MERGE_BLOCK,
     )  # fmt: skip
@@ -97,7 +98,7 @@ def scale_group(
     scale = inverse * gamma.float()
     shift = beta.float() - center * scale
     positions, grid, blocks = _group_grid(z)
-    scale_rows[(math.prod(grid),)](z, y, scale, shift, positions, C=channels, ACTIVATION=activation, **blocks)
+    launch(scale_rows, (math.prod(grid),))(z, y, scale, shift, positions, C=channels, ACTIVATION=activation, **blocks)
 
 
 def conv_nd_norm_backward(
@@ -124,7 +125,7 @@ def conv_nd_norm_backward(
         block_c, block_r = row_blocks(channels)
         programs = min(SUM_PROGRAMS, -(-rows // block_r))
         partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=z.device)
-        norm_rows_backward[(programs,)](
+        launch(norm_rows_backward, (programs,))(
             dy, z, result, gamma, beta, mean, rstd, partial, rows,
             C=channels, NORM=kind, ACTIVATION=activation, PROGRAMS=programs, BLOCK_R=block_r, BLOCK_C=block_c,
             num_warps=row_warps(block_c),
@@ -152,12 +153,14 @@ def _group_backward(
     splits = min(tiles, max(1, SUM_PROGRAMS // others))
     partial = torch.empty(z.shape[0], splits, 2, channels, dtype=torch.float32, device=z.device)
     shared = {"C": channels, "ACTIVATION": activation, **blocks}
-    group_sums[(splits * others,)](grad, z, gamma, beta, center, inverse, partial, positions, SPLITS=splits, **shared)
+    launch(group_sums, (splits * others,))(
+        grad, z, gamma, beta, center, inverse, partial, positions, SPLITS=splits, **shared
+    )
     sums = partial.sum(1)  # [B, 2, C]
     weighted = (sums * gamma.float()).view(z.shape[0], 2, norm.groups, -1)
     means = weighted.sum(-1) / (positions * weighted.shape[-1])
     grad_mean, grad_projection = _spread(norm, channels, means[:, 0], means[:, 1])
-    group_rows_backward[(tiles * others,)](
+    launch(group_rows_backward, (tiles * others,))(
         grad, z, result, gamma, beta, center, inverse, grad_mean, grad_projection, positions, **shared
     )
     return sums.sum(0)

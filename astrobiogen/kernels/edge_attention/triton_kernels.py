@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels._triton import wide
+from astrobiogen.kernels._triton import launch, wide
 from astrobiogen.kernels.edge_attention.samples import BENCHMARK_SIZES, Size
 
 # Elements of one tile [edges, heads, columns]: 8 per thread of 4 warps; three such tiles of fp32 are 24 registers.
@@ -169,11 +169,10 @@ def edge_attention(
     q, k, v = map(_dense_rows, (q, k, v))
     lists = [index.contiguous() for index in (sender, by_receiver, receiver_start)]
     constants, warps = constants_of(q.shape[1], q.shape[2])
-    with torch.cuda.device_of(q):
-        _edge_attention_fwd_kernel[(q.shape[0],)](
-            q, k, v, bias.contiguous(), *lists, out, lse, q.stride(0), k.stride(0), v.stride(0), scale,
-            num_warps=warps, **constants,
-        )  # fmt: skip
+    launch(_edge_attention_fwd_kernel, (q.shape[0],))(
+        q, k, v, bias.contiguous(), *lists, out, lse, q.stride(0), k.stride(0), v.stride(0), scale,
+        num_warps=warps, **constants,
+    )  # fmt: skip
     return out, lse
 
 
@@ -194,20 +193,19 @@ def edge_attention_backward(
     slope = torch.empty_like(weight)
     grad, q, k, v = map(_dense_rows, (grad, q, k, v))
     constants, warps = constants_of(q.shape[1], q.shape[2])
-    with torch.cuda.device_of(q):
-        if q.numel():
-            lists = [index.contiguous() for index in (sender, by_receiver, receiver_start)]
-            _edge_attention_bwd_receiver_kernel[(q.shape[0],)](
-                grad, q, k, v, bias.contiguous(), lse.contiguous(), *lists, grads[0], grads[3],
-                weight, slope, grad.stride(0), q.stride(0), k.stride(0), v.stride(0), scale, num_warps=warps,
-                **constants,
-            )  # fmt: skip
-        if k.numel():
-            lists = [index.contiguous() for index in (receiver, by_sender, sender_start)]
-            _edge_attention_bwd_sender_kernel[(k.shape[0],)](
-                grad, q, weight, slope, *lists, grads[1], grads[2], grad.stride(0), q.stride(0), scale,
-                num_warps=warps, **constants,
-            )  # fmt: skip
+    if q.numel():
+        lists = [index.contiguous() for index in (sender, by_receiver, receiver_start)]
+        launch(_edge_attention_bwd_receiver_kernel, (q.shape[0],))(
+            grad, q, k, v, bias.contiguous(), lse.contiguous(), *lists, grads[0], grads[3],
+            weight, slope, grad.stride(0), q.stride(0), k.stride(0), v.stride(0), scale, num_warps=warps,
+            **constants,
+        )  # fmt: skip
+    if k.numel():
+        lists = [index.contiguous() for index in (receiver, by_sender, sender_start)]
+        launch(_edge_attention_bwd_sender_kernel, (k.shape[0],))(
+            grad, q, weight, slope, *lists, grads[1], grads[2], grad.stride(0), q.stride(0), scale,
+            num_warps=warps, **constants,
+        )  # fmt: skip
     return grads
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.linear_cross_entropy import reference
 
 # Logits per slab: 33.5 MB in half precision stay in the 50 MB L2 of an H100-class GPU between the GEMM and our kernel.
@@ -188,13 +189,12 @@ def linear_cross_entropy(
     for first in range(0, vocabulary, columns):
         count = min(columns, vocabulary - first)
         torch.mm(x, weight[first : first + count].t(), out=buffer[:, :count])
-        with torch.cuda.device_of(x):
-            _statistics_kernel[(tokens,)](
-                buffer, target, running, loss, lse, tokens, columns, first, count, _padded(count), vocabulary,
-                ignore_index, label_smoothing, z_loss, softcap,
-                HAS_CAP=softcap > 0.0, FIRST=first == 0, LAST=first + count == vocabulary, BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )  # fmt: skip
+        launch(_statistics_kernel, (tokens,))(
+            buffer, target, running, loss, lse, tokens, columns, first, count, _padded(count), vocabulary,
+            ignore_index, label_smoothing, z_loss, softcap,
+            HAS_CAP=softcap > 0.0, FIRST=first == 0, LAST=first + count == vocabulary, BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
     return loss, lse
 
 
@@ -229,12 +229,11 @@ def linear_cross_entropy_backward(
         count = min(columns, vocabulary - first)
         slab, rows = buffer[:, :count], weight[first : first + count]
         torch.mm(x, rows.t(), out=slab)
-        with torch.cuda.device_of(x):
-            _slope_kernel[(tokens, triton.cdiv(count, BLOCK))](
-                buffer, target, lse, grad, columns, grad.stride(0), first, count, _padded(count), vocabulary,
-                ignore_index, label_smoothing, z_loss, softcap,
-                HAS_CAP=softcap > 0.0, BLOCK=BLOCK, num_warps=NUM_WARPS,
-            )  # fmt: skip
+        launch(_slope_kernel, (tokens, triton.cdiv(count, BLOCK)))(
+            buffer, target, lse, grad, columns, grad.stride(0), first, count, _padded(count), vocabulary,
+            ignore_index, label_smoothing, z_loss, softcap,
+            HAS_CAP=softcap > 0.0, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
         if need_x:
             _accumulate(total_x, slab, rows)
         if need_weight:

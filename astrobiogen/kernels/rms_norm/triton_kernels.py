@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.rms_norm.triton_wide import (
     rms_norm_bwd_wide_kernel,
     rms_norm_fwd_wide_kernel,
@@ -260,18 +261,17 @@ def _forward(
     n_rows = rstd.numel()
     if n_rows == 0:
         return y, total, rstd
-    with torch.cuda.device_of(x):
-        if hidden > MAX_ROW:
-            rms_norm_fwd_wide_kernel[(n_rows,)](
-                x, residual, weight, y, total, rstd, eps, H=hidden, TILE=WIDE_TILE, ADD=add, num_warps=8
-            )
-        else:
-            c0, c1, c2 = column_tiles(hidden)
-            rows = rows_per_program(hidden)
-            _rms_norm_fwd_kernel[(triton.cdiv(n_rows, rows),)](
-                x, residual, weight, y, total, rstd, n_rows, eps,
-                H=hidden, R=rows, C0=c0, C1=c1, C2=c2, ADD=add, num_warps=forward_warps(hidden),
-            )  # fmt: skip
+    if hidden > MAX_ROW:
+        launch(rms_norm_fwd_wide_kernel, (n_rows,))(
+            x, residual, weight, y, total, rstd, eps, H=hidden, TILE=WIDE_TILE, ADD=add, num_warps=8
+        )
+    else:
+        c0, c1, c2 = column_tiles(hidden)
+        rows = rows_per_program(hidden)
+        launch(_rms_norm_fwd_kernel, (triton.cdiv(n_rows, rows),))(
+            x, residual, weight, y, total, rstd, n_rows, eps,
+            H=hidden, R=rows, C0=c0, C1=c1, C2=c2, ADD=add, num_warps=forward_warps(hidden),
+        )  # fmt: skip
     return y, total, rstd
 
 
@@ -286,27 +286,26 @@ def rms_norm_backward(
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     if n_rows == 0:
         return grad_x, grad_weight.zero_()
-    with torch.cuda.device_of(x):
-        if hidden > MAX_ROW:
-            partial = x.new_empty((triton.cdiv(n_rows, WIDE_ROWS), hidden), dtype=torch.float32)
-            rms_norm_bwd_wide_kernel[(n_rows,)](
-                grad_y, x, weight, rstd, grad_sum, grad_x, H=hidden, TILE=WIDE_TILE, ADD=add, num_warps=8
-            )
-            rms_norm_weight_partial_kernel[(triton.cdiv(hidden, WIDE_TILE), partial.shape[0])](
-                grad_y, x, rstd, partial, n_rows, H=hidden, TILE=WIDE_TILE, ROWS=WIDE_ROWS, num_warps=8
-            )
-        else:
-            c0, c1, c2 = column_tiles(hidden)
-            rows = rows_per_program(hidden)
-            programs = min(triton.cdiv(n_rows, rows), BACKWARD_PROGRAMS_PER_SM * _multiprocessors(x.device))
-            partial = x.new_empty((programs, hidden), dtype=torch.float32)
-            _rms_norm_bwd_kernel[(programs,)](
-                grad_y, x, weight, rstd, grad_sum, grad_x, partial, n_rows,
-                H=hidden, R=rows, C0=c0, C1=c1, C2=c2, ADD=add, num_warps=backward_warps(hidden),
-            )  # fmt: skip
-        _rms_norm_weight_final_kernel[(triton.cdiv(hidden, FINAL_COLS),)](
-            partial, grad_weight, partial.shape[0], H=hidden, ROWS=FINAL_ROWS, COLS=FINAL_COLS, num_warps=4
+    if hidden > MAX_ROW:
+        partial = x.new_empty((triton.cdiv(n_rows, WIDE_ROWS), hidden), dtype=torch.float32)
+        launch(rms_norm_bwd_wide_kernel, (n_rows,))(
+            grad_y, x, weight, rstd, grad_sum, grad_x, H=hidden, TILE=WIDE_TILE, ADD=add, num_warps=8
         )
+        launch(rms_norm_weight_partial_kernel, (triton.cdiv(hidden, WIDE_TILE), partial.shape[0]))(
+            grad_y, x, rstd, partial, n_rows, H=hidden, TILE=WIDE_TILE, ROWS=WIDE_ROWS, num_warps=8
+        )
+    else:
+        c0, c1, c2 = column_tiles(hidden)
+        rows = rows_per_program(hidden)
+        programs = min(triton.cdiv(n_rows, rows), BACKWARD_PROGRAMS_PER_SM * _multiprocessors(x.device))
+        partial = x.new_empty((programs, hidden), dtype=torch.float32)
+        launch(_rms_norm_bwd_kernel, (programs,))(
+            grad_y, x, weight, rstd, grad_sum, grad_x, partial, n_rows,
+            H=hidden, R=rows, C0=c0, C1=c1, C2=c2, ADD=add, num_warps=backward_warps(hidden),
+        )  # fmt: skip
+    launch(_rms_norm_weight_final_kernel, (triton.cdiv(hidden, FINAL_COLS),))(
+        partial, grad_weight, partial.shape[0], H=hidden, ROWS=FINAL_ROWS, COLS=FINAL_COLS, num_warps=4
+    )
     return grad_x, grad_weight
 
 

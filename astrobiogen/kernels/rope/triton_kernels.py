@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels._triton import wide
+from astrobiogen.kernels._triton import launch, wide
 from astrobiogen.kernels.rope.samples import BENCHMARK_SIZES, Size
 
 # Pairs per program: 16 per thread of 4 warps, i.e. 32 elements in and out, and about 20 registers of addresses.
@@ -130,11 +130,10 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
     constants = constants_of(heads, width, half)
     blocks = triton.cdiv(length, constants["TOKENS"])
     table_batch = length * half if cos.dim() == 3 and cos.shape[0] > 1 else 0
-    with torch.cuda.device_of(x):
-        _rope_kernel[(batch * blocks, triton.cdiv(heads, constants["HEADS"]))](
-            x, cos, sin, out, length, heads, blocks, x.stride(0), x.stride(1), table_batch,
-            HEAD_STRIDE=x.stride(2), INTERLEAVED=interleaved, TRANSPOSED=transposed, num_warps=NUM_WARPS, **constants,
-        )  # fmt: skip
+    launch(_rope_kernel, (batch * blocks, triton.cdiv(heads, constants["HEADS"])))(
+        x, cos, sin, out, length, heads, blocks, x.stride(0), x.stride(1), table_batch,
+        HEAD_STRIDE=x.stride(2), INTERLEAVED=interleaved, TRANSPOSED=transposed, num_warps=NUM_WARPS, **constants,
+    )  # fmt: skip
     return out
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels._triton import wide
+from astrobiogen.kernels._triton import launch, wide
 from astrobiogen.kernels.swiglu.samples import BENCHMARK_SIZES, Size
 
 # Columns per program: 8 per thread of 4 warps are one 16-byte load per tensor in half precision (two in fp32). Enough
@@ -136,10 +136,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     (gate, up), rows, columns, inner, strides = _rows((gate, up), dense_output=True)
     tile, warps = tile_of(columns)
     tiles = triton.cdiv(columns, tile)
-    with torch.cuda.device_of(gate):
-        _swiglu_fwd_kernel[(rows * tiles,)](
-            gate, up, product, columns, tiles, inner, *strides[0], *strides[1], columns, TILE=tile, num_warps=warps
-        )
+    launch(_swiglu_fwd_kernel, (rows * tiles,))(
+        gate, up, product, columns, tiles, inner, *strides[0], *strides[1], columns, TILE=tile, num_warps=warps
+    )
     return product
 
 
@@ -190,11 +189,10 @@ def _launch_backward(
     tile, warps = tile_of(columns)
     tiles = triton.cdiv(columns, tile)
     out_row = columns if dense else 2 * columns
-    with torch.cuda.device_of(gate):
-        _swiglu_bwd_kernel[(rows * tiles,)](
-            grad, gate, up, grad_gate, grad_up, grad_gate if product is None else product, columns, tiles, inner,
-            *strides[0], *strides[1], *strides[2], out_row, TILE=tile, PRODUCT=product is not None, num_warps=warps,
-        )  # fmt: skip
+    launch(_swiglu_bwd_kernel, (rows * tiles,))(
+        grad, gate, up, grad_gate, grad_up, grad_gate if product is None else product, columns, tiles, inner,
+        *strides[0], *strides[1], *strides[2], out_row, TILE=tile, PRODUCT=product is not None, num_warps=warps,
+    )  # fmt: skip
 
 
 def tile_of(columns: int) -> tuple[int, int]:
