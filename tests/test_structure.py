@@ -338,6 +338,54 @@ def test_every_registered_cpu_kernel_begins_with_a_check_of_its_arguments() -> N
     assert not unchecked_ops(planted.replace("return x", 'check::Op op("astrobiogen::f")'))
 
 
+# Public functions of `astrobiogen.ops` that autocast does not concern.
+WITHOUT_AUTOCAST: dict[str, str] = {
+    "EdgeLists": "integers",
+    "edge_lists": "integers",
+    "rope_frequencies": "takes no tensor",
+    "rope_frequencies_dynamic_ntk": "takes no tensor",
+    "rope_frequencies_linear": "takes no tensor",
+    "rope_frequencies_llama3": "takes no tensor",
+    "rope_frequencies_yarn": "takes no tensor",
+    "rope_gather": "copies rows, computes nothing",
+    "rope_positions": "integers",
+}
+# PyTorch's questions about autocast; one module asks them.
+AUTOCAST_QUESTIONS = r"is_autocast_enabled|get_autocast|is_any_autocast|is_autocast_available"
+ASKS_ABOUT_AUTOCAST = ("astrobiogen/kernels/_autocast.py",)
+
+
+def uses_autocast_rule(source: str, function: str) -> bool:
+    """Whether `function` of a module with `source` calls the module `_autocast`."""
+    body = next(
+        node
+        for node in functions(ast.parse(source))
+        if node.name == function and "overload" not in {ast.unparse(decorator) for decorator in node.decorator_list}
+    )
+    return any(
+        isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "_autocast"
+        for node in ast.walk(body)
+    )
+
+
+def test_every_public_op_has_an_autocast_rule() -> None:
+    ops = importlib.import_module("astrobiogen.ops")
+    public = {name: value for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
+    assert set(WITHOUT_AUTOCAST) <= set(public)
+    for name, value in public.items():
+        source = Path(str(importlib.import_module(value.__module__).__file__)).read_text()
+        if name not in WITHOUT_AUTOCAST:
+            assert uses_autocast_rule(source, name), f"ops.{name} ignores autocast: call astrobiogen.kernels._autocast"
+            assert "autocast" in str(value.__doc__).lower(), f"ops.{name}: its docstring must give the autocast rule"
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE), ids=relative)
+def test_one_module_asks_about_autocast(path: Path) -> None:
+    if relative(path) not in ASKS_ABOUT_AUTOCAST:
+        found = re.findall(AUTOCAST_QUESTIONS, path.read_text())
+        assert not found, f"{relative(path)} asks {found}: call astrobiogen.kernels._autocast"
+
+
 def bare_launches(tree: ast.AST) -> list[int]:
     """Lines of calls ``kernel[grid](...)``."""
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript))
@@ -364,6 +412,9 @@ def test_the_structure_tests_find_planted_faults(tmp_path: Path) -> None:
     assert integer_checks(asks) == [2, 3]
     planted = ('x.with_suffix(".part")', 'path.name + ".old"', 'f"{name}.tmp-{os.getpid()}"', 'p / "history.json.part"')
     assert all(any(re.search(word, line) for word in SHARED_NAMES) for line in planted)
+    rule = "def f(x):\n    return _autocast.widest(x=x)\ndef g(x):\n    return x\n"
+    assert uses_autocast_rule(rule, "f")
+    assert not uses_autocast_rule(rule, "g")
     assert bare_launches(ast.parse("def f(x):\n    k[(1,)](x)\n    launch(k, (1,))(x)\n")) == [2]
     assert any(re.search(word, "    raise NotImplementedError") for word in BANNED)
     assert any(re.search(word, "x = 1  # type: ignore") for word in BANNED)

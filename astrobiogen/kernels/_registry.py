@@ -24,6 +24,8 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
+from astrobiogen.kernels import _autocast
+
 NAMESPACE = "astrobiogen"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -295,6 +297,6 @@ def _warning_reference(name: str, reference: Callable[..., Any]) -> Callable[...
             warnings.warn(
                 f"astrobiogen.{name} runs its plain PyTorch reference on {device}: {row.reason}", stacklevel=2
             )
-        return reference(*args)
+        return _autocast.reference(reference, *args)
 
     return serve

@@ -9,7 +9,6 @@ from torch import nn
 from astrobiogen import ops
 from astrobiogen.kernels.conv_nd.layout import PADDINGS, MemoryFormat
 from astrobiogen.kernels.conv_nd.op import Activation, Padding, PaddingMode
-from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.layers.integers import as_integer, per_axis
 
 
@@ -108,11 +107,10 @@ class ConvNd(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve `x` [B, C, *spatial] or [C, *spatial]."""
-        x, weight, bias = autocast_tensors(x, self.weight, self.bias)
         return ops.conv_nd(
             x,
-            weight,
-            bias,
+            self.weight,
+            self.bias,
             stride=self.stride,
             padding=self.padding,
             padding_mode=self.padding_mode,

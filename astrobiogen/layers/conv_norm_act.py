@@ -10,7 +10,6 @@ from torch import nn
 from astrobiogen import ops
 from astrobiogen.kernels.conv_nd.norm import NormKind
 from astrobiogen.kernels.conv_nd.op import Activation
-from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.layers.children import globally_hooked, is_plain, reset_children
 from astrobiogen.layers.conv_nd import ConvNd
 from astrobiogen.layers.integers import as_integer
@@ -95,11 +94,12 @@ class ConvNormAct(nn.Module):
         if not self._readable(conv, norm):
             return self._call(conv, norm, x)
         conv_weights, norm_weights = conv._parameters, norm._parameters
-        tensors = autocast_tensors(
-            x, conv_weights["weight"], conv_weights["bias"], norm_weights["weight"], norm_weights.get("bias")
-        )
         return ops.conv_nd_norm(
-            *tensors,
+            x,
+            conv_weights["weight"],
+            conv_weights["bias"],
+            norm_weights["weight"],
+            norm_weights.get("bias"),
             norm=self.kind,
             norm_groups=self.norm_groups,
             eps=norm.eps,

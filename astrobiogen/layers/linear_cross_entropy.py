@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.layers.integers import as_integer
 
 
@@ -60,10 +59,9 @@ class LinearCrossEntropy(nn.Module):
     ) -> torch.Tensor:
         """Loss of `x` [..., H] against `target` [...] int64; `num_tokens` replaces the count in the mean, so that the
         micro-batches of one accumulation window weigh by tokens."""
-        x, weight = autocast_tensors(x, self.weight)
         return ops.linear_cross_entropy(
             x,
-            weight,
+            self.weight,
             target,
             ignore_index=self.ignore_index,
             reduction=self.reduction,

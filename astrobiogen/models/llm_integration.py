@@ -10,7 +10,6 @@ from torch import nn
 from astrobiogen import ops
 from astrobiogen.kernels._values import has_values
 from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, SwiGLU
-from astrobiogen.layers._autocast import autocast_tensors
 from astrobiogen.layers.children import globally_hooked, is_plain
 from astrobiogen.layers.linear import LINEAR
 from astrobiogen.models._common import (
@@ -270,8 +269,7 @@ class RebuiltLLMIntegration(nn.Module):
         targets = labels[:, 1:].contiguous()
         states, head = text[:, :-1].reshape(-1, text.shape[-1]), self.lm_head
         if is_plain(head, LINEAR) and head.bias is None and not globally_hooked():
-            states, weight = autocast_tensors(states, head.weight)
-            total = ops.linear_cross_entropy(states, weight, targets.reshape(-1), reduction="sum")
+            total = ops.linear_cross_entropy(states, head.weight, targets.reshape(-1), reduction="sum")
         else:  # an adapter or a hook: the head is called, and its logits exist
             total = F.cross_entropy(at_least_float32(head(states)), targets.reshape(-1), reduction="sum")
         count = (targets != -100).sum()

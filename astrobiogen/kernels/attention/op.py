@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels._checks import (
     INT32_SAFE,
     check_float,
@@ -105,7 +105,8 @@ def attention(
         interleaved: rotary pairs are columns (2i, 2i + 1) instead of (i, i + R).
         return_lse: also return lse, which is differentiable.
 
-    Under autocast, fp32 q, k and v are cast to the autocast dtype; `cos`, `sin` and `sinks` keep their precision.
+    Under autocast, as `F.scaled_dot_product_attention`: q, k and v are cast to the autocast dtype (float64 stays);
+    `cos`, `sin` and `sinks` keep their precision (bf16 angles would be 0.4 % off).
 
     Returns:
         out [B, Sq, Hq, D] with the dtype of `q`; with `return_lse` also lse [B, Hq, Sq], float32 (float64 for float64
@@ -115,7 +116,7 @@ def attention(
         TypeError: a tensor argument is not a tensor of a supported dtype, or q, k, v differ in dtype.
         ValueError: shapes, devices, `window`, `softcap`, `scale` or combinations of arguments do not fit these rules.
     """
-    q, k, v = _autocast(check_float("q", q), check_float("k", k), check_float("v", v))
+    q, k, v = _autocast.lower_precision(check_float("q", q), check_float("k", k), check_float("v", v))
     _check_heads(q, k, v)
     _check_options(q, k, scale, softcap, cu_seqlens, sinks)
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -134,19 +135,10 @@ def attention(
         bool(interleaved),
     )
     if _registry.reference_selected():
-        out, lse = reference.attention(q, k, v, *options)
+        out, lse = _autocast.reference(reference.attention, q, k, v, *options)
     else:
         out, lse, _ = torch.ops.astrobiogen.attention(q, k, v, *options)
     return (out, lse) if return_lse else out
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Autocast's usual rule for matrix products, for q, k, v only: rotary angles need fp32 (bf16: 0.4 % off)."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

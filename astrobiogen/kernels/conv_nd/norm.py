@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_norm
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, Norm
@@ -63,6 +63,10 @@ def conv_nd_norm(
         norm_groups: groups of a "group" norm, divides O; 1 for the others.
         eps: > 0, added to the variance.
 
+    Under autocast, as convolution, norm and activation one after the other: x, weight and bias are cast to the autocast
+    dtype (float64 stays), and y has it on the CPU; on other devices PyTorch's norms give float32, so y is float32. Here
+    norm_weight and norm_bias are cast too, and y is rounded once, from sums in fp32.
+
     Returns:
         y [B, O, *out], or [O, *out] without a batch, with the dtype of `x`. Once differentiable on the kernels, any
         number of times under `use_kernels("reference")`.
@@ -79,6 +83,8 @@ def conv_nd_norm(
             activation=activation, memory_format=memory_format,
         )  # fmt: skip
         return y.squeeze(0)
+    tensors = _autocast.lower_precision(x, weight, bias, norm_weight, norm_bias)
+    x, weight, bias, norm_weight, norm_bias = tensors
     sides = numbers(padding, weight, dilation)
     geometry = check_arguments(x, weight, bias, stride, sides, padding_mode, dilation, groups, activation)
     chosen = check_norm(x, weight.shape[0], norm_weight, norm_bias, norm, norm_groups, eps)
@@ -86,14 +92,15 @@ def conv_nd_norm(
     if isinstance(padding, str) and padding == "same":
         x, geometry = same_size(x, weight.shape[2:], geometry)
     if _registry.reference_selected():
-        y = reference.conv_nd_norm(x, weight, bias, norm_weight, norm_bias, geometry, chosen, activation)
-        return arrange(y, given, weight, memory_format)
+        y = _autocast.reference(
+            reference.conv_nd_norm, x, weight, bias, norm_weight, norm_bias, geometry, chosen, activation
+        )
+        return _autocast.full_precision(arrange(y, given, weight, memory_format))
     keep = needs_gradient(x, weight, bias, norm_weight, norm_bias)
-    options = (chosen.kind, chosen.groups, chosen.eps, ACTIVATIONS.index(activation), keep)
-    y = torch.ops.astrobiogen.conv_nd_norm(x, weight, bias, norm_weight, norm_bias, *schema_lists(geometry), *options)[
-        0
-    ]
-    return y if memory_format == "channels_last" else arrange(y, given, weight, memory_format)
+    options = (*schema_lists(geometry), chosen.kind, chosen.groups, chosen.eps, ACTIVATIONS.index(activation), keep)
+    y = torch.ops.astrobiogen.conv_nd_norm(x, weight, bias, norm_weight, norm_bias, *options)[0]
+    y = y if memory_format == "channels_last" else arrange(y, given, weight, memory_format)
+    return _autocast.full_precision(y)
 
 
 def _fake_conv_norm(

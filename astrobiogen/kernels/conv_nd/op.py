@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_transposed_arguments
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry
@@ -72,6 +72,8 @@ def conv_nd(
             meaning). "preserve", as PyTorch's convolutions do and `layers.ConvNd` asks for: channels-last where `x` or
             `weight` is, else contiguous, for one copy.
 
+    Under autocast, as `F.conv3d`: x, weight and bias are cast to the autocast dtype (float64 stays).
+
     Returns:
         y [B, O, *out], or [O, *out] without a batch, with the dtype of `x`, out = floor((size + 2 padding - dilation
         (kernel - 1) - 1) / stride) + 1.
@@ -89,13 +91,14 @@ def conv_nd(
             groups=groups, activation=activation, memory_format=memory_format,
         )  # fmt: skip
         return y.squeeze(0)
+    x, weight, bias = _autocast.lower_precision(x, weight, bias)
     sides = numbers(padding, weight, dilation)
     geometry = check_arguments(x, weight, bias, stride, sides, padding_mode, dilation, groups, activation)
     given = x
     if isinstance(padding, str) and padding == "same":
         x, geometry = same_size(x, weight.shape[2:], geometry)
     if _registry.reference_selected():
-        y = reference.conv_nd(x, weight, bias, geometry, activation)
+        y = _autocast.reference(reference.conv_nd, x, weight, bias, geometry, activation)
         return arrange(y, given, weight, memory_format)
     keep = activation is not None and needs_gradient(x, weight, bias)
     options = (*schema_lists(geometry), ACTIVATIONS.index(activation), keep)
@@ -128,6 +131,8 @@ def conv_transpose_nd(
         output_padding: rows of the result beyond the smallest that fits, per axis, in [0, stride).
         memory_format: as in `conv_nd`.
 
+    Under autocast, as `F.conv_transpose3d`: x, weight and bias are cast to the autocast dtype (float64 stays).
+
     Returns:
         y [B, O, *out] or [O, *out], out = (size - 1) stride - 2 padding + dilation (kernel - 1) + 1 + output_padding.
 
@@ -140,11 +145,12 @@ def conv_transpose_nd(
             padding_mode=padding_mode, dilation=dilation, groups=groups, memory_format=memory_format,
         )  # fmt: skip
         return y.squeeze(0)
+    x, weight, bias = _autocast.lower_precision(x, weight, bias)
     geometry, size = check_transposed_arguments(
         x, weight, bias, stride, padding, output_padding, padding_mode, dilation, groups
     )
     if _registry.reference_selected():
-        y = reference.conv_transpose_nd(x, weight, bias, geometry, size)
+        y = _autocast.reference(reference.conv_transpose_nd, x, weight, bias, geometry, size)
         return arrange(y, x, weight, memory_format)
     y = torch.ops.astrobiogen.conv_transpose_nd(x, weight, bias, *schema_lists(geometry), size)
     return y if memory_format == "channels_last" else arrange(y, x, weight, memory_format)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels._checks import (
     INT32_SAFE,
     check_float,
@@ -107,6 +107,9 @@ def edge_attention(
         edges: of `edge_lists(receiver, sender, N, M)`.
         scale: default D^(-1/2).
 
+    Under autocast, as `F.scaled_dot_product_attention` with a mask: q, k, v and bias are cast to the autocast dtype
+    (float64 stays).
+
     Returns:
         [N, heads, D], contiguous, with the dtype of `q`.
 
@@ -116,6 +119,7 @@ def edge_attention(
             nodes or an order that is not the one of `edge_lists`. (On a GPU reading them would wait for the device:
             lists that `edge_lists` built are right, others are taken on trust.)
     """
+    q, k, v, bias = _autocast.lower_precision(q, k, v, bias)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_float(name, tensor)
         if tensor.dim() != 3:
@@ -138,7 +142,7 @@ def edge_attention(
     if not math.isfinite(factor):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if _registry.reference_selected():
-        return reference.edge_attention(q, k, v, bias, edges.receiver, edges.sender, factor)[0]
+        return _autocast.reference(reference.edge_attention, q, k, v, bias, edges.receiver, edges.sender, factor)[0]
     return torch.ops.astrobiogen.edge_attention(q, k, v, bias, list(edges), factor)[0]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels._checks import check_float, check_same_device, check_shape
 from astrobiogen.kernels.linear import reference
 
@@ -19,6 +19,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         x: [..., K], any floating-point dtype, any strides.
         weight: [N, K] on the device of `x`.
         bias: [N] or None.
+
+    Under autocast this is `F.linear`: all three are cast to the autocast dtype (float64 stays).
 
     Returns:
         [..., N] with the dtype of `x`.
@@ -41,7 +43,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         check_shape("bias", bias, (weight.shape[0],), "[N], the rows of weight")
         check_same_device(x=x, bias=bias)
     own = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not own or _registry.reference_selected() or torch.is_autocast_enabled("cpu"):
+    if not own or _registry.reference_selected() or _autocast.enabled(x):
         return reference.linear(x, weight, bias)
     return torch.ops.astrobiogen.linear(x, weight, bias)
 

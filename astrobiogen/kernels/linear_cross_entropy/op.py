@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels._checks import (
     check_float,
     check_number,
@@ -44,7 +44,7 @@ def linear_cross_entropy(
     tile by tile; three GEMMs. On the CPU in float32 or bfloat16 with a scalar loss both gradients are computed in the
     forward pass from the same logits, three GEMMs in all, and kept until the backward pass. bfloat16 logits are rounded
     to bfloat16, as `F.linear` rounds them, where the device multiplies bfloat16. Under autocast, `x` and `weight` are
-    cast to the autocast dtype, as for `F.linear`.
+    cast to the autocast dtype (float64 stays), as for `F.linear`, and the loss is float32, as of `F.cross_entropy`.
 
     Args:
         x: [..., H], float32, bfloat16, float16 or float64.
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     _check_tensors(x, weight, target)
     _check_options(ignore_index, reduction, label_smoothing, z_loss, softcap)
     _check_num_tokens(num_tokens, reduction, x)
-    x, weight = _autocast(x, weight)
+    x, weight = _autocast.lower_precision(x, weight)
     check_same_dtype(x=x, weight=weight)
     rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
@@ -82,7 +82,7 @@ def linear_cross_entropy(
         need = (rows.requires_grad, weight.requires_grad)
         return torch.ops.astrobiogen.linear_cross_entropy_gradients(rows, weight, labels, divisor, *options, *need)[0]
     if _registry.reference_selected():
-        loss = reference.linear_cross_entropy(rows, weight, labels, *options)
+        loss = _autocast.reference(reference.linear_cross_entropy, rows, weight, labels, *options)
     else:
         loss = torch.ops.astrobiogen.linear_cross_entropy(rows, weight, labels, *options)[0]
     if reduction == "none":
@@ -116,15 +116,6 @@ def _divisor(
     if num_tokens is None:
         return (labels != ignore_index).sum().to(torch.float32)
     return torch.as_tensor(num_tokens, dtype=torch.float32, device=labels.device)
-
-
-def _autocast(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cast as autocast casts `F.linear`; `torch.library.register_autocast` would fix one dtype per device for good."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, weight
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype)
 
 
 def _check_tensors(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _registry
-from astrobiogen.kernels._checks import check_float, check_number, check_same_device, check_same_dtype, check_shape
+from astrobiogen.kernels import _autocast, _registry
+from astrobiogen.kernels._checks import check_float, check_number, check_same_device, check_shape
 from astrobiogen.kernels.rms_norm import reference
 
 _TRITON = "astrobiogen.kernels.rms_norm.triton_kernels"
@@ -21,6 +21,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         weight: [H], any of these dtypes on the device of `x` (a float32 weight with half-precision `x` is usual).
         eps: added to the mean square, dimension of x squared; >= 0.
 
+    Under autocast, as `F.rms_norm`: on the CPU nothing changes; on other devices x is cast to float32 (float64 stays),
+    and so y is float32.
+
     Returns:
         y [..., H] with the dtype and device of `x`.
 
@@ -29,8 +32,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         ValueError: `x` has no axis or H = 0, `weight` is not [H] or on another device, `eps` is negative or not finite.
     """
     _check(x, weight, eps)
+    x = _autocast.full_precision(x)
     if _registry.reference_selected():
-        return reference.rms_norm(x, weight, eps)
+        return _autocast.reference(reference.rms_norm, x, weight, eps)
     return torch.ops.astrobiogen.rms_norm(x, weight, float(eps))[0]
 
 
@@ -47,6 +51,8 @@ def add_rms_norm(
         weight: [H], as in `rms_norm`.
         eps: as in `rms_norm`.
 
+    Under autocast, as ``s = x + residual; rms_norm(s)``: s has the wider dtype of the two, y is as of `rms_norm`.
+
     Returns:
         (y, s), both [..., H] with the dtype of `x`. A gradient that comes back through s is added inside the same
         backward kernel.
@@ -57,11 +63,14 @@ def add_rms_norm(
     """
     _check(x, weight, eps)
     check_float("residual", residual)
-    check_same_dtype(x=x, residual=residual)
+    x, residual = _autocast.widest(x=x, residual=residual)
     check_shape("residual", residual, tuple(x.shape), "the shape of x")
     check_same_device(x=x, residual=residual)
+    if _autocast.full_precision(x) is not x:  # the norm's result is float32 then, and the sum is not
+        total = x + residual
+        return rms_norm(total, weight, eps), total
     if _registry.reference_selected():
-        return reference.add_rms_norm(x, residual, weight, eps)
+        return _autocast.reference(reference.add_rms_norm, x, residual, weight, eps)
     y, total, _ = torch.ops.astrobiogen.add_rms_norm(x, residual, weight, float(eps))
     return y, total
 

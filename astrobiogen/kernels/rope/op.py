@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype
 from astrobiogen.kernels.rope import reference
 
@@ -28,6 +28,9 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
         sin: shape, dtype and device of `cos`.
         interleaved: how columns pair up, see above.
 
+    Under autocast nothing changes for x, as for a rotation of PyTorch's products and sums that ends in the dtype of its
+    input (``.type_as(x)``); `cos` and `sin` may have any dtype and are taken in float32 (float64 for float64 x).
+
     Returns:
         [B, S, heads, D], contiguous, with the dtype and device of `x`.
 
@@ -38,11 +41,12 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
     check_float("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [B, S, heads, D], got {tuple(x.shape)}")
+    cos, sin = _autocast.constants(x, cos, sin)
     check_tables(x, cos, sin)
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved must be a bool, got {type(interleaved).__name__}")
     if _registry.reference_selected():
-        return reference.rope(x, cos, sin, interleaved, False)
+        return _autocast.reference(reference.rope, x, cos, sin, interleaved, False)
     return torch.ops.astrobiogen.rope(x, cos, sin, interleaved, False)
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype, check_shape
+from astrobiogen.kernels import _autocast, _registry
+from astrobiogen.kernels._checks import check_float, check_same_device, check_shape
 from astrobiogen.kernels.swiglu import reference
 
 _TRITON = "astrobiogen.kernels.swiglu.triton_kernels"
@@ -21,6 +21,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             any size including none.
         up: shape, dtype and device of `gate`; its own strides.
 
+    Under autocast, as ``F.silu(gate) * up``: both in the wider of their dtypes.
+
     Returns:
         h [..., I], contiguous, with the dtype and device of `gate`. Saved for the backward pass: `gate` and `up` only.
 
@@ -30,11 +32,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     check_float("gate", gate)
     check_float("up", up)
-    check_same_dtype(gate=gate, up=up)
+    gate, up = _autocast.widest(gate=gate, up=up)
     check_shape("up", up, tuple(gate.shape), "the shape of gate")
     check_same_device(gate=gate, up=up)
     if _registry.reference_selected():
-        return reference.swiglu(gate, up)
+        return _autocast.reference(reference.swiglu, gate, up)
     return torch.ops.astrobiogen.swiglu(gate, up)
 
 
@@ -45,6 +47,8 @@ def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
 
     Args:
         gate_up: [..., 2 I], float32, bfloat16, float16 or float64; any strides.
+
+    Autocast changes nothing, as for ``F.silu(gate) * up`` of one dtype.
 
     Returns:
         h [..., I], contiguous, with the dtype and device of `gate_up`.
@@ -57,7 +61,7 @@ def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2 != 0:
         raise ValueError(f"gate_up must have shape [..., 2 I] with an even last axis, got {tuple(gate_up.shape)}")
     if _registry.reference_selected():
-        return reference.swiglu_packed(gate_up)
+        return _autocast.reference(reference.swiglu_packed, gate_up)
     return torch.ops.astrobiogen.swiglu_packed(gate_up)
 
 
