@@ -57,7 +57,8 @@ void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, cons
     const float* from = panels + i / width * g.dim * width + i % width;
     T* to = out.at(t.batch, token, head);
     const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
-    int16_t* left = std::is_same_v<T, float> ? nullptr : rest + ((t.batch * g.queries + token) * g.heads + head) * g.dim;
+    const int64_t place = ((t.batch * g.queries + token) * g.heads + head) * g.dim;
+    int16_t* left = std::is_same_v<T, float> ? nullptr : rest + place;
     if (low[i] >= high[i]) {  // sees nothing: 0, also where the sink is not finite
       std::fill_n(to, g.dim, T(0.0f));
       if (left != nullptr) std::fill_n(left, g.dim, int16_t{0});
@@ -81,7 +82,8 @@ struct KeyRows {
   Rows<const float> rows;
 };
 
-// Whether every value is finite that some queries see and others do not: those hold its row with weight 0, and 0 times NaN would be NaN.
+// Whether every value is finite that some queries see and others do not: for those its weight is 0, and 0 times NaN
+// would be NaN.
 template <typename T>
 bool partly_seen_are_finite(const Geometry<float>& g, const Rows<T>& values) {
   const auto [first, all_from] = std::minmax_element(g.low.begin(), g.low.end());
@@ -110,8 +112,8 @@ std::vector<int64_t> silence_rows(const Tensor& packed, int64_t dim) {
 
 // What `silence_rows` took out reaches the queries that see it, and no other.
 template <typename T>
-void add_silenced(const Geometry<float>& g, const TaskRows& t, int64_t width, const std::vector<int64_t>& rows, const Rows<const T>& values,
-                  const int32_t* low, const int32_t* high, float* panels) {
+void add_silenced(const Geometry<float>& g, const TaskRows& t, int64_t width, const std::vector<int64_t>& rows,
+                  const Rows<const T>& values, const int32_t* low, const int32_t* high, float* panels) {
   for (const int64_t row : rows) {
     const int64_t key = row % g.keys;
     if (row / g.keys != t.batch * g.kv_heads + t.kv_head) continue;
@@ -182,7 +184,8 @@ ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide ? at::kDouble : at::kFloat));
   const bool half = !wide && q.scalar_type() != at::kFloat;
-  Tensor rest = half ? at::empty(q.sizes(), q.options().dtype(at::kShort)) : at::empty({0}, q.options().dtype(at::kShort));
+  const auto words = q.options().dtype(at::kShort);
+  Tensor rest = half ? at::empty(q.sizes(), words) : at::empty({0}, words);
   if (out.numel() == 0) return {out, lse, rest};
   if (wide) forward_double(in, out, lse);
   else if (q.scalar_type() == at::kFloat) forward_typed<float>(in, out, lse, rest);
@@ -192,9 +195,9 @@ ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 }
 
 BackwardResult attention_backward(const Optional& grad_out, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Tensor& out, const Tensor& lse, const Tensor& rest, const Optional& cos, const Optional& sin,
-                                  const Optional& cu_seqlens, const Optional& sinks, bool causal, double scale, int64_t window, double softcap,
-                                  bool interleaved) {
+                                  const Tensor& out, const Tensor& lse, const Tensor& rest, const Optional& cos,
+                                  const Optional& sin, const Optional& cu_seqlens, const Optional& sinks, bool causal,
+                                  double scale, int64_t window, double softcap, bool interleaved) {
   constexpr check::Op op("astrobiogen::attention_backward");
   check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
   check_results(op, grad_out, grad_lse, q, out, lse, rest);

@@ -22,7 +22,8 @@ float dot_unrounded(const T* grad, const T* out, const int16_t* rest, int64_t di
   if constexpr (std::is_same_v<T, float>) {
     for (int64_t d = 0; d < dim; ++d) sum += grad[d] * out[d];
   } else {
-    for (int64_t d = 0; d < dim; ++d) sum += static_cast<float>(grad[d]) * unrounded(static_cast<float>(out[d]), rest[d]);
+    for (int64_t d = 0; d < dim; ++d)
+      sum += static_cast<float>(grad[d]) * unrounded(static_cast<float>(out[d]), rest[d]);
   }
   return sum;
 }
@@ -60,10 +61,12 @@ Workspace split_workspace(float* p, int64_t dim, int64_t padded) {
   return w;
 }
 
-// delta_i = <dO_i, O_i> - dlse_i, and the log-sum-exp in units of log 2 (0 for a row that sees nothing: all its scores are masked, and its O is 0
-// whatever dO is). O is taken as it was before rounding: dP - delta cancels where a softmax is peaked.
+// delta_i = <dO_i, O_i> - dlse_i, and the log-sum-exp in units of log 2 (0 for a row that sees nothing: all its scores
+// are masked, and its O is 0 whatever dO is). O is taken as it was before rounding: dP - delta cancels where a softmax is
+// peaked.
 template <typename T>
-void row_constants(const Context<T>& c, const TaskRows& t, const Workspace& w, const int32_t* low, const int32_t* high) {
+void row_constants(const Context<T>& c, const TaskRows& t, const Workspace& w, const int32_t* low,
+                   const int32_t* high) {
   for (int64_t i = 0; i < t.panels * c.width; ++i) {
     w.lse[i] = w.delta[i] = 0.0f;
     if (i >= t.count) continue;
@@ -71,7 +74,8 @@ void row_constants(const Context<T>& c, const TaskRows& t, const Workspace& w, c
     const int64_t index = (t.batch * c.g.heads + head) * c.g.queries + token;
     const T *grad = c.grad.at(t.batch, token, head), *out = c.out.at(t.batch, token, head);
     float delta = 0.0f;
-    if (low[i] < high[i]) delta = dot_unrounded(grad, out, c.rest + ((t.batch * c.g.queries + token) * c.g.heads + head) * c.g.dim, c.g.dim);
+    const int64_t place = ((t.batch * c.g.queries + token) * c.g.heads + head) * c.g.dim;
+    if (low[i] < high[i]) delta = dot_unrounded(grad, out, c.rest + place, c.g.dim);
     if (c.grad_lse != nullptr) delta -= c.grad_lse[index];
     w.delta[i] = c.delta[index] = delta;
     w.lse[i] = std::isinf(c.lse[index]) && c.lse[index] < 0.0f ? 0.0f : c.lse[index] * kLog2E;
@@ -91,10 +95,12 @@ void write_grad_queries(const Context<T>& c, const TaskRows& t, const float* pan
   }
 }
 
-// A gradient that is not finite reaches dV of the keys that its row sees, and no other. (dQ and dK get it from delta; what is not finite in a query or a
-// key makes its row's log-sum-exp NaN and reaches all gradients through the probabilities.)
+// A gradient that is not finite reaches dV of the keys that its row sees, and no other. (dQ and dK get it from delta;
+// what is not finite in a query or a key makes its row's log-sum-exp NaN and reaches all gradients through the
+// probabilities.)
 template <typename T>
-void add_marked(const Context<T>& c, const TaskRows& t, uint64_t marked, const int32_t* low, const int32_t* high, float* grad_values) {
+void add_marked(const Context<T>& c, const TaskRows& t, uint64_t marked, const int32_t* low, const int32_t* high,
+                float* grad_values) {
   for (int64_t i = 0; i < t.count; ++i) {
     if ((marked >> i & 1) == 0) continue;
     const T* grad = c.grad.at(t.batch, (t.first + i) / c.g.group, t.kv_head * c.g.group + (t.first + i) % c.g.group);
@@ -122,8 +128,9 @@ void backward_task(const Context<T>& c, int64_t pair, int64_t split, const Works
     std::fill_n(w.grad_queries, t.panels * c.width * g.dim, 0.0f);
     const int64_t start = pair * g.keys * g.dim;
     const bool lost = std::any_of(w.lse, w.lse + t.count, [](float x) { return std::isnan(x); });
-    c.kernel.backward({c.keys + start, c.finite_keys + start, c.values + start, g.dim, c.padded, t.panels, w.queries, w.query_rows, w.grads,
-                       w.grad_rows, w.lse, w.delta, low, high, lost, g.softcap * kLog2E, w.grad_queries, grad_keys, grad_keys + matrix, w.scratch});
+    c.kernel.backward({c.keys + start, c.finite_keys + start, c.values + start, g.dim, c.padded, t.panels, w.queries,
+                       w.query_rows, w.grads, w.grad_rows, w.lse, w.delta, low, high, lost, g.softcap * kLog2E,
+                       w.grad_queries, grad_keys, grad_keys + matrix, w.scratch});
     if (marked != 0) add_marked(c, t, marked, low, high, grad_keys + matrix);
     write_grad_queries(c, t, w.grad_queries);
   }
@@ -168,8 +175,9 @@ void write_grad_sinks(const Geometry<float>& g, const float* lse, const float* d
 }
 
 template <typename T>
-void backward_typed(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse, const Tensor& rest,
-                    Tensor& grad_q, Tensor& grad_k, Tensor& grad_v, Tensor& grad_sinks) {
+void backward_typed(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out,
+                    const Tensor& lse, const Tensor& rest, Tensor& grad_q, Tensor& grad_k, Tensor& grad_v,
+                    Tensor& grad_sinks) {
   const Geometry<float> g = make_geometry<float>(in.q, in.k, in.cos, in.sin, in.cu_seqlens, in.sinks, in.options);
   const Kernels& kernel = kernels();
   const int64_t padded = (g.dim + kernel.lanes - 1) / kernel.lanes * kernel.lanes, pairs = g.batch * g.kv_heads;
@@ -212,12 +220,15 @@ void backward_typed(const Inputs& in, const Tensor& grad_out, const Optional& gr
   if (in.sinks) write_grad_sinks(g, context.lse, context.delta, grad_sinks.mutable_data_ptr<float>());
 }
 
-BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse,
-                        const Tensor& rest) {
+BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out,
+                        const Tensor& lse, const Tensor& rest) {
   const bool half = in.q.scalar_type() == at::kHalf || in.q.scalar_type() == at::kBFloat16;
-  TORCH_CHECK_VALUE(rest.scalar_type() == at::kShort && rest.numel() == (half ? out.numel() : 0), "rest must be int16 with ",
-                    half ? out.numel() : 0, " elements, as the forward gave it, got ", rest.scalar_type(), " with ", rest.numel());
-  const auto typed = [&]<typename T>(auto&&... grads) { backward_typed<T>(in, grad_out, grad_lse, out, lse, rest, grads...); };
+  const int64_t words = half ? out.numel() : 0;
+  TORCH_CHECK_VALUE(rest.scalar_type() == at::kShort && rest.numel() == words, "rest must be int16 with ", words,
+                    " elements, as the forward gave it, got ", rest.scalar_type(), " with ", rest.numel());
+  const auto typed = [&]<typename T>(auto&&... grads) {
+    backward_typed<T>(in, grad_out, grad_lse, out, lse, rest, grads...);
+  };
   Tensor grad_q = at::empty(in.q.sizes(), in.q.options());
   Tensor grad_k = at::empty(in.k.sizes(), in.k.options()), grad_v = at::empty(in.v.sizes(), in.v.options());
   const bool wide = in.q.scalar_type() == at::kDouble;
@@ -229,7 +240,8 @@ BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional
   }
   if (wide) backward_double(in, grad_out, grad_lse, out, lse, grad_q, grad_k, grad_v, grad_sinks);
   else if (in.q.scalar_type() == at::kFloat) typed.template operator()<float>(grad_q, grad_k, grad_v, grad_sinks);
-  else if (in.q.scalar_type() == at::kBFloat16) typed.template operator()<c10::BFloat16>(grad_q, grad_k, grad_v, grad_sinks);
+  else if (in.q.scalar_type() == at::kBFloat16)
+    typed.template operator()<c10::BFloat16>(grad_q, grad_k, grad_v, grad_sinks);
   else typed.template operator()<c10::Half>(grad_q, grad_k, grad_v, grad_sinks);
   return {grad_q, grad_k, grad_v, in.sinks ? grad_sinks.to(in.sinks->scalar_type()) : grad_sinks};
 }

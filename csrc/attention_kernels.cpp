@@ -104,7 +104,8 @@ ASTRO_INLINE void backward_tile(const BackwardTile& t) {
   float *probability = t.scratch, *grad = t.scratch + kScratch;
   for (int64_t first = all.first; first < all.last; first += B::Keys) {
     const int64_t end = first + B::Keys < all.last ? first + B::Keys : all.last, count = end - first;
-    const float *keys = t.keys + first * t.dim, *finite_keys = t.finite_keys + first * t.dim, *values = t.values + first * t.dim;
+    const float *keys = t.keys + first * t.dim, *values = t.values + first * t.dim;
+    const float* finite_keys = t.finite_keys + first * t.dim;
     int64_t begin_panel = t.panels, end_panel = 0;  // rows are ordered by position, so the panels that see this tile are neighbours
     for (int64_t x = 0; x < t.panels; ++x) {
       const Range& range = ranges[x];

@@ -95,7 +95,8 @@ void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& g
       for (int64_t i = 0; i < g.queries; ++i) {
         const int64_t index = (b * g.heads + h) * g.queries + i;
         const double* grad = grads.at(b, i, h);
-        const double own = g.low[i] < g.high[i] ? dot(grad, outs.at(b, i, h), g.dim) : 0.0;  // a row that sees nothing is 0 whatever `grad` is
+        // A row that sees nothing is 0 whatever `grad` is.
+        const double own = g.low[i] < g.high[i] ? dot(grad, outs.at(b, i, h), g.dim) : 0.0;
         const double delta = own - (lse_grads != nullptr ? lse_grads[index] : 0.0);
         if (g.sinks != nullptr) sink_grads[h] -= std::exp(g.sinks[h] - lse_data[index]) * delta;
         std::fill(row.begin(), row.end(), 0.0);

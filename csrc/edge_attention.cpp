@@ -101,7 +101,8 @@ ASTRO_INLINE void forward_nodes(const Forward<T>& a, int64_t first, int64_t last
     for (int64_t e = 0; e < count; ++e) {
       const T *key = in.k[in.lists.sender[edges[e]]], *bias = in.bias + edges[e] * heads;
       for (int64_t h = 0; h < heads; ++h) {
-        const A score = cuts(bias[h]) ? lowest : dot(query.data() + h * width, key + h * width, width) + static_cast<A>(bias[h]);
+        const A product = dot(query.data() + h * width, key + h * width, width);
+        const A score = cuts(bias[h]) ? lowest : product + static_cast<A>(bias[h]);
         scores[e * heads + h] = score;
         if (score > highest[h] || score != score) highest[h] = score;  // NaN stays
       }
@@ -120,7 +121,8 @@ ASTRO_INLINE void forward_nodes(const Forward<T>& a, int64_t first, int64_t last
       }
     }
     for (int64_t h = 0; h < heads; ++h) {
-      round_to<T>(sums.data() + h * width, width, blind[h] ? A(0) : A(1) / total[h], a.out + node * columns + h * width);
+      const A inverse = blind[h] ? A(0) : A(1) / total[h];
+      round_to<T>(sums.data() + h * width, width, inverse, a.out + node * columns + h * width);
       a.lse[node * heads + h] = blind[h] ? lowest : highest[h] + std::log(total[h]);
     }
   }
@@ -148,9 +150,12 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
       const T *key = in.k[from], *value = in.v[from], *bias = in.bias + edges[e] * heads;
       for (int64_t h = 0; h < heads; ++h) {
         const A lse = a.lse[node * heads + h];
-        cut[e * heads + h] = cuts(bias[h]) || lse == -std::numeric_limits<A>::infinity();
-        weights[e * heads + h] = cut[e * heads + h] ? A(0) : dot(query.data() + h * width, key + h * width, width) + static_cast<A>(bias[h]) - lse;
-        slopes[e * heads + h] = cut[e * heads + h] ? A(0) : dot(grad.data() + h * width, value + h * width, width);
+        const A score = dot(query.data() + h * width, key + h * width, width) + static_cast<A>(bias[h]);
+        const A slope = dot(grad.data() + h * width, value + h * width, width);
+        const bool none = cuts(bias[h]) || lse == -std::numeric_limits<A>::infinity();
+        cut[e * heads + h] = none;
+        weights[e * heads + h] = none ? A(0) : score - lse;
+        slopes[e * heads + h] = none ? A(0) : slope;
       }
     }
     exponentials(weights.data(), count * heads);
@@ -161,7 +166,8 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
     for (int64_t e = 0; e < count; ++e) {
       const T* key = in.k[in.lists.sender[edges[e]]];
       for (int64_t h = 0; h < heads; ++h) {
-        const A weight = weights[e * heads + h], slope = cut[e * heads + h] ? A(0) : weight * (slopes[e * heads + h] - own[h]);
+        const A weight = weights[e * heads + h];
+        const A slope = cut[e * heads + h] ? A(0) : weight * (slopes[e * heads + h] - own[h]);
         a.weight[edges[e] * heads + h] = weight, a.slope[edges[e] * heads + h] = slope;
         a.grad_bias[edges[e] * heads + h] = static_cast<T>(slope);
         if (cut[e * heads + h]) continue;
@@ -302,8 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   for_dtype(q.scalar_type(), [&]<typename T>() {
     using A = Wide<T>;
     const Backward<T> a{all.problem<T>(), rows_of<T>(grad), log_sum.const_data_ptr<A>(), weight.mutable_data_ptr<A>(),
-                        slope.mutable_data_ptr<A>(), &cut, grad_q.mutable_data_ptr<T>(), grad_k.mutable_data_ptr<T>(), grad_v.mutable_data_ptr<T>(),
-                        grad_bias.mutable_data_ptr<T>()};
+                        slope.mutable_data_ptr<A>(), &cut, grad_q.mutable_data_ptr<T>(), grad_k.mutable_data_ptr<T>(),
+                        grad_v.mutable_data_ptr<T>(), grad_bias.mutable_data_ptr<T>()};
     at::parallel_for(0, q.size(0), kGrain, [&](int64_t begin, int64_t end) { dispatch<BackwardReceivers<T>>(a, begin, end); });
     at::parallel_for(0, k.size(0), kGrain, [&](int64_t begin, int64_t end) { dispatch<BackwardSenders<T>>(a, begin, end); });
   });

@@ -55,7 +55,8 @@ struct Backward {
   Rows<T> grad;
   const Wide<T>* lse;
   Wide<T> *weight, *slope;  // p and ds, [E][heads]; both 0 for an edge that is cut
-  std::atomic<bool>* cut;   // set by the receivers' loop if a bias of -Inf cuts an edge: the senders' loop then leaves out weights of 0
+  // Set by the receivers' loop if a bias of -Inf cuts an edge: the senders' loop then leaves out weights of 0.
+  std::atomic<bool>* cut;
   T *grad_q, *grad_k, *grad_v, *grad_bias;
 };
 

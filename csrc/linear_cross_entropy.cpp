@@ -310,17 +310,19 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return forward_typed<float, float>(x, weight, target, o);
 }
 
-// x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that such a row may hold would be NaN in every gradient.
+// x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that such a row may hold would be NaN.
 Tensor only_kept(const Tensor& x, const Tensor& target, int64_t ignore_index) {
   const int64_t *y = target.const_data_ptr<int64_t>(), *end = y + target.numel();
   return std::find(y, end, ignore_index) == end ? x : x.masked_fill(target.eq(ignore_index).unsqueeze(-1), 0);
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight, const Tensor& target_any, const Tensor& lse_any,
-                                    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool need_x, bool need_weight) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight,
+                                    const Tensor& target_any, const Tensor& lse_any, int64_t ignore_index,
+                                    double label_smoothing, double z_loss, double softcap, bool need_x,
+                                    bool need_weight) {
   constexpr check::Op op("astrobiogen::linear_cross_entropy_backward");
-  check_arguments(op, x, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
-  check_upstream(op, grad_any, lse_any, x);
+  check_arguments(op, x_any, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
+  check_upstream(op, grad_any, lse_any, x_any);
   const c10::impl::ExcludeDispatchKeyGuard guard(no_autocast());
   const Tensor target = target_any.contiguous(), lse = lse_any.contiguous(), grad = grad_any.to(lse.scalar_type()).contiguous();
   check_targets(target, weight.size(0), ignore_index);

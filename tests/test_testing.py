@@ -293,6 +293,37 @@ def test_lost_and_spread_nonfinite_values_are_found() -> None:
             testing.check_nonfinite(fault, reference, PLAIN)
 
 
+def test_a_hidden_row_that_is_heard_is_found() -> None:
+    """The toy is a running sum over rows: row i may hear rows 0 .. i."""
+    case = Case("4x3", lambda m: {"x": m.randn(4, 3)}, ("x",), masks=True)
+
+    def running_sum(x: Tensor) -> Tensor:
+        return x.cumsum(0)
+
+    def weighs_with_zero(x: Tensor) -> Tensor:
+        return torch.ones(4, 4, dtype=x.dtype).tril() @ x
+
+    class GradientWeighsWithZero(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            del ctx
+            return x.cumsum(0)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            del ctx
+            return torch.ones(4, 4, dtype=grad.dtype).triu() @ grad
+
+    testing.check_visibility(running_sum, running_sum, case)
+    for fault, measure, message in (
+        (weighs_with_zero, running_sum, "inf in x, row 1: output 0: 3 elements heard what they may not see"),
+        (GradientWeighsWithZero.apply, running_sum, "upstream gradient 0, row 0: gradient of x: 9 elements heard"),
+        (weighs_with_zero, weighs_with_zero, "output 0: 3 elements heard what they may not see"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            testing.check_visibility(fault, measure, case)
+
+
 def test_wrong_derivatives_are_found() -> None:
     def wrong(grad: Tensor, x: Tensor, weight: Tensor) -> Gradients:
         grad_x, grad_weight = good_backward(grad, x, weight)

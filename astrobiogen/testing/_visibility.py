@@ -28,9 +28,9 @@ def check_visibility(
     ops: tuple[str, ...] = (),
     implementation: _routes.Implementation = "default",
 ) -> None:
-    """Plant NaN, +Inf or -Inf in one row at a time (along the last axis; one element of a vector) of each differentiable
-    argument and upstream gradient, and demand that every element of an output or a gradient that cannot hear the row
-    keeps its bits.
+    """Plant NaN, +Inf or -Inf in one row at a time (along the last axis; one element of a vector) of each
+    differentiable argument and upstream gradient, and demand that every element of an output or a gradient that cannot
+    hear the row keeps its bits.
 
     What can hear a row is found by probing: an element that changes in the fp64 reference when the row is replaced by
     other finite numbers. An element may also be constant because a softmax has one member; unless the case says with

@@ -194,6 +194,7 @@ WRONG = {
     "sin_shape": Wrong({"cos": torch.ones(4, 4), "sin": torch.ones(4, 3)}, ValueError, r"sin must have shape \(4, 4\)"),
     "scale": Wrong({"scale": float("nan")}, ValueError, r"scale must be a finite number or None, got nan"),
     "window": Wrong({"window": 0}, ValueError, r"window must be an integer >= 1, got 0"),
+    "window_sign": Wrong({"window": -1}, ValueError, r"window must be an integer >= 1, got -1"),
     "softcap": Wrong({"softcap": -1.0}, ValueError, r"softcap must be a finite number > 0 or None, got -1.0"),
     "sinks": Wrong({"sinks": torch.ones(2)}, ValueError, r"sinks must have shape \(4,\) .* got \(2,\)"),
     "cu_float": Wrong(
@@ -204,6 +205,14 @@ WRONG = {
     ),
     "cu_order": Wrong(
         {"cu_seqlens": torch.tensor([0, 3, 2, 4])}, ValueError, r"cu_seqlens must not decrease, got 3 before 2"
+    ),
+    "cu_beyond": Wrong(
+        {"cu_seqlens": torch.tensor([0, 2**62, 4])},
+        ValueError,
+        r"cu_seqlens must not decrease, got 4611686018427387904 before 4",
+    ),
+    "cu_negative": Wrong(
+        {"cu_seqlens": torch.tensor([0, -(2**40), 4])}, ValueError, r"cu_seqlens must not decrease, got 0 before -"
     ),
     "cu_end": Wrong(
         {"cu_seqlens": torch.tensor([0, 5])},

@@ -1,8 +1,10 @@
 """What attention must do whatever its numbers: causality, relative positions, masks, merges of parts."""
 
 import itertools
+import sys
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies
@@ -61,6 +63,40 @@ def test_a_query_without_keys_gives_zeros_and_no_gradient() -> None:
     grads = torch.autograd.grad(out.square().sum() + lse[..., 15:].sum(), (q, k, v))
     assert all(torch.isfinite(grad).all() for grad in grads)
     assert torch.equal(grads[0][:, :15], torch.zeros_like(grads[0][:, :15]))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_beyond_every_key_hides_nothing(causal: bool) -> None:
+    q, k, v = _tensors(9, 21, dim=8)
+    plain = attention(q, k, v, causal=causal)
+    for window in (2**31 - 2, 2**31 - 1, 2**31, 2**62, sys.maxsize, 2**64, np.int64(2**63 - 1)):
+        assert torch.equal(attention(q, k, v, causal=causal, window=window), plain)  # pyright: ignore[reportArgumentType]
+    options = reference.Options(None, None, None, None, causal, 8**-0.5, 0, 0.0, False)
+    for window in (2**31 - 2, 2**31 - 1, 2**63 - 1):
+        wide = options._replace(window=window)
+        assert torch.equal(torch.ops.astrobiogen.attention(q, k, v, *wide)[0], plain)
+        torch.testing.assert_close(reference.attention(q, k, v, *wide)[0], plain, rtol=1e-5, atol=1e-6)
+        with route(("attention",), "triton"):
+            out = torch.ops.astrobiogen.attention(q, k, v, *wide)[0]
+        torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_reference_refuses_sequence_bounds_beyond_the_tokens() -> None:
+    q, k, v = _tensors(4, 4, dim=8)
+    for bounds in ([0, 2**62, 4], [0, -(2**40), 4], [0, 5], [1, 4]):
+        with astrobiogen.use_kernels("reference"), pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
+            attention(q, k, v, cu_seqlens=torch.tensor(bounds))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rest_gives_the_unrounded_output_back(dtype: torch.dtype) -> None:
+    q, k, v = (t.to(dtype) for t in _tensors(33, 40, dim=24))
+    options = reference.Options(None, None, None, None, True, 0.2, 0, 0.0, False)
+    rounded, _, rest = torch.ops.astrobiogen.attention(q, k, v, *options)
+    exact = torch.ops.astrobiogen.attention(q.float(), k.float(), v.float(), *options)[0]
+    assert torch.equal(exact.to(dtype), rounded)
+    assert torch.equal(reference.unrounded(rounded, rest), exact)
+    assert torch.equal(reference.remainder(exact, rounded), rest)
 
 
 def test_packed_sequences_equal_single_ones() -> None:
@@ -171,7 +207,7 @@ def test_triton_few_queries_equal_the_reference(queries: int, dim: int) -> None:
     q, k, v = torch.randn(2, queries, 6, dim), *torch.randn(2, 2, 90, 2, dim + 1)[..., 1:]
     options = reference.Options(None, None, None, torch.randn(6), True, 0.3, 40, 0.0, False)
     with route(("attention",), "triton") as calls:
-        out, lse = torch.ops.astrobiogen.attention(q, k, v, *options)
+        out, lse, _ = torch.ops.astrobiogen.attention(q, k, v, *options)
     assert calls == ["attention"]
     expected, expected_lse = reference.attention(q, k, v, *options)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

@@ -50,6 +50,13 @@ def segment_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[torch.Tensor,
     return start.to(torch.int32), end.to(torch.int32)
 
 
+def _check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """RuntimeError on the CPU unless 0 = c_0 <= c_1 <= ... <= c_n <= tokens."""
+    if cu_seqlens.device.type == "cpu":
+        valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+        torch._assert_async(valid, f"cu_seqlens must start at 0, not decrease and end at most at S = {tokens}")
+
+
 def visible(queries: int, keys: int, o: Options, device: torch.device) -> torch.Tensor:
     """Boolean [queries, keys]: which keys each query sees. Query i stands at key position i + keys - queries."""
     position = torch.arange(queries, device=device).unsqueeze(1) + (keys - queries)
@@ -62,6 +69,7 @@ def visible(queries: int, keys: int, o: Options, device: torch.device) -> torch.
         mask &= key > position - reach
         mask &= key < position + reach
     if o.cu_seqlens is not None:
+        _check_bounds(o.cu_seqlens, queries)
         start, end = segment_bounds(o.cu_seqlens, queries)
         mask &= (key >= start.unsqueeze(1)) & (key < end.unsqueeze(1))
     return mask

@@ -1,5 +1,5 @@
-"""Products over visible pairs only, in plain PyTorch: what a hidden pair holds, NaN included, reaches neither a value nor
-a derivative. (A matrix product gives 0 * NaN = NaN for a weight of 0.)
+"""Products over visible pairs only, in plain PyTorch: what a hidden pair holds, NaN included, reaches neither a value
+nor a derivative. (A matrix product gives 0 * NaN = NaN for a weight of 0.)
 
 Each is the other's derivative, so both can be differentiated any number of times, in reverse and in forward mode.
 (`torch.compile` traces no autograd function that has a `jvp`; there the ones without serve.)

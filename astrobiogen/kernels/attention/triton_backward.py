@@ -72,13 +72,15 @@ def probabilities(raw, log_sum, visible, scale, softcap, SOFTCAP: tl.constexpr, 
 
 
 @triton.jit
-def score_gradient(p, s, grad_p, delta, visible, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """dS = P (dP - delta), times the derivative of the soft cap; 0 for a hidden pair whatever its factors are."""
+def score_gradient(p, s, grad_p, delta, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """dS = P (dP - delta), times the derivative of the soft cap; 0 for a hidden pair, whose P is 0, whatever its factors
+    are. (Asking the mask again would keep it in registers across a product.)
+    """
     ds = p * (grad_p - delta)
     if SOFTCAP:
         ds = ds * (1.0 - (s / softcap) * (s / softcap))
     if MASKED:
-        ds = tl.where(visible, ds, 0.0)
+        ds = tl.where(p == 0.0, 0.0, ds)
     return ds
 
 
@@ -90,7 +92,7 @@ def query_tiles(
     V_UNIT: tl.constexpr, K_FINITE: tl.constexpr, SOFTCAP: tl.constexpr, LOWER: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq += dS K over the keys begin .. end - 1. What is not finite in a key that is seen made the row's log-sum NaN."""
+    """dq += dS K over the keys begin .. end - 1. Rows that see a key that is not finite have log-sum NaN."""
     local = tl.arange(0, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
         n = first + local
@@ -108,7 +110,7 @@ def query_tiles(
             grad_p = product(g_tail, tl.trans(v_tail), grad_p, PRECISION)
         visible = visible_keys(n, low, high, LOWER)
         p, s = probabilities(raw, log_sum[:, None], visible, scale, softcap, SOFTCAP, MASKED)
-        ds = score_gradient(p, s, grad_p, delta[:, None], visible, softcap, SOFTCAP, MASKED).to(k.dtype)
+        ds = score_gradient(p, s, grad_p, delta[:, None], softcap, SOFTCAP, MASKED).to(k.dtype)
         if MASKED and not K_FINITE:
             k = only_finite(k)
             if TAIL > 0:
@@ -222,7 +224,7 @@ def key_tiles(
         if TAIL > 0:
             dv_tail = product(half_p, g_tail, dv_tail, PRECISION)
             grad_p = product(v_tail, tl.trans(g_tail), grad_p, PRECISION)
-        ds = score_gradient(p, s, grad_p, mean[None, :], visible, softcap, SOFTCAP, MASKED).to(q.dtype)
+        ds = score_gradient(p, s, grad_p, mean[None, :], softcap, SOFTCAP, MASKED).to(q.dtype)
         if MASKED and not Q_FINITE:
             q = only_finite(q)
             if TAIL > 0:
@@ -293,8 +295,8 @@ def grad_key_kernel(
             dk, dk_tail, dv, dv_tail = key_tiles(
                 dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, n, q_base, g_base, log_sums + row,
                 delta + row, q_token, g_token, clean, edge, queries, keys, starts, ends, scale, softcap, window,
-                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, Q_FINITE, G_FINITE, CAUSAL, WINDOW, SOFTCAP, PACKED, False,
-                PRECISION, BLOCK_M,
+                MAIN, TAIL, Q_WIDTH, G_WIDTH, Q_UNIT, G_UNIT, Q_FINITE, G_FINITE, CAUSAL, WINDOW, SOFTCAP, PACKED,
+                False, PRECISION, BLOCK_M,
             )  # fmt: skip
         if not ONE_LOOP and (WINDOW or PACKED):
             dk, dk_tail, dv, dv_tail = key_tiles(

@@ -55,8 +55,8 @@ def pack_kernel(
 
 @triton.jit
 def attend_tiles(
-    acc, acc_tail, top, total, silenced, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, low, high, scale,
-    softcap,
+    acc, acc_tail, top, total, silenced, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, end, keys, low,
+    high, scale, softcap,
     MAIN: tl.constexpr, TAIL: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, K_UNIT: tl.constexpr,
     V_UNIT: tl.constexpr, SOFTCAP: tl.constexpr, LOWER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -177,7 +177,8 @@ def forward_kernel(
     if LOWER:
         acc, acc_tail, top, total, silenced = attend_tiles(
             acc, acc_tail, top, total, silenced, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, begin, clean, keys,
-            low, high, scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, True, True, PRECISION, BLOCK_N,
+            low, high, scale, softcap, MAIN, TAIL, K_WIDTH, V_WIDTH, K_UNIT, V_UNIT, SOFTCAP, True, True, PRECISION,
+            BLOCK_N,
         )  # fmt: skip
     acc, acc_tail, top, total, silenced = attend_tiles(
         acc, acc_tail, top, total, silenced, q_a, q_b, q_tail, k_base, v_base, k_token, v_token, clean, edge, keys, low,
