@@ -30,7 +30,7 @@ SMALL = [case for case in samples.CASES if case.gradcheck]
 INTERPRETED = [case for case in samples.CASES if case.interpret]
 # NumPy has fp16 but no bf16: the interpreter cuts fp32 off instead of rounding it, so bf16 accuracy is judged on a
 # GPU and by the C++ kernels.
-INTERPRETED_HALF = {"gradcheck", "everything", "packed_window", "peaked_few"}
+INTERPRETED_HALF = {"gradcheck", "everything", "packed_window"}
 MASKS = [case for case in samples.CASES if case.masks]
 
 
@@ -44,6 +44,18 @@ def reference(*tensors: torch.Tensor, **options: Any) -> Any:
 @pytest.mark.parametrize("case", samples.CASES, ids=lambda case: case.name)
 def test_cpu(case: Case, dtype: torch.dtype) -> None:
     check_op(attention, reference, case, dtype, ops=OPS, implementation="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", samples.PEAKED, ids=lambda case: case.name)
+def test_gradients_of_a_peaked_softmax(case: Case, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        check_op(attention, reference, case, dtype, ops=OPS, implementation="cpu", seed=seed)
+
+
+def test_gradients_of_a_peaked_softmax_in_triton() -> None:
+    case = next(case for case in samples.PEAKED if case.name == "peaked_few")
+    check_op(attention, reference, case, torch.float16, ops=OPS, implementation="triton")
 
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)

@@ -73,8 +73,8 @@ def probabilities(raw, log_sum, visible, scale, softcap, SOFTCAP: tl.constexpr, 
 
 @triton.jit
 def score_gradient(p, s, grad_p, delta, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """dS = P (dP - delta), times the derivative of the soft cap; 0 for a hidden pair, whose P is 0, whatever its factors
-    are. (Asking the mask again would keep it in registers across a product.)
+    """dS = P (dP - delta), times the derivative of the soft cap. A hidden pair, whose P is 0, gets 0 whatever its
+    factors are; asking the mask again would keep it in registers across a product.
     """
     ds = p * (grad_p - delta)
     if SOFTCAP:
