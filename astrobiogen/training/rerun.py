@@ -118,7 +118,10 @@ class Rerun:
         runtime.set_rng_state(after)
         second = self._state()
         same = len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second))
-        differing = [rank for rank, one in enumerate(world.gather(same)) if not one]
+        answers = world.gather((torch.equal(first[0], second[0]), same))
+        # Gradients are averaged, so that a fault shows in those of all; sums of losses are each process's own.
+        differing = [rank for rank, (sums, _) in enumerate(answers) if not sums]
+        differing = differing or [rank for rank, (_, all_) in enumerate(answers) if not all_]
         verdict = "not reproducible: hardware" if differing else "reproducible: data or model"
         if differing and not self._deterministic:
             verdict = "not reproducible: hardware, or operations that are not deterministic (runtime.deterministic)"
