@@ -23,31 +23,31 @@ def globally_hooked() -> bool:
     return bool(nn_module._has_any_global_hook())
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does something else than the `forward` of its class: hooks, a `forward` set on the
-    instance, a compiled call."""
+def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether calling `module` is the `forward` of one of `kinds` on a plain weight and bias, and nothing else.
+
+    Not with a subclass, hooks, a `forward` set on the instance, a compiled call, or another tensor in the place of a
+    parameter (pruning, weight norm, sharding, quantisation). `globally_hooked` is the caller's to ask, once. The
+    attributes are read where they lie: this runs in every call.
+    """
+    if type(module) not in kinds:
+        return False
     state = module.__dict__
-    return bool(
-        "forward" in state
-        or state["_forward_hooks"]
+    if (
+        state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "bias" in state
         or state.get("_compiled_call_impl") is not None
-    )
-
-
-def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether `module` is exactly one of `kinds`, has no hook of its own, and its weight and bias are plain parameters
-    (pruning and weight norm put another tensor in their place). `globally_hooked` is the caller's to ask, once."""
-    if type(module) not in kinds or is_hooked(module):
+    ):
         return False
-    parameters, state = module._parameters, module.__dict__
+    parameters = state["_parameters"]
     return (
         "weight" in parameters
         and type(parameters["weight"]) in _PLAIN_OR_NONE
         and type(parameters.get("bias")) in _PLAIN_OR_NONE
-        and "bias" not in state
     )
 
 

@@ -153,7 +153,8 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens and cache exclude each other: the cache holds one sequence per batch entry")
         cos, sin = self._angles(position_embeddings, position_ids)
-        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        dim = self.head_dim
+        q, k, v = _heads(self.q_proj(x), dim), _heads(self.k_proj(x), dim), _heads(self.v_proj(x), dim)
         if cache is not None:  # keys are cached rotated, so the op must not rotate them again
             if cos is not None and sin is not None:
                 q, k = (ops.rope(states, cos, sin, self.interleaved) for states in (q, k))
@@ -173,11 +174,6 @@ class GroupedQueryAttention(nn.Module):
             interleaved=self.interleaved,
         )
         return self.o_proj(out.flatten(2))
-
-    def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        """[B, S, heads · D] as [B, S, heads, D]; a tensor-parallel projection returns its own share of the heads."""
-        batch, length, width = states.shape
-        return states.view(batch, length, width // self.head_dim, self.head_dim)
 
     def _angles(
         self, tables: tuple[torch.Tensor, torch.Tensor] | None, position_ids: torch.Tensor | None
@@ -203,3 +199,9 @@ class GroupedQueryAttention(nn.Module):
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, causal={self.causal}"
+
+
+def _heads(states: torch.Tensor, dim: int) -> torch.Tensor:
+    """[B, S, heads · D] as [B, S, heads, D]; a tensor-parallel projection returns its own share of the heads."""
+    batch, length, width = states.shape
+    return states.view(batch, length, width // dim, dim)

@@ -138,7 +138,10 @@ def _check_common(
     check_float("weight", weight)
     axes = x.dim() - 2
     if not 1 <= axes <= MAX_AXES:
-        raise ValueError(f"x must be [B, C, *spatial] with 1 to {MAX_AXES} spatial axes, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be [B, C, *spatial] with 1 to {MAX_AXES} spatial axes, or without B one axis less than the "
+            f"weight, got shape {tuple(x.shape)}"
+        )
     if weight.dim() != x.dim():
         raise ValueError(
             f"weight must have one kernel size for each of the {axes} spatial axes of x, "

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from astrobiogen.kernels.conv_nd.geometry import ZEROS, Geometry, add_halo, channel_last
+from astrobiogen.kernels.conv_nd.geometry import ZEROS, Geometry, add_halo
 
 MemoryFormat = Literal["channels_last", "preserve"]
 MEMORY_FORMATS = ("channels_last", "preserve")
@@ -15,22 +15,22 @@ PADDINGS = ("same", "valid")
 
 
 def arrange(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, memory_format: MemoryFormat) -> torch.Tensor:
-    """The result `y` [B, O, *out] in the layout that was asked for; "preserve": channels innermost where they are in
-    `x` or in `weight`, as PyTorch's convolutions decide, else contiguous.
+    """The result `y` [B, O, *out] of a kernel, channels innermost, in the layout that was asked for; "preserve":
+    channels innermost where they are in `x` or in `weight`, as PyTorch's convolutions decide, else contiguous.
 
     Raises:
         ValueError: `memory_format` is neither of the two.
     """
-    if memory_format not in MEMORY_FORMATS:
+    if memory_format == "channels_last":
+        return y
+    if memory_format != "preserve":
         raise ValueError(f"memory_format must be one of {MEMORY_FORMATS}, got {memory_format!r}")
-    if memory_format == "channels_last" or is_channel_last(x) or is_channel_last(weight):
-        return channel_last(y)
-    return y.contiguous()
+    return y if is_channel_last(x) or is_channel_last(weight) else y.contiguous()
 
 
 def is_channel_last(tensor: torch.Tensor) -> bool:
     """Whether channels are innermost in memory, and not merely because every other order is the same."""
-    return tensor.stride(1) == 1 and not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
+    return tensor.stride(1) == 1 and tensor.shape[1] > 1 and not tensor.is_contiguous()
 
 
 def numbers(

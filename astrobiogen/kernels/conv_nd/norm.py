@@ -9,7 +9,7 @@ import torch
 from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_norm
-from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, Norm
+from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, Norm, channel_last
 from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, same_size
 from astrobiogen.kernels.conv_nd.op import (
     CPU_RULE,
@@ -95,12 +95,11 @@ def conv_nd_norm(
         y = _autocast.reference(
             reference.conv_nd_norm, x, weight, bias, norm_weight, norm_bias, geometry, chosen, activation
         )
-        return _autocast.full_precision(arrange(y, given, weight, memory_format))
+        return _autocast.full_precision(arrange(channel_last(y), given, weight, memory_format))
     keep = needs_gradient(x, weight, bias, norm_weight, norm_bias)
     options = (*schema_lists(geometry), chosen.kind, chosen.groups, chosen.eps, ACTIVATIONS.index(activation), keep)
     y = torch.ops.astrobiogen.conv_nd_norm(x, weight, bias, norm_weight, norm_bias, *options)[0]
-    y = y if memory_format == "channels_last" else arrange(y, given, weight, memory_format)
-    return _autocast.full_precision(y)
+    return _autocast.full_precision(arrange(y, given, weight, memory_format))
 
 
 def _fake_conv_norm(

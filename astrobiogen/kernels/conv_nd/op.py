@@ -13,7 +13,7 @@ import torch
 from astrobiogen.kernels import _autocast, _registry
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_transposed_arguments
-from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry
+from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, channel_last
 from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, same_size
 
 _TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
@@ -98,12 +98,12 @@ def conv_nd(
     if isinstance(padding, str) and padding == "same":
         x, geometry = same_size(x, weight.shape[2:], geometry)
     if _registry.reference_selected():
-        y = _autocast.reference(reference.conv_nd, x, weight, bias, geometry, activation)
+        y = channel_last(_autocast.reference(reference.conv_nd, x, weight, bias, geometry, activation))
         return arrange(y, given, weight, memory_format)
     keep = activation is not None and needs_gradient(x, weight, bias)
     options = (*schema_lists(geometry), ACTIVATIONS.index(activation), keep)
     y = torch.ops.astrobiogen.conv_nd(x, weight, bias, *options)[0]
-    return y if memory_format == "channels_last" else arrange(y, given, weight, memory_format)
+    return arrange(y, given, weight, memory_format)
 
 
 def conv_transpose_nd(
@@ -153,7 +153,7 @@ def conv_transpose_nd(
         y = _autocast.reference(reference.conv_transpose_nd, x, weight, bias, geometry, size)
         return arrange(y, x, weight, memory_format)
     y = torch.ops.astrobiogen.conv_transpose_nd(x, weight, bias, *schema_lists(geometry), size)
-    return y if memory_format == "channels_last" else arrange(y, x, weight, memory_format)
+    return arrange(y, x, weight, memory_format)
 
 
 def unbatched(x: object, weight: object) -> bool:
