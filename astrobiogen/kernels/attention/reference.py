@@ -42,7 +42,9 @@ def segment_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[torch.Tensor,
     """
     position = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     last = cu_seqlens.numel() - 1
-    segment = torch.searchsorted(cu_seqlens, position, right=True) - 1
+    # Sequences that begin at or before each token, less one; counted, since a search has no rule inside a vmap.
+    begins = cu_seqlens.clamp(0, tokens).long()
+    segment = begins.new_zeros(tokens + 1).scatter_add(0, begins, torch.ones_like(begins)).cumsum(0)[:tokens] - 1
     inside = segment < last
     segment = segment.clamp(0, max(last - 1, 0))
     start = torch.where(inside, cu_seqlens[segment], position).clamp(0, tokens)
@@ -63,15 +65,14 @@ def visible(queries: int, keys: int, o: Options, device: torch.device) -> torch.
     key = torch.arange(keys, device=device).unsqueeze(0)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if o.causal:
-        mask &= key <= position
+        mask = mask & (key <= position)
     if o.window > 0:
         reach = min(o.window, queries + keys)  # farther than any key, and no sum overflows
-        mask &= key > position - reach
-        mask &= key < position + reach
+        mask = mask & (key > position - reach) & (key < position + reach)
     if o.cu_seqlens is not None:
         _check_bounds(o.cu_seqlens, queries)
         start, end = segment_bounds(o.cu_seqlens, queries)
-        mask &= (key >= start.unsqueeze(1)) & (key < end.unsqueeze(1))
+        mask = mask & (key >= start.unsqueeze(1)) & (key < end.unsqueeze(1))
     return mask
 
 
