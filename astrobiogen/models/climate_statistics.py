@@ -24,8 +24,8 @@ class ClimateStatistics(nn.Module):
 
         s_k = mean Σ a(lat) clamp((x − e_k) / 2d + 1/2, 0, 1),     out_k = ln((s_k + ε) / (1 − s_k + ε)) / 2,
 
-    where x is first cut off at low and high and ε = 0.02. s is continuous in x. An absent epoch gives zeros. Nothing
-    here is learned, and no gradient flows to the cube.
+    where x is first cut off at low and high and ε = 0.02. s is continuous in x, and NaN where any of its x is. An
+    absent epoch gives zeros. Nothing here is learned, and no gradient flows to the cube.
 
     Args:
         latitude_bounds: degrees [lat + 1].
@@ -74,7 +74,8 @@ class ClimateStatistics(nn.Module):
         low, high = self.limits
         # Each value is split between the two nearest of K cells; sums over the cells above make that cumulative.
         place = ((field - low) * ((self.thresholds - 1) / (high - low))).clamp(0.0, self.thresholds - 1)
-        lower = place.floor().clamp(max=self.thresholds - 2)
+        # A NaN is no cell's number: it is counted in the uppermost ones, from where it reaches every sum.
+        lower = place.floor().clamp_(max=self.thresholds - 2).nan_to_num_(self.thresholds - 2)
         upper_part = place - lower
         weights = (self.row_weights / (months * columns))[:, None]
         first = torch.arange(batch * variables * levels, device=field.device) * self.thresholds

@@ -77,6 +77,19 @@ def cross_entropy(probability: Floats, label: Integers) -> Floats:
     return -np.log(np.maximum(chosen, _LOG_FLOOR))
 
 
+def bin_of(probability: Floats, bins: int) -> Integers:
+    """Number of the equal-width bin of each probability.
+
+    Raises:
+        ValueError: one of them is NaN or outside [0, 1], which no bin holds.
+    """
+    inside = (probability >= 0) & (probability <= 1)  # false for NaN
+    if not inside.all():
+        wrong = probability[~inside]
+        raise ValueError(f"probability: got {wrong[0]!r} ({len(wrong)} of {len(inside)}), expected values in [0, 1]")
+    return np.minimum((probability * bins).astype(np.int64), bins - 1)
+
+
 def _weighted_auroc(score: Floats, label: Integers, weights: Floats) -> Floats:
     """AUROC for each row of `weights` [R, n]; ties count one half; NaN where a class has no weight."""
     order = np.argsort(score, kind="stable")
@@ -94,9 +107,8 @@ def _weighted_ece(probability: Floats, label: Integers, weights: Floats, bins: i
     """Expected calibration error of P(class 1), equal-width bins: sum over bins of |observed share - mean probability|
     x bin weight.
     """
-    index = np.minimum((probability * bins).astype(np.int64), bins - 1)
     member = np.zeros((len(probability), bins))
-    member[np.arange(len(probability)), index] = 1.0
+    member[np.arange(len(probability)), bin_of(probability, bins)] = 1.0
     gap = np.abs(weights @ (member * (label - probability)[:, None])).sum(axis=1)
     total = weights.sum(axis=1)
     return np.divide(gap, total, out=np.full(len(weights), np.nan), where=total > 0)
@@ -105,11 +117,14 @@ def _weighted_ece(probability: Floats, label: Integers, weights: Floats, bins: i
 def figures(predictions: Predictions, weights: Floats | None = None) -> dict[str, Floats]:
     """Every figure of `FIGURES` for each row of `weights` [R, n] (default: one row of ones): name -> [R].
 
-    Class 1 is predicted where the probability is at least one half.
+    Class 1 is predicted where the probability is at least one half. With a probability that is NaN or infinite every
+    figure is NaN.
     """
     label, probability = predictions.label, predictions.probability
     if weights is None:
         weights = np.ones((1, len(label)))
+    if not np.isfinite(probability).all():
+        return {name: np.full(len(weights), np.nan) for name in FIGURES}
     total = weights.sum(axis=1)
     correct = ((probability >= 0.5) == (label == 1)).astype(np.float64)
 
@@ -181,9 +196,11 @@ def wilson_lower(correct: int, total: int) -> float:
 
 def accuracy_lower_bound(predictions: Predictions, seed: int) -> float:
     """The lower of the Wilson bound (right for independent samples) and the clustered bootstrap's (right for grouped
-    ones), both 95 %.
+    ones), both 95 %; 0 if a probability is not finite.
     """
     count = len(predictions.label)
+    if not np.isfinite(predictions.probability).all():
+        return 0.0
     correct = int(((predictions.probability >= 0.5) == (predictions.label == 1)).sum())
     low = wilson_lower(correct, count)
     if low < 0.5:

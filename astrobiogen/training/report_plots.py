@@ -203,7 +203,7 @@ def reliability(predictions: metrics.Predictions, ece: str) -> str:
     """Observed share against predicted probability, with Wilson intervals; `ece` is the error as text."""
     figure, axis = _figure()
     edges = np.linspace(0, 1, _BINS + 1)
-    index = np.minimum((predictions.probability * _BINS).astype(int), _BINS - 1)
+    index = metrics.bin_of(predictions.probability, _BINS)
     for number in range(_BINS):
         members = index == number
         count, positive = int(members.sum()), int(predictions.label[members].sum())
