@@ -18,6 +18,7 @@ from astrobiogen.data.controls import without_near_surface
 from astrobiogen.data.corpus import load_corpus
 from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, Sample
 from astrobiogen.data.errors import DataError
+from astrobiogen.data.identity import content_digest
 from astrobiogen.data.load import SAMPLE_FOLDER, load, load_bundled
 from astrobiogen.data.sampler import EpochSampler
 from astrobiogen.data.spec import DataSpec
@@ -34,6 +35,7 @@ __all__ = [
     "Sample",
     "baseline_features",
     "collate",
+    "content_digest",
     "from_canonical",
     "load",
     "load_bundled",

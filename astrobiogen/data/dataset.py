@@ -82,11 +82,14 @@ class PlanetEntry:
 
 @dataclass(frozen=True)
 class OrganismEntry:
-    """Everything of one organism that its samples share."""
+    """Everything of one organism that its samples share; ``stored``: the graph that was read from a packed file, and
+    that file's SHA-256.
+    """
 
     graph: Data | None
     text: str
     metadata: dict[str, Any]
+    stored: tuple[Data, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class CubeCache:
         Makes the tensor of a name; may raise ``DataError``, which is not remembered.
     max_bytes
         Upper limit of what is held, >= 0. With 0, or for a tensor that is larger, nothing is kept.
+    stored
+        Gives the SHA-256 of the file that the tensor of a name is read from; None: there are no files.
 
     Attributes
     ----------
@@ -34,8 +36,10 @@ class CubeCache:
         How often ``read`` was called.
     """
 
-    def __init__(self, read: Callable[[str], Tensor], max_bytes: int) -> None:
-        self.read, self.max_bytes = read, max_bytes
+    def __init__(
+        self, read: Callable[[str], Tensor], max_bytes: int, stored: Callable[[str], str] | None = None
+    ) -> None:
+        self.read, self.max_bytes, self.stored = read, max_bytes, stored
         self._clear()
 
     def _clear(self) -> None:
@@ -65,11 +69,11 @@ class CubeCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process needs: how to read, not what was read."""
-        return {"read": self.read, "max_bytes": self.max_bytes}
+        return {"read": self.read, "max_bytes": self.max_bytes, "stored": self.stored}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A cache that holds nothing yet."""
-        self.__init__(state["read"], state["max_bytes"])
+        self.__init__(state["read"], state["max_bytes"], state["stored"])
 
 
 def _changed(cubes: CubeCache, change: Callable[[Tensor], Tensor], name: str) -> Tensor:

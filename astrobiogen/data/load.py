@@ -50,6 +50,11 @@ def read_cube(pack: Pack, name: str) -> Tensor:
     return standardised(codes, np.array(pack.spec.cube_mean), np.array(pack.spec.cube_std))
 
 
+def stored_digest(pack: Pack, name: str) -> str:
+    """SHA-256 of the packed file ``name`` by the manifest, with which every reading of it compares."""
+    return str(pack.manifest["files"][name]["sha256"])
+
+
 def _params(row: ClimateRow, spec: DataSpec, source: Path) -> tuple[Tensor, Tensor]:
     if len(row.params) != spec.n_planet_params:
         raise DataError(
@@ -100,7 +105,8 @@ def _planets(pack: Pack, cubes: CubeCache, library: Mapping[str, tuple[Tensor, T
 
 def _organism(pack: Pack, row: OrganismRow) -> OrganismEntry:
     graph = unpack_graph(pack.contents(row.graph_file))
-    return OrganismEntry(graph, row.text, {"organism": row.organism, "species": row.species, "genus": row.genus})
+    metadata = {"organism": row.organism, "species": row.species, "genus": row.genus}
+    return OrganismEntry(graph, row.text, metadata, (graph, stored_digest(pack, row.graph_file)))
 
 
 def _accepted(pack: Pack, max_toa_imbalance: float | None, max_ts_drift: float | None) -> Pack:
@@ -187,7 +193,8 @@ def load(
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = list(pool.map(lambda row: _organism(pack, row), pack.organisms))
     organisms = {row.organism: entry for row, entry in zip(pack.organisms, entries, strict=True)}
-    cubes = CubeCache(functools.partial(read_cube, pack), int(cache_mib * MIB))
+    read, stored = functools.partial(read_cube, pack), functools.partial(stored_digest, pack)
+    cubes = CubeCache(read, int(cache_mib * MIB), stored)
     library = _spectra(pack)
     planets = _planets(pack, cubes, library)
     encoder = TextEncoder(tokenizer, pack.spec.max_text_tokens)

@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -129,13 +128,10 @@ def spread(count: int, limit: int) -> list[int]:
 
 
 def fingerprint(bundle: data.DatasetBundle) -> str:
-    """Names the data by its sizes and the hash of its specification and pairs."""
+    """Names the data by its sizes and the digest of its content."""
     cells = ", ".join(f"{len(cell)} {name}" for name, cell in bundle.test_cells.items())
-    digest = hashlib.sha256(bundle.spec.to_json().encode())
-    for pair in (*bundle.train.pairs, *bundle.validation.pairs):
-        digest.update(repr(pair).encode())
     sizes = f"train {len(bundle.train)}, validation {len(bundle.validation)}, test {len(bundle.test)} ({cells})"
-    return f"{sizes}, digest {digest.hexdigest()[:12]}"
+    return f"{sizes}, content {data.content_digest(bundle)[:16]}"
 
 
 def baseline_inputs(samples: data.HabitatDataset) -> baselines.Features:
