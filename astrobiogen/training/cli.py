@@ -15,7 +15,7 @@ import jsonargparse
 
 from astrobiogen.training import crash, memory, requeue, run_folder
 from astrobiogen.training.config import PRESETS, TrainConfig, preset, smoke
-from astrobiogen.training.config_dict import changed_on_resume, flatten, to_dict
+from astrobiogen.training.config_dict import changed_on_resume, flatten, refusal, to_dict
 from astrobiogen.training.distributed import launched_rank
 from astrobiogen.training.errors import UserError
 
@@ -178,10 +178,7 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> Options:
         ) from error
     changed = changed_on_resume(saved, to_dict(config))
     if changed:
-        text = "; ".join(
-            f"{key}: the run has {before!r}, asked for {after!r}" for key, (before, after) in changed.items()
-        )
-        raise UserError(f"--resume: these would change the course of the run, so start a new one for them: {text}")
+        raise UserError(f"--resume: {refusal(changed, 'the run')}")
     return Options(config, "", str(folder))
 
 

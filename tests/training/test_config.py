@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import astrobiogen.training as package
-from astrobiogen.training import cli, config, config_dict
+from astrobiogen.training import cli, config, config_dict, resume_rules
 from astrobiogen.training.assemble import override
 from astrobiogen.training.errors import UserError
 
@@ -191,3 +191,30 @@ def test_unknown_options_name_the_nearest_one(option: str, hint: str) -> None:
     for arguments in ([option, "1"], [f"{option}=1"]):
         with pytest.raises(UserError, match=re.escape(hint)):
             cli.parse(arguments)
+
+
+def test_every_key_is_classified_for_resuming_once() -> None:
+    known = set(keys(config.TrainConfig()))
+    groups = {key.split(".")[0] for key in known}
+    tables = (resume_rules.FREE, resume_rules.ROUNDING, resume_rules.FIXED)
+    for key in known:
+        holders = [table for table in tables for name in {key, key.split(".")[0]} if name in table]
+        assert len(holders) == 1, f"{key} is in {len(holders)} of FREE, ROUNDING and FIXED"
+        assert holders[0] is resume_rules.group(key)
+    for table in (*tables, resume_rules.OF_A_PROCESS):
+        assert table.keys() <= known | groups, "a key that does not exist is classified"
+        assert all(table.values()), "a key without a reason"
+    assert resume_rules.group("data.a_key_of_tomorrow") is resume_rules.FIXED
+    assert resume_rules.group("model.cnn_config.depth") is resume_rules.FIXED
+
+
+def test_keys_that_a_saved_configuration_lacks_have_their_default() -> None:
+    saved = config_dict.to_dict(config.TrainConfig())
+    del saved["data"]["roll_longitude"]
+    assert config_dict.changed_on_resume(saved, config_dict.to_dict(config.TrainConfig())) == {}
+    changed = dataclasses.replace(config.TrainConfig(), data=config.DataConfig(roll_longitude=True))
+    assert config_dict.changed_on_resume(saved, config_dict.to_dict(changed)) == {"data.roll_longitude": (False, True)}
+    model = dataclasses.replace(config.TrainConfig(), model={"weights": [1, 2]})
+    assert config_dict.changed_on_resume(saved, config_dict.to_dict(model)) == {"model.weights": (None, [1, 2])}
+    tuples = dataclasses.replace(config.TrainConfig(), model={"weights": (1, 2)})
+    assert config_dict.changed_on_resume(config_dict.to_dict(tuples), config_dict.to_dict(model)) == {}
