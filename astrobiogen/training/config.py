@@ -130,7 +130,10 @@ class PrecisionConfig:
     hysteresis: int = 2
     """Overflows before the loss scale halves (fp16 only)."""
     skip_budget: int = 20
-    """Updates in a row that may be skipped for NaN or Inf before the run stops with a report."""
+    """Updates that may be skipped for NaN or Inf, in a row and in the whole run, before the run stops with a report.
+    In the whole run 1 in 100 of the updates taken may be beside these, and overflows that only lower the loss scale of
+    fp16 do not count.
+    """
 
     def __post_init__(self) -> None:
         _require(self.min_scale >= 1.0, "precision.min_scale", self.min_scale, "at least 1.0")

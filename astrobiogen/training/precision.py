@@ -65,6 +65,11 @@ class LossScaler:
         self._good = 0
         self._bad = 0
 
+    @property
+    def can_fall(self) -> bool:
+        """Whether a smaller scale may mend an overflow."""
+        return self.enabled and self.scale > self._config.min_scale
+
     def update(self, overflow: bool) -> None:
         """Move the scale after an update that was taken (`overflow` False) or skipped (True)."""
         if not self.enabled:

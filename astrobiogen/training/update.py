@@ -16,6 +16,9 @@ from astrobiogen.training.optimizer import WeightAverage, settle, step_unless
 
 # Skipped windows that the report of a numerical stop lists.
 _REPORTED = 5
+# Share of the updates taken that may be skipped beside `precision.skip_budget`: one bad sample in a run of weeks is not
+# what the budget is for.
+_TOLERATED = 0.01
 
 
 @dataclasses.dataclass
@@ -98,6 +101,7 @@ class Updater:
         self.updates = 0
         self.skipped = 0
         self.skipped_in_row = 0
+        self.charged = 0
         self.bad_windows: list[dict[str, Any]] = []
         self.total_updates = total_updates
         self.peak_rate = config.optimizer.learning_rate
@@ -131,7 +135,8 @@ class Updater:
         The norm decides on the device whether the step is taken. The host waits for it once, afterwards, to tell.
 
         Raises:
-            NumericalError: more than `precision.skip_budget` updates in a row were not finite.
+            NumericalError: more than `precision.skip_budget` updates were not finite, in a row or (those that lowering
+                the loss scale does not mend) over the run.
         """
         window, config = self.window, self._config
         rate = schedule.apply(config.schedule, self.optimizer, self.peak_rate, self.updates, self.total_updates)
@@ -162,13 +167,15 @@ class Updater:
         self.scaler.update(overflow=skipped)
         self.optimizer.zero_grad(set_to_none=True)
         self.window = Window()
-        if self.skipped_in_row > config.precision.skip_budget:
+        budget = config.precision.skip_budget
+        if skipped and (self.skipped_in_row > budget or self.charged > budget + _TOLERATED * self.updates):
             raise NumericalError(self._report(), self.bad_windows)
         return UpdateResult(means, window.samples, int(tokens), norm, rate, skipped)
 
     def _skip(self, means: dict[str, float], norm: float) -> None:
         self.skipped += 1
         self.skipped_in_row += 1
+        self.charged += not (self.scaler.can_fall and all(math.isfinite(value) for value in means.values()))
         bad = {
             "batches": self.window.ids,
             "gradient_norm": str(norm),
@@ -176,12 +183,26 @@ class Updater:
         }
         self.bad_windows = [*self.bad_windows, bad][-_REPORTED:]
 
+    def require_one(self) -> None:
+        """Called at the end of training, whose figures would be those of the random start if nothing was learnt.
+
+        Raises:
+            NumericalError: every update was skipped.
+        """
+        if self.skipped and not self.updates:
+            raise NumericalError(self._report(), self.bad_windows)
+
     def _report(self) -> str:
         last = self.bad_windows[-1]
         wrong = [name for name, value in last["means"].items() if not math.isfinite(float(value))]
+        budget = self._config.precision.skip_budget
+        count = f"{self.charged} updates of the run"
+        if self.skipped_in_row > budget:
+            count = f"{self.skipped_in_row} updates in a row"
+        elif not self.updates:
+            count = f"all {self.skipped} updates"
         return (
-            f"{self.skipped_in_row} updates in a row had NaN or Inf gradients "
-            f"(precision.skip_budget {self._config.precision.skip_budget}); "
+            f"{count} had NaN or Inf gradients (precision.skip_budget {budget}; {self.updates} taken); "
             f"terms not finite in the last: {', '.join(wrong) or 'none, only their gradients'}; "
             f"samples of the last: {last['batches']}; "
             "the last checkpoint holds the weights from before"
@@ -197,6 +218,7 @@ class Updater:
             "updates": self.updates,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
+            "charged": self.charged,
             "bad_windows": self.bad_windows,
         }
 
@@ -210,4 +232,5 @@ class Updater:
         if self.window.sums is not None:
             self.window.sums = self.window.sums.to(self._device)
         self.updates, self.skipped = state["updates"], state["skipped"]
-        self.skipped_in_row, self.bad_windows = state["skipped_in_row"], state["bad_windows"]
+        self.skipped_in_row, self.charged = state["skipped_in_row"], state["charged"]
+        self.bad_windows = state["bad_windows"]

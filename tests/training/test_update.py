@@ -139,11 +139,8 @@ def test_nan_updates_are_skipped_then_the_run_stops_with_the_batches() -> None:
     assert not made.finish().skipped
     assert made.updates == 1
     assert made.skipped_in_row == 0
-    for _ in range(3):
-        poison(made)
-        made.finish()
     poison(made)
-    with pytest.raises(NumericalError, match=r"4 updates in a row.*classification.*\[\[0, 1, 2, 3\]\]"):
+    with pytest.raises(NumericalError, match=r"^4 updates of the run.*classification.*\[\[0, 1, 2, 3\]\]"):
         made.finish()
 
 
