@@ -1,5 +1,6 @@
 """Errors that a command reports in one line instead of a traceback."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -24,12 +25,14 @@ class CheckpointError(UserError):
 
 
 class NumericalError(UserError):
-    """Too many updates in a row with NaN or Inf.
+    """NaN or Inf where a run cannot go on with it.
 
     Args:
-        windows: the last of them, with sample numbers, gradient norm and terms of the loss.
+        windows: the last skipped updates, with sample numbers, gradient norm and terms of the loss.
+        details: what else the report shall hold, JSON data.
     """
 
-    def __init__(self, message: str, windows: list[dict[str, Any]]) -> None:
+    def __init__(self, message: str, windows: Sequence[dict[str, Any]] = (), **details: Any) -> None:
         super().__init__(message, exit_code=1)
-        self.windows = windows
+        self.windows = list(windows)
+        self.details = details

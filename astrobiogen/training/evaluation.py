@@ -3,7 +3,9 @@ modality masked."""
 
 import contextlib
 import dataclasses
+import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from astrobiogen.training import loading, metrics, precision, runtime, weighting
+from astrobiogen.training import loading, metrics, nonfinite, precision, runtime, weighting
 from astrobiogen.training.distributed import World
 from astrobiogen.training.distributed_share import shared_order
+from astrobiogen.training.errors import NumericalError
 
 _LOG = logging.getLogger("astrobiogen")
 # Between two lines that tell how far a long pass is.
@@ -119,6 +122,7 @@ class _Collected:
     weights: list[torch.Tensor] = dataclasses.field(default_factory=list)
     metadata: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    suspects: list[int] = dataclasses.field(default_factory=list)
 
     def add(
         self,
@@ -137,8 +141,11 @@ class _Collected:
         if outputs.get("modality_weights") is not None:
             self.weights.append(outputs["modality_weights"].double().cpu())
         self.metadata.extend(batch["metadata"])
-        for name, value in {"loss": loss, **parts}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value) * size
+        means = {name: float(value) for name, value in {"loss": loss, **parts}.items()}
+        for name, mean in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + mean * size
+        if not all(math.isfinite(mean) for mean in means.values()):
+            self.suspects.extend(indices)
 
     @classmethod
     def merged(cls, parts: Sequence["_Collected"]) -> "_Collected":
@@ -205,6 +212,7 @@ def evaluate(
     counts: weighting.Counts | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
+    what: str = "evaluation",
 ) -> Evaluation | None:
     """Run `model` over all of `samples`; the result is in their order.
 
@@ -216,12 +224,14 @@ def evaluate(
             samples in one batch. Default: every term is a mean over samples.
         should_stop: polled before each batch; True in any process ends the pass.
         world: the processes that share the batches; each gets the whole result. Default: this one alone.
+        what: this pass, for messages.
 
     Returns:
         the evaluation, or None if it was stopped.
 
     Raises:
         ValueError: no samples.
+        NumericalError: a prediction or the loss is NaN or Inf; says where that comes from.
     """
     if not len(samples):
         raise ValueError("samples: got an empty data set, expected at least one sample")
@@ -247,4 +257,31 @@ def evaluate(
                 loss, parts = loss_function(outputs, shown, *factors)
             if own:
                 collected.add(indices, outputs, shown, loss, parts)
-    return _Collected.merged(world.gather(collected)).finish()
+        whole = _Collected.merged(world.gather(collected))
+        result = whole.finish()
+        alone = None if world.distributed else functools.partial(precision.autocast, device, dtype)
+        find = functools.partial(nonfinite.origin, model, samples, collate, autocast=alone)
+        _require_finite(what, result, whole.suspects, find)
+    return result
+
+
+def _require_finite(
+    what: str, result: Evaluation, suspects: Sequence[int], find: Callable[[Sequence[int]], str]
+) -> None:
+    """Raises NumericalError if anything in `result` is NaN or Inf.
+
+    Args:
+        suspects: samples of the batches whose loss is not finite.
+        find: where that comes from, given some samples.
+    """
+    good = np.isfinite(result.predictions.probability) & np.isfinite(result.fraction)
+    terms = {"loss": result.loss, **result.parts}
+    wrong = {name: str(value) for name, value in terms.items() if not math.isfinite(value)}
+    bad = np.flatnonzero(~good).tolist()
+    if not bad and not wrong:
+        return
+    origin = find(bad or sorted(suspects))
+    found = [f"predictions for {len(bad)} of {len(good)} samples are NaN or Inf"] if bad else []
+    found += [f"terms not finite: {', '.join(wrong)}"] if wrong else []
+    details = {"pass": what, "samples": bad or sorted(suspects), "terms": wrong, "origin": origin}
+    raise NumericalError(f"{what}: {'; '.join(found)}; {origin}", not_finite=details)
