@@ -17,6 +17,7 @@ from astrobiogen.system import console
 from astrobiogen.training import (
     assemble,
     checkpoint,
+    chosen,
     claim,
     cli,
     ensemble,
@@ -60,19 +61,22 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(given))
 
 
-def _find(source: Path) -> tuple[Path, checkpoint.Content]:
+def _find(source: Path) -> tuple[chosen.Chosen, checkpoint.Content]:
     """The checkpoint meant by `source`, verified and loaded."""
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; expected the folder of a run or of a checkpoint")
     if (source / checkpoint.MANIFEST).exists():
-        return source, checkpoint.read(source)
+        content = checkpoint.read(source)
+        return chosen.described(source, content), content
     run_folder.find(str(source))
-    for name in ("best", "checkpoints"):
-        if (source / name).is_dir() and (
-            found := checkpoint.CheckpointStore(source / name, keep=2, writable=False).load_newest()
-        ):
-            return found
-    raise CheckpointError(f"{source}: the run has no checkpoint yet")
+    stores = [
+        checkpoint.CheckpointStore(source / name, keep=2, writable=False)
+        for name in ("best", "checkpoints")
+        if (source / name).is_dir()
+    ]
+    if not any(store.candidates() for store in stores):
+        raise CheckpointError(f"{source}: the run has no checkpoint yet")
+    return chosen.choose(stores[0], stores[-1])
 
 
 def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespace) -> TrainConfig:
@@ -109,11 +113,13 @@ def _run(given: Sequence[str]) -> int:
 def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
     """Examine what `arguments` name, print it and write it to `output`, a folder of our own."""
     found = [_find(Path(source)) for source in arguments.sources]
-    configs = [_config(path, content, arguments) for path, content in found]
-    config, (path, content) = configs[0], found[0]
+    configs = [_config(taken.path, content, arguments) for taken, content in found]
+    config, path, content = configs[0], found[0][0].path, found[0][1]
     for (other, _), its in zip(found[1:], configs[1:], strict=True):
         if (its.preset, its.data.path) != (config.preset, config.data.path):
-            raise UserError(f"{other}: another preset or other data than {path}; members of an ensemble share both")
+            raise UserError(
+                f"{other.path}: another preset or other data than {path}; members of an ensemble share both"
+            )
     device = runtime.choose_device(config.runtime.device)
     dtype, _ = precision.choose_dtype(config.precision, device)
     runtime.prepare(config.runtime, config.seed)
@@ -123,7 +129,8 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
             _LOG.warning("%s does not hold the statistics of its data: those of the present data are used", path)
         assembly = assemble.assemble(config, assemble.load_bundle(config, statistics))
         _LOG.info("data: %s; %s; %s", assembly.task.fingerprint, device, dtype)
-        models = [_loaded(assembly, its, *member).to(device) for its, member in zip(configs, found, strict=True)]
+        members = zip(configs, found, strict=True)
+        models = [_loaded(assembly, its, taken.path, held).to(device) for its, (taken, held) in members]
 
         def examine(model: nn.Module, settings: TrainConfig) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
             examined = session.examine(assembly, model, settings, device, dtype, lambda: bool(interrupt.received))
@@ -143,7 +150,8 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
             result, predictions = examine(ensemble.Ensemble(models), config)
             result["ensemble"] = ensemble.spread(members)
             del result["total_loss"], result["loss_parts"]  # of the terms but the class's there is no average
-    result |= {"checkpoint": [str(path) for path, _ in found], "run": _run_facts(models[0], content)}
+    facts = _run_facts(models[0], found[0][0])
+    result |= {"checkpoint": [str(taken.path) for taken, _ in found], "run": facts}
     if output:
         session.publish(output, result, predictions)
     session.show(result, output)
@@ -159,17 +167,17 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
 def _loaded(assembly: assemble.Assembly, config: TrainConfig, path: Path, content: checkpoint.Content) -> nn.Module:
     """A model of its own with the weights of the checkpoint; the averaged ones, if it has any."""
     model, _ = assemble.build_model(config, assembly.bundle.spec)
-    saving.load_weights(model, path, content.tensors.get("average", content.tensors["model"]))
+    saving.load_weights(model, path, chosen.averaged(content))
     return model
 
 
-def _run_facts(model: Any, content: checkpoint.Content) -> dict[str, Any]:
-    epoch = content.documents.get("best", {}).get("epoch", -1) + 1
+def _run_facts(model: Any, taken: chosen.Chosen) -> dict[str, Any]:
     count = sum(parameter.numel() for parameter in model.parameters())
     return {
         "stopped": "not trained here",
-        "epochs": epoch,
-        "best_epoch": epoch,
+        "epochs": taken.epoch,
+        "best_epoch": taken.epoch if taken.kind == chosen.BEST else None,
+        "weights": taken.facts(),
         "updates": 0,
         "training_seconds": 0.0,
         "parameters": count,

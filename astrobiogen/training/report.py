@@ -161,6 +161,15 @@ def _weights(result: Mapping[str, Any]) -> str:
     return f'<h2>Modality weights</h2><div class="plots">{plot}</div>'
 
 
+def _weights_taken(run: Mapping[str, Any]) -> str:
+    """Which weights the figures are of."""
+    if run["best_epoch"] is not None:
+        return f"best epoch {run['best_epoch']}"
+    taken = run["weights"]
+    reason = f", which stands in for the best model ({taken['reason']})" if "reason" in taken else ""
+    return f"figures of {taken['checkpoint']}, epoch {taken['epoch']}{reason}"
+
+
 def render(
     result: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
@@ -184,7 +193,7 @@ def render(
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
         f"<h1>Training run: {title}</h1>",
         f"<p>{run['parameters']:,} parameters, {run['epochs']} epochs, {run['updates']} updates "
-        f"in {run['training_seconds']} s; best epoch {run['best_epoch']}; ended: {html.escape(run['stopped'])}. "
+        f"in {run['training_seconds']} s; {html.escape(_weights_taken(run))}; ended: {html.escape(run['stopped'])}. "
         f"Data: {html.escape(str(result['data']))}.</p>",
         _cards(result),
         f"<h2>Test figures</h2>{_figures(result)}<p class=note>"

@@ -3,16 +3,18 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from astrobiogen.training import distributed_state, evaluation, packing, runtime
+from astrobiogen.training import chosen, distributed_state, evaluation, nonfinite, packing, resume_rules, runtime
 from astrobiogen.training.background import Background, HostCopy, Job
 from astrobiogen.training.checkpoint import PROCESS, CheckpointStore, Content, Observer
 from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.config_dict import to_dict
-from astrobiogen.training.errors import CheckpointError
+from astrobiogen.training.config_dict import changed_on_resume, differences, refusal, to_dict
+from astrobiogen.training.errors import CheckpointError, NumericalError
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.state import Progress, Task
 from astrobiogen.training.update import Updater
@@ -97,10 +99,14 @@ class Saver:
     def save(self, why: str) -> bool:
         """Store a checkpoint; a full or read-only disk is reported and training goes on with the older ones kept. With
         `checkpoint.asynchronous` it is handed over, True then only means that, and `settle` tells how it went.
+
+        Raises:
+            NumericalError: the weights are not finite; stored, they would push out the whole ones.
         """
         self.settle()
         started = time.monotonic()
         self._saved_at = started
+        self._require_finite()
         job = Job(self._progress.step, why, 0.0, started)
         with self._watchdog.section("save"):
             content = self._content()
@@ -149,10 +155,12 @@ class Saver:
         self._monitor.record("saved", step=job.step, checkpoint=job.result.name, why=job.why, **times)
         return True
 
-    def save_best(self, result: evaluation.Evaluation) -> None:
-        """Store the model's present weights as the best ones so far, with what `result` says of them."""
-        step = self._progress.step
-        document = {"epoch": self._progress.epoch, "validation": result.summary(), "config": to_dict(self._config)}
+    def save_best(self, result: evaluation.Evaluation) -> bool:
+        """Store the model's present weights as the best ones so far, with what `result` says of them; False if the disk
+        is full or read-only, which is reported.
+        """
+        step, epoch = self._progress.step, self._progress.epoch
+        document = {"epoch": epoch, "validation": result.summary(), "config": to_dict(self._config)}
         documents = {"best": document, "data": self._task.statistics}
         try:
             with self._watchdog.section("save"):
@@ -160,12 +168,26 @@ class Saver:
         except OSError as error:
             _LOG.error("best model NOT saved (%s); the one before it is untouched", error)
             self._monitor.record("save_failed", step=step, error=str(error))
+            return False
+        return True
+
+    def _require_finite(self) -> None:
+        """In every process, if in any."""
+        found = self._world.gather(nonfinite.weights(self._model))
+        if any(found):
+            bad = next(text for text in found if text)
+            raise NumericalError(
+                f"the weights are not finite at step {self._progress.step}: {bad}; they were not saved, and the "
+                "checkpoints before are untouched",
+                weights=bad,
+            )
 
     def resume(self) -> bool:
         """Go on from the newest whole checkpoint; False if there is none, and the run starts at its beginning.
 
         Raises:
-            CheckpointError: no checkpoint is whole, or it belongs to another model or other data.
+            CheckpointError: no checkpoint is whole, or it belongs to another model, other data or another
+                configuration (`resume_rules`), or holds NaN.
         """
         references = distributed_state.References(self._updater)
         found = self.store.load_newest(references, _NEEDED)
@@ -175,10 +197,8 @@ class Saver:
             return False
         path, content = found[0], references.placed(found[1])
         state = packing.unpack(content.documents["training"], content.tensors["training"])
-        if state["fingerprint"] != self._task.fingerprint:
-            raise CheckpointError(
-                f"{path} was made with other data ({state['fingerprint']}) than the present ({self._task.fingerprint})"
-            )
+        self._require_same_run(path, state)
+        self._world.together(lambda: self._require_sound(path, content))
         load_weights(self._model, path, content.tensors["model"])
         updater = self._updater
         updater.load_state_dict(state["updater"])
@@ -191,6 +211,27 @@ class Saver:
         where = (path, self._progress.epoch + 1, self._progress.batch, self._task.sampler.batches_per_epoch)
         _LOG.info("resumed from %s: epoch %d, batch %d of %d", *where)
         return True
+
+    def _require_same_run(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Refuse other data and another course than those by which the checkpoint was made."""
+        saved, wanted = state["config"], to_dict(self._config)
+        if changed := changed_on_resume(saved, wanted):
+            raise CheckpointError(f"{path} and config.yaml: {refusal(changed, 'the checkpoint')}")
+        if state["fingerprint"] != self._task.fingerprint:
+            raise CheckpointError(
+                f"{path} was made with other data ({state['fingerprint']}) than the present ({self._task.fingerprint})"
+            )
+        for key, (before, after) in differences(saved, wanted).items():
+            if resume_rules.group(key) is resume_rules.ROUNDING:
+                words = (key, before, after, resume_rules.ROUNDING[key])
+                _LOG.warning("%s was %r and is %r: the same training up to rounding (%s)", *words)
+
+    def _require_sound(self, path: Path, content: Content) -> None:
+        """Refuse a checkpoint that holds NaN, or Inf as a weight (a second moment may be Inf)."""
+        require_finite(self._model, path, content.tensors["model"])
+        require_finite(self._model, path, content.tensors.get("average", {}))
+        moments = {name: value for name, value in content.tensors["training"].items() if ".optimizer." in name}
+        require_finite(self._model, path, moments)
 
     def load_best(self) -> Path:
         """Put the weights of the best validation figure into the model.
@@ -205,14 +246,36 @@ class Saver:
         load_weights(self._model, found[0], references.placed(found[1]).tensors["model"])
         return found[0]
 
+    def load_final(self) -> chosen.Chosen:
+        """Put the weights that the closing examination is of into the model, see `chosen.choose`.
+
+        Raises:
+            CheckpointError: nothing whole was ever stored.
+        """
+        references = distributed_state.References(self._updater)
+        found, content = chosen.choose(self.best_store, self.store, references)
+        load_weights(self._model, found.path, chosen.averaged(references.placed(content)))
+        return found
+
 
 def load_weights(model: torch.nn.Module, path: Path, weights: dict[str, torch.Tensor]) -> None:
     """Put `weights`, read from the checkpoint `path`, into `model`.
 
     Raises:
-        CheckpointError: names or shapes do not fit.
+        CheckpointError: names or shapes do not fit, or a weight is not finite.
     """
+    require_finite(model, path, weights)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{path} belongs to another model: {' '.join(str(error).split())[:300]}") from error
+
+
+def require_finite(model: torch.nn.Module, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse, of what was read from the checkpoint `path`, NaN anywhere and Inf in what is a parameter of `model`.
+
+    Raises:
+        CheckpointError: the tensors by name.
+    """
+    if bad := nonfinite.faulty(tensors, {name for name, _ in model.named_parameters()}):
+        raise CheckpointError(f"{path} holds values that are not finite: {nonfinite.told(bad)}; take an older one")

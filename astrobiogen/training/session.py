@@ -1,9 +1,10 @@
 """A whole run: prepare, train, examine the best model, report."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import yaml
 import astrobiogen
 from astrobiogen import data
 from astrobiogen.training import (
+    agreement,
     assemble,
     baselines,
+    chosen,
     distributed_session,
     ending,
     evaluation,
@@ -31,6 +34,7 @@ from astrobiogen.training import (
     run_folder,
     runtime,
     throughput,
+    undefined,
 )
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.config_dict import to_dict
@@ -64,6 +68,7 @@ def train(config: TrainConfig, folder: Path, resume: bool, world: World | None =
         UserError: anything the user can put right.
     """
     world = world or World()
+    agreement.require(world, agreement.of_run(config, resume) if world.distributed else {})
     device = runtime.choose_device(config.runtime.device, world.local_rank if world.distributed else None)
     dtype, reason = world.on_main(lambda: precision.choose_dtype(config.precision, device))
     done = runtime.prepare(config.runtime, config.seed) | distributed_session.facts(world, config)
@@ -102,6 +107,9 @@ def _train(
     with watchdog.section("setup"):
         assembly = assemble.assemble(config, assemble.load_bundle(config))
         _LOG.info("data: %s", assembly.task.fingerprint)
+        agreement.require(world, {"data": assembly.task.fingerprint})
+        if world.main:
+            undefined.tell(assembly.bundle, config.stop)
         if not distributed_session.sharded(world, config):  # a sharded model may not fit on the device as a whole
             assembly.task.model.to(device)
         measured = world.on_main(lambda: throughput.measure(assembly.task, device, dtype))
@@ -119,9 +127,9 @@ def _train(
         if world.main:
             ending.preempted(folder, trainer.progress.step, interrupt.received, interrupt.saved, world)
         return None
-    best = trainer.saver.load_best()
-    _LOG.info("examining the best model, %s", best)
-    with watchdog.section("examination") as section:
+    taken = trainer.saver.load_final()
+    _LOG.info("examining %s", taken)
+    with watchdog.section("examination") as section, _numbers_written_down(folder):
 
         def should_stop() -> bool:
             section.beat()
@@ -136,7 +144,7 @@ def _train(
         ending.preempted(folder, trainer.progress.step, interrupt.received, True, world)
         return None
     result, predictions = examined
-    result |= {"run": _describe(trainer) | monitor.lost, "environment": run_folder.ENVIRONMENT}
+    result |= {"run": _describe(trainer, taken) | monitor.lost, "environment": run_folder.ENVIRONMENT}
     publish(folder, result, predictions)
     monitor.record("final", step=trainer.progress.step, test=result["model"][final.ALL_CELLS])
     _LOG.info("finished: %s, %s", folder / run_folder.METRICS, folder / run_folder.REPORT)
@@ -147,16 +155,31 @@ def _train(
 def _fit(trainer: Trainer, folder: Path, config: TrainConfig, device: torch.device) -> bool:
     """`trainer.fit()`; what ends it for want of memory or of finite numbers is written down."""
     try:
-        return trainer.fit()
-    except NumericalError as error:
-        run_folder.write_json(folder / _NOT_FINITE, {"updates": error.windows})
-        raise UserError(f"{error}; details: {folder / _NOT_FINITE}", exit_code=1) from error
+        with _numbers_written_down(folder, trainer):
+            return trainer.fit()
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
         report = memory.examine(error, trainer.updater, config, device)
         report.write(folder)
         raise UserError(report.line(folder), exit_code=1) from error
+
+
+@contextlib.contextmanager
+def _numbers_written_down(folder: Path, trainer: Trainer | None = None) -> Iterator[None]:
+    """Write the report of a numerical stop, and of skipped updates of `trainer` also where their NaN or Inf comes from.
+
+    Raises:
+        UserError: in the place of a NumericalError, with the report's path.
+    """
+    try:
+        yield
+    except NumericalError as error:
+        origin = trainer.origin(error) if trainer is not None and error.windows else ""
+        details = error.details | ({"origin": origin} if origin else {})
+        run_folder.write_json(folder / _NOT_FINITE, {"updates": error.windows, **details})
+        text = f"{error}; {origin}" if origin else str(error)
+        raise UserError(f"{text}; details: {folder / _NOT_FINITE}", exit_code=1) from error
 
 
 def find_learning_rate(config: TrainConfig, folder: Path) -> int:
@@ -196,13 +219,15 @@ def _begin(config: TrainConfig, folder: Path, resume: bool, done: dict[str, Any]
     run_folder.write_json(folder / _environment_name(folder), run_folder.environment(done))
 
 
-def _describe(trainer: Trainer) -> dict[str, Any]:
-    """Facts about a finished run for metrics.json."""
+def _describe(trainer: Trainer, taken: chosen.Chosen) -> dict[str, Any]:
+    """Facts about a finished run, examined with the weights `taken`, for metrics.json."""
     progress = trainer.progress
     return {
         "stopped": progress.stopped,
         "epochs": progress.epoch,
-        "best_epoch": progress.best_epoch + 1,
+        # What the stored model says of itself, not what the run remembers.
+        "best_epoch": taken.epoch if taken.kind == chosen.BEST else None,
+        "weights": taken.facts(),
         "updates": trainer.updater.updates,
         "skipped_updates": trainer.updater.skipped,
         "training_seconds": round(progress.seconds, 1),
@@ -225,6 +250,13 @@ def _baseline_probabilities(bundle: data.DatasetBundle, seed: int) -> dict[str, 
     train, validation, test = (
         assemble.baseline_inputs(samples) for samples in (bundle.train, bundle.validation, bundle.test)
     )
+    for features, samples in ((train, bundle.train), (validation, bundle.validation), (test, bundle.test)):
+        if bad := np.flatnonzero(~(np.isfinite(features.flat).all(1) & np.isfinite(features.params).all(1))).tolist():
+            first = samples.pairs[bad[0]]
+            raise NumericalError(
+                f"baselines: features of {len(bad)} of {len(samples)} {samples.name} samples are NaN or Inf, of the "
+                f"first: {first.climate}, {first.organism}; --evaluation.baselines false leaves the baselines out"
+            )
     return baselines.predict(train, validation, test, seed)
 
 
@@ -257,6 +289,7 @@ def examine(
         dtype=dtype,
         should_stop=should_stop,
         world=world,
+        what="test",
     )
     whole = run(test, order=assemble.evaluation_order(test, config), counts=assemble.TermCounts(test))
     if whole is None:
@@ -304,9 +337,11 @@ def _hidden(
     part = assemble.limited(test, limit)
     _LOG.info("masking one modality after the other on %d test samples", len(part))
     order = assemble.evaluation_order(part, config)
-    results: dict[str, Any] = {name: run(part, order=order, masked=name) for name in MODALITIES}
+    results: dict[str, Any] = {
+        name: run(part, order=order, masked=name, what=f"test without {name}") for name in MODALITIES
+    }
     order = assemble.evaluation_order(test, config)
-    return results | {_CONTROL: run(data.without_near_surface(test), order=order)}
+    return results | {_CONTROL: run(data.without_near_surface(test), order=order, what=f"test without {_CONTROL}")}
 
 
 def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metrics.Predictions]) -> None:
@@ -350,5 +385,8 @@ def show(result: dict[str, Any], folder: Path | None) -> None:
         items = result["against_additive_new_planet"].items()
         readings = ", ".join(f"{name} {_signed(item)}" for name, item in items)
         console.print(f"Model minus planet + organism effects on new planets, paired: {readings}")
+    if reason := result["run"]["weights"].get("reason"):
+        taken = result["run"]["weights"]
+        console.print(f"Not the best model ({reason}): figures of {taken['checkpoint']}, epoch {taken['epoch']}")
     if folder is not None:
         console.print(f"Full figures: {folder / run_folder.METRICS}; plots: {folder / run_folder.REPORT}")

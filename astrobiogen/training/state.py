@@ -22,7 +22,7 @@ class Task:
         validation_counts: the same for the validation set.
         text_share: share of an update's samples whose text is read.
         every_parameter: the loss of any batch depends on every parameter, whatever its samples lack.
-        fingerprint: names the data; a run is only resumed on the same.
+        fingerprint: names the data by their content; a run is only resumed on the same.
         statistics: what a reader of other data needs beside the weights (JSON data); kept with the best model.
         validation_order: batches of the validation set; default: consecutive ones.
         augment: changes a training batch, drawing from PyTorch's global CPU generator only; None: nothing is changed.
@@ -53,8 +53,9 @@ class Progress:
         step: micro-batches done in all.
         validating: the epoch's training is done, its validation is not.
         seconds: training time over all parts of the run.
-        best, best_epoch: best validation figure (by `stop.metric`) and its epoch.
-        bad_epochs: epochs since then.
+        best, best_epoch: validation figure (by `stop.metric`) and epoch of the model that is stored as the best.
+        seen: best figure seen, also of a model that could not be stored.
+        bad_epochs: epochs with a defined figure since then.
         stopped: why training ended; empty while it goes on.
         epoch_samples, epoch_sums: for the mean training loss of the current epoch.
     """
@@ -66,6 +67,7 @@ class Progress:
     seconds: float = 0.0
     best: float | None = None
     best_epoch: int = -1
+    seen: float | None = None
     bad_epochs: int = 0
     stopped: str = ""
     epoch_samples: int = 0

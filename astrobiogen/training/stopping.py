@@ -10,20 +10,32 @@ TIME_LIMIT = "time limit"
 
 
 def judge(progress: Progress, stop: StopConfig, result: evaluation.Evaluation) -> bool:
-    """Enter `result` into the best value and the patience of `progress`; True if it is the best so far, which
-    by the metric "last" the newest one always is.
+    """Whether `result` is better than that of the best model stored so far, which by the metric "last" the newest one
+    always is. A figure that is not defined, as AUROC of one class, is not.
     """
     if stop.metric == "last":
-        progress.best, progress.best_epoch = result.figure("class_loss"), progress.epoch
         return True
     value = result.figure(stop.metric)
-    sign = -1.0 if stop.metric in ("loss", "class_loss") else 1.0
-    better = math.isfinite(value) and (progress.best is None or sign * value > sign * progress.best)
-    if better:
-        progress.best, progress.best_epoch, progress.bad_epochs = value, progress.epoch, 0
+    return math.isfinite(value) and (progress.best is None or _better(stop, value, progress.best))
+
+
+def enter(progress: Progress, stop: StopConfig, result: evaluation.Evaluation, stored: bool) -> None:
+    """Enter `result` into `progress`: into the best value if its model was `stored` as the best one, and into the
+    patience, to which a figure that is not defined says nothing.
+    """
+    value = result.figure("class_loss" if stop.metric == "last" else stop.metric)
+    if stored:
+        progress.best, progress.best_epoch = value, progress.epoch
+    if stop.metric == "last" or not math.isfinite(value):
+        return
+    if progress.seen is None or _better(stop, value, progress.seen):
+        progress.seen, progress.bad_epochs = value, 0
     else:
         progress.bad_epochs += 1
-    return better
+
+
+def _better(stop: StopConfig, value: float, than: float) -> bool:
+    return value < than if stop.metric in ("loss", "class_loss") else value > than
 
 
 def reason(progress: Progress, config: TrainConfig, predictions: metrics.Predictions) -> str:

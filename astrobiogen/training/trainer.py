@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import logging
 import math
 import time
@@ -9,12 +10,22 @@ from pathlib import Path
 
 import torch
 
-from astrobiogen.training import distributed_state, evaluation, loading, metrics, runtime, stopping
+from astrobiogen.training import (
+    distributed_state,
+    evaluation,
+    loading,
+    metrics,
+    nonfinite,
+    precision,
+    runtime,
+    stopping,
+)
 from astrobiogen.training.checkpoint import Observer
 from astrobiogen.training.config import TrainConfig
 from astrobiogen.training.distributed import World
 from astrobiogen.training.distributed_model import Parallel
 from astrobiogen.training.distributed_share import rounds
+from astrobiogen.training.errors import NumericalError
 from astrobiogen.training.memory import MemoryProbe
 from astrobiogen.training.monitor import Monitor
 from astrobiogen.training.optimizer import build_optimizer
@@ -111,8 +122,15 @@ class Trainer:
                 progress.stopped or (every and progress.epoch % every == 0)
             ):
                 self.saver.save(progress.stopped or "epoch")
+        self.updater.require_one()
         _LOG.info("training ended: %s", progress.stopped)
         return True
+
+    def origin(self, error: NumericalError) -> str:
+        """Where the NaN or Inf in the last of the skipped updates of `error` comes from, in one line."""
+        indices = [index for part in error.windows[-1]["batches"] for index in part] if error.windows else []
+        alone = None if self._world.distributed else functools.partial(precision.autocast, self._device, self._dtype)
+        return nonfinite.origin(self.model, self.task.train, self.task.collate, indices, alone)
 
     def _train_epoch(self) -> bool:
         """The rest of the current epoch; False if interrupted."""
@@ -240,18 +258,21 @@ class Trainer:
                 counts=self.task.validation_counts,
                 should_stop=should_stop,
                 world=self._world,
+                what=f"validation after epoch {self.progress.epoch + 1}",
             )
             better = result is not None and stopping.judge(self.progress, self.config.stop, result)
-            if result is not None and better:
-                self.saver.save_best(result)
+            # The state moves only once the model is stored: what is called the best is what can be loaded.
+            stored = result is not None and better and self.saver.save_best(result)
         if result is None:  # outside the block above: the checkpoint must hold the raw weights
             self._save_interrupted()
             return False
         self._window_clock = self._tick()
-        self._finish_epoch(result, better, self._window_clock - started)
+        stopping.enter(self.progress, self.config.stop, result, stored)
+        remark = "  (best)" if stored else "  (best, but NOT saved)" if better else ""
+        self._finish_epoch(result, stored, self._window_clock - started, remark)
         return True
 
-    def _finish_epoch(self, result: evaluation.Evaluation, better: bool, seconds: float) -> None:
+    def _finish_epoch(self, result: evaluation.Evaluation, stored: bool, seconds: float, remark: str) -> None:
         progress = self.progress
         train = {name: value / max(progress.epoch_samples, 1) for name, value in progress.epoch_sums.items()}
         replicates = min(self.config.evaluation.bootstrap, _REPLICATES)
@@ -263,14 +284,14 @@ class Trainer:
             epoch=progress.epoch,
             train=train,
             validation=summary,
-            best=better,
+            best=stored,
             seconds=round(seconds, 3),
         )
         _LOG.info(
             "epoch %d/%d  train loss %.4f  validation: loss %.4f  cross-entropy %.4f  accuracy %s  AUROC %s  ECE %s%s",
             *(progress.epoch + 1, self.config.epochs, train.get("loss", math.nan)),
             *(summary["loss"], summary["class_loss"], *(str(intervals[name]) for name in ("accuracy", "auroc", "ece"))),
-            "  (best)" if better else "",
+            remark,
         )
         progress.begin_epoch()
         progress.stopped = progress.stopped or stopping.reason(progress, self.config, result.predictions)

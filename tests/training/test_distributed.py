@@ -278,6 +278,23 @@ def test_a_spike_in_one_process_is_computed_again_by_all(pair: dict[str, Any]) -
         assert processes == ([1] if once else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("seed", "seed: 0 in process 0, 1 in process 1"),
+        ("learning rate", "optimizer.learning_rate: 0.01 in process 0, 0.02 in process 1"),
+        ("resume", "--resume: False in process 0, True in process 1"),
+        ("data", "data: 'content 0' in process 0, 'content 1' in process 1"),
+    ],
+)
+def test_processes_that_differ_are_refused_at_the_start_everywhere(pair: dict[str, Any], name: str, text: str) -> None:
+    found = pair["disagreement"][name]
+    assert found["told"] == [f"the processes of a run must agree, but they differ in {text}"] * 2
+    assert found["seconds"] < 10
+    assert pair["disagreement"]["nothing"]["told"] == ["", ""]
+    assert pair["disagreement"]["files"] == []
+
+
 def test_the_failing_process_is_named(pair: dict[str, Any]) -> None:
     assert "process 1 of 2 failed: RuntimeError: the data of process 1 are gone" in pair["output"][0]
     assert all(code != 0 for code in pair["codes"])
