@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from astrobiogen.training import agreement, runtime, session
+from astrobiogen.training import runtime
 from astrobiogen.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -27,12 +26,11 @@ from astrobiogen.training.config import (
 )
 from astrobiogen.training.config_watch import SpikeConfig
 from astrobiogen.training.distributed import World
-from astrobiogen.training.errors import UserError
 from astrobiogen.training.memory import REPORT
 from astrobiogen.training.monitor import Monitor, read_log
 from astrobiogen.training.state import Task
 from astrobiogen.training.trainer import Trainer
-from tests.training import ragged
+from tests.training import distributed_disagreement, ragged
 
 _spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("conftest.py"))
 assert _spec is not None
@@ -358,28 +356,7 @@ def spike(world: World, folder: Path) -> dict[str, Any]:
 
 def disagreement(world: World, folder: Path) -> dict[str, Any]:
     """Processes with other settings, other data or another command: what each is told, and how soon."""
-    rank, result = world.rank, {}
-    base = config()
-    optimizer = dataclasses.replace(base.optimizer, learning_rate=0.01 * (1 + rank))
-    private = dataclasses.replace(base.data, path=f"/data/of/{rank}", workers=rank)
-    asked: dict[str, Callable[[], Any]] = {
-        "seed": lambda: session.train(dataclasses.replace(base, seed=rank), folder, False, world),
-        "learning rate": lambda: session.train(dataclasses.replace(base, optimizer=optimizer), folder, False, world),
-        "resume": lambda: session.train(base, folder, bool(rank), world),
-        "data": lambda: agreement.require(world, {"data": f"content {rank}"}),
-        "nothing": lambda: agreement.require(
-            world, agreement.of_run(dataclasses.replace(base, data=private), resume=False)
-        ),
-    }
-    for name, ask in asked.items():
-        started, text = time.monotonic(), ""
-        try:
-            ask()
-        except UserError as error:
-            text = str(error)
-        result[name] = {"told": world.gather(text), "seconds": time.monotonic() - started}
-    result["files"] = [str(path) for path in folder.rglob("*")]
-    return result
+    return distributed_disagreement.told(config(), world, folder)
 
 
 CASES = (
