@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from astrobiogen.kernels._case import Case
 from astrobiogen.testing import _inputs, _tolerance
 from astrobiogen.testing._inputs import Arguments, Function
+from astrobiogen.testing._values import FURTHER_DRAWS
 
 Tensors = tuple[torch.Tensor, ...]
 DRAWS = 2  # members of a batch that vmap makes
@@ -192,10 +193,31 @@ def check_transforms(
         if len(got) != len(eager):
             raise AssertionError(f"{subject}: {len(got)} results, the reference gives {len(eager)}")
         measurements += [
-            _tolerance.compare(subject, f"result {i}", *triple, factor=_tolerance.GRADIENT_FACTOR)
+            _tolerance.compare(
+                subject,
+                f"result {i}",
+                *triple,
+                factor=_tolerance.GRADIENT_FACTOR,
+                further=_further(transform, reference, case, device, i),
+            )
             for i, triple in enumerate(zip(got, eager, exact))
         ]
     return measurements
+
+
+def _further(
+    transform: Callable[[Call], Any], reference: Function, case: Case, device: str | torch.device, number: int
+) -> Callable[[], tuple[float, float]]:
+    """Eager's largest errors in result `number` on further draws of the case."""
+
+    def measure() -> tuple[float, float]:
+        found = [(0.0, 0.0)]
+        for draw in range(1, FURTHER_DRAWS + 1):
+            call = _call(reference, case, device, 1000 * draw)
+            found.append(_tolerance.errors(_flat(transform(call))[number], _flat(transform(_wide(call)))[number]))
+        return max(largest for largest, _ in found), max(square for _, square in found)
+
+    return measure
 
 
 def _must_refuse(
@@ -208,9 +230,9 @@ def _must_refuse(
     raise AssertionError(f"{subject}: gives values though the reference refuses: {reason}")
 
 
-def _call(function: Function, case: Case, device: str | torch.device) -> Call:
-    arguments = _inputs.build(case, torch.float32, device)
-    maker = _inputs.maker(torch.float32, device, 7)
+def _call(function: Function, case: Case, device: str | torch.device, seed: int = 0) -> Call:
+    arguments = _inputs.build(case, torch.float32, device, seed)
+    maker = _inputs.maker(torch.float32, device, seed + 7)
     point = tuple(arguments[name].detach().clone() for name in case.differentiable)
     direction = tuple(maker.randn(*p.shape) for p in point)
     call = Call(function, arguments, case.differentiable, point, direction, ())
