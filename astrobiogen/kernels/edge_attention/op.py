@@ -103,7 +103,8 @@ def edge_attention(
         q: [N, heads, D] of the receiving nodes; float32, bfloat16, float16 or float64.
         k: [M, heads, D] of the sending nodes.
         v: [M, heads, D].
-        bias: [E, heads], added to the scores; None for none.
+        bias: [E, heads], added to the scores; None for none. -inf cuts the edge for that head: what its ends hold, NaN
+            included, reaches nothing.
         edges: of `edge_lists(receiver, sender, N, M)`.
         scale: default D^(-1/2).
 
