@@ -13,6 +13,7 @@
 #include "attention_common.h"
 #include "attention_kernels.h"
 #include "attention_panel.h"
+#include "common/simd.h"
 
 namespace astrobiogen::attention {
 
@@ -48,6 +49,28 @@ void visible_ranges(int64_t queries, int64_t keys, const Options& options, const
   }
 }
 
+// Rounds one row, and keeps what rounding takes away.
+template <typename T>
+void round_row(const float* row, int64_t dim, T* to, int16_t* rest) {
+  typedef int16_t i16x8 __attribute__((vector_size(16)));
+  int64_t d = 0;
+  for (; d + simd::kHalfLanes <= dim; d += simd::kHalfLanes) {
+    const simd::f32x8 exact = simd::load8(row + d);
+    simd::store8(to + d, exact);
+    const simd::f32x8 rounded = simd::load8(to + d);
+    simd::i32x8 words = (simd::i32x8)exact - (simd::i32x8)rounded;
+    words = words > 32767 ? simd::i32x8{} + 32767 : words;
+    words = words < -32768 ? simd::i32x8{} - 32768 : words;
+    words &= (rounded - rounded) == 0.0f;  // finite
+    const i16x8 narrow = __builtin_convertvector(words, i16x8);
+    std::memcpy(rest + d, &narrow, sizeof(narrow));
+  }
+  for (; d < dim; ++d) {
+    to[d] = static_cast<T>(row[d]);
+    rest[d] = rest_of(row[d], static_cast<float>(to[d]));
+  }
+}
+
 // Divides by the sum, writes the output rows, what their rounding took away (half precision), and the log-sum-exp.
 template <typename T>
 void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, const float* panels, const float* maximum, const float* total,
@@ -65,11 +88,9 @@ void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, cons
     } else if constexpr (std::is_same_v<T, float>) {
       for (int64_t d = 0; d < g.dim; ++d) to[d] = from[d * width] * inverse;
     } else {
-      for (int64_t d = 0; d < g.dim; ++d) {
-        const float value = from[d * width] * inverse;
-        to[d] = static_cast<T>(value);
-        left[d] = rest_of(value, static_cast<float>(to[d]));
-      }
+      float row[kMaxHeadDim];
+      for (int64_t d = 0; d < g.dim; ++d) row[d] = from[d * width] * inverse;
+      round_row(row, g.dim, to, left);
     }
     lse[(t.batch * g.heads + head) * g.queries + token] =
         total[i] == 0.0f ? -std::numeric_limits<float>::infinity() : (maximum[i] + std::log2(total[i])) * kLn2;
