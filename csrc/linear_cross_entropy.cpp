@@ -44,12 +44,14 @@ constexpr int64_t kMaxColumns = 4096;
 // Rows are handed to threads in pieces of at least this many logits; below, waking a thread (~5 us) costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
 
-// Running sums of one token over the vocabulary tiles seen so far.
+// Running sums of one token over the vocabulary tiles seen so far. Doubles: hundreds of tiles must not cost digits, nor what is common to all logits.
 template <typename T>
 struct Running {
   T maximum;
-  T sum_exp;  // of exp(z - maximum)
-  T sum;      // of z
+  double sum_exp;  // of exp(z - maximum)
+  double sum;      // of z
+
+  double lse() const { return static_cast<double>(maximum) + std::log(sum_exp); }
 };
 
 // `Z`: the dtype of the tile; `T`: of the sums, float or double.
@@ -69,7 +71,7 @@ template <typename T>
 struct Slope {
   T* logits;  // [tokens, columns], overwritten
   const int64_t* target;
-  const T* lse;
+  const double* lse;
   const T* grad;
   int64_t columns;
   int64_t first;
@@ -100,8 +102,8 @@ ASTRO_INLINE void statistics_row(const Statistics<float, Z>& a, int64_t row) {
   Running<float>& r = a.running[row];
   const RowSums sums = row_sums<kWidth<L>>(z, a.columns, a.softcap);
   const float shift = shift_to(r, sums.maximum);
-  r.sum_exp += static_cast<float>(sums.sum_exp) * std::exp(sums.shift() - shift);
-  r.sum += static_cast<float>(sums.total);
+  r.sum_exp += sums.sum_exp * std::exp(sums.shift() - shift);
+  r.sum += sums.total;
   const int64_t column = a.target[row] - a.first;
   if (column >= 0 && column < a.columns) a.target_logit[row] = capped(simd::splat8(static_cast<float>(z[column])), a.softcap)[0];
 }
@@ -136,8 +138,8 @@ ASTRO_INLINE void slope_row(const Slope<T>& a, int64_t row) {
     std::fill(z, z + a.columns, T(0));
     return;
   }
-  const T grad = a.grad[row], lse = a.lse[row], softcap = static_cast<T>(a.options.softcap);
-  const T softmax = grad * (T(1) + T(2) * static_cast<T>(a.options.z_loss) * lse);
+  const T grad = a.grad[row], lse = static_cast<T>(a.lse[row]), softcap = static_cast<T>(a.options.softcap);
+  const T softmax = grad * (T(1) + T(2) * static_cast<T>(a.options.z_loss) * lse) * static_cast<T>(lost_in_rounding<T>(a.lse[row]));
   const T uniform = grad * static_cast<T>(a.options.label_smoothing / static_cast<double>(a.vocabulary));
   const int64_t column = a.target[row] - a.first;
   const bool here = column >= 0 && column < a.columns;
@@ -206,17 +208,18 @@ void check_targets(const Tensor& target, int64_t vocabulary, int64_t ignore_inde
 }
 
 template <typename T>
-void finish(const Tensor& target, const Running<T>* running, const T* target_logit, int64_t vocabulary, const Options& o, T* loss, T* lse) {
+void finish(const Tensor& target, const Running<T>* running, const T* target_logit, int64_t vocabulary, const Options& o, T* loss,
+            double* lse) {
   const int64_t* y = target.const_data_ptr<int64_t>();
-  const T uniform = static_cast<T>(o.label_smoothing / static_cast<double>(vocabulary)), z_loss = static_cast<T>(o.z_loss);
-  const T onehot = static_cast<T>(1.0 - o.label_smoothing);
   for (int64_t row = 0; row < target.numel(); ++row) {
-    const T value = running[row].maximum + std::log(running[row].sum_exp);
+    const double value = running[row].lse(), surprise = value - static_cast<double>(target_logit[row]);
     lse[row] = value;
-    T cost = o.label_smoothing > 0.0 ? onehot * (value - target_logit[row]) + (o.label_smoothing * value - uniform * running[row].sum)
-                                     : value - target_logit[row];
-    if (o.z_loss > 0.0) cost += z_loss * value * value;
-    loss[row] = y[row] == o.ignore_index ? T(0) : cost;
+    double cost = surprise;
+    if (o.label_smoothing > 0.0)
+      cost = (1.0 - o.label_smoothing) * surprise +
+             o.label_smoothing * (value - running[row].sum / static_cast<double>(vocabulary));
+    if (o.z_loss > 0.0) cost += o.z_loss * value * value;
+    loss[row] = y[row] == o.ignore_index ? T(0) : static_cast<T>(cost);
   }
 }
 
@@ -227,11 +230,11 @@ std::tuple<Tensor, Tensor> forward_typed(const Tensor& x_any, const Tensor& weig
   const Tensor x = x_any.to(tile_type);
   const auto sums = x.options().dtype(c10::CppTypeToScalarType<T>::value);
   const int64_t tokens = x.size(0), vocabulary = weight.size(0);
-  Tensor loss = at::empty({tokens}, sums), lse = at::empty({tokens}, sums);
+  Tensor loss = at::empty({tokens}, sums), lse = at::empty({tokens}, sums.dtype(at::kDouble));
   if (tokens == 0) return {loss, lse};
   const Tiling tiling(tokens, vocabulary);
   const Tensor buffer = at::empty({tiling.tokens * tiling.columns}, x.options());
-  std::vector<Running<T>> running(tokens, Running<T>{-std::numeric_limits<T>::infinity(), T(0), T(0)});
+  std::vector<Running<T>> running(tokens, Running<T>{-std::numeric_limits<T>::infinity(), 0.0, 0.0});
   std::vector<T> target_logit(tokens, T(0));
   for (int64_t first = 0; first < vocabulary; first += tiling.columns) {
     const int64_t columns = std::min(tiling.columns, vocabulary - first);
@@ -245,7 +248,8 @@ std::tuple<Tensor, Tensor> forward_typed(const Tensor& x_any, const Tensor& weig
       at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<StatisticsRows>(a, begin, end); });
     }
   }
-  finish<T>(target, running.data(), target_logit.data(), vocabulary, o, loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>());
+  finish<T>(target, running.data(), target_logit.data(), vocabulary, o, loss.mutable_data_ptr<T>(),
+            lse.mutable_data_ptr<double>());
   return {loss, lse};
 }
 
@@ -283,7 +287,7 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_an
       const Tensor x_rows = x.narrow(0, start, rows);
       Tensor logits = tile_view(buffer, rows, columns);
       at::mm_out(logits, x_rows, w.t());
-      const Slope<T> a{logits.mutable_data_ptr<T>(), target.const_data_ptr<int64_t>() + start, lse.const_data_ptr<T>() + start,
+      const Slope<T> a{logits.mutable_data_ptr<T>(), target.const_data_ptr<int64_t>() + start, lse.const_data_ptr<double>() + start,
                        grad.const_data_ptr<T>() + start, columns, first, vocabulary, o};
       at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<SlopeRows>(a, begin, end); });
       if (need_x) accumulate(grad_x.narrow(0, start, rows), logits, w, first == 0);
@@ -324,7 +328,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   check_arguments(op, x_any, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
   check_upstream(op, grad_any, lse_any, x_any);
   const c10::impl::ExcludeDispatchKeyGuard guard(no_autocast());
-  const Tensor target = target_any.contiguous(), lse = lse_any.contiguous(), grad = grad_any.to(lse.scalar_type()).contiguous();
+  const Tensor target = target_any.contiguous(), lse = lse_any.to(at::kDouble).contiguous();
+  const Tensor grad = grad_any.to(x_any.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
   const Tensor x = only_kept(x_any, target, ignore_index);

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <tuple>
 
@@ -15,10 +16,18 @@ struct Options {
   double softcap;  // 0: none
 };
 
+// exp(lse rounded to T - lse), the factor from exp(z - rounded lse) to exp(z - lse): logits with 1000 in common have an lse that fp32 rounds by up to 3e-5,
+// and all their probabilities with it, where a softmax taken relative to the largest logit keeps its digits.
+template <typename T>
+double lost_in_rounding(double lse) {
+  const double rounded = static_cast<T>(lse);
+  return std::isfinite(rounded) ? std::exp(rounded - lse) : 1.0;
+}
+
 // Error unless each target is `ignore_index` or in [0, vocabulary).
 void check_targets(const at::Tensor& target, int64_t vocabulary, int64_t ignore_index);
 
-// The ops `linear_cross_entropy` and `linear_cross_entropy_backward`.
+// The ops `linear_cross_entropy` and `linear_cross_entropy_backward`; lse is fp64 for every dtype of x.
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, int64_t ignore_index,
                                            double label_smoothing, double z_loss, double softcap);
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
@@ -32,7 +41,7 @@ bool has_bf16_products();
 std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients_bf16(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, float divisor,
                                                               const Options& o, bool need_x, bool need_weight);
 
-// `backward` from bf16 products; contiguous arguments, `grad` and `lse` in fp32.
+// `backward` from bf16 products; contiguous arguments, `grad` in fp32.
 std::tuple<at::Tensor, at::Tensor> backward_bf16(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
                                                  const at::Tensor& lse, const Options& o, bool need_x, bool need_weight);
 

@@ -40,7 +40,8 @@ struct Tile {
   // Per token: what its columns so far sum up to, and the target's logit; then lse, and the gradient of its loss.
   RowSums* sums;
   float* target_logit;
-  const float *lse, *grad;
+  const double* lse;
+  const float* grad;
 
   int64_t column(int64_t row) const { return target[row] - first; }
   bool holds(int64_t row) const { return column(row) >= 0 && column(row) < columns; }
@@ -74,9 +75,10 @@ struct TileSlopes {
   static ASTRO_INLINE void slopes(const Tile& a, const Bf16* z, Bf16* to, int64_t row) {
     using Vector = simd::F<N>;
     const Options& o = a.options;
-    const float lse = a.lse[row], scale = a.grad[row], softcap = static_cast<float>(o.softcap);
+    const float lse = static_cast<float>(a.lse[row]), scale = a.grad[row], softcap = static_cast<float>(o.softcap);
     const int64_t whole = a.columns - a.columns % (2 * N), column = a.column(row);
-    const float softmax = scale * (1.0f + 2.0f * static_cast<float>(o.z_loss) * lse);
+    const float softmax = scale * (1.0f + 2.0f * static_cast<float>(o.z_loss) * lse) *
+                          static_cast<float>(lost_in_rounding<float>(a.lse[row]));
     const float uniform = scale * static_cast<float>(o.label_smoothing / static_cast<double>(a.vocabulary));
     const float logit = a.holds(row) ? cap(static_cast<float>(z[column]), softcap) : 0.0f;
     const auto slope = [=](Vector v) ASTRO_LAMBDA_INLINE {
@@ -134,7 +136,7 @@ struct Work {
 };
 
 // lse of every token into `lse`; the sum of the losses.
-double walk_logits(const Work& w, float* lse) {
+double walk_logits(const Work& w, double* lse) {
   std::vector<RowSums> sums(w.tokens(), RowSums{-std::numeric_limits<float>::infinity(), 0.0, 0.0});
   std::vector<float> logit(w.tokens());
   const int64_t* y = w.target.const_data_ptr<int64_t>();
@@ -146,9 +148,9 @@ double walk_logits(const Work& w, float* lse) {
   const double smoothing = w.options.label_smoothing;
   double sum = 0.0;
   for (int64_t t = 0; t < w.tokens(); ++t) {
-    lse[t] = sums[t].shift() + static_cast<float>(std::log(sums[t].sum_exp));
+    lse[t] = sums[t].shift() + std::log(sums[t].sum_exp);
     if (y[t] == w.options.ignore_index) continue;
-    double loss = (1.0 - smoothing) * (static_cast<double>(lse[t]) - logit[t]) + w.options.z_loss * lse[t] * lse[t];
+    double loss = (1.0 - smoothing) * (lse[t] - logit[t]) + w.options.z_loss * lse[t] * lse[t];
     if (smoothing > 0.0) loss += smoothing * (lse[t] - sums[t].total / static_cast<double>(w.weight.size(0)));
     sum += loss;
   }
@@ -156,7 +158,7 @@ double walk_logits(const Work& w, float* lse) {
 }
 
 // Both gradients from lse and the gradient of every token's loss.
-void walk_slopes(const Work& w, const float* lse, const float* grad) {
+void walk_slopes(const Work& w, const double* lse, const float* grad) {
   const bool need_x = w.grad_x.defined(), need_weight = w.grad_weight.defined();
   Tensor sum, share;
   if (need_x) {
@@ -193,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients_bf16(const Tensor& x, const Tensor&
   const int64_t tokens = x.size(0), hidden = x.size(1), vocabulary = weight.size(0);
   const auto [grad_x, grad_weight] = uninitialised(x, weight, need_x, need_weight);
   const int64_t usual = std::max((tokens + 2) / 3, kFewestTokens), room = need_weight && hidden >= std::min(usual, tokens) ? hidden : 0;
-  std::vector<float> lse(tokens);
+  std::vector<double> lse(tokens);
   const std::vector<float> grad(tokens, 1.0f / divisor);
   Tensor own, scratch;
   double sum = 0.0;
@@ -221,7 +223,7 @@ std::tuple<Tensor, Tensor> backward_bf16(const Tensor& grad, const Tensor& x, co
   if (x.size(0) > 0) {
     Work w{x, weight, target, o, {}, 0, {}, grad_x, grad_weight, true};
     w.scratch = at::empty({w.tokens() * w.columns()}, x.options());
-    walk_slopes(w, lse.const_data_ptr<float>(), grad.const_data_ptr<float>());
+    walk_slopes(w, lse.const_data_ptr<double>(), grad.const_data_ptr<float>());
   }
   return {or_empty(grad_x, x), or_empty(grad_weight, x)};
 }

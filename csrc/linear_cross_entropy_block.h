@@ -79,7 +79,8 @@ struct Block {
   int64_t rows(int64_t chunk) const { return end(chunk) - begin(chunk); }
   float* stored(int64_t chunk) const { return store + begin(chunk) * store_row; }
   int64_t wide() const { return (hidden + kMostRows - 1) / kMostRows * kMostRows; }
-  int64_t sums() const { return options.label_smoothing > 0.0 ? 2 : 1; }  // of a chunk: exponentials, and for label smoothing logits
+  // Of a chunk: exponentials, and for label smoothing logits, relative to the same base.
+  int64_t sums() const { return options.label_smoothing > 0.0 ? 2 : 1; }
   // The gradient of the logits is exp(z) times a factor of the token, but for the target's: the weight can meet the exponentials at once, while its rows
   // and they are in the cache, and the factor, known after the last chunk, is for [tokens, hidden] numbers instead of [tokens, vocabulary].
   bool proportional() const { return !(options.softcap > 0.0) && !(options.label_smoothing > 0.0); }
@@ -214,7 +215,7 @@ struct Exponentials {
       const simd::F<N> z = p, e = exp_below(z - base);
       sum_exp += e;
       if constexpr (InPlace) p = kept == 0.0f ? simd::F<N>{} : e;
-      else total += z;
+      else total += z - base;
     }
     lanes_at<N>(sums + t) = sum_exp;
     if (b.sums() == 2) lanes_at<N>(sums + b.lanes + t) = total;
@@ -333,9 +334,24 @@ struct GradientWeight {
     for (int64_t h = 0; h < b.hidden; h += P)
       for (int64_t v = 0; v < rows; v += R, ++call)
         tile<L>(b, slopes + v * stride, first + v, std::min<int64_t>(R, rows - v), h, Ahead::share(b.stored(chunk) + rows * b.store_row, coming, call, calls));
-    for (int64_t t = 0; t < b.tokens; ++t)
-      if (b.kept[t] != 0.0f && b.target[t] >= first && b.target[t] < first + rows)
-        for (int64_t h = 0; h < b.hidden; ++h) b.grad_weight[b.target[t] * b.hidden + h] -= b.onehot[t] * b.x[t * b.hidden + h];
+    for (int64_t h = 0; h < b.hidden; h += stride) subtract_targets(b, first, rows, h, std::min(stride, b.hidden - h), slopes, stride);
+  }
+
+  // Columns [h, h + columns) of the tokens whose targets are in the chunk. Those of one class meet in `sums`, so that a class of many tokens rounds once per
+  // block, and not once per token, at the size of all of them.
+  static ASTRO_INLINE void subtract_targets(const Block& b, int64_t first, int64_t rows, int64_t h, int64_t columns, float* sums, int64_t stride) {
+    bool touched[kChunk] = {};
+    for (int64_t t = 0; t < b.tokens; ++t) {
+      const int64_t row = b.target[t] - first;
+      if (b.kept[t] == 0.0f || row < 0 || row >= rows) continue;
+      const float* x = b.x + t * b.hidden + h;
+      float* sum = sums + row * stride;
+      if (!touched[row]) std::fill(sum, sum + columns, 0.0f);
+      touched[row] = true;
+      for (int64_t j = 0; j < columns; ++j) sum[j] += b.onehot[t] * x[j];
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t j = 0; touched[row] && j < columns; ++j) b.grad_weight[(first + row) * b.hidden + h + j] -= sums[row * stride + j];
   }
 
   template <Level L>

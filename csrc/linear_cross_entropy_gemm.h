@@ -153,9 +153,10 @@ ASTRO_INLINE RowSums row_sums(const Z* z, int64_t columns, float softcap) {
     if (softcap > 0.0f) v = {capped<N>(v.first, softcap), capped<N>(v.second, softcap)};
     exps[0] += exp_below(v.first - shift);
     exps[1] += exp_below(v.second - shift);
-    totals[0] += v.first;
-    totals[1] += v.second;
+    totals[0] += v.first - shift;  // what is common to all logits must not cost the sum its digits
+    totals[1] += v.second - shift;
   }
+  sums.total = static_cast<double>(whole) * shift;
   for (int64_t lane = 0; lane < N; ++lane) {
     sums.sum_exp += static_cast<double>(exps[0][lane]) + exps[1][lane];
     sums.total += static_cast<double>(totals[0][lane]) + totals[1][lane];

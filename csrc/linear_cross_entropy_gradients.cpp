@@ -60,7 +60,9 @@ void absorb(const Block& b, const Segment& s, int64_t chunk, const float* sums) 
   const float *now = b.base + chunk * b.lanes, *before = now - b.lanes;
   for (int64_t t = 0; t < b.lanes; ++t) {
     s.sum_exp[t] = (chunk > s.first ? s.sum_exp[t] * fall(before[t], now[t]) : 0.0) + sums[t];
-    if (b.sums() == 2) s.total[t] = (chunk > s.first ? s.total[t] : 0.0) + sums[b.lanes + t];
+    if (b.sums() == 2)
+      s.total[t] = (chunk > s.first ? s.total[t] : 0.0) + sums[b.lanes + t] +
+                   static_cast<double>(b.rows(chunk)) * shift(now[t]);
   }
 }
 
@@ -81,16 +83,18 @@ double finish(const Block& b, const std::vector<Segment>& segments, float scale)
       sum_exp += s.sum_exp[t] * s.factor[t];
       if (b.sums() == 2) total += s.total[t];
     }
-    const float lse = shift(b.top[t]) + static_cast<float>(std::log(sum_exp)), logit = b.target_logit[t];
+    const double exact = shift(b.top[t]) + std::log(sum_exp);
+    const float lse = static_cast<float>(exact), logit = b.target_logit[t];
     const double smoothing = o.label_smoothing;
-    loss += (1.0 - smoothing) * (static_cast<double>(lse) - logit) + o.z_loss * lse * lse;
-    if (smoothing > 0.0) loss += smoothing * (lse - total / static_cast<double>(b.vocabulary));
+    loss += (1.0 - smoothing) * (exact - logit) + o.z_loss * exact * exact;
+    if (smoothing > 0.0) loss += smoothing * (exact - total / static_cast<double>(b.vocabulary));
     const float ratio = o.softcap > 0.0 ? logit / static_cast<float>(o.softcap) : 0.0f;
     b.lse[t] = lse;
     b.softmax[t] = scale * (1.0f + 2.0f * static_cast<float>(o.z_loss) * lse);
     b.uniform[t] = scale * static_cast<float>(smoothing / static_cast<double>(b.vocabulary));
     b.onehot[t] = scale * static_cast<float>(1.0 - smoothing) * (1.0f - ratio * ratio);
     b.factor[t] = b.proportional() ? static_cast<float>(b.softmax[t] / sum_exp) : 1.0f;
+    if (!b.proportional()) b.softmax[t] *= static_cast<float>(lost_in_rounding<float>(exact));
     for (const Segment& s : segments) s.factor[t] = b.proportional() ? s.factor[t] * b.factor[t] : 1.0f;
   }
   return loss;

@@ -36,17 +36,20 @@ def linear_cross_entropy_forward(
     z_loss: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `linear_cross_entropy`: loss [tokens] and lse [tokens], both fp32 (fp64 for fp64 input)."""
+    """The op `linear_cross_entropy`: loss [tokens], fp32 (fp64 for fp64 input), and lse [tokens], fp64: of an lse of
+    1000 fp32 keeps 3e-5, too little for the probabilities exp(z - lse)."""
     check_targets(target, weight.shape[0], ignore_index)
     kept = target != ignore_index
     logits = _capped(_logits(only_kept(kept, x), weight), softcap)
     logprobs = torch.log_softmax(logits, dim=-1)
-    lse = torch.logsumexp(logits, dim=-1)
+    common = logits.detach().amax(-1)
+    common = torch.where(torch.isfinite(common), common, torch.zeros_like(common))
+    lse = common.double() + torch.logsumexp(logits - common.unsqueeze(-1), dim=-1)
     loss = F.nll_loss(logprobs, target, ignore_index=ignore_index, reduction="none") * (1.0 - label_smoothing)
     if label_smoothing > 0.0:
         loss = loss - label_smoothing * logprobs.mean(-1)
     if z_loss > 0.0:
-        loss = loss + z_loss * lse.square()
+        loss = loss + z_loss * lse.to(loss.dtype).square()
     return torch.where(kept, loss, torch.zeros_like(loss)), lse
 
 
@@ -74,9 +77,11 @@ def linear_cross_entropy_backward(
     logits = _capped(_logits(x, weight), softcap)
     vocabulary = weight.shape[0]
     kept = (target != ignore_index).unsqueeze(-1)
-    wide_lse = lse.unsqueeze(-1)
+    wide_lse = lse.unsqueeze(-1).to(logits.dtype)
+    lost = torch.exp(wide_lse.double() - lse.unsqueeze(-1)).to(logits.dtype)  # exp(z - lse) = exp(z - wide_lse) lost
+    lost = torch.where(torch.isfinite(wide_lse), lost, torch.ones_like(lost))
     onehot = F.one_hot(torch.where(kept.squeeze(-1), target, 0), vocabulary).to(logits.dtype)
-    slope = (1.0 + 2.0 * z_loss * wide_lse) * torch.exp(logits - wide_lse)
+    slope = (1.0 + 2.0 * z_loss * wide_lse) * lost * torch.exp(logits - wide_lse)
     slope = slope - (1.0 - label_smoothing) * onehot - label_smoothing / vocabulary
     if softcap > 0.0:
         slope = slope * (1.0 - (logits / softcap).square())

@@ -80,6 +80,17 @@ def _large_logits(make: TensorMaker) -> dict[str, Any]:
     return {**arguments, "x": arguments["x"] * 100}
 
 
+def _common(common: float, *shape: int, vocabulary: int, **options: Any):
+    """Logits that have `common` in common, exactly: x and the weight get one more column."""
+
+    def build(make: TensorMaker) -> dict[str, Any]:
+        arguments = _plain(*shape, vocabulary=vocabulary, **options)(make)
+        arguments["x"][..., 0], arguments["weight"][:, 0] = common, 1.0
+        return arguments
+
+    return build
+
+
 def _num_tokens(make: TensorMaker) -> dict[str, Any]:
     return _plain(6, 8, vocabulary=21, num_tokens=17)(make)
 
@@ -116,4 +127,15 @@ CASES = (
     Case("tiles", _plain(521, 4, vocabulary=1041, label_smoothing=0.1), _GRADS, interpret=False),
     # More than one slab of the vocabulary (2048 columns at the least) and one block (4096) in Triton.
     Case("slabs", _plain(2, 2, vocabulary=4200, label_smoothing=0.1), _GRADS),
+    Case("common", _common(1000.0, 4, 8, vocabulary=300, label_smoothing=0.1, reduction="none"), _GRADS),
+    Case("common_z_loss", _common(-100.0, 3, 8, vocabulary=200, z_loss=0.01, reduction="sum"), _GRADS),
+)
+
+# Sums so long that an order of additions shows: over tokens in the weight's gradient, over classes in lse and the mean
+# of the logits.
+LONG_CASES = (
+    Case("long_tokens", _plain(60_000, 8, vocabulary=24, reduction="sum"), _GRADS, interpret=False),
+    Case("long_classes", _plain(6, 8, vocabulary=100_000, label_smoothing=0.1), _GRADS, interpret=False),
+    Case("long_common", _common(1000.0, 64, 16, vocabulary=3000, reduction="none"), _GRADS, interpret=False),
+    Case("long_smoothed", _common(1e4, 64, 16, vocabulary=3000, label_smoothing=0.1), _GRADS, interpret=False),
 )
