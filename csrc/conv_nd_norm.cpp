@@ -67,13 +67,16 @@ ASTRO_INLINE void normalize(const NormTarget& t, const float* z, int64_t first, 
   }
 }
 
+// The mean goes first: z * scale - mean * scale would cancel where the mean is large.
 template <typename T>
-ASTRO_INLINE void scale_shift(const T* z, T* y, const float* scale, const float* shift, int64_t channels, int64_t count, int64_t activation, bool streamed) {
+ASTRO_INLINE void scale_shift(const T* z, T* y, const float* mean, const float* scale, const float* shift, int64_t channels, int64_t count,
+                              int64_t activation, bool streamed) {
   for (int64_t p = 0; p < count; ++p, z += channels, y += channels)
     for (int64_t i = 0; i < channels; i += kLanes) {
       const int64_t left = channels - i;
       const f32x16 v = left >= kLanes ? simd::load(z + i) : simd::load_partial(z + i, left);
-      set_lanes(y + i, activate(v * lanes_of(scale + i, left, 0.0f) + lanes_of(shift + i, left, 0.0f), activation), left, streamed);
+      const f32x16 u = (v - lanes_of(mean + i, left, 0.0f)) * lanes_of(scale + i, left, 0.0f) + lanes_of(shift + i, left, 0.0f);
+      set_lanes(y + i, activate(u, activation), left, streamed);
     }
 }
 
@@ -81,7 +84,7 @@ struct Scaling {
   const void* z;
   void* y;
   at::ScalarType dtype;
-  const float *scale, *shift;
+  const float *mean, *scale, *shift;
   int64_t channels, count, activation;
   bool streamed;
 };
@@ -90,27 +93,33 @@ struct ScaleShift {
   template <Level L>
   static ASTRO_INLINE void run(const Scaling& s) {
     if (s.dtype == at::kFloat)
-      scale_shift(static_cast<const float*>(s.z), static_cast<float*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
+      scale_shift(static_cast<const float*>(s.z), static_cast<float*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count,
+                  s.activation, s.streamed);
     else if (s.dtype == at::kBFloat16)
-      scale_shift(static_cast<const c10::BFloat16*>(s.z), static_cast<c10::BFloat16*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
+      scale_shift(static_cast<const c10::BFloat16*>(s.z), static_cast<c10::BFloat16*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count,
+                  s.activation, s.streamed);
     else
-      scale_shift(static_cast<const c10::Half*>(s.z), static_cast<c10::Half*>(s.y), s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
+      scale_shift(static_cast<const c10::Half*>(s.z), static_cast<c10::Half*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count,
+                  s.activation, s.streamed);
   }
 };
 
+// `sums`: of each channel relative to its first position, `pivots`, so that what they have in common costs no digits.
 template <typename T>
-ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int64_t count, float* sums) {
+ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int64_t count, float* pivots, float* sums) {
   const Epilogue& e = *t.epilogue;
   T* to = static_cast<T*>(e.kept != nullptr ? e.kept : e.y) + first * t.channels;
   for (int64_t i = 0; i < t.channels; i += kLanes) {
     const int64_t left = t.channels - i;
     const f32x16 bias = e.bias == nullptr ? simd::splat(0.0f) : lanes_of(e.bias + i, left, 0.0f);
+    const f32x16 pivot = lanes_of(z + i, left, 0.0f) + bias;
     f32x16 sum = simd::splat(0.0f);
+    put(pivots + i, pivot, left, false);
     for (int64_t p = 0; p < count; ++p) {
       const f32x16 v = lanes_of(z + p * t.channels + i, left, 0.0f) + bias;
       put(z + p * t.channels + i, v, left, false);
       put(to + p * t.channels + i, v, left, false);
-      sum += v;
+      sum += v - pivot;
     }
     put(sums + i, sum, left, false);
   }
@@ -118,10 +127,10 @@ ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int
 
 struct StoreGroups {
   template <Level L>
-  static ASTRO_INLINE void run(const NormTarget& t, float* z, int64_t first, int64_t count, float* sums) {
-    if (t.dtype == at::kFloat) store_groups<float>(t, z, first, count, sums);
-    else if (t.dtype == at::kBFloat16) store_groups<c10::BFloat16>(t, z, first, count, sums);
-    else store_groups<c10::Half>(t, z, first, count, sums);
+  static ASTRO_INLINE void run(const NormTarget& t, float* z, int64_t first, int64_t count, float* pivots, float* sums) {
+    if (t.dtype == at::kFloat) store_groups<float>(t, z, first, count, pivots, sums);
+    else if (t.dtype == at::kBFloat16) store_groups<c10::BFloat16>(t, z, first, count, pivots, sums);
+    else store_groups<c10::Half>(t, z, first, count, pivots, sums);
   }
 };
 
@@ -158,19 +167,19 @@ void partial_groups(const NormTarget& t, float* z, int64_t first, int64_t count,
   const Epilogue& e = *t.epilogue;
   const int64_t width = t.channels / e.norm_groups;
   std::vector<float> sums(t.channels), means(t.channels);
-  dispatch<StoreGroups>(t, z, first, count, sums.data());
+  dispatch<StoreGroups>(t, z, first, count, means.data(), sums.data());
   for (int64_t g = 0; g < e.norm_groups; ++g) {
-    float total = 0.0f;
-    for (int64_t i = 0; i < width; ++i) total += sums[g * width + i];
-    const float mean = total / static_cast<float>(width * count);
+    double total = 0.0;
+    for (int64_t i = g * width; i < (g + 1) * width; ++i) total += sums[i] + static_cast<double>(count) * means[i];
+    const float mean = static_cast<float>(total / static_cast<double>(width * count));
     e.mean[slot * e.norm_groups + g] = mean;
     std::fill_n(means.begin() + g * width, width, mean);
   }
   dispatch<SquaredDeviations>(z, means.data(), t.channels, count, sums.data());
   for (int64_t g = 0; g < e.norm_groups; ++g) {
-    float total = 0.0f;
+    double total = 0.0;
     for (int64_t i = 0; i < width; ++i) total += sums[g * width + i];
-    e.rstd[slot * e.norm_groups + g] = total;
+    e.rstd[slot * e.norm_groups + g] = static_cast<float>(total);
   }
 }
 
@@ -180,7 +189,7 @@ void finish_groups(const Tensor& z, Tensor& y, const Tensor& partial_mean, const
   const int64_t slots = static_cast<int64_t>(counts.size()), positions = z.numel() / std::max<int64_t>(1, batch * channels);
   const float *means = partial_mean.const_data_ptr<float>(), *squares = partial_squares.const_data_ptr<float>();
   float *mean_to = mean.mutable_data_ptr<float>(), *rstd_to = rstd.mutable_data_ptr<float>();
-  std::vector<float> scale(batch * channels), shift(batch * channels);
+  std::vector<float> centers(batch * channels), scale(batch * channels), shift(batch * channels);
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t g = 0; g < groups; ++g) {
       double seen = 0.0, center = 0.0, spread = 0.0;
@@ -195,8 +204,10 @@ void finish_groups(const Tensor& z, Tensor& y, const Tensor& partial_mean, const
       mean_to[b * groups + g] = static_cast<float>(center), rstd_to[b * groups + g] = static_cast<float>(inverse);
       for (int64_t i = g * width; i < (g + 1) * width; ++i) {
         const double factor = inverse * (e.gamma == nullptr ? 1.0f : e.gamma[i]);
+        const float rounded = static_cast<float>(center);
+        centers[b * channels + i] = rounded;
         scale[b * channels + i] = static_cast<float>(factor);
-        shift[b * channels + i] = static_cast<float>((e.beta == nullptr ? 0.0f : e.beta[i]) - center * factor);
+        shift[b * channels + i] = static_cast<float>((e.beta == nullptr ? 0.0f : e.beta[i]) - (center - rounded) * factor);
       }
     }
   const char* from = static_cast<const char*>(z.const_data_ptr());
@@ -205,8 +216,8 @@ void finish_groups(const Tensor& z, Tensor& y, const Tensor& partial_mean, const
   at::parallel_for(0, batch * positions, 1 + kGrain / channels, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t b = begin / positions, stop = std::min(end, (b + 1) * positions);
-      dispatch<ScaleShift>(Scaling{from + begin * row_bytes, to + begin * row_bytes, z.scalar_type(), scale.data() + b * channels, shift.data() + b * channels, channels,
-                       stop - begin, e.activation, e.streamed});
+      dispatch<ScaleShift>(Scaling{from + begin * row_bytes, to + begin * row_bytes, z.scalar_type(), centers.data() + b * channels,
+                       scale.data() + b * channels, shift.data() + b * channels, channels, stop - begin, e.activation, e.streamed});
       begin = stop;
     }
     if (e.streamed) streamed_fence();

@@ -24,6 +24,8 @@ namespace {
 
 constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kGrain = 16384;
+// Positions whose sums are taken in fp32 before they go to fp64: a rounding error grows with the length of such a run.
+constexpr int64_t kRun = 64;
 
 struct Backward {
   const void *grad, *z;
@@ -42,6 +44,16 @@ ASTRO_INLINE f32x16 lanes_of(const T* p, int64_t left) { return left >= kLanes ?
 
 template <typename T>
 ASTRO_INLINE void add_lanes(T* p, f32x16 v, int64_t left) { put(p, lanes_of(p, left) + v, left, false); }
+
+// Calls rows(begin, end, sum_d, sum_dh) for runs of positions, whose sums of `channels` channels go to `sums` [2][channels].
+template <typename Rows>
+void in_runs(int64_t begin, int64_t end, int64_t channels, double* sums, const Rows& rows) {
+  std::vector<float> run(2 * channels);
+  for (int64_t first = begin; first < end; first += kRun) {
+    rows(first, std::min(end, first + kRun), run.data(), run.data() + channels);
+    for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += run[i], run[i] = 0.0f;
+  }
+}
 
 template <typename T>
 ASTRO_INLINE void channel_rows(const Backward& b, int64_t begin, int64_t end, float* e_row, float* h_row) {
@@ -116,13 +128,16 @@ struct GroupRows {
 void channel_backward(Backward b, int64_t positions, Tensor& sums) {
   const int64_t c = b.channels, chunks = std::clamp<int64_t>(positions * c / kGrain, 1, kMaxChunks), padded = (c + kLanes - 1) / kLanes * kLanes;
   Tensor partial = at::zeros({chunks, 2, c}, sums.options());
-  float* to = partial.mutable_data_ptr<float>();
+  double* to = partial.mutable_data_ptr<double>();
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> rows(2 * padded);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      Backward mine = b;
-      mine.sum_d = to + chunk * 2 * c, mine.sum_dh = mine.sum_d + c;
-      dispatch<ChannelRows>(mine, positions * chunk / chunks, positions * (chunk + 1) / chunks, rows.data(), rows.data() + padded);
+      const auto some = [&](int64_t first, int64_t last, float* sum_d, float* sum_dh) {
+        Backward mine = b;
+        mine.sum_d = sum_d, mine.sum_dh = sum_dh;
+        dispatch<ChannelRows>(mine, first, last, rows.data(), rows.data() + padded);
+      };
+      in_runs(positions * chunk / chunks, positions * (chunk + 1) / chunks, c, to + chunk * 2 * c, some);
     }
   });
   sums = partial.sum(0);
@@ -135,7 +150,7 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
   for (int64_t s = 0; s < batch; ++s)
     for (int64_t i = 0; i < c; ++i) part(0, s)[i] = mean[s * groups + i / width], part(1, s)[i] = rstd[s * groups + i / width];
   Tensor partial = at::zeros({batch, chunks, 2, c}, sums.options());
-  float* to = partial.mutable_data_ptr<float>();
+  double* to = partial.mutable_data_ptr<double>();
   const auto sample_of = [&](int64_t s) {
     Backward mine = b;
     mine.mean = part(0, s), mine.rstd = part(1, s), mine.grad_mean = part(2, s), mine.grad_proj = part(3, s);
@@ -144,13 +159,16 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
   at::parallel_for(0, batch * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t s = item / chunks, chunk = item % chunks;
-      Backward mine = sample_of(s);
-      mine.sum_d = to + item * 2 * c, mine.sum_dh = mine.sum_d + c;
-      dispatch<GroupSums>(mine, s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks);
+      const auto some = [&](int64_t first, int64_t last, float* sum_d, float* sum_dh) {
+        Backward mine = sample_of(s);
+        mine.sum_d = sum_d, mine.sum_dh = sum_dh;
+        dispatch<GroupSums>(mine, first, last);
+      };
+      in_runs(s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks, c, to + item * 2 * c, some);
     }
   });
   const Tensor per_sample = partial.sum(1);  // [batch, 2, channels]
-  const float* totals = per_sample.const_data_ptr<float>();
+  const double* totals = per_sample.const_data_ptr<double>();
   for (int64_t s = 0; s < batch; ++s)
     for (int64_t g = 0; g < groups; ++g) {
       double center = 0.0, projection = 0.0;
@@ -180,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   const auto single = mean.options();
   const Tensor wide_gamma = gamma ? gamma->to(at::kFloat).contiguous() : at::empty({channels}, single).fill_(1.0);
   const Tensor wide_beta = beta ? beta->to(at::kFloat).contiguous() : at::zeros({channels}, single);
-  Tensor grad_z = at::empty_like(z), sums = at::zeros({2, channels}, single);
+  Tensor grad_z = at::empty_like(z), sums = at::zeros({2, channels}, single.dtype(at::kDouble));
   Backward b{g.const_data_ptr(), z.const_data_ptr(), grad_z.mutable_data_ptr(), z.scalar_type(), channels, activation, norm == kLayer,
              wide_gamma.const_data_ptr<float>(), wide_beta.const_data_ptr<float>(), mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(),
              nullptr, nullptr, nullptr, nullptr};

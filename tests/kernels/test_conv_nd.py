@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import astrobiogen
 from astrobiogen import layers, ops
 from astrobiogen.kernels._case import Case
-from astrobiogen.kernels.conv_nd.samples import CASES, TRANSPOSED_CASES
+from astrobiogen.kernels.conv_nd.samples import CASES, LONG_CASES, TRANSPOSED_CASES
 from astrobiogen.testing import check_battery, check_op
 from tests.kernels.memory import peak_bytes
 
@@ -34,7 +34,7 @@ def reference_transpose(**arguments: Any) -> torch.Tensor:
         return ops.conv_transpose_nd(**arguments)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + LONG_CASES, ids=lambda case: case.name)
 def test_conv_nd_battery(case: Case) -> None:
     check_battery(ops.conv_nd, reference_conv, case, ops=CONV_OPS, implementations=("cpu",))
 

@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 import astrobiogen
 from astrobiogen import layers, ops
-from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case
+from astrobiogen.kernels.conv_nd.samples import (
+    LONG_NORM_OFFSETS,
+    LONG_NORM_SHAPES,
+    NORM_GROUPS,
+    NORM_SHAPES,
+    norm_case,
+)
 from astrobiogen.testing import check_battery, check_op
 from astrobiogen.testing._routes import route
 
@@ -44,6 +50,14 @@ def test_on_the_cpu(
     check_op(ops.conv_nd_norm, reference, norm_case(norm, channels, outputs, spatial, batch), dtype, ops=OPS)
 
 
+@pytest.mark.parametrize("norm", list(NORM_GROUPS))
+@pytest.mark.parametrize("shape", LONG_NORM_SHAPES)
+@pytest.mark.parametrize("offset", LONG_NORM_OFFSETS)
+def test_many_positions_and_large_means(norm: str, shape: tuple[int, int, tuple[int, ...], int], offset: float) -> None:
+    case = norm_case(norm, *shape, offset=offset)
+    assert check_op(ops.conv_nd_norm, reference, case, torch.float32, ops=OPS)
+
+
 # Packed and per-tap kernels with the norm in their epilogue; 66 fp32 channels pass the 64 of a tile, so a channel norm
 # takes a pass of its own; empty batch.
 TRITON_SHAPES = [
@@ -62,6 +76,9 @@ def test_in_triton(
     norm: str, channels: int, outputs: int, spatial: tuple[int, ...], batch: int, dtype: torch.dtype
 ) -> None:
     one = norm_case(norm, channels, outputs, spatial, batch)
+    if dtype == torch.float32:
+        large = norm_case(norm, channels, outputs, spatial, batch, offset=1000.0)
+        assert check_op(ops.conv_nd_norm, reference, large, dtype, ops=OPS, implementation="triton")
     assert check_op(ops.conv_nd_norm, reference, one, dtype, ops=OPS, implementation="triton")
 
 

@@ -165,6 +165,12 @@ CASES = (
     ),
 )
 
+# Sums over so many positions that an order of additions shows.
+LONG_CASES = (
+    Case("long", _dense(3, 8, (256, 256), (3, 3), padding=1), ARGUMENTS, interpret=False),
+    Case("long-1d", _dense(1, 9, (60_000,), (3,), padding=1, activation="silu"), ARGUMENTS, interpret=False),
+)
+
 
 def _transposed(
     channels: int, outputs: int, spatial: tuple[int, ...], kernel: tuple[int, ...], groups: int = 1, **options: Any
@@ -215,16 +221,29 @@ NORM_SHAPES = (
 )
 
 
+# Many positions: sums that an order of additions shows, and with a common offset statistics that cancel. Own kernel and
+# composition on the CPU.
+LONG_NORM_SHAPES = ((2, 12, (64, 80), 1), (1, 6, (150, 150), 1))
+LONG_NORM_OFFSETS = (0.0, 1000.0)
+
+
 def norm_case(
-    norm: str, channels: int, outputs: int, spatial: tuple[int, ...], batch: int = 2, activation: str = "silu"
+    norm: str,
+    channels: int,
+    outputs: int,
+    spatial: tuple[int, ...],
+    batch: int = 2,
+    activation: str = "silu",
+    offset: float = 0.0,
 ) -> Case:
-    """One call of `conv_nd_norm`: kernel 3 and padding 1 on every axis, weight and bias behind the norm."""
+    """One call of `conv_nd_norm`: kernel 3 and padding 1 on every axis, weight and bias behind the norm, and `offset`
+    added to the convolution's bias."""
 
     def build(make: TensorMaker) -> dict[str, Any]:
         return {
             "x": make.randn(batch, channels, *spatial),
             "weight": make.randn(outputs, channels, *[3] * len(spatial)),
-            "bias": make.randn(outputs),
+            "bias": make.randn(outputs) + offset,
             "norm_weight": make.randn(outputs),
             "norm_bias": make.randn(outputs),
             "norm": norm,

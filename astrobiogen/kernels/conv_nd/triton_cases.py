@@ -124,7 +124,7 @@ def _norm_cases(dtype: str, channels: int = 128, groups: int = 8) -> list[Compil
         ("norm-backward", norm_rows_backward,
          {**gradients, "grad_z": value, **affine, **statistics, "partial": single, **rows},
          {**tile, "NORM": LAYER, "PROGRAMS": SUM_PROGRAMS}),
-        ("group-scale", scale_rows, {**pair, "scale": single, "shift": single, **positions}, group),
+        ("group-scale", scale_rows, {**pair, "center": single, "scale": single, "shift": single, **positions}, group),
         ("group-sums", group_sums, {**gradients, **affine, **statistics, "partial": single, **positions},
          {**group, "SPLITS": SUM_PROGRAMS}),
         ("group-backward", group_rows_backward,

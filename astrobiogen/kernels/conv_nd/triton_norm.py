@@ -46,18 +46,20 @@ def group_tile(POSITIONS, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
 
 @triton.jit
 def scale_rows(
-    z, y, scale, shift, POSITIONS,
+    z, y, center, scale, shift, POSITIONS,
     C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = act(z * scale[sample] + shift[sample]): the second half of a group norm. scale, shift [B, C] fp32."""
+    """y = act((z - center[sample]) * scale[sample] + shift): the second half of a group norm. center, scale [B, C] and
+    shift [C], fp32. The mean goes first: z * scale - mean * scale would cancel where the mean is large."""
     tile, sample, channel = group_tile(POSITIONS, C, BLOCK_R, BLOCK_C)
     row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     ok = channel < C
     mask = (row < POSITIONS)[:, None] & ok[None, :]
     offset = (sample * POSITIONS + row)[:, None] * C + channel[None, :]
     value = tl.load(z + offset, mask=mask, other=0.0).to(tl.float32)
+    value -= tl.load(center + sample * C + channel, mask=ok, other=0.0)[None, :]
     u = value * tl.load(scale + sample * C + channel, mask=ok, other=0.0)[None, :]
-    u += tl.load(shift + sample * C + channel, mask=ok, other=0.0)[None, :]
+    u += tl.load(shift + channel, mask=ok, other=0.0)[None, :]
     tl.store(y + offset, activate(u, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
@@ -81,6 +83,9 @@ def merge_tiles(
     count = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)
     spread = tl.full((), 0.0, tl.float32)
+    # Averages are taken relative to the first one, so that what all have in common costs no digits.
+    begin = (sample * TILES + split * share) * C + group * width
+    pivot = tl.load(center + begin, mask=split * share < TILES, other=0.0)
     for step in range((tl.maximum(last - split * share, 0) * width + BLOCK - 1) // BLOCK):
         at = step * BLOCK + tl.arange(0, BLOCK)
         tile = split * share + at // width
@@ -88,7 +93,7 @@ def merge_tiles(
         offset = (sample * TILES + tile) * C + group * width + at % width
         rows = tl.minimum(PLANE - tile % PLANE_TILES * TILE_ROWS, TILE_ROWS)
         weight = tl.where(ok, rows, 0).to(tl.float32)
-        values = tl.load(center + offset, mask=ok, other=0.0)
+        values = tl.where(ok, tl.load(center + offset, mask=ok, other=0.0) - pivot, 0.0)
         elements = tl.sum(weight, 0)
         here = tl.sum(weight * values, 0) / elements
         away = values - here
@@ -100,7 +105,7 @@ def merge_tiles(
         count = total
     to = merged + ((sample * GROUPS + group) * SPLITS + split) * 3
     tl.store(to, count)
-    tl.store(to + 1, mean)
+    tl.store(to + 1, mean + pivot)
     tl.store(to + 2, spread)
 
 

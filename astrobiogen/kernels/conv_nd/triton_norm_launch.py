@@ -75,10 +75,11 @@ def group_statistics(
         partial[0], partial[1], merged, tiles, problem.plane, -(-problem.plane // tile),
         C=channels, GROUPS=norm.groups, SPLITS=splits, TILE_ROWS=tile, BLOCK=MERGE_BLOCK,
     )  # fmt: skip
-    count, center, spread = merged.unbind(-1)
+    count, center, spread = merged.double().unbind(-1)
     total = count.sum(-1)
-    mean.copy_((count * center).sum(-1) / total)
-    spread = (spread + count * (center - mean[..., None]).square()).sum(-1)
+    overall = (count * center).sum(-1) / total
+    mean.copy_(overall)
+    spread = (spread + count * (center - overall[..., None]).square()).sum(-1)
     rstd.copy_(torch.rsqrt(spread / total + norm.eps))
 
 
@@ -96,9 +97,10 @@ def scale_group(
     channels = z.shape[-1]
     center, inverse = _spread(norm, channels, mean, rstd)
     scale = inverse * gamma.float()
-    shift = beta.float() - center * scale
     positions, grid, blocks = _group_grid(z)
-    launch(scale_rows, (math.prod(grid),))(z, y, scale, shift, positions, C=channels, ACTIVATION=activation, **blocks)
+    launch(scale_rows, (math.prod(grid),))(
+        z, y, center, scale, beta.float(), positions, C=channels, ACTIVATION=activation, **blocks
+    )
 
 
 def conv_nd_norm_backward(
