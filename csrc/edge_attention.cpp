@@ -134,7 +134,7 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
   using A = Wide<T>;
   const Problem<T>& in = a.in;
   const int64_t heads = in.heads, columns = in.columns();
-  std::vector<A> query(columns), grad(columns), sums(columns), own(heads), weights, slopes;
+  std::vector<A> query(columns), grad(columns), sums(columns), own(heads), total(heads), weights, slopes;
   std::vector<uint8_t> cut;
   bool found = false;
   for (int64_t node = first; node < last; ++node) {
@@ -145,6 +145,7 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
     widen<T>(a.grad[node], columns, A(1), grad.data());
     std::fill(sums.begin(), sums.end(), A(0));
     std::fill(own.begin(), own.end(), A(0));
+    std::fill(total.begin(), total.end(), A(0));
     for (int64_t e = 0; e < count; ++e) {
       const int64_t from = in.lists.sender[edges[e]];
       const T *key = in.k[from], *value = in.v[from], *bias = in.bias + edges[e] * heads;
@@ -162,11 +163,16 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
     for (int64_t i = 0; i < count * heads; ++i)
       if (cut[i]) weights[i] = A(0), found = true;
     for (int64_t e = 0; e < count; ++e)  // g·out from its terms: out was rounded to T
-      for (int64_t h = 0; h < heads; ++h) own[h] += weights[e * heads + h] * slopes[e * heads + h];
+      for (int64_t h = 0; h < heads; ++h) {
+        own[h] += weights[e * heads + h] * slopes[e * heads + h];
+        total[h] += weights[e * heads + h];
+      }
+    // The weights sum up to 1 but for the rounding of lse, up to 3e-5 where scores pass 500.
+    for (int64_t h = 0; h < heads; ++h) total[h] = total[h] == A(0) ? A(0) : A(1) / total[h], own[h] *= total[h];
     for (int64_t e = 0; e < count; ++e) {
       const T* key = in.k[in.lists.sender[edges[e]]];
       for (int64_t h = 0; h < heads; ++h) {
-        const A weight = weights[e * heads + h];
+        const A weight = weights[e * heads + h] * total[h];
         const A slope = cut[e * heads + h] ? A(0) : weight * (slopes[e * heads + h] - own[h]);
         a.weight[edges[e] * heads + h] = weight, a.slope[edges[e] * heads + h] = slope;
         a.grad_bias[edges[e] * heads + h] = static_cast<T>(slope);

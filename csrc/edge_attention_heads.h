@@ -153,7 +153,7 @@ ASTRO_INLINE void backward_receiver_fours(const Backward<T>& a, int64_t first, i
     for (int64_t g = 0; g < heads; g += kHeads) {
       const auto query = Four<W>::load(in.q[node] + g * W, in.scale), grad = Four<W>::load(a.grad[node] + g * W, 1.0f);
       const f32x4 lse = load4(a.lse + node * heads + g);
-      f32x4 own = {}, least = {};
+      f32x4 own = {}, total = {}, least = {};
       for (int64_t e = 0; e < count; ++e) {
         if (g == 0 && begin + e + kAhead < edges_in_all) {
           const int64_t soon = in.lists.sender[edges[e + kAhead]];
@@ -170,11 +170,15 @@ ASTRO_INLINE void backward_receiver_fours(const Backward<T>& a, int64_t first, i
         break;
       }
       exponentials(weights.data(), count * kHeads);
-      for (int64_t e = 0; e < count; ++e)  // g·out from its terms: out was rounded to T
+      for (int64_t e = 0; e < count; ++e) {  // g·out from its terms: out was rounded to T
         own += load4(weights.data() + e * kHeads) * load4(slopes.data() + e * kHeads);
+        total += load4(weights.data() + e * kHeads);
+      }
+      const f32x4 rescale = total == 0.0f ? f32x4{} : 1.0f / total;  // they sum up to 1 but for the rounding of lse
+      own *= rescale;
       Four<W> sums = {};
       for (int64_t e = 0; e < count; ++e) {
-        const f32x4 weight = load4(weights.data() + e * kHeads), slope = weight * (load4(slopes.data() + e * kHeads) - own);
+        const f32x4 weight = load4(weights.data() + e * kHeads) * rescale, slope = weight * (load4(slopes.data() + e * kHeads) - own);
         const int64_t at = edges[e] * heads + g;
         store4(a.weight + at, weight), store4(a.slope + at, slope), store4(a.grad_bias + at, slope);
         sums.add(slope, in.k[in.lists.sender[edges[e]]] + g * W);

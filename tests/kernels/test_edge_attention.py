@@ -9,13 +9,13 @@ import torch
 
 from astrobiogen import ops
 from astrobiogen.kernels._case import Case, TensorMaker
-from astrobiogen.kernels.edge_attention.samples import CASES, edge_attention, graph, plain
+from astrobiogen.kernels.edge_attention.samples import CASES, LONG_CASES, edge_attention, graph, plain
 from astrobiogen.testing import check_battery, check_op
 
 OPS = ("edge_attention", "edge_attention_backward")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + LONG_CASES, ids=lambda case: case.name)
 def test_battery(case: Case) -> None:
     check_battery(edge_attention, plain, case, ops=OPS)
 

@@ -83,6 +83,13 @@ def _no_bias(make: TensorMaker) -> dict[str, Any]:
     return graph(5, 9, 2, 8)(make) | {"bias": None}
 
 
+def _peaked(make: TensorMaker, nodes: int = 6, edges: int = 20) -> dict[str, Any]:
+    """Scores of some hundreds that q and k make, so that most of a node's weight is on one edge: its slope is what is
+    left of 1 minus the weight."""
+    arguments = graph(nodes, edges, 2, 8)(make)
+    return arguments | {"q": arguments["q"] * 50}
+
+
 def _large_scores(make: TensorMaker) -> dict[str, Any]:
     """Scores of some hundreds: exp overflows without the maximum."""
     arguments = graph(6, 20, 2, 8)(make)
@@ -122,8 +129,27 @@ CASES = (
     Case("large_scores", _large_scores, _GRADS),
     Case("cut", _cut(4, 3, 5), _GRADS, masks=True),
     Case("cut_fours", _cut(5, 4, 8), _GRADS, interpret=False, masks=True),
+    Case("peaked", _peaked, _GRADS),
     Case("star", lambda make: graph(4, 70, 1, 8)(make) | {"receiver": torch.full((70,), 2)}, _GRADS),
     Case("head_68", graph(5, 11, 2, 68), _GRADS),
     Case("tiny", graph(300, 1300, 4, 8), _GRADS, interpret=False),
     Case("original", graph(60, 270, 16, 32), _GRADS, interpret=False),
+)
+
+
+def _long_star(make: TensorMaker) -> dict[str, Any]:
+    """All edges into one node."""
+    return graph(50, 20_000, 4, 8)(make) | {"receiver": torch.full((20_000,), 2)}
+
+
+# Sums so long, or of numbers so large, that an order of additions shows.
+LONG_CASES = (
+    Case("long_star", _long_star, _GRADS, interpret=False),
+    Case("long_peaked", lambda make: _peaked(make, 50, 4000), _GRADS, interpret=False),
+    Case(
+        "long_common",
+        lambda make: graph(50, 4000, 4, 8)(make) | {"k": make.randn(50, 4, 8) + 100},
+        _GRADS,
+        interpret=False,
+    ),
 )

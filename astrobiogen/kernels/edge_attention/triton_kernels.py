@@ -98,6 +98,8 @@ def _edge_attention_bwd_receiver_kernel(
     grad = wide(tl.load(grad_ptr + node * grad_step + cells, mask=live, other=0.0))
     log_sum = tl.load(lse_ptr + node * HEADS + heads, mask=heads < HEADS, other=0.0)
     own = tl.zeros([H], query.dtype)
+    total = tl.zeros([H], query.dtype)
+    rescale = tl.zeros([H], query.dtype)
     sums = tl.zeros([H, D], query.dtype)
     for walk in tl.static_range(2):
         for first in range(begin, end, EDGES):
@@ -114,12 +116,17 @@ def _edge_attention_bwd_receiver_kernel(
             along = tl.sum(grad[None, :, :] * _tile(v_ptr, others, v_step, cells, mask), 2)
             if walk == 0:
                 own += tl.sum(weights * along, 0)
+                total += tl.sum(weights, 0)
             else:
+                weights *= rescale[None, :]
                 slopes = tl.where(visible, weights * (along - own[None, :]), 0.0)
                 sums += tl.sum(slopes[:, :, None] * keys, 0)
                 tl.store(weight_ptr + place, weights, mask=place_mask)
                 tl.store(slope_ptr + place, slopes, mask=place_mask)
                 tl.store(grad_bias_ptr + place, slopes.to(grad_bias_ptr.dtype.element_ty), mask=place_mask)
+        if walk == 0:  # the weights sum up to 1 but for the rounding of lse, up to 3e-5 where scores pass 500
+            rescale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+            own *= rescale
     tl.store(grad_q_ptr + row, (sums * scale).to(grad_q_ptr.dtype.element_ty), mask=live)
 
 
