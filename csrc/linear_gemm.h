@@ -28,7 +28,8 @@ struct Blocking {
 constexpr int64_t kWidestPanel = 32;
 constexpr int64_t kMostBlockRows = 8;
 
-// c[r][0 .. V N) (+)= start[0 .. V N) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. V N) for R rows r.
+// c[r][0 .. V N) (+)= start[0 .. V N) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. V N) for R rows r. `start` comes last: were the sums to begin with a
+// large bias, each of the `depth` additions would round at its size.
 template <Level L, int V, bool Add>
 ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, const float* start, float* c,
                            int64_t ldc) {
@@ -39,7 +40,7 @@ ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step,
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < V; ++n) sums[r][n] = start == nullptr ? Vector{} : *reinterpret_cast<const Memory*>(start + n * N);
+    for (int n = 0; n < V; ++n) sums[r][n] = Vector{};
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[V];
 #pragma GCC unroll 2
@@ -56,6 +57,7 @@ ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step,
 #pragma GCC unroll 2
     for (int n = 0; n < V; ++n) {
       Memory* to = reinterpret_cast<Memory*>(c + r * ldc + n * N);
+      if (start != nullptr) sums[r][n] += *reinterpret_cast<const Memory*>(start + n * N);
       if constexpr (Add) *to += sums[r][n];
       else *to = sums[r][n];
     }

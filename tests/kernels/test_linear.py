@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from astrobiogen import ops, use_kernels
 from astrobiogen.kernels._case import Case, TensorMaker
 from astrobiogen.kernels.linear.reference import linear as plain
-from astrobiogen.kernels.linear.samples import CASES, layer
+from astrobiogen.kernels.linear.samples import CASES, LONG_CASES, layer
 from astrobiogen.layers import Linear
 from astrobiogen.testing import check_battery, check_op
 
 OPS = ("linear", "linear_backward")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + LONG_CASES, ids=lambda case: case.name)
 def test_battery(case: Case) -> None:
     check_battery(ops.linear, plain, case, ops=OPS, implementations=("cpu",), dtypes=(torch.float32,))
 

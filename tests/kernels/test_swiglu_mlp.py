@@ -10,14 +10,14 @@ import torch
 from astrobiogen import ops
 from astrobiogen.kernels._case import Case, TensorMaker
 from astrobiogen.kernels.swiglu_mlp.reference import swiglu_mlp as plain
-from astrobiogen.kernels.swiglu_mlp.samples import CASES, block
+from astrobiogen.kernels.swiglu_mlp.samples import CASES, LONG_CASES, block
 from astrobiogen.testing import check_battery, check_op
 
 OPS = ("swiglu_mlp", "swiglu_mlp_backward")
 NAMES = ("x", "gate_weight", "up_weight", "down_weight")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + LONG_CASES, ids=lambda case: case.name)
 def test_battery(case: Case) -> None:
     def call(x: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor) -> Any:
         return plain(x, gate_weight, up_weight, down_weight)

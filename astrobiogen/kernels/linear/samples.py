@@ -58,3 +58,16 @@ CASES = (
     Case("strided", _strided, ("x", "weight")),
     Case("expanded", _expanded, _ALL),
 )
+
+
+def _large_bias(make: TensorMaker) -> dict[str, Any]:
+    """A bias that a sum must not begin with: each of its terms would round at the size of the bias."""
+    arguments = layer(300, 256, outputs=64, bias=True)(make)
+    return arguments | {"bias": arguments["bias"] + 10_000}
+
+
+# Sums so long, or beside numbers so large, that an order of additions shows.
+LONG_CASES = (
+    Case("long_rows", layer(60_000, 8, outputs=16, bias=True), _ALL),
+    Case("large_bias", _large_bias, _ALL),
+)

@@ -63,3 +63,6 @@ CASES = (
     Case("large_gates", _large_gates, _ALL),
     Case("strided", _strided, _ALL),
 )
+
+# Sums over so many rows that an order of additions shows.
+LONG_CASES = (Case("long_rows", block(40_000, 8, inner=16), _ALL),)
