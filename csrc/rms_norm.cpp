@@ -2,8 +2,8 @@
 //
 // Memory-bound: forward reads x twice, the second time from L1/L2 (a row of 4352 floats is 17 KB), and writes y once; while it writes, it asks for the
 // next row. Two tensors in and two out go one of each per walk over the row: asking for x while the sum is written, and for the residual while y is,
-// takes 0.80 to 0.90 of a copy's time in bf16, all four in the second walk 1.05 to 1.12. The weight gradient is summed into one fp32 row per block of
-// rows; the block count depends on the shape only, so any thread count gives the same bits.
+// takes 0.80 to 0.90 of a copy's time in bf16, all four in the second walk 1.05 to 1.12. The weight gradient is summed into one fp32 row per run of
+// rows, and the runs of a block in fp64; the block count depends on the shape only, so any thread count gives the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
@@ -24,12 +24,15 @@ namespace astrobiogen::rms_norm {
 
 using at::Tensor;
 
-// Weight-gradient partials: at most this many fp32 rows, so 16 x 4352 x 4 B = 0.28 MB beside a 35.6 MB input.
+// Weight-gradient partials: at most this many fp64 rows, so 16 x 4352 x 8 B = 0.56 MB beside a 35.6 MB input.
 constexpr int64_t kMaxBlocks = 16;
 // A block below this many elements costs more to schedule (~5 us) than to compute.
 constexpr int64_t kGrainElements = 16384;
 // Vectors of 8 lanes at every level: 16 lanes gain nothing here (1.60 against 1.55 ms at [2048, 4352] bf16), and one order of the weight serves all.
 constexpr int kLanes = 8;
+// Terms of one chain of fp32 additions, after which its sum goes to a double: columns of a row, and rows of the weight gradient. A rounding error grows with
+// the length of a chain: one over 300,000 columns or 1,000,000 rows was 20 to 40 times as inexact as PyTorch's sums.
+constexpr int64_t kRunColumns = 16384, kRunRows = 128;
 constexpr int64_t kPair = 2 * kLanes;
 using Pair = simd::Pair<kLanes>;
 
@@ -63,11 +66,36 @@ struct Backward {
 template <int Index>
 using Chain = std::integral_constant<int, Index>;
 
-// Calls body(first column, whole pair?, live columns, chain) for a row; neighbouring pairs get chains 0 and 1, for sums whose additions would wait for
-// each other (a compile-time index: chosen at run time, the sums live in memory and the forward takes 1.6 times as long). The last pair may be partial.
+// The sum of one number per column in four chains, which hide the 4-cycle latency of the multiply-add, and a double that takes them up.
+struct RowSum {
+  simd::f32x8 chains[2][2] = {};
+  double before = 0.0;
+
+  template <int Index>
+  ASTRO_INLINE void add(Chain<Index>, simd::f32x8 first, simd::f32x8 second) {
+    chains[Index][0] += first;
+    chains[Index][1] += second;
+  }
+  ASTRO_INLINE float of_chains() const { return simd::sum(simd::join(chains[0][0] + chains[1][0], chains[0][1] + chains[1][1])); }
+  ASTRO_INLINE void take_up() {
+    before += of_chains();
+    for (auto& chain : chains) chain[0] = chain[1] = simd::f32x8{};
+  }
+  // With one run `before` is 0, and the mean has the bits of a plain fp32 sum.
+  ASTRO_INLINE float mean(int64_t columns) const { return static_cast<float>((before + of_chains()) / static_cast<double>(columns)); }
+};
+
+// Calls body(first column, whole pair?, live columns, chain) for a row, in runs whose sums `sum` takes up; neighbouring pairs get chains 0 and 1, for sums
+// whose additions would wait for each other (a compile-time index: chosen at run time, the sums live in memory and the forward takes 1.6 times as long).
+// The last pair may be partial.
 template <typename Body>
-ASTRO_INLINE void walk(int64_t hidden, Body&& body) {
+ASTRO_INLINE void walk(int64_t hidden, RowSum& sum, Body&& body) {
   int64_t j = 0;
+  for (; hidden - j > kRunColumns; sum.take_up())
+    for (const int64_t end = j + kRunColumns; j < end; j += 2 * kPair) {
+      body(j, std::true_type{}, kPair, Chain<0>{});
+      body(j + kPair, std::true_type{}, kPair, Chain<1>{});
+    }
   for (; j + 2 * kPair <= hidden; j += 2 * kPair) {
     body(j, std::true_type{}, kPair, Chain<0>{});
     body(j + kPair, std::true_type{}, kPair, Chain<1>{});
@@ -104,8 +132,6 @@ ASTRO_INLINE void put(T* p, Pair v, int64_t live, std::bool_constant<Whole>) {
   else simd::put_pair_partial<L, R, kLanes>(p, v, live);
 }
 
-ASTRO_INLINE float sum(simd::f32x8 a, simd::f32x8 b) { return simd::sum(simd::join(a, b)); }
-
 // The lines of the pair at p; of half precision a line holds both chains' pairs.
 template <typename T, int Index>
 ASTRO_INLINE void prefetch(const T* p, Chain<Index>) {
@@ -121,9 +147,9 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
   using namespace simd;
   const int64_t hidden = a.hidden;
   const T *x = a.x + row * hidden, *residual = Add ? a.residual + row * hidden : nullptr;
-  f32x8 squares[2][2] = {};  // four chains hide the 4-cycle latency of the multiply-add
+  RowSum squares;
   T *y = a.y + row * hidden, *sum = Add ? a.sum + row * hidden : nullptr;
-  walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
+  walk(hidden, squares, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
     Pair v = get(x + j, live, whole);
     if constexpr (Add) {
       if constexpr (Streamed) prefetch(x + hidden + j, chain);
@@ -132,11 +158,9 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
       put_pair<L, Round::kExact, kLanes>(scratch + j, v, false);
       put<L, Round::kExact, Streamed>(sum + j, v, live, whole);
     }
-    squares[chain][0] += v.first * v.first;
-    squares[chain][1] += v.second * v.second;
+    squares.add(chain, v.first * v.first, v.second * v.second);
   });
-  const float mean = rms_norm::sum(squares[0][0] + squares[1][0], squares[0][1] + squares[1][1]) / static_cast<float>(hidden);
-  const float rstd = 1.0f / std::sqrt(mean + a.eps);
+  const float rstd = 1.0f / std::sqrt(squares.mean(hidden) + a.eps);
   a.rstd[row] = rstd;
   const T *from = Add ? scratch : x, *next = (Add ? residual : x) + hidden;
   walk_back(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
@@ -153,17 +177,16 @@ ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_we
   const int64_t hidden = a.hidden;
   const T *x = a.x + row * hidden, *grad_y = a.grad_y + row * hidden, *grad_sum = Add ? a.grad_sum + row * hidden : nullptr;
   const float rstd = a.rstd[row];
-  f32x8 dots[2][2] = {};
-  walk(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
+  RowSum dots;
+  walk(hidden, dots, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
     if constexpr (Streamed) prefetch(x + hidden + j, chain);
     const Pair v = get(x + j, live, whole), g = get(grad_y + j, live, whole);
     const Pair w = load_pair<kLanes>(a.weight + j), so_far = load_pair<kLanes>(grad_weight + j);
     const f32x8 first = g.first * (v.first * rstd), second = g.second * (v.second * rstd);
-    dots[chain][0] += first * w.first;
-    dots[chain][1] += second * w.second;
+    dots.add(chain, first * w.first, second * w.second);
     store_pair<kLanes>(grad_weight + j, {so_far.first + first, so_far.second + second});
   });
-  const float correction = rms_norm::sum(dots[0][0] + dots[1][0], dots[0][1] + dots[1][1]) / static_cast<float>(hidden) * rstd;
+  const float correction = dots.mean(hidden) * rstd;
   T* grad_x = a.grad_x + row * hidden;
   walk_back(hidden, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
     if constexpr (Streamed) {
@@ -197,11 +220,16 @@ struct ForwardRows {
 template <typename T, bool Add>
 struct BackwardRows {
   template <Level L>
-  static ASTRO_INLINE void run(const Backward<T>& a, int64_t begin, int64_t end, float* grad_weight) {
-    if (a.streamed)
-      for (int64_t row = begin; row < end; ++row) backward_row<T, L, Add, true>(a, row, grad_weight);
-    else
-      for (int64_t row = begin; row < end; ++row) backward_row<T, L, Add, false>(a, row, grad_weight);
+  // `grad_weight` takes up what `run_sum`, zeros before and after, sums of each run of rows.
+  static ASTRO_INLINE void run(const Backward<T>& a, int64_t begin, int64_t end, float* run_sum, double* grad_weight) {
+    for (int64_t first = begin; first < end; first += kRunRows) {
+      const int64_t last = std::min(end, first + kRunRows);
+      if (a.streamed)
+        for (int64_t row = first; row < last; ++row) backward_row<T, L, Add, true>(a, row, run_sum);
+      else
+        for (int64_t row = first; row < last; ++row) backward_row<T, L, Add, false>(a, row, run_sum);
+      for (int64_t j = 0; j < padded(a.hidden); ++j) grad_weight[j] += run_sum[j], run_sum[j] = 0.0f;
+    }
     simd::stream_fence();
   }
 };
@@ -289,21 +317,22 @@ Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
                          hidden,
                          simd::can_stream(grad_x.const_data_ptr<T>(), hidden, grad_x.numel())};
   const int64_t blocks = std::clamp<int64_t>(rows * hidden / kGrainElements, 1, kMaxBlocks);
-  simd::AlignedArray<float> partials(blocks * width);
+  simd::AlignedArray<double> partials(blocks * width);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    simd::AlignedArray<float> run_sum(width);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * rows / blocks, last = (block + 1) * rows / blocks;
-      float* partial = partials.data() + block * width;
-      if (args.grad_sum == nullptr) dispatch<BackwardRows<T, false>>(args, first, last, partial);
-      else dispatch<BackwardRows<T, true>>(args, first, last, partial);
+      double* partial = partials.data() + block * width;
+      if (args.grad_sum == nullptr) dispatch<BackwardRows<T, false>>(args, first, last, run_sum.data(), partial);
+      else dispatch<BackwardRows<T, true>>(args, first, last, run_sum.data(), partial);
     }
   });
-  float* total = partials.data();
+  double* total = partials.data();
   for (int64_t block = 1; block < blocks; ++block)
     for (int64_t j = 0; j < width; ++j) total[j] += total[block * width + j];
   Tensor grad_weight = at::empty({hidden}, weight.options().dtype(at::kFloat));
   float* out = grad_weight.mutable_data_ptr<float>();
-  for (int64_t j = 0; j < hidden; ++j) out[j] = total[simd::arranged<T>(j)];
+  for (int64_t j = 0; j < hidden; ++j) out[j] = static_cast<float>(total[simd::arranged<T>(j)]);
   return grad_weight.to(weight.scalar_type());
 }
 

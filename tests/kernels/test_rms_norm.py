@@ -8,7 +8,7 @@ import torch
 from astrobiogen import ops
 from astrobiogen.kernels._case import Case
 from astrobiogen.kernels.rms_norm import reference
-from astrobiogen.kernels.rms_norm.samples import CASES, with_residual
+from astrobiogen.kernels.rms_norm.samples import CASES, LONG_CASES, with_residual
 from astrobiogen.kernels.rms_norm.triton_kernels import column_tiles
 from astrobiogen.testing import check_battery, check_op
 
@@ -17,7 +17,7 @@ ADD_OPS = ("add_rms_norm", "rms_norm_backward")
 RESIDUAL_CASES = tuple(with_residual(case) for case in CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + LONG_CASES, ids=lambda case: case.name)
 def test_rms_norm_battery(case: Case) -> None:
     check_battery(ops.rms_norm, reference.rms_norm, case, ops=NORM_OPS)
 

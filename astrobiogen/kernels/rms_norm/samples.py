@@ -74,6 +74,12 @@ CASES = (
     Case("wide", _plain(3, 16640), _GRADS, interpret=False),
 )
 
+# Sums so long that an order of additions shows: of 60,000 rows in the weight's gradient, of 200,000 columns in a row.
+LONG_CASES = (
+    Case("long_rows", _plain(60_000, 8), _GRADS, interpret=False),
+    Case("long_columns", _plain(2, 200_000), _GRADS, interpret=False),
+)
+
 
 def with_residual(case: Case) -> Case:
     """The same case for `add_rms_norm`: a residual of x's shape beside it."""

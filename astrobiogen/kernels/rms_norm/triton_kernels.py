@@ -35,6 +35,11 @@ ELEMENTS_PER_PROGRAM = 2048
 # memory needs, and
 # the fp32 partials stay at 2 x 132 x 4352 x 4 B = 4.6 MB beside the 53.5 MB that 2048 rows move.
 BACKWARD_PROGRAMS_PER_SM = 2
+# Steps of a backward program at most, and of a chain of additions in the final reduction: the rounding error of a sum
+# in fp32 grows with the length of its chain. More programs than that share a multiprocessor one after the other, at
+# 8 bytes of partials per 128 rows and column beside the 768 of x, grad_y and grad_x in half precision.
+MOST_STEPS = 128
+FINAL_RUN = 32
 # Rows per program in the wide weight-gradient kernel.
 WIDE_ROWS = 64
 # Strip of the final reduction: 128 fp32 columns are one 512-byte line per row, and 16 rows keep 4 warps busy with 16
@@ -182,15 +187,19 @@ def _store_partial(partial_ptr, tile, program, START: tl.constexpr, COLS: tl.con
 
 @triton.jit
 def _rms_norm_weight_final_kernel(
-    partial_ptr, grad_weight_ptr, n_partials, H: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+    partial_ptr, grad_weight_ptr, n_partials, H: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    RUN: tl.constexpr,
+):  # fmt: skip
     """Adds the partials [n_partials, H] in a fixed order and rounds once to the weight's dtype."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for start in range(0, n_partials, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < n_partials)[:, None] & (cols < H)[None, :]
-        total += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], mask=mask, other=0.0)
+    for first in range(0, n_partials, ROWS * RUN):
+        run = tl.zeros([ROWS, COLS], dtype=tl.float32)
+        for start in range(first, tl.minimum(first + ROWS * RUN, n_partials), ROWS):
+            rows = start + tl.arange(0, ROWS)
+            mask = (rows < n_partials)[:, None] & (cols < H)[None, :]
+            run += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], mask=mask, other=0.0)
+        total += run
     value = tl.sum(total, axis=0).to(grad_weight_ptr.dtype.element_ty)
     tl.store(grad_weight_ptr + cols, value, mask=cols < H)
 
@@ -297,14 +306,16 @@ def rms_norm_backward(
     else:
         c0, c1, c2 = column_tiles(hidden)
         rows = rows_per_program(hidden)
-        programs = min(triton.cdiv(n_rows, rows), BACKWARD_PROGRAMS_PER_SM * _multiprocessors(x.device))
+        steps = triton.cdiv(n_rows, rows)
+        resident = BACKWARD_PROGRAMS_PER_SM * _multiprocessors(x.device)
+        programs = max(min(steps, resident), triton.cdiv(steps, MOST_STEPS))
         partial = x.new_empty((programs, hidden), dtype=torch.float32)
         launch(_rms_norm_bwd_kernel, (programs,))(
             grad_y, x, weight, rstd, grad_sum, grad_x, partial, n_rows,
             H=hidden, R=rows, C0=c0, C1=c1, C2=c2, ADD=add, num_warps=backward_warps(hidden),
         )  # fmt: skip
     launch(_rms_norm_weight_final_kernel, (triton.cdiv(hidden, FINAL_COLS),))(
-        partial, grad_weight, partial.shape[0], H=hidden, ROWS=FINAL_ROWS, COLS=FINAL_COLS, num_warps=4
+        partial, grad_weight, partial.shape[0], H=hidden, ROWS=FINAL_ROWS, COLS=FINAL_COLS, RUN=FINAL_RUN, num_warps=4
     )
     return grad_x, grad_weight
 
@@ -353,7 +364,8 @@ def _compile_cases(hidden: int, dtype: str) -> list[CompileCase]:
     cases.append(
         CompileCase(
             f"weight_final/{hidden}/{dtype}", _rms_norm_weight_final_kernel, final,
-            {"H": hidden, "ROWS": FINAL_ROWS, "COLS": FINAL_COLS}, ("partial_ptr", "grad_weight_ptr"), 4,
+            {"H": hidden, "ROWS": FINAL_ROWS, "COLS": FINAL_COLS, "RUN": FINAL_RUN},
+            ("partial_ptr", "grad_weight_ptr"), 4,
         )
     )  # fmt: skip
     return cases
