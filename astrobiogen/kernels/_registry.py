@@ -112,7 +112,7 @@ def define(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _refusing_a_mixture(name, fake), lib=LIBRARY)
     _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule)
     LIBRARY.impl(name, _warning_reference(name, reference), "CompositeExplicitAutograd")
     # The key that every call meets first inside a transform of torch.func, whichever transform it is.
@@ -277,6 +277,20 @@ def _cuda_status(entry: _Entry) -> KernelStatus:
     if not torch.cuda.is_available():
         return KernelStatus(entry.name, "cuda", "triton", "registered; no CUDA device on this machine")
     return KernelStatus(entry.name, "cuda", "triton", f"CUDA device {torch.cuda.get_device_name()}")
+
+
+def _refusing_a_mixture(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, but not for tensors of which only some are on the device meta: the dispatcher sends them here, and the
+    results would be uninitialised memory."""
+
+    def checked(*args: Any) -> Any:
+        tensors = [one for arg in args for one in (arg if isinstance(arg, list) else [arg])]
+        devices = {one.device.type for one in tensors if isinstance(one, torch.Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            raise ValueError(f"{NAMESPACE}::{name}: all tensors must be on one device, got {sorted(devices)}")
+        return fake(*args)
+
+    return checked
 
 
 def _lazy_launcher(path: str) -> Callable[..., Any]:

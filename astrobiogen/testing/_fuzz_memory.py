@@ -5,6 +5,8 @@ import mmap
 
 import torch
 
+from astrobiogen.testing._fuzz_mutations import extent_of, inside_storage
+
 PAGE = mmap.PAGESIZE
 NO_ACCESS = 0
 
@@ -38,9 +40,9 @@ class Arena:
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_neg() or tensor.is_conj() or tensor.numel() == 0 or self.used == self.slots:
             return tensor
-        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
-        count, item = extent * tensor.element_size(), tensor.element_size()
-        if count > self.size or tensor.untyped_storage().nbytes() < tensor.storage_offset() * item + count:
+        extent = extent_of(tensor)
+        count = extent * tensor.element_size()
+        if count > self.size or not inside_storage(tensor):
             return tensor
         start = self.base + self.used * self.step + PAGE + (self.size - count if at_end else 0)
         self.used += 1

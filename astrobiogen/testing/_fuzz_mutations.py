@@ -72,7 +72,7 @@ def _changed(mutant: Mutant, value: Any, draw: random.Random) -> tuple[str, Any]
         return _changed_list(mutant, value, draw)
     tensors = [one for one in mutant.arguments if isinstance(one, torch.Tensor)]
     if value is None and tensors:
-        return "given", draw.choice(tensors).clone()
+        return "given", draw.choice(tensors)
     return "None", None
 
 
@@ -96,6 +96,8 @@ def _changed_list(mutant: Mutant, value: list[Any], draw: random.Random) -> tupl
 
 
 def _changed_tensor(mutant: Mutant, value: torch.Tensor, draw: random.Random) -> tuple[str, Any]:
+    if not inside_storage(value):
+        return "left as it is", value  # PyTorch itself would read the memory that is gone
     edits = INDEX_EDITS if value.dtype in (torch.int64, torch.int32) and draw.random() < 0.5 else EDITS
     name = draw.choice(sorted(edits))
     try:
@@ -105,6 +107,19 @@ def _changed_tensor(mutant: Mutant, value: torch.Tensor, draw: random.Random) ->
     if name in ("nonfinite", "extreme"):
         mutant.exact = False
     return name, new
+
+
+def extent_of(tensor: torch.Tensor) -> int:
+    """Elements of memory from the first to the last of `tensor`."""
+    return 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+
+
+def inside_storage(tensor: torch.Tensor) -> bool:
+    """False where the memory of a dense CPU tensor was taken away."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return True
+    needed = (tensor.storage_offset() + extent_of(tensor)) * tensor.element_size()
+    return tensor.numel() == 0 or needed <= tensor.untyped_storage().nbytes()
 
 
 def _random(like: torch.Tensor, shape: Sequence[int], draw: random.Random) -> torch.Tensor:
