@@ -9,7 +9,7 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.kernels import _autocast
-from astrobiogen.layers.children import globally_hooked, is_plain, project, reset_children
+from astrobiogen.layers.children import PLAIN_TENSORS, globally_hooked, is_plain, project, reset_children
 from astrobiogen.layers.integers import as_integer
 from astrobiogen.layers.linear import LINEAR, Linear
 
@@ -40,13 +40,20 @@ class PaddedLinear(Linear):
         super().reset_parameters()
         self.zero_padding_()
 
-    @torch.no_grad()
     def zero_padding_(self) -> None:
         """Set the padding to zero."""
-        self.weight[:, self.in_features - self.padding_in :] = 0
-        self.weight[self.out_features - self.padding_out :] = 0
+        _zero_behind(self.weight, 1, self.in_features - self.padding_in)
+        _zero_behind(self.weight, 0, self.out_features - self.padding_out)
         if self.bias is not None:
-            self.bias[self.out_features - self.padding_out :] = 0
+            _zero_behind(self.bias, 0, self.out_features - self.padding_out)
+
+
+@torch.no_grad()
+def _zero_behind(tensor: torch.Tensor, axis: int, start: int) -> None:
+    if type(tensor) in PLAIN_TENSORS:
+        tensor.narrow(axis, start, tensor.shape[axis] - start).zero_()
+    else:  # a slice of a sharded tensor is a copy, so places are counted
+        tensor.masked_fill_(torch.ones_like(tensor, dtype=torch.float32).cumsum(axis) > start, 0.0)
 
 
 _LINEAR = (*LINEAR, PaddedLinear)
@@ -63,6 +70,7 @@ class SwiGLU(nn.Module):
     are zero, their gradients are exactly zero (silu(0)·0 = 0 feeds zero weights), so the function stays the same. The
     state dict has the unpadded shapes; its values are views of the parameters, so writing into them changes the layer
     (`down_proj.weight` has rows of the padded length: `.contiguous()` is the caller's where a file format asks for it).
+    Of sharded parameters there are no such views: their entries keep the padded shapes. Either shape loads.
 
     With `recompute=True` the product silu(gate)·up is not kept for the gradient of `down_proj.weight`: the backward
     kernel, which reads gate and up anyway, writes it again (48 MB less per layer at [2048, 11605] in half precision).
@@ -183,7 +191,8 @@ def _axes(prefix: str, state: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def _trim_state(module: SwiGLU, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     for key, axis in _axes(prefix, state):
-        state[key] = state[key].narrow(axis, 0, module.intermediate_size)  # a view: what is written there counts
+        if type(state[key]) in PLAIN_TENSORS:
+            state[key] = state[key].narrow(axis, 0, module.intermediate_size)  # a view: what is written there counts
 
 
 def _pad_state(module: SwiGLU, state: dict[str, Any], prefix: str, *_unused: Any) -> None:

@@ -300,3 +300,27 @@ def test_every_child_sharded_on_its_own(maker: str, mesh: Any) -> None:
     torch.testing.assert_close(out, expected)
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
+def test_padding_of_sharded_weights_is_zero(mesh: Any) -> None:
+    """Meta, shard, allocate, initialise: the order of torchtitan. The state dict's values are the parameters."""
+    layer = SwiGLU(12, 21, bias=True, pad_intermediate=True, device="meta")
+    fully_shard(layer, mesh=mesh)
+    layer.to_empty(device="cpu")
+    for module in layer.modules():
+        module.reset_parameters()  # type: ignore[operator]
+    full = {name: parameter.full_tensor() for name, parameter in layer.named_parameters()}  # type: ignore[attr-defined]
+    padding = (full["gate_proj.weight"][21:], full["up_proj.bias"][21:], full["down_proj.weight"][:, 21:])
+    assert [int(part.count_nonzero()) for part in padding] == [0, 0, 0]
+    assert all(part.isfinite().all() for part in full.values())
+    plain = SwiGLU(12, 21, bias=True)
+    plain.load_state_dict({
+        name: value.narrow(int(name == "down_proj.weight"), 0, 21) if name != "down_proj.bias" else value
+        for name, value in full.items()
+    })  # fmt: skip
+    x = torch.randn(4, 12)
+    torch.testing.assert_close(layer(x), plain(x))
+    for value in layer.state_dict().values():
+        value.zero_()
+    assert not layer(x).count_nonzero()
