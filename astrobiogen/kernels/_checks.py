@@ -1,6 +1,7 @@
 """Argument checks shared by the ops' public functions; every message names the argument, what was got and what is
 expected."""
 
+import importlib
 import numbers
 import operator
 from typing import Any, SupportsIndex
@@ -15,9 +16,25 @@ INT32_SAFE = 2**30
 
 def check_tensor(name: str, value: object) -> torch.Tensor:
     """`value` if it is a tensor, else TypeError."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    return value
+    kind = type(value)
+    if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {kind.__name__}")
+        if is_distributed(value):
+            _load_sharding_rules()
+    return value  # pyright: ignore[reportReturnType]
+
+
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """True for a `torch.distributed.tensor.DTensor`, asked without the import, which takes longer than ours."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def _load_sharding_rules() -> None:
+    importlib.import_module("astrobiogen.kernels._sharding")  # registers them, once
+
+
+_load_sharding_rules._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess] (run while tracing)
 
 
 def check_float(name: str, value: object) -> torch.Tensor:

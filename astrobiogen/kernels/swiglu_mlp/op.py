@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_shape
+from astrobiogen.kernels._checks import check_float, check_same_device, check_shape, is_distributed
 from astrobiogen.kernels.linear.op import linear
 from astrobiogen.kernels.swiglu.op import swiglu
 from astrobiogen.kernels.swiglu_mlp import reference
@@ -17,7 +17,7 @@ def swiglu_mlp(
     """The SwiGLU block y = (silu(x Gᵀ) · (x Uᵀ)) Dᵀ (Shazeer 2020, arXiv:2002.05202), on the CPU in fp32 as one kernel.
 
     Kept for the backward pass: x, x Gᵀ and x Uᵀ; the product in between exists for a few rows at a time. Half
-    precision, other devices and autocast take `linear`, `swiglu`, `linear`, each by its own rule.
+    precision, other devices, distributed tensors and autocast take `linear`, `swiglu`, `linear`, each by its own rule.
 
     Args:
         x: [..., H], any floating-point dtype, any strides.
@@ -47,7 +47,7 @@ def swiglu_mlp(
     check_shape("down_weight", down_weight, (hidden, inner), "[H, I], gate_weight transposed")
     check_same_device(x=x, **weights)
     single = x.dtype == gate_weight.dtype == up_weight.dtype == down_weight.dtype == torch.float32
-    if x.device.type != "cpu" or not single or _autocast.enabled(x):
+    if x.device.type != "cpu" or not single or _autocast.enabled(x) or is_distributed(x):
         return linear(swiglu(linear(x, gate_weight), linear(x, up_weight)), down_weight)
     if _registry.reference_selected():
         return reference.swiglu_mlp(x, gate_weight, up_weight, down_weight)
