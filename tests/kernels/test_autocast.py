@@ -32,7 +32,7 @@ class Pair:
     one's dtype, so that the table stays small; `strict`: float64 beside another dtype is an error for both."""
 
     ours: Callable[..., Any]
-    torch: Callable[..., Any]
+    theirs: Callable[..., Any]
     shapes: Mapping[str, tuple[int, ...]]
     together: dict[str, str] = dataclasses.field(default_factory=dict)
     strict: bool = False
@@ -191,7 +191,7 @@ def test_on_the_cpu_every_combination_of_types_gives_what_pytorch_gives(name: st
     for types in pair.combinations():
         mine, theirs = leaves(drawn, types), leaves(drawn, types)
         label = f"{name} {list(types.values())} under {dtype}"
-        got, wanted = attempt(pair.ours, mine, dtype), attempt(pair.torch, theirs, dtype)
+        got, wanted = attempt(pair.ours, mine, dtype), attempt(pair.theirs, theirs, dtype)
         if wanted is None:
             assert got is None or not pair.strict, f"{label}: PyTorch refuses it"
             continue
@@ -228,7 +228,7 @@ def test_on_a_gpu_every_combination_of_types_gives_the_type_that_pytorch_gives(n
         with FakeTensorMode(allow_non_fake_inputs=True):
             shapes = pair.shapes.items()
             tensors = {argument: torch.ones(shape, dtype=types[argument], device="cuda") for argument, shape in shapes}
-            got, wanted = attempt(pair.ours, tensors, dtype), attempt(pair.torch, tensors, dtype)
+            got, wanted = attempt(pair.ours, tensors, dtype), attempt(pair.theirs, tensors, dtype)
         label = f"{name} {list(types.values())} under {dtype}"
         if wanted is None or (got is None and mixed):
             continue
