@@ -1,7 +1,7 @@
 """log.jsonl on disk: read without holding it in memory, and cut into compressed parts as it grows.
 
 A run of four weeks writes gigabytes. At 64 MiB log.jsonl becomes `log-0001.jsonl`, which a thread compresses to
-`log-0001.jsonl.gz` (a twelfth of the size); whatever is killed in between, each record is in one of the files.
+`log-0001.jsonl.gz` (a quarter of the size); whatever is killed in between, each record is in one of the files.
 """
 
 import array
