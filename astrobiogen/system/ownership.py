@@ -18,6 +18,8 @@ from typing import Self
 # An owner needs less than this between taking the lock and signing it.
 _SIGNING_SECONDS = 0.5
 _LONGEST_SIGNATURE = 4096
+# Processes that a killed owner has forked (data loaders) share its lock until they notice that it is gone: 5 s each.
+_ORPHAN_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,18 @@ class Owner:
     host: str
     since: str
     command: str
+
+    def is_gone(self) -> bool:
+        """Whether it has ended: known of processes of this machine only."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
 
     def __str__(self) -> str:
         """In words, for the refusal of another process."""
@@ -71,6 +85,7 @@ class Lock:
         self._descriptor = -1
 
     def __enter__(self) -> Self:
+        patience = time.monotonic() + _ORPHAN_SECONDS
         while True:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(self.path, flags, 0o666)
@@ -82,7 +97,10 @@ class Lock:
                     self._descriptor, descriptor = descriptor, -1
                     break
             except BlockingIOError as error:
-                raise InUseError(self.path, _signature(descriptor)) from error
+                owner = _signature(descriptor)
+                if owner is None or not owner.is_gone() or time.monotonic() > patience:
+                    raise InUseError(self.path, owner) from error
+                time.sleep(0.1)
             except OSError as error:
                 raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(self.path)) from error
             finally:

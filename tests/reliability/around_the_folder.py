@@ -4,7 +4,7 @@
     python -m tests.reliability.around_the_folder same --tries 8      # three seeds at once with one --output
     python -m tests.reliability.around_the_folder early --tries 30    # killed within 30 ms of the folder's birth
     python -m tests.reliability.around_the_folder signals             # every signal, then the same command to the end
-    python -m tests.reliability.around_the_folder torchrun            # every signal to one of two ranks
+    python -m tests.reliability.around_the_folder torchrun --tries 6  # every signal to one of two ranks
 
 One parent, which has imported everything, forks the commands, which train on a small synthetic data set; `torchrun`
 starts them afresh. Prints JSON; exit code 1 if a promise is broken.
@@ -163,11 +163,11 @@ def signals(base: Path, _tries: int) -> tuple[dict[str, Any], bool]:
     return result, good
 
 
-def torchrun(base: Path, _tries: int) -> tuple[dict[str, Any], bool]:
-    """Each signal to one of two ranks: the agent ends with 0, one step for both."""
+def torchrun(base: Path, tries: int) -> tuple[dict[str, Any], bool]:
+    """The last `tries` signals, each to one of two ranks: the agent ends with 0, one step for both."""
     result: dict[str, Any] = {}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for place, number in enumerate(runtime.STOPPING):
+    for place, number in enumerate(runtime.STOPPING[-tries:]):
         folder = base / number.name
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
         command += ["rank", str(place % 2), number.name, *SHORT, f"--output={folder}", "--resume=auto"]

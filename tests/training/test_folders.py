@@ -227,6 +227,28 @@ def test_a_killed_owner_leaves_no_lock_and_a_living_one_is_named(tmp_path: Path)
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.yaml", "notes.tmp-0123abcd"}
 
 
+def test_the_children_of_a_killed_owner_are_waited_for(tmp_path: Path) -> None:
+    """Data loaders share the lock of the process that forked them until they notice that it is gone."""
+    path, ready = tmp_path / "lock", FORK.Event()
+
+    def hold() -> None:
+        with ownership.Lock(path):
+            if os.fork() == 0:
+                time.sleep(1.0)
+                os._exit(0)
+            ready.set()
+            time.sleep(60)
+
+    owner = FORK.Process(target=hold)
+    owner.start()
+    assert ready.wait(30)
+    assert owner.pid is not None
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.join(30)
+    with ownership.Lock(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
 def test_a_lock_that_was_replaced_meanwhile_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, inner, calls = tmp_path / "lock", ownership.fcntl.flock, 0
 
