@@ -92,10 +92,11 @@ def _settle(stream: TextIO | None) -> None:
     try:
         stream.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-        stream.flush()
+        with contextlib.suppress(OSError):  # a stream without a descriptor is not Python's to flush at its end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            stream.flush()
 
 
 @contextlib.contextmanager

@@ -145,7 +145,8 @@ def _signature(descriptor: int) -> Owner | None:
     end = time.monotonic() + _SIGNING_SECONDS
     while True:
         try:
-            return Owner(**json.loads(os.pread(descriptor, _LONGEST_SIGNATURE, 0)))
+            owner = Owner(**json.loads(os.pread(descriptor, _LONGEST_SIGNATURE, 0)))
+            return dataclasses.replace(owner, pid=int(owner.pid))
         except (ValueError, TypeError):
             if time.monotonic() > end:
                 return None

@@ -29,10 +29,15 @@ class LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line of `record`, or count it."""
+        try:
+            line = self.format(record)
+        except Exception:  # whatever a wrong call of the logger raises; logging's own handlers do the same
+            self.handleError(record)
+            return
         head = ["", ""] if self._torn else [""]
         if self._missing:
             head[-1:] = [f"({self._missing} lines could not be written here)", ""]
-        data = ("\n".join(head) + self.format(record) + "\n").encode(errors="backslashreplace")
+        data = ("\n".join(head) + line + "\n").encode(errors="backslashreplace")
         try:
             written = self._file.write(data)
             reason = "the disk is full"

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -196,12 +195,12 @@ def test_the_timer_of_saves_runs_across_epochs(
 
 
 def test_workers_outlive_a_signal_to_the_process_group() -> None:
-    """SIGTERM and SIGINT reach loader processes too; every batch must still arrive."""
+    """Stopping signals reach loader processes too; every batch must still arrive."""
     parent = os.getpid()
 
     def signalled(samples: list[Any]) -> Any:
         assert os.getpid() != parent
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in runtime.STOPPING:
             os.kill(os.getpid(), number)
         return collate(samples)
 
