@@ -40,6 +40,8 @@ FOUND = ("signal", HANG, SANITIZER, WRONG)
 SANITIZER_CODE = 77
 BUILDING, RUNNING, COMPARING = range(3)
 POLL_SECONDS = 0.01
+# A call that waits for something instead of working is given this many times longer.
+IDLE_FACTOR = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ Runner = Callable[[int, Progress], tuple[str, str]]
 
 
 def drive(run: Runner, indices: Sequence[int], timeout: float, sanitized: bool = False) -> list[Verdict]:
-    """Run each of `indices` in a worker, and go on in a new one where a worker ends or is silent for `timeout` seconds.
+    """Run each of `indices` in a worker, and go on in a new one where it ends or works on one for `timeout` seconds.
 
     Raises:
         RuntimeError: the fuzzer itself failed in a worker.
@@ -157,19 +159,26 @@ def _work(run: Runner, indices: Sequence[int], progress: Progress, sanitized: bo
 
 
 def _wait(child: int, progress: Progress, timeout: float) -> int | None:
-    """The wait status of `child`; None for one that was silent too long and was ended."""
-    last, since = progress.at(), time.monotonic()
+    """The wait status of `child`; None for one that was at one call too long and was ended."""
+    last, worked, begin = progress.at(), _worked(child), time.monotonic()
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
         if progress.at() != last:
-            last, since = progress.at(), time.monotonic()
-        if time.monotonic() - since > timeout:
+            last, worked, begin = progress.at(), _worked(child), time.monotonic()
+        if _worked(child) - worked > timeout or time.monotonic() - begin > IDLE_FACTOR * timeout:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return None
         time.sleep(POLL_SECONDS)
+
+
+def _worked(child: int) -> float:
+    """Seconds of processor time of a process: on a busy machine a call that is not being run is no hang."""
+    with open(f"/proc/{child}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _ended(index: int, phase: int, status: int | None, complaint: str) -> tuple[str, str]:
@@ -225,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", action="append", default=[], help="only this operator; may be repeated")
     parser.add_argument("--library", choices=("astrobiogen", "aten"), default="astrobiogen")
     parser.add_argument("--only", type=int, help="run one call of the series in this process and print it")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a call counts as a hang")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds of work after which a call hangs")
     parser.add_argument("--update", type=Path, help="write the figures into this Markdown file's table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # a forked process has no threads of its parent
