@@ -81,9 +81,9 @@ def _find(source: Path) -> tuple[chosen.Chosen, checkpoint.Content]:
 
 def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespace) -> TrainConfig:
     documents = content.documents
-    stored: Any = documents["best"]["config"] if "best" in documents else documents.get("training", {}).get("config")
-    if stored is None:
-        raise CheckpointError(f"{path}: holds no configuration")
+    stored: Any = documents.get("best", documents.get("training", {})).get("config")
+    if stored is None or "model" not in content.tensors:
+        raise CheckpointError(f"{path}: holds no {'configuration' if stored is None else 'weights'}")
     try:
         config = from_dict(stored)
         evaluation = dataclasses.replace(

@@ -289,6 +289,27 @@ def test_every_public_op_is_in_the_catalogue_with_docstring_and_a_registered_ker
     assert registry.ops(), "no op is registered"
 
 
+# Calls that trust what someone else has made, and what to call instead.
+UNBOUNDED: dict[str, str] = {
+    r"\b(?:gzip|lzma|bz2)\.(?:open|decompress)\(|\bzlib\.decompress\(": "data.guarded.gunzip or unxz, which are bounded",
+    r"\bElementTree\.(?:parse|iterparse)\(|\bminidom\b": "data.guarded.xml_problem, then ElementTree.fromstring",
+    r"\burlopen\(|\burlretrieve\(": "data.fetch.download.Web, which insists on https",
+    r"\btorch\.load\(|\bimport pickle\b": "safetensors and JSON, which run nothing",
+    r"\bsave_file\(": "training.tensor_files.write, which keeps the umask and lets training go on",
+}
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE), ids=relative)
+def test_files_from_elsewhere_are_read_within_bounds(path: Path) -> None:
+    text = path.read_text()
+    for pattern, instead in UNBOUNDED.items():
+        found = re.search(pattern, text)
+        assert found is None, f"{relative(path)}: {found and found[0]!r}; use {instead}"
+    assert "ElementTree.fromstring" not in text or "xml_problem(" in text, (
+        f"{relative(path)}: XML that was not looked at"
+    )
+
+
 def test_the_structure_tests_find_planted_faults(tmp_path: Path) -> None:
     late = ast.parse("def f():\n    import torch\n")
     assert [node in set(late.body) for node, _ in imported(late)] == [False]
@@ -301,4 +322,6 @@ def test_the_structure_tests_find_planted_faults(tmp_path: Path) -> None:
     assert all(any(re.search(word, line) for word in SHARED_NAMES) for line in planted)
     assert any(re.search(word, "    raise NotImplementedError") for word in BANNED)
     assert any(re.search(word, "x = 1  # type: ignore") for word in BANNED)
+    for call in ("gzip.decompress(x)", "lzma.open(p)", "ElementTree.parse(p)", "request.urlopen(u)", "torch.load(p)"):
+        assert any(re.search(pattern, call) for pattern in UNBOUNDED), call
     assert not any(re.search(word, "x = 1  # type: ignore[arg-type]") for word in BANNED)

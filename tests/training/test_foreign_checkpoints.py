@@ -1,9 +1,12 @@
 """Checkpoints that someone else has made, moved or linked: nothing outside is read, nothing hangs, nothing is lost."""
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from astrobiogen import evaluate
 from astrobiogen.training import tensor_files
 from astrobiogen.training.checkpoint import MANIFEST, CheckpointStore, Content, read, verify
 from astrobiogen.training.config import CheckpointConfig
@@ -235,3 +239,12 @@ def test_unlisted_shards_are_refused(tmp_path: Path) -> None:
     (folder / "more" / "shard-00002.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is not listed in the manifest"):
         verify(folder)
+
+
+@pytest.mark.parametrize("best", [{}, {"config": {"epochs": 3}}])
+def test_evaluate_says_what_a_checkpoint_lacks(tmp_path: Path, best: dict[str, Any]) -> None:
+    folder = CheckpointStore(tmp_path, keep=2).save(1, Content({"other": {"a": torch.ones(2)}}, {"best": best}))
+    message = "error: .*step-00000001: holds no (configuration|weights)"
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        assert evaluate.main([str(folder)]) == 1
+    assert re.search(message, errors.getvalue()), errors.getvalue()
