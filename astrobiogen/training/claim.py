@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import errno
 import os
 import re
 import stat
@@ -118,6 +119,8 @@ def _named(folder: Path) -> tuple[Path, bool]:
         folder.mkdir()
         return folder, True
     except FileExistsError:
+        if folder.is_symlink() and not folder.exists():
+            raise FileNotFoundError(errno.ENOENT, "it is a link that points nowhere", str(folder)) from None
         return folder, False
 
 

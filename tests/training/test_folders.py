@@ -141,6 +141,9 @@ def test_another_folder_is_refused_untouched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"), claim.claimed(str(tmp_path / "linked"), "tiny"):
         pass
     assert outside.read_text() == "mine"
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="a link that points nowhere"), claim.claimed(str(tmp_path / "dangling"), "x"):
+        pass
 
 
 DEAD = {
