@@ -2,9 +2,11 @@
 
 import ctypes
 import dataclasses
+import os
 import platform
 import random
 import signal
+import time
 import types
 from typing import Any
 
@@ -113,12 +115,15 @@ def prepare(config: RuntimeConfig, seed: int) -> dict[str, Any]:
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 # A second one of these ends the process at once. The others come several times, or before a SIGTERM, by themselves.
 _INSISTING = (signal.SIGINT, signal.SIGTERM)
+# Under torchrun its agent passes on what it gets: a batch system that signals every process is heard twice.
+_COPY_SECONDS = 5.0
 
 
 @dataclasses.dataclass
 class Interrupt:
     """Turns every signal of `STOPPING` into a flag that the loop polls; the second SIGINT or SIGTERM ends the process
-    at once. SIGHUP stays ignored where it was (`nohup`).
+    at once (under torchrun one 5 s later: its agent sends a copy of the first). SIGHUP stays ignored where it was
+    (`nohup`).
 
     Use as a context manager.
 
@@ -129,15 +134,18 @@ class Interrupt:
 
     received: str = ""
     saved: bool = False
-    _insisted: bool = False
+    _insisted: float | None = None
+    _copied: bool = dataclasses.field(default_factory=lambda: "TORCHELASTIC_RUN_ID" in os.environ)
     _previous: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def _handle(self, number: int, _frame: types.FrameType | None) -> None:
         if number in _INSISTING:
-            if self._insisted:
+            now = time.monotonic()
+            if self._insisted is None:
+                self._insisted = now
+            elif not self._copied or now - self._insisted > _COPY_SECONDS:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            self._insisted = True
         self.received = self.received or signal.Signals(number).name
 
     def __enter__(self) -> "Interrupt":

@@ -92,6 +92,14 @@ def test_the_second_insisting_signal_ends_at_once(pair: tuple[int, int]) -> None
     assert os.WTERMSIG(status) == pair[1]
 
 
+def test_the_copy_that_torchruns_agent_sends_does_not_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with runtime.Interrupt() as interrupt:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.received == "SIGTERM"
+
+
 def test_the_same_command_starts_goes_on_and_says_that_it_has_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
