@@ -49,10 +49,8 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 def widest(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the widest of their dtypes under autocast; elsewhere TypeError unless they share one."""
-    first, *others = values = tuple(tensors.values())
-    if all(other.dtype == first.dtype for other in others):
-        return values
-    if not enabled(first):
+    values = tuple(tensors.values())
+    if not enabled(values[0]):
         check_same_dtype(**tensors)
     common = functools.reduce(torch.promote_types, (value.dtype for value in values))
     return tuple(value.to(common) for value in values)

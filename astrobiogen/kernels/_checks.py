@@ -96,9 +96,10 @@ def _index(name: str, value: SupportsIndex) -> int:
 def check_same_device(**tensors: torch.Tensor) -> None:
     """ValueError unless all tensors are on the device of the first."""
     (first_name, first), *rest = tensors.items()
+    device = first.device
     for name, tensor in rest:
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {tensor.device}")
 
 
 def check_same_dtype(**tensors: torch.Tensor) -> None:

@@ -136,7 +136,10 @@ def edge_attention(
     check_shape("edges.receiver_start", edges.receiver_start, (q.shape[0] + 1,), "[nodes of q + 1]")
     check_shape("edges.sender_start", edges.sender_start, (k.shape[0] + 1,), "[nodes of k + 1]")
     check_same_dtype(q=q, k=k, v=v, bias=bias)
-    check_same_device(q=q, k=k, v=v, bias=bias, **dict(zip(edges._fields, edges)))
+    check_same_device(q=q, k=k, v=v, bias=bias)
+    a, b, c, d, e, f = edges
+    if not q.device == a.device == b.device == c.device == d.device == e.device == f.device:
+        check_same_device(q=q, **edges._asdict())
     if q.device.type != "cpu":  # on the CPU the op checks them, and their values too
         _check_lists(edges)
     factor = float(max(width, 1)) ** -0.5 if scale is None else float(scale)

@@ -63,7 +63,8 @@ def add_rms_norm(
     """
     _check(x, weight, eps)
     check_float("residual", residual)
-    x, residual = _autocast.widest(x=x, residual=residual)
+    if x.dtype != residual.dtype:
+        x, residual = _autocast.widest(x=x, residual=residual)
     check_shape("residual", residual, tuple(x.shape), "the shape of x")
     check_same_device(x=x, residual=residual)
     if _autocast.full_precision(x) is not x:  # the norm's result is float32 then, and the sum is not

@@ -32,7 +32,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     check_float("gate", gate)
     check_float("up", up)
-    gate, up = _autocast.widest(gate=gate, up=up)
+    if gate.dtype != up.dtype:
+        gate, up = _autocast.widest(gate=gate, up=up)
     check_shape("up", up, tuple(gate.shape), "the shape of gate")
     check_same_device(gate=gate, up=up)
     if _registry.reference_selected():
