@@ -291,7 +291,7 @@ def test_every_public_op_is_in_the_catalogue_with_docstring_and_a_registered_ker
 
 # Calls that trust what someone else has made, and what to call instead.
 UNBOUNDED: dict[str, str] = {
-    r"\b(?:gzip|lzma|bz2)\.(?:open|decompress)\(|\bzlib\.decompress\(": "data.guarded.gunzip or unxz, which are bounded",
+    r"\b(?:gzip|lzma|bz2)\.(?:open|decompress)\(|\bzlib\.decompress\(": "data.guarded.gunzip or unxz: bounded",
     r"\bElementTree\.(?:parse|iterparse)\(|\bminidom\b": "data.guarded.xml_problem, then ElementTree.fromstring",
     r"\burlopen\(|\burlretrieve\(": "data.fetch.download.Web, which insists on https",
     r"\btorch\.load\(|\bimport pickle\b": "safetensors and JSON, which run nothing",
