@@ -5,12 +5,13 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from astrobiogen.kernels._values import has_values
 from astrobiogen.layers.children import globally_hooked, is_plain
 from astrobiogen.layers.linear import LINEAR
 
@@ -24,6 +25,34 @@ class CountsUpdates(abc.ABC):
     @abc.abstractmethod
     def after_update(self) -> None:
         """Count one update."""
+
+
+class HoldsConstants(nn.Module):
+    """A module with fixed tables that its constructor computes. They are buffers without an entry in the state dict:
+    they follow the module's device, are never less than fp32, and are whole again after `to_empty`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constants: dict[str, torch.Tensor] = {}
+
+    def hold(self, name: str, value: torch.Tensor) -> None:
+        """Register `value`, computed on the CPU, as the buffer `name`."""
+        value = value.to(torch.float32).contiguous()
+        self._constants[name] = value
+        self.register_buffer(name, value.to(torch.get_default_device()), persistent=False)
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """The tables by name, fp32 on the CPU, wherever the module is."""
+        return dict(self._constants)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Every move of the module passes here."""
+        super()._apply(fn, recurse)
+        for name, value in self._constants.items():
+            buffer = self._buffers[name]
+            if buffer is not None and has_values(buffer):
+                self._buffers[name] = value.to(buffer.device, torch.promote_types(buffer.dtype, torch.float32))
+        return self
 
 
 def resolve_config(cls: type[Config], config: Config | None, overrides: dict[str, Any]) -> Config:

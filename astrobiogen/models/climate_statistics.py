@@ -7,15 +7,14 @@ when the pattern is turned, mirrored or shifted in time, and is what melting, fr
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from astrobiogen.models._common import at_least_float32, check_axes, require
+from astrobiogen.models._common import HoldsConstants, at_least_float32, check_axes, require
 from astrobiogen.models.physics import AXES, area_weights
 
 FLOOR = 0.02  # smallest share that is told from none: 2 % of area and time
 
 
-class ClimateStatistics(nn.Module):
+class ClimateStatistics(HoldsConstants):
     """Standardised cube [B, V, climate_time, geological_time, lev, lat, lon] -> log odds [B, v, levels, K] of the
     shares of area and time above K thresholds: v of the variables, lowest levels, last epoch.
 
@@ -53,7 +52,7 @@ class ClimateStatistics(nn.Module):
         require(levels >= 1, f"levels must be at least 1, got {levels}")
         require(limits[0] < limits[1], f"limits must be (low, high) with low < high, got {limits}")
         self.variables, self.levels, self.thresholds, self.limits = list(variables), levels, thresholds, limits
-        self.register_buffer("row_weights", area_weights(latitude_bounds).to(torch.float32), persistent=False)
+        self.hold("row_weights", area_weights(latitude_bounds))
 
     @torch.no_grad()
     def forward(self, cube: torch.Tensor, epoch_mask: torch.Tensor) -> torch.Tensor:

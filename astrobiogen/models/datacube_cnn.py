@@ -9,6 +9,7 @@ from torch import nn
 from astrobiogen import ops
 from astrobiogen.layers import ConvNd, RMSNorm
 from astrobiogen.models._common import (
+    HoldsConstants,
     affine,
     at_least_float32,
     check_axes,
@@ -37,7 +38,7 @@ def cube_from_legacy(cube: torch.Tensor) -> torch.Tensor:
     return cube.permute(0, 1, 2, 5, 3, 4).unsqueeze(3)
 
 
-class RebuiltDatacubeCNN(nn.Module):
+class RebuiltDatacubeCNN(HoldsConstants):
     """Climate cube [B, V, climate_time, geological_time, lev, lat, lon] -> features [B, C], prediction on the input
     grid, budgets.
 
@@ -92,7 +93,7 @@ class RebuiltDatacubeCNN(nn.Module):
         self.feature_norm = RMSNorm(config.feature_dim)
         self.decoder = PatchDecoder(previous, config)
         rows = area_weights(config.latitude_edges).view(config.deepest_grid[3], -1).sum(1)
-        self.register_buffer("pool_weights", rows.to(torch.float32), persistent=False)
+        self.hold("pool_weights", rows)
         if config.use_physics_constraints:
             mean, std = config.standardisation()
             self.budgets = AtmosphereBudgets(

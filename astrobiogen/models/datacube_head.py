@@ -14,7 +14,7 @@ from astrobiogen import ops
 from astrobiogen.layers import Linear, RMSNorm
 from astrobiogen.layers.children import globally_hooked, is_plain
 from astrobiogen.layers.linear import LINEAR
-from astrobiogen.models._common import affine, at_least_float32, without_autocast
+from astrobiogen.models._common import HoldsConstants, affine, at_least_float32, without_autocast
 from astrobiogen.models.datacube_config import DatacubeConfig, Ints5
 from astrobiogen.models.physics import LATENT_HEAT, AtmosphereBudgets
 
@@ -97,7 +97,7 @@ class PatchDecoder(nn.Module):
             return (difference + blocks.sum((2, 4))).clamp(min=0.0) / cells
 
 
-class PatchBudgets(nn.Module):
+class PatchBudgets(HoldsConstants):
     """Water and energy budgets of decoded patches against the input's, in the units of `AtmosphereBudgets.violations`.
 
     Negative humidity is judged on the vapour mass of whole patches, so a decoded patch with a negative total is a
@@ -119,24 +119,24 @@ class PatchBudgets(nn.Module):
         pm, pe, pl, pr, pc = config.patch_size
         grid = config.stem_grid
         self.months, self.epochs = pm, pe
-        field = torch.zeros(2, config.input_variables, levels, rows, columns)
+        of_fields = budgets.constants()
+        field = torch.zeros(2, config.input_variables, levels, rows, columns, device="cpu")
         shape = (levels, rows, columns)
-        water = budgets.water_weight.view(shape) / budgets.water_scale
+        water = of_fields["water_weight"].view(shape) / of_fields["water_scale"]
         field[0, budgets.humidity] = water
-        field[1, budgets.humidity] = LATENT_HEAT * budgets.water_weight.view(shape) / budgets.energy_scale
-        field[1, budgets.temperature] = budgets.heat_weight.view(shape) / budgets.energy_scale
+        vapour = LATENT_HEAT * of_fields["water_weight"].view(shape)
+        field[1, budgets.humidity] = vapour / of_fields["energy_scale"]
+        field[1, budgets.temperature] = of_fields["heat_weight"].view(shape) / of_fields["energy_scale"]
         # the same in every column and time, so one column of patches tells all: [2, V, lev', pl, lat', pr, pc]
         block = field[..., :pc].reshape(2, config.input_variables, grid[2], pl, grid[3], pr, pc)
         block = block.permute(2, 4, 1, 3, 5, 6, 0)  # [lev', lat', V, pl, pr, pc, 2]
-        steps = torch.eye(pm * pe).view(pm, pe, pm * pe)
+        steps = torch.eye(pm * pe, device="cpu").view(pm, pe, pm * pe)
         weights = torch.einsum("zyvcdeq,abm->zyvabcdemq", block, steps)
-        self.register_buffer(
-            "weights", weights.reshape(grid[2], grid[3], -1, pm * pe, 2).contiguous(), persistent=False
-        )
-        dry = (water * budgets.dry_limit[:, None, None])[..., :pc].reshape(grid[2], pl, grid[3], pr, pc).sum((1, 3, 4))
-        self.register_buffer("dry_limit", dry.contiguous(), persistent=False)
-        self.register_buffer("water_scale", budgets.water_scale.clone(), persistent=False)
-        self.register_buffer("energy_scale", budgets.energy_scale.clone(), persistent=False)
+        self.hold("weights", weights.reshape(grid[2], grid[3], -1, pm * pe, 2))
+        limit = water * of_fields["dry_limit"][:, None, None]
+        self.hold("dry_limit", limit[..., :pc].reshape(grid[2], pl, grid[3], pr, pc).sum((1, 3, 4)))
+        self.hold("water_scale", of_fields["water_scale"].clone())
+        self.hold("energy_scale", of_fields["energy_scale"].clone())
 
     def forward(
         self, decoder: PatchDecoder, rows: torch.Tensor, water: torch.Tensor, energy: torch.Tensor

@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from astrobiogen.models._common import at_least_float32, check_axes, require
+from astrobiogen.models._common import HoldsConstants, at_least_float32, check_axes, require
 
 HEAT_CAPACITY = 1004.64  # J kg⁻¹ K⁻¹, dry air at constant pressure
 LATENT_HEAT = 2.501e6  # J kg⁻¹, vaporisation of water at 0 °C
 AXES = ("batch", "variable", "climate_time", "geological_time", "lev", "lat", "lon")
 
 
-class AtmosphereBudgets(nn.Module):
+class AtmosphereBudgets(HoldsConstants):
     """Budgets of standardised fields [B, V, months, epochs, lev, lat, lon] that hold temperature and specific humidity.
 
     With area weight a = (sin φ_north − sin φ_south) / 2 per row, spread evenly over longitude, and layer mass
@@ -63,7 +62,7 @@ class AtmosphereBudgets(nn.Module):
         for name in ("ta", "hus"):
             require(name in variables, f"variables must contain {name!r} for the budgets, got {tuple(variables)}")
         self.temperature, self.humidity = list(variables).index("ta"), list(variables).index("hus")
-        thickness = torch.tensor(level_bounds, dtype=torch.float64).diff().abs()
+        thickness = torch.tensor(level_bounds, dtype=torch.float64, device="cpu").diff().abs()
         self.sizes = {
             "variable": len(variables), "lev": len(thickness), "lat": len(latitude_bounds) - 1, "lon": n_longitudes
         }  # fmt: skip
@@ -74,19 +73,16 @@ class AtmosphereBudgets(nn.Module):
         area = area_weights(latitude_bounds)
         layer_mass = surface_pressure / gravity * thickness
         column = (layer_mass[:, None, None] * area[None, :, None] / n_longitudes).expand(-1, -1, n_longitudes)
-        spread, centre = torch.tensor(std, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
+        spread, centre = (torch.tensor(table, dtype=torch.float64, device="cpu") for table in (std, mean))
         water = column * spread[self.humidity][:, None, None]
         heat = column * HEAT_CAPACITY * spread[self.temperature][:, None, None]
-        self._keep("water_weight", water.flatten())
-        self._keep("heat_weight", heat.flatten())
-        self._keep("dry_limit", centre[self.humidity] / spread[self.humidity])
-        self._keep("water_mean", (layer_mass * centre[self.humidity]).sum())
-        self._keep("heat_mean", (layer_mass * HEAT_CAPACITY * centre[self.temperature]).sum())
-        self._keep("water_scale", water.sum())
-        self._keep("energy_scale", heat.sum() + LATENT_HEAT * water.sum())
-
-    def _keep(self, name: str, value: torch.Tensor) -> None:
-        self.register_buffer(name, value.to(torch.float32).contiguous(), persistent=False)
+        self.hold("water_weight", water.flatten())
+        self.hold("heat_weight", heat.flatten())
+        self.hold("dry_limit", centre[self.humidity] / spread[self.humidity])
+        self.hold("water_mean", (layer_mass * centre[self.humidity]).sum())
+        self.hold("heat_mean", (layer_mass * HEAT_CAPACITY * centre[self.temperature]).sum())
+        self.hold("water_scale", water.sum())
+        self.hold("energy_scale", heat.sum() + LATENT_HEAT * water.sum())
 
     def budgets(self, field: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Water [B, months, epochs] in kg m⁻² and energy [B, months, epochs] in J m⁻² of a standardised field."""
@@ -134,8 +130,8 @@ class AtmosphereBudgets(nn.Module):
 
 
 def area_weights(latitude_bounds: Sequence[float]) -> torch.Tensor:
-    """Share of the sphere's area in each latitude row, |Δ sin φ| / Σ, float64 [lat]; bounds in degrees."""
-    sines = torch.deg2rad(torch.tensor(latitude_bounds, dtype=torch.float64)).sin()
+    """Share of the sphere's area in each latitude row, |Δ sin φ| / Σ, float64 [lat] on the CPU; bounds in degrees."""
+    sines = torch.deg2rad(torch.tensor(latitude_bounds, dtype=torch.float64, device="cpu")).sin()
     area = sines.diff().abs()
     return area / area.sum()
 

@@ -61,6 +61,36 @@ def test_meta_and_fake_tensors(part: str, spec: Any, make_batch: Callable[..., d
         assert description(build(), call, fake) == expected
 
 
+def tables(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that no state dict holds."""
+    kept = model.state_dict()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in kept}
+
+
+def test_fixed_tables_are_whole_wherever_a_model_goes(spec: Any) -> None:
+    """Area weights, budgets and rotary frequencies: neither rounded by a dtype nor lost by way of meta."""
+
+    def build() -> nn.Module:
+        return UnifiedMultiModalSystem(presets.tiny(spec))
+
+    expected = tables(build())
+    assert len(expected) > 8
+    with torch.device("meta"):
+        late = build()
+    for model in (
+        build().bfloat16(),
+        build().half().float(),
+        late.to_empty(device="cpu"),
+        build().to("meta").to_empty(device="cpu"),
+    ):
+        found = tables(model)
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            assert found[name].dtype == torch.float32, name
+            assert torch.equal(found[name], value), name
+    assert tables(build().double())["climate.pool_weights"].dtype == torch.float64
+
+
 def double(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
     del module
     return 2 * output
