@@ -35,11 +35,12 @@ ELEMENTS_PER_PROGRAM = 2048
 # memory needs, and
 # the fp32 partials stay at 2 x 132 x 4352 x 4 B = 4.6 MB beside the 53.5 MB that 2048 rows move.
 BACKWARD_PROGRAMS_PER_SM = 2
-# Steps of a backward program at most, and of a chain of additions in the final reduction: the rounding error of a sum
-# in fp32 grows with the length of its chain. More programs than that share a multiprocessor one after the other, at
-# 8 bytes of partials per 128 rows and column beside the 768 of x, grad_y and grad_x in half precision.
+# Steps of a backward program at most: the rounding error of a sum in fp32 grows with the length of its chain. More
+# programs than are resident share a multiprocessor one after the other, at 8 bytes of partials per 128 rows and column
+# beside the 768 of x, grad_y and grad_x in half precision.
 MOST_STEPS = 128
-FINAL_RUN = 32
+# Partials that the final kernel adds up, in chains of 64; from more of them on PyTorch's sum serves, which is pairwise.
+MOST_PARTIALS = 1024
 # Rows per program in the wide weight-gradient kernel.
 WIDE_ROWS = 64
 # Strip of the final reduction: 128 fp32 columns are one 512-byte line per row, and 16 rows keep 4 warps busy with 16
@@ -187,19 +188,15 @@ def _store_partial(partial_ptr, tile, program, START: tl.constexpr, COLS: tl.con
 
 @triton.jit
 def _rms_norm_weight_final_kernel(
-    partial_ptr, grad_weight_ptr, n_partials, H: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    RUN: tl.constexpr,
-):  # fmt: skip
+    partial_ptr, grad_weight_ptr, n_partials, H: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """Adds the partials [n_partials, H] in a fixed order and rounds once to the weight's dtype."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for first in range(0, n_partials, ROWS * RUN):
-        run = tl.zeros([ROWS, COLS], dtype=tl.float32)
-        for start in range(first, tl.minimum(first + ROWS * RUN, n_partials), ROWS):
-            rows = start + tl.arange(0, ROWS)
-            mask = (rows < n_partials)[:, None] & (cols < H)[None, :]
-            run += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], mask=mask, other=0.0)
-        total += run
+    for start in range(0, n_partials, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < n_partials)[:, None] & (cols < H)[None, :]
+        total += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], mask=mask, other=0.0)
     value = tl.sum(total, axis=0).to(grad_weight_ptr.dtype.element_ty)
     tl.store(grad_weight_ptr + cols, value, mask=cols < H)
 
@@ -364,7 +361,7 @@ def _compile_cases(hidden: int, dtype: str) -> list[CompileCase]:
     cases.append(
         CompileCase(
             f"weight_final/{hidden}/{dtype}", _rms_norm_weight_final_kernel, final,
-            {"H": hidden, "ROWS": FINAL_ROWS, "COLS": FINAL_COLS, "RUN": FINAL_RUN},
+            {"H": hidden, "ROWS": FINAL_ROWS, "COLS": FINAL_COLS},
             ("partial_ptr", "grad_weight_ptr"), 4,
         )
     )  # fmt: skip
