@@ -53,7 +53,7 @@ for verdict in fuzz.drive(run, range(8), timeout=1.0):
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A Python process of its own: it forks, and this one has threads."""
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=1800, check=False)
 
 
 def test_wrong_arguments_end_no_process_and_give_no_wrong_result() -> None:
@@ -111,6 +111,14 @@ def test_lists_on_a_device_whose_values_cannot_be_read_are_checked_by_shape_and_
         ops.edge_attention(q, q, q, None, on_meta._replace(sender=on_meta.sender.int()))
     with pytest.raises(ValueError, match=r"must be on the device of edges.receiver"):
         ops.edge_attention(q, q, q, None, on_meta._replace(by_receiver=edges().by_receiver))
+
+
+def test_sparse_tensors_and_meta_tensors_beside_others_are_refused() -> None:
+    gate, up = torch.randn(4, 64), torch.randn(4, 64)
+    with pytest.raises(ValueError, match=r"astrobiogen::swiglu: all tensors must be dense, got torch.sparse_coo"):
+        RAW.swiglu(gate, up.to_sparse())
+    with pytest.raises(ValueError, match=r"astrobiogen::swiglu: all tensors must be on one device, got .'cpu', 'meta'"):
+        RAW.swiglu(gate, up.to("meta"))
 
 
 def test_a_freed_storage_is_refused() -> None:

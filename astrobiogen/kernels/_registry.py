@@ -279,13 +279,18 @@ def _cuda_status(entry: _Entry) -> KernelStatus:
     return KernelStatus(entry.name, "cuda", "triton", f"CUDA device {torch.cuda.get_device_name()}")
 
 
+def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """All tensors among the arguments of an op, those in lists too."""
+    flat = [one for arg in args for one in (arg if isinstance(arg, list) else [arg])]
+    return [one for one in flat if isinstance(one, torch.Tensor)]
+
+
 def _refusing_a_mixture(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """`fake`, but not for tensors of which only some are on the device meta: the dispatcher sends them here, and the
     results would be uninitialised memory."""
 
     def checked(*args: Any) -> Any:
-        tensors = [one for arg in args for one in (arg if isinstance(arg, list) else [arg])]
-        devices = {one.device.type for one in tensors if isinstance(one, torch.Tensor)}
+        devices = {tensor.device.type for tensor in _tensors(args)}
         if "meta" in devices and len(devices) > 1:
             raise ValueError(f"{NAMESPACE}::{name}: all tensors must be on one device, got {sorted(devices)}")
         return fake(*args)
@@ -304,6 +309,9 @@ def _lazy_launcher(path: str) -> Callable[..., Any]:
 
 def _warning_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     def serve(*args: Any) -> Any:
+        layouts = {tensor.layout for tensor in _tensors(args)} - {torch.strided}
+        if layouts:  # the dispatcher sends them here, also where all kernels are built
+            raise ValueError(f"{NAMESPACE}::{name}: all tensors must be dense, got {layouts.pop()}")
         device = next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), "cpu")
         if device in ("cpu", "cuda") and (name, device) not in _WARNED:
             _WARNED.add((name, device))
