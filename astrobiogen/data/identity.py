@@ -8,7 +8,6 @@ import logging
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from astrobiogen.data.dataset import DatasetBundle, OrganismEntry, PlanetEntry
@@ -26,10 +25,9 @@ class _Digest:
 
     def add(self, value: Any) -> None:
         """Take in a tensor, or anything whose ``repr`` tells all."""
-        data: Any  # memoryviews of numpy arrays are buffers, which type checkers do not know before Python 3.12
         if isinstance(value, Tensor):
             whole = value.detach().cpu().contiguous()
-            kind, data = f"{whole.dtype} {tuple(whole.shape)}", memoryview(whole.reshape(-1).view(torch.uint8).numpy())
+            kind, data = f"{whole.dtype} {tuple(whole.shape)}", whole.numpy().tobytes()
         else:
             kind, data = "repr", repr(value).encode()
         self._hash.update(f"{kind}|{len(data)}|".encode())
@@ -94,7 +92,7 @@ def content_digest(bundle: DatasetBundle) -> str:
     names; axes, statistics and tokenizer. Not of where it lies.
 
     Of what was read from a pack the digests in its manifest are taken, which were compared with the files on loading
-    (0.05 s for the bundled data); of what was made in memory the values.
+    (0.02 s for the bundled data); of what was made in memory the values.
     """
     digest = _Digest()
     digest.add(json.dumps(bundle.statistics(), sort_keys=True))
