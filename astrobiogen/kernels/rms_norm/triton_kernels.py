@@ -312,7 +312,7 @@ def rms_norm_backward(
             H=hidden, R=rows, C0=c0, C1=c1, C2=c2, ADD=add, num_warps=backward_warps(hidden),
         )  # fmt: skip
     launch(_rms_norm_weight_final_kernel, (triton.cdiv(hidden, FINAL_COLS),))(
-        partial, grad_weight, partial.shape[0], H=hidden, ROWS=FINAL_ROWS, COLS=FINAL_COLS, RUN=FINAL_RUN, num_warps=4
+        partial, grad_weight, partial.shape[0], H=hidden, ROWS=FINAL_ROWS, COLS=FINAL_COLS, num_warps=4
     )
     return grad_x, grad_weight
 
