@@ -14,6 +14,7 @@ differentiation every op runs its reference: PyTorch's own operators have all th
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import threading
@@ -115,10 +116,11 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", _refusing_a_mixture(name, fake), lib=LIBRARY)
     _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule)
     LIBRARY.impl(name, _warning_reference(name, reference), "CompositeExplicitAutograd")
+    plain = functools.partial(_autocast.reference, reference)
     # The key that every call meets first inside a transform of torch.func, whichever transform it is.
-    LIBRARY.impl(name, reference, "FuncTorchDynamicLayerFrontMode")
+    LIBRARY.impl(name, plain, "FuncTorchDynamicLayerFrontMode")
     if "Tensor[]" in schema:  # the older vmap of is_grads_batched repeats an op for each member, but not with lists
-        LIBRARY.impl(name, reference, "Batched")
+        LIBRARY.impl(name, plain, "Batched")
     if triton and importlib.util.find_spec("triton") is not None:
         LIBRARY.impl(name, _lazy_launcher(triton), "CUDA")
 
@@ -149,7 +151,7 @@ def differentiable(name: str, *, backward: Callable[..., Any], setup_context: Ca
 
     def differentiate(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
-            return reference(*args)
+            return _autocast.reference(reference, *args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return formula.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
