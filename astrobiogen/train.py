@@ -69,8 +69,8 @@ def _folder(options: cli.Options) -> Iterator[tuple[Claim, TrainConfig]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong, `runtime.preempted_status` (75) stopped by a
-    signal and to be gone on with.
+    """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong, 3 something hung,
+    `runtime.preempted_status` (75) stopped by a signal and to be gone on with.
     """
     given = sys.argv[1:] if arguments is None else arguments
     place = _Place()

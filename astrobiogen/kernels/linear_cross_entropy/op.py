@@ -233,15 +233,18 @@ def _backward_gradients(
     if grad is None:
         return (None,) * 10
     x, weight, target, divisor, *gradients = ctx.saved_tensors
-    if ctx.given or torch.is_grad_enabled():
-        # A second run of the graph: the caller owns the gradients, and may have changed them. create_graph=True: the op
-        # refuses a second derivative by name, where constants would pass for one.
+    if torch.is_grad_enabled():
+        # create_graph=True: take the op that refuses a second derivative by name, where constants would pass for one.
         lse = torch.ops.astrobiogen.linear_cross_entropy(x, weight, target, *ctx.options)[1]
         upstream = (grad / divisor).expand_as(target)
         gradients = torch.ops.astrobiogen.linear_cross_entropy_backward(
             upstream, x, weight, target, lse.detach(), *ctx.options, *ctx.needed
         )
         return (*(g if need else None for g, need in zip(gradients, ctx.needed)), *(None,) * 8)
+    if ctx.given:  # a second run of the graph: the first one's caller owns the gradients, and may have changed them
+        gradients = torch.ops.astrobiogen.linear_cross_entropy_gradients(
+            x, weight, target, divisor, *ctx.options, *ctx.needed
+        )[1:]
     ctx.given = True
     return (*(_scaled(g, grad) if need else None for g, need in zip(gradients, ctx.needed)), *(None,) * 8)
 
