@@ -142,4 +142,4 @@ def _flat(result: Any) -> list[torch.Tensor]:
 def _all_finite(arguments: Sequence[Any]) -> bool:
     tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
     small = all(t.layout == torch.strided and not t.is_meta and t.numel() <= MOST_COMPARED for t in tensors)
-    return small and all(bool(t.detach().isfinite().all()) for t in tensors)
+    return small and all(bool(t.detach().isfinite().all()) for t in tensors if t.numel())
