@@ -37,7 +37,7 @@ def reference(**arguments: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("norm", list(NORM_GROUPS))
 def test_battery(norm: str) -> None:
-    small = dataclasses.replace(norm_case(norm, 2, 4, (2, 3), 2), gradcheck=True)
+    small = dataclasses.replace(norm_case(norm, 2, 6, (2, 3), 2), gradcheck=True)
     check_battery(ops.conv_nd_norm, reference, small, ops=OPS, implementations=("cpu",))
 
 

@@ -114,11 +114,13 @@ def _fake_backward(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, weight, _ = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(x, weight, output[-1])
 
 
 def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(output[1], inputs[2], output[2])
 
 
