@@ -5,8 +5,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
+#include <vector>
 
 #include "attention_common.h"
 #include "attention_kernels.h"
@@ -34,6 +37,7 @@ struct Context {
   const Kernels& kernel;
   int64_t width, padded, blocks, splits;
   const float *keys, *finite_keys, *values;  // packed [B, Hkv, Sk, D]
+  const uint8_t* lost_keys;                  // [B, Hkv, Sk], whether a key is not finite; null where all are
   Rows<const T> q, grad, out;
   const int16_t* rest;  // [B, Sq, Hq, D], of half precision
   Rows<T> grad_q;
@@ -79,6 +83,10 @@ void row_constants(const Context<T>& c, const TaskRows& t, const Workspace& w, c
     if (c.grad_lse != nullptr) delta -= c.grad_lse[index];
     w.delta[i] = c.delta[index] = delta;
     w.lse[i] = std::isinf(c.lse[index]) && c.lse[index] < 0.0f ? 0.0f : c.lse[index] * kLog2E;
+    if (c.lost_keys == nullptr || low[i] >= high[i]) continue;
+    const uint8_t* lost = c.lost_keys + (t.batch * c.g.kv_heads + t.kv_head) * c.g.keys;
+    if (std::any_of(lost + low[i], lost + high[i], [](uint8_t key) { return key != 0; }))
+      w.lse[i] = std::numeric_limits<float>::quiet_NaN();
   }
 }
 
@@ -96,8 +104,8 @@ void write_grad_queries(const Context<T>& c, const TaskRows& t, const float* pan
 }
 
 // A gradient that is not finite reaches dV of the keys that its row sees, and no other. (dQ and dK get it from delta;
-// what is not finite in a query or a key makes its row's log-sum-exp NaN and reaches all gradients through the
-// probabilities.)
+// what is not finite in a query, or in a key that the row sees, makes the row's log-sum-exp NaN and reaches all gradients
+// through the probabilities.)
 template <typename T>
 void add_marked(const Context<T>& c, const TaskRows& t, uint64_t marked, const int32_t* low, const int32_t* high,
                 float* grad_values) {
@@ -191,7 +199,10 @@ void backward_typed(const Inputs& in, const Tensor& grad_out, const Optional& gr
   pack<float, T>(g, rows_of<T>(in.k), g.keys, g.kv_heads, true, keys);
   pack<float, T>(g, rows_of<T>(in.v), g.keys, g.kv_heads, false, values);
   Tensor finite_keys = packed.select(0, 0);
+  std::vector<uint8_t> lost_keys;
   if (!finite_tensor(finite_keys)) {
+    lost_keys.resize(finite_keys.numel() / g.dim);
+    for (size_t key = 0; key < lost_keys.size(); ++key) lost_keys[key] = !all_finite(keys + key * g.dim, g.dim);
     finite_keys = finite_keys.clone();
     silence(finite_keys.mutable_data_ptr<float>(), finite_keys.numel());
   }
@@ -204,6 +215,7 @@ void backward_typed(const Inputs& in, const Tensor& grad_out, const Optional& gr
                            keys,
                            finite_keys.const_data_ptr<float>(),
                            values,
+                           lost_keys.empty() ? nullptr : lost_keys.data(),
                            rows_of<T>(in.q),
                            rows_of<T>(grad_out),
                            rows_of<T>(out),

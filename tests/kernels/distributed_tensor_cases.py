@@ -41,7 +41,7 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sinks: torch.Tensor
 ) -> Tensors:
-    return ops.attention(q, k, v, cos=cos, sin=sin, sinks=sinks, window=4, return_lse=True)
+    return ops.attention(q, k, v, cos=cos.detach(), sin=sin.detach(), sinks=sinks, window=4, return_lse=True)
 
 
 def loss(reduction: str) -> Callable[..., torch.Tensor]:
