@@ -153,7 +153,7 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
         const A lse = a.lse[node * heads + h];
         const A score = dot(query.data() + h * width, key + h * width, width) + static_cast<A>(bias[h]);
         const A slope = dot(grad.data() + h * width, value + h * width, width);
-        const bool none = cuts(bias[h]) || lse == -std::numeric_limits<A>::infinity();
+        const bool none = cuts(bias[h]);
         cut[e * heads + h] = none;
         weights[e * heads + h] = none ? A(0) : score - lse;
         slopes[e * heads + h] = none ? A(0) : slope;
@@ -172,7 +172,7 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
     for (int64_t e = 0; e < count; ++e) {
       const T* key = in.k[in.lists.sender[edges[e]]];
       for (int64_t h = 0; h < heads; ++h) {
-        const A weight = weights[e * heads + h] * total[h];
+        const A weight = cut[e * heads + h] ? A(0) : weights[e * heads + h] * total[h];
         const A slope = cut[e * heads + h] ? A(0) : weight * (slopes[e * heads + h] - own[h]);
         a.weight[edges[e] * heads + h] = weight, a.slope[edges[e] * heads + h] = slope;
         a.grad_bias[edges[e] * heads + h] = static_cast<T>(slope);

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <tuple>
 #include <type_traits>
@@ -309,15 +310,31 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const Tensor target = target_any.contiguous();
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
-  if (x.scalar_type() == at::kDouble) return forward_typed<double, double>(x, weight, target, o);
-  if (x.scalar_type() == at::kBFloat16 && has_bf16_products()) return forward_typed<float, c10::BFloat16>(x, weight, target, o);
-  return forward_typed<float, float>(x, weight, target, o);
+  auto [loss, lse] = x.scalar_type() == at::kDouble ? forward_typed<double, double>(x, weight, target, o)
+                     : x.scalar_type() == at::kBFloat16 && has_bf16_products()
+                         ? forward_typed<float, c10::BFloat16>(x, weight, target, o)
+                         : forward_typed<float, float>(x, weight, target, o);
+  const int64_t* labels = target.const_data_ptr<int64_t>();
+  double* sums = lse.mutable_data_ptr<double>();
+  for (int64_t token = 0; token < target.numel(); ++token)
+    if (labels[token] == ignore_index) sums[token] = 0.0;
+  return {loss, lse};
 }
 
 // x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that such a row may hold would be NaN.
 Tensor only_kept(const Tensor& x, const Tensor& target, int64_t ignore_index) {
   const int64_t *y = target.const_data_ptr<int64_t>(), *end = y + target.numel();
   return std::find(y, end, ignore_index) == end ? x : x.masked_fill(target.eq(ignore_index).unsqueeze(-1), 0);
+}
+
+Tensor without_ignored(Tensor grad_x, const Tensor& target, int64_t ignore_index) {
+  if (grad_x.dim() != 2) return grad_x;  // not wanted
+  const int64_t* labels = target.const_data_ptr<int64_t>();
+  const int64_t bytes = grad_x.size(1) * grad_x.element_size();
+  char* rows = static_cast<char*>(grad_x.mutable_data_ptr());
+  for (int64_t token = 0; token < grad_x.size(0); ++token)
+    if (labels[token] == ignore_index) std::memset(rows + token * bytes, 0, bytes);
+  return grad_x;
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight,
@@ -333,10 +350,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
   const Tensor x = only_kept(x_any, target, ignore_index);
-  if (x.scalar_type() == at::kBFloat16 && has_bf16_products())
-    return backward_bf16(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight);
-  return x.scalar_type() == at::kDouble ? backward_typed<double>(grad, x, weight, target, lse, o, need_x, need_weight)
-                                        : backward_typed<float>(grad, x, weight, target, lse, o, need_x, need_weight);
+  const auto [grad_x, grad_weight] =
+      x.scalar_type() == at::kBFloat16 && has_bf16_products()
+          ? backward_bf16(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight)
+      : x.scalar_type() == at::kDouble ? backward_typed<double>(grad, x, weight, target, lse, o, need_x, need_weight)
+                                       : backward_typed<float>(grad, x, weight, target, lse, o, need_x, need_weight);
+  return {without_ignored(grad_x, target, ignore_index), grad_weight};
 }
 
 }  // namespace astrobiogen::linear_cross_entropy

@@ -27,6 +27,9 @@ double lost_in_rounding(double lse) {
 // Error unless each target is `ignore_index` or in [0, vocabulary).
 void check_targets(const at::Tensor& target, int64_t vocabulary, int64_t ignore_index);
 
+// grad_x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that the weight may hold would be NaN.
+at::Tensor without_ignored(at::Tensor grad_x, const at::Tensor& target, int64_t ignore_index);
+
 // The ops `linear_cross_entropy` and `linear_cross_entropy_backward`; lse is fp64 for every dtype of x.
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, int64_t ignore_index,
                                            double label_smoothing, double z_loss, double softcap);

@@ -253,10 +253,12 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& weig
   const Tensor target = target_any.contiguous();
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
-  if (x.scalar_type() == at::kBFloat16 && has_bf16_products())
-    return gradients_bf16(x.contiguous(), weight.contiguous(), target, divisor.item<float>(), o, need_x, need_weight);
-  if (x.scalar_type() != at::kFloat) return gradients_composed(x, weight, target, divisor, o, need_x, need_weight);
-  return gradients_float(x, weight, target, divisor.item<float>(), o, need_x, need_weight);
+  const auto [loss, grad_x, grad_weight] =
+      x.scalar_type() == at::kBFloat16 && has_bf16_products()
+          ? gradients_bf16(x.contiguous(), weight.contiguous(), target, divisor.item<float>(), o, need_x, need_weight)
+      : x.scalar_type() != at::kFloat ? gradients_composed(x, weight, target, divisor, o, need_x, need_weight)
+                                      : gradients_float(x, weight, target, divisor.item<float>(), o, need_x, need_weight);
+  return {loss, without_ignored(grad_x, target, ignore_index), grad_weight};
 }
 
 }  // namespace astrobiogen::linear_cross_entropy

@@ -103,12 +103,24 @@ def test_groups(group: int, causal: bool) -> None:
     check_op(attention, reference, case, torch.float32, ops=OPS, implementation="cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_visible_key(dtype: torch.dtype) -> None:
+    """The softmax is 1 whatever q and k are: their gradients are the rounding of the dot products dO·O and dO·v."""
+    q, k, v, grad = (torch.randn(1, 9, 2, 68, dtype=dtype) for _ in range(4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    grads = torch.autograd.grad(attention(*leaves, window=1), leaves, grad)
+    assert torch.equal(grads[2], grad)
+    rounding = 8 * torch.finfo(torch.float32).eps * (grad.double().norm(dim=-1) * v.double().norm(dim=-1)).max()
+    for found, other in zip(grads[:2], (k, q)):
+        assert found.abs().max() <= rounding * other.abs().max() * 68**-0.5
+
+
 @pytest.mark.parametrize("queries", [1, 17, 127, 128, 129, 513])
 @pytest.mark.parametrize("keys", [None, 200])
 def test_lengths(queries: int, keys: int | None) -> None:
-    case = Case(
-        f"length_{queries}_{keys}", samples.plain(1, queries, keys or queries, 2, 1, 68, rotary=34), ("q", "k", "v")
-    )
+    alone = (keys or queries) == 1  # a softmax of one: the gradients of q and k are rounding, `test_one_visible_key`
+    names = ("v",) if alone else ("q", "k", "v")
+    case = Case(f"length_{queries}_{keys}", samples.plain(1, queries, keys or queries, 2, 1, 68, rotary=34), names)
     check_op(attention, reference, case, torch.float32, ops=OPS, implementation="cpu")
 
 

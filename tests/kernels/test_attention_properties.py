@@ -69,7 +69,7 @@ def test_a_query_without_keys_gives_zeros_and_no_gradient() -> None:
 def test_a_window_beyond_every_key_hides_nothing(causal: bool) -> None:
     q, k, v = _tensors(9, 21, dim=8)
     plain = attention(q, k, v, causal=causal)
-    for window in (2**31 - 2, 2**31 - 1, 2**31, 2**62, sys.maxsize, 2**64, np.int64(2**63 - 1)):
+    for window in (2**31 - 2, 2**31 - 1, 2**31, 2**62, sys.maxsize, np.int64(2**63 - 1)):
         assert torch.equal(attention(q, k, v, causal=causal, window=window), plain)  # pyright: ignore[reportArgumentType]
     options = reference.Options(None, None, None, None, causal, 8**-0.5, 0, 0.0, False)
     for window in (2**31 - 2, 2**31 - 1, 2**63 - 1):

@@ -118,7 +118,7 @@ def _edge_attention_bwd_receiver_kernel(
                 own += tl.sum(weights * along, 0)
                 total += tl.sum(weights, 0)
             else:
-                weights *= rescale[None, :]
+                weights = tl.where(visible, weights * rescale[None, :], 0.0)
                 slopes = tl.where(visible, weights * (along - own[None, :]), 0.0)
                 sums += tl.sum(slopes[:, :, None] * keys, 0)
                 tl.store(weight_ptr + place, weights, mask=place_mask)

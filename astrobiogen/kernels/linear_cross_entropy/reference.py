@@ -36,11 +36,11 @@ def linear_cross_entropy_forward(
     z_loss: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `linear_cross_entropy`: loss [tokens], fp32 (fp64 for fp64 input), and lse [tokens], fp64: of an lse of
-    1000 fp32 keeps 3e-5, too little for the probabilities exp(z - lse)."""
+    """The op `linear_cross_entropy`: loss [tokens], fp32 (fp64 for fp64 input), and lse [tokens], fp64 (0 for an
+    ignored token): of an lse of 1000 fp32 keeps 3e-5, too little for the probabilities exp(z - lse)."""
     check_targets(target, weight.shape[0], ignore_index)
     kept = target != ignore_index
-    logits = _capped(_logits(only_kept(kept, x), weight), softcap)
+    logits = only_kept(kept, _capped(_logits(only_kept(kept, x), weight), softcap))
     logprobs = torch.log_softmax(logits, dim=-1)
     common = logits.detach().amax(-1)
     common = torch.where(torch.isfinite(common), common, torch.zeros_like(common))
@@ -50,7 +50,7 @@ def linear_cross_entropy_forward(
         loss = loss - label_smoothing * logprobs.mean(-1)
     if z_loss > 0.0:
         loss = loss + z_loss * lse.to(loss.dtype).square()
-    return torch.where(kept, loss, torch.zeros_like(loss)), lse
+    return torch.where(kept, loss, torch.zeros_like(loss)), torch.where(kept, lse, torch.zeros_like(lse))
 
 
 def linear_cross_entropy_backward(
@@ -87,7 +87,7 @@ def linear_cross_entropy_backward(
         slope = slope * (1.0 - (logits / softcap).square())
     slope = torch.where(kept, grad.to(slope.dtype).unsqueeze(-1) * slope, torch.zeros_like(slope)).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        grad_x = (slope @ weight).contiguous() if need_x else x.new_empty(0)
+        grad_x = only_kept(kept.squeeze(-1), slope @ weight).contiguous() if need_x else x.new_empty(0)
         grad_weight = (slope.mT @ x).contiguous() if need_weight else weight.new_empty(0)
     return grad_x, grad_weight
 

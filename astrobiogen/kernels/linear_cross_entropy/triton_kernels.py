@@ -108,7 +108,7 @@ def _statistics_kernel(
         lse = maximum.to(tl.float64) + tl.log(sum_exp.to(tl.float32)).to(tl.float64)
         loss = (1.0 - label_smoothing) * (lse - target_logit) + label_smoothing * (lse - total / vocabulary)
         loss += z_loss * lse * lse
-        tl.store(lse_ptr + row, lse)
+        tl.store(lse_ptr + row, tl.where(target == ignore_index, 0.0, lse))
         tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, loss.to(tl.float32)))
     else:
         tl.store(running_ptr + row, maximum.to(tl.float64))
@@ -230,7 +230,8 @@ def linear_cross_entropy_backward(
     if tokens == 0:
         return x.new_empty((0, hidden) if need_x else 0), grad_weight.zero_()
     target, lse, grad = target.contiguous(), lse.contiguous(), grad.to(torch.float32)
-    x = reference.only_kept(target != ignore_index, x)
+    kept = target != ignore_index
+    x = reference.only_kept(kept, x)
     columns = slab_columns(tokens, vocabulary)
     buffer = x.new_empty((tokens, columns))
     total_x = x.new_zeros((tokens, hidden) if need_x else 0, dtype=torch.float32)
@@ -247,7 +248,7 @@ def linear_cross_entropy_backward(
             _accumulate(total_x, slab, rows)
         if need_weight:
             torch.mm(slab.t(), x, out=grad_weight[first : first + count])
-    return total_x.to(x.dtype), grad_weight
+    return reference.only_kept(kept, total_x).to(x.dtype) if need_x else total_x.to(x.dtype), grad_weight
 
 
 # The public function takes them apart on a GPU.
