@@ -109,7 +109,7 @@ def test_lists_on_a_device_whose_values_cannot_be_read_are_checked_by_shape_and_
         ops.edge_attention(q, q, q, None, on_meta._replace(by_sender=on_meta.by_sender[1:]))
     with pytest.raises(TypeError, match=r"edges.sender must be int64"):
         ops.edge_attention(q, q, q, None, on_meta._replace(sender=on_meta.sender.int()))
-    with pytest.raises(ValueError, match=r"must be on the device of edges.receiver"):
+    with pytest.raises(ValueError, match=r"edges.by_receiver must be on the device of q, meta"):
         ops.edge_attention(q, q, q, None, on_meta._replace(by_receiver=edges().by_receiver))
 
 

@@ -139,7 +139,7 @@ def edge_attention(
     check_same_device(q=q, k=k, v=v, bias=bias)
     a, b, c, d, e, f = edges
     if not q.device == a.device == b.device == c.device == d.device == e.device == f.device:
-        check_same_device(q=q, **edges._asdict())
+        check_same_device(q=q, **{f"edges.{name}": index for name, index in edges._asdict().items()})
     if q.device.type != "cpu":  # on the CPU the op checks them, and their values too
         _check_lists(edges)
     factor = float(max(width, 1)) ** -0.5 if scale is None else float(scale)
@@ -151,14 +151,13 @@ def edge_attention(
 
 
 def _check_lists(edges: EdgeLists) -> None:
-    """The lists' dtypes, lengths and devices."""
+    """The lists' dtypes and lengths."""
     count = edges.receiver.numel()
     for name, index in edges._asdict().items():
         if check_tensor(f"edges.{name}", index).dtype != torch.int64:
             raise TypeError(f"edges.{name} must be int64, got {index.dtype}")
         if not name.endswith("_start"):
             check_shape(f"edges.{name}", index, (count,), "[E], one entry per edge")
-        check_same_device(**{"edges.receiver": edges.receiver, f"edges.{name}": index})
 
 
 def _fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
