@@ -5,8 +5,8 @@
 One parent, which has imported everything, forks a child that trains (or resumes) a small model and saves after every
 micro-batch. Every second child is killed by the parent after a random time; the others kill themselves at a random
 stage of a save. After each kill the newest whole checkpoint is looked for, and the steps that log.jsonl knows beyond it
-are what was lost. In the end the run is finished without a kill, and its weights and its loss log are compared with
-those of a run that was never killed. Prints JSON; exit code 1 on any loss.
+are what was lost. In the end the run goes on for an epoch or two without a kill, and its weights and its loss log are
+compared with those of a run that was never killed. Prints JSON; exit code 1 on any loss.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from astrobiogen.training import runtime
 from astrobiogen.training.checkpoint import CheckpointStore
@@ -33,16 +34,18 @@ from astrobiogen.training.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
 from tests.training import conftest as toy
 
-EPOCHS = 100_000  # never reached by the killed children
+EPOCHS = 100_000  # never reached; the same for all, since a run that goes on may not change them
 BATCHES_PER_EPOCH = 6
 RESUMED = "resumed"
 MOST_STAGES = 40  # stages of about four saves
 
 
-def trained(folder: Path, epochs: int, observer: Callable[[str], None] | None, asynchronous: bool) -> Trainer:
-    """Train or resume in `folder`, saving after every micro-batch."""
+def trained(
+    folder: Path, asynchronous: bool, *, last: int | None = None, observer: Callable[[str], None] | None = None
+) -> Trainer:
+    """Train or resume in `folder`, saving after every micro-batch; a signal comes while micro-batch `last` is run."""
     config = toy.toy_config(
-        epochs=epochs,
+        epochs=EPOCHS,
         checkpoint=CheckpointConfig(every_minutes=1e-9, asynchronous=asynchronous),
         schedule=ScheduleConfig(name="constant"),
         stop=StopConfig(patience=0, target_accuracy=1.0),
@@ -50,10 +53,15 @@ def trained(folder: Path, epochs: int, observer: Callable[[str], None] | None, a
     folder.mkdir(exist_ok=True)
     with Monitor(folder, config.monitor) as monitor:
         places = {"device": torch.device("cpu"), "dtype": torch.float32}
-        trainer = Trainer(
-            toy.toy_task(config), config, folder, monitor, runtime.Interrupt(), observer=observer, **places
-        )
+        interrupt = runtime.Interrupt()
+        trainer = Trainer(toy.toy_task(config), config, folder, monitor, interrupt, observer=observer, **places)
         trainer.saver.resume()
+
+        def signalled(model: nn.Module, _inputs: object, _output: object) -> None:
+            if model.training and trainer.progress.step + 1 == last:
+                interrupt.received = "SIGTERM"
+
+        trainer.model.register_forward_hook(signalled)
         if observer is not None:
             observer(RESUMED)
         trainer.fit()
@@ -77,7 +85,7 @@ def one_kill(folder: Path, stages: int, seconds: float, asynchronous: bool) -> s
                 if seen == stages:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            trained(folder, EPOCHS, observer, asynchronous)
+            trained(folder, asynchronous, observer=observer)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -125,9 +133,11 @@ def experiment(base: Path, kills: int, generator: random.Random, asynchronous: b
         done = max((step for step, _ in losses(folder)), default=0) if (folder / "log.jsonl").exists() else 0
         lost = max(lost, steps[-1] - step, done - step)
         steps.append(step)
-    epochs = steps[-1] // BATCHES_PER_EPOCH + 2
-    resumed = trained(folder, epochs, None, asynchronous)
-    whole = trained(base / "whole", epochs, None, asynchronous=False)
+    last = (steps[-1] // BATCHES_PER_EPOCH + 2) * BATCHES_PER_EPOCH
+    resumed = trained(folder, asynchronous, last=last)
+    whole = trained(base / "whole", asynchronous=False, last=last)
+    if not resumed.progress.step == whole.progress.step == last:
+        raise SystemExit(f"stopped at steps {resumed.progress.step} and {whole.progress.step}, expected {last}")
     expected = whole.model.state_dict()
     return {
         "kills": kills,
