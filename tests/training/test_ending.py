@@ -31,10 +31,14 @@ def bundle() -> data.DatasetBundle:
 
 @pytest.fixture(autouse=True)
 def _bundled(bundle: data.DatasetBundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The synthetic data in place of the bundled data; PyTorch's deterministic mode as it was afterwards."""
+    """The synthetic data in place of the bundled data; PyTorch's deterministic mode as it was afterwards. SIGHUP as in
+    a terminal: where the tests run under nohup, training would rightly leave it ignored.
+    """
     monkeypatch.setattr(data, "load_bundled", lambda: bundle)
     mode = torch.are_deterministic_algorithms_enabled()
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
+    signal.signal(signal.SIGHUP, hangup)
     torch.use_deterministic_algorithms(mode)
 
 
