@@ -67,6 +67,7 @@ def _find(source: Path) -> tuple[chosen.Chosen, checkpoint.Content]:
         raise UserError(f"{source}: no such folder; expected the folder of a run or of a checkpoint")
     if (source / checkpoint.MANIFEST).exists():
         content = checkpoint.read(source)
+        _stored_config(source, content)
         return chosen.described(source, content), content
     run_folder.find(str(source))
     stores = [
@@ -79,11 +80,17 @@ def _find(source: Path) -> tuple[chosen.Chosen, checkpoint.Content]:
     return chosen.choose(stores[0], stores[-1])
 
 
-def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespace) -> TrainConfig:
+def _stored_config(path: Path, content: checkpoint.Content) -> Any:
+    """The configuration in a checkpoint, which must also hold weights; CheckpointError says which of them it lacks."""
     documents = content.documents
     stored: Any = documents.get("best", documents.get("training", {})).get("config")
     if stored is None or "model" not in content.tensors:
         raise CheckpointError(f"{path}: holds no {'configuration' if stored is None else 'weights'}")
+    return stored
+
+
+def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespace) -> TrainConfig:
+    stored = _stored_config(path, content)
     try:
         config = from_dict(stored)
         evaluation = dataclasses.replace(

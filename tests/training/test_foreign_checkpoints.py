@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -241,10 +240,17 @@ def test_unlisted_shards_are_refused(tmp_path: Path) -> None:
         verify(folder)
 
 
-@pytest.mark.parametrize("best", [{}, {"config": {"epochs": 3}}])
-def test_evaluate_says_what_a_checkpoint_lacks(tmp_path: Path, best: dict[str, Any]) -> None:
-    folder = CheckpointStore(tmp_path, keep=2).save(1, Content({"other": {"a": torch.ones(2)}}, {"best": best}))
-    message = "error: .*step-00000001: holds no (configuration|weights)"
+@pytest.mark.parametrize(
+    ("stem", "best", "message"),
+    [
+        ("other", {}, ": holds no configuration"),
+        ("model", {"epoch": 0}, ": holds no configuration"),
+        ("other", {"config": {"epochs": 3}}, ": holds no weights"),
+        ("model", {"config": {"epochs": 3}}, " does not say how far its weights are trained: no 'epoch'"),
+    ],
+)
+def test_evaluate_says_what_a_checkpoint_lacks(tmp_path: Path, stem: str, best: dict[str, Any], message: str) -> None:
+    folder = CheckpointStore(tmp_path, keep=2).save(1, Content({stem: {"a": torch.ones(2)}}, {"best": best}))
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         assert evaluate.main([str(folder)]) == 1
-    assert re.search(message, errors.getvalue()), errors.getvalue()
+    assert f"error: {folder}{message}" in errors.getvalue()
