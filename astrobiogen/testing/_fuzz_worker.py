@@ -90,6 +90,8 @@ def difference(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], to
             return f"result {number} is {describe(mine)}, of the reference {describe(other)}"
         if tolerance is None or mine.is_meta or mine.layout != torch.strided or not mine.numel():
             continue
+        if mine.dtype == torch.int16:  # bits that rounding took from another result: two roundings, other bits
+            continue
         left, right = mine.detach().double(), other.detach().double()
         known = right.isfinite()
         if not torch.equal(left.isfinite() & known, known):
