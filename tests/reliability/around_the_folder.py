@@ -198,6 +198,7 @@ def main() -> int:
     options = parser.parse_args()
     use_synthetic_data()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup training would rightly leave it ignored
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         result, good = experiments[options.experiment](Path(name), options.tries)
