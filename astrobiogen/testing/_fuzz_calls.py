@@ -1,7 +1,6 @@
 """Valid raw calls to start from: what the public functions pass to `torch.ops` on the cases of `samples.py`."""
 
 import dataclasses
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -113,8 +112,7 @@ def record(namespace: str = _registry.NAMESPACE) -> list[Call]:
     """
     recorder = _Recorder(namespace)
     mode = "auto" if namespace == _registry.NAMESPACE else "reference"
-    with warnings.catch_warnings(), _registry.use_kernels(mode):
-        warnings.simplefilter("ignore")
+    with _registry.use_kernels(mode):
         for function, cases in _sources():
             for case in cases:
                 for dtype in DTYPES:

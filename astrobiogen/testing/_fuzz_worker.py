@@ -125,7 +125,7 @@ def text_of(call: Call, mutant: Mutant) -> str:
 
 def confine(sanitized: bool) -> None:
     """No core files; less memory than the machine has; fresh memory that is not zero, as far as the system can."""
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore", UserWarning)  # PyTorch's about sparse and other odd tensors, which mutants are
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sanitized:  # its shadow memory is larger than any limit; ASAN_OPTIONS has limits and a fill of its own
         return
