@@ -75,7 +75,7 @@ _SM90 = (
     (80, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 8, 3, True), Tile(32, 128, 8, 3, True))),
     (96, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3, True), Tile(32, 128, 8, 3, True))),
     (128, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3, True), Tile(32, 64, 8, 3, True))),
-    (160, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 8, 2, True), Tile(16, 64, 8, 2, True))),
+    (160, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2, True), Tile(16, 64, 8, 2, True))),
     (256, Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2, True), Tile(32, 32, 8, 2, True))),
 )
 TILES = {80: _SM80, 86: _SM86, 89: _SM86, 90: _SM90}

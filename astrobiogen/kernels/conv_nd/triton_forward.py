@@ -51,9 +51,7 @@ def conv_taps(
             r2, ok2 = source(q2, k2, D2, AXIS2, TRANSPOSED)
             for k3 in range(first_tap(q3, D3, AXIS3, TRANSPOSED), end_tap(q3, D3, AXIS3, TRANSPOSED)):
                 r3, ok3 = source(q3, k3, D3, AXIS3, TRANSPOSED)
-                # A bound, not a condition beside the others: Triton's interpreter makes a block of a scalar condition
-                # one of numbers, which is no mask.
-                live = tl.where(ok1 & ok2 & ok3, NH * NW, 0)
+                plane_ok = ok1 & ok2 & ok3
                 x_plane = x + (((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 + r3) * H * W * (GROUPS * KG)
                 w_plane = weight + ((k1 * AXIS2[0] + k2) * AXIS3[0] + k3) * (AXIS4[0] * AXIS5[0] * KG * NG)
                 for step in range(AXIS4[0] * AXIS5[0] * chunks):
@@ -61,7 +59,7 @@ def conv_taps(
                     c = step % chunks * BLOCK_K + k
                     r4, ok4 = source(q4, tap // AXIS5[0], H, AXIS4, TRANSPOSED)
                     r5, ok5 = source(q5, tap % AXIS5[0], W, AXIS5, TRANSPOSED)
-                    x_mask = ((m < live) & ok4 & ok5)[:, None]
+                    x_mask = (row_ok & ok4 & ok5 & plane_ok)[:, None]
                     w_mask = n_ok[None, :]
                     if KG % BLOCK_K != 0:
                         x_mask = x_mask & (c < KG)[None, :]
@@ -118,14 +116,13 @@ def conv_packed(
             r2, ok2 = source(q2, k2, D2, AXIS2, TRANSPOSED)
             x_volume = x + ((batch.to(tl.int64) * D1 + r1) * D2 + r2) * D3 * H * W * (GROUPS * KG)
             w_volume = weight + (k1 * AXIS2[0] + k2) * (packed * NG)
-            live = tl.where(ok1 & ok2, packed, 0)
             for step in range((packed + BLOCK_K - 1) // BLOCK_K):
                 k = step * BLOCK_K + tl.arange(0, BLOCK_K)
                 tap = k // KG
                 r3, ok3 = source(q3, tap // (AXIS4[0] * AXIS5[0]), D3, AXIS3, TRANSPOSED)
                 r4, ok4 = source(q4[:, None], (tap // AXIS5[0] % AXIS4[0])[None, :], H, AXIS4, TRANSPOSED)
                 r5, ok5 = source(q5[:, None], (tap % AXIS5[0])[None, :], W, AXIS5, TRANSPOSED)
-                k_ok = (k < live) & ok3
+                k_ok = (k < packed) & ok3 & ok1 & ok2
                 x_mask = row_ok[:, None] & k_ok[None, :] & ok4 & ok5
                 position = (r3[None, :] * H + r4) * W + r5
                 if WIDE:
