@@ -60,7 +60,7 @@ def check_int(name: str, value: SupportsIndex, lowest: int = INT64_MIN, highest:
         TypeError: it is something else, or a bool.
         ValueError: it is not in [lowest, highest].
     """
-    number = value if type(value) is int or isinstance(value, torch.SymInt) else _index(name, value)
+    number: Any = value if type(value) is int or isinstance(value, torch.SymInt) else _index(name, value)
     if number < lowest or number > highest:
         bound = f">= {lowest}" if number < lowest and lowest > INT64_MIN else f"in [{lowest}, {highest}]"
         raise ValueError(f"{name} must be an integer {bound}, got {value!r}")
