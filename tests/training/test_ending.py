@@ -186,4 +186,8 @@ def test_numbers_that_nothing_can_be_made_of_are_refused_by_name(
 
 def test_the_largest_seed_seeds_every_generator() -> None:
     runtime.seed_everything(config.MAX_SEED)
-    torch.Generator().manual_seed(config.MAX_SEED)
+    assert torch.initial_seed() == config.MAX_SEED
+    first = torch.rand(3)
+    runtime.seed_everything(config.MAX_SEED)
+    assert torch.equal(torch.rand(3), first)
+    assert torch.Generator().manual_seed(config.MAX_SEED).initial_seed() == config.MAX_SEED
