@@ -55,7 +55,8 @@ inline void check_sizes(const check::Op& op, const Lists& g, at::IntArrayRef siz
     if (out.empty()) continue;
     const int64_t expected = (padded - reach) / g.stride[axis] + 1;
     TORCH_CHECK_VALUE(out[axis] == expected, op.name(), ": the convolution's output must have size ", expected,
-                      " on spatial axis ", axis, " (size ", size[axis], ", kernel ", kernel[axis], "), got ", out[axis]);
+                      " on spatial axis ", axis, " (size ", size[axis], ", kernel ", kernel[axis], "), got ",
+                      out[axis]);
   }
 }
 
@@ -91,8 +92,8 @@ inline void check_conv(const check::Op& op, const Tensor& x, const Tensor& weigh
   op.size(activation, "activation", kNone, kGelu);
 }
 
-inline void check_norm(const check::Op& op, const Tensor& x, int64_t channels, const Optional& gamma, const Optional& beta,
-                       int64_t norm, int64_t norm_groups) {
+inline void check_norm(const check::Op& op, const Tensor& x, int64_t channels, const Optional& gamma,
+                       const Optional& beta, int64_t norm, int64_t norm_groups) {
   op.size(norm, "norm", kRms, kGroup);
   op.size(norm_groups, "norm_groups", 1, norm == kGroup ? channels : 1);
   op.divides(norm_groups, "norm_groups", channels, "the output channels");
@@ -116,8 +117,8 @@ inline void check_norm_backward(const check::Op& op, const Tensor& grad, const T
   if (norm != kRms) op.shape(mean, "mean", shape, "[B, groups] of a group norm, else [B, *spatial]");
 }
 
-inline void check_transpose(const check::Op& op, const Tensor& x, const Tensor& weight, const Optional& bias, const Lists& g,
-                            at::IntArrayRef size) {
+inline void check_transpose(const check::Op& op, const Tensor& x, const Tensor& weight, const Optional& bias,
+                            const Lists& g, at::IntArrayRef size) {
   check_volume(op, x, "x");
   check_lists(op, g, x.dim() - 2);
   op.length(size.size(), "size", x.dim() - 2, "one per spatial axis");
@@ -128,7 +129,8 @@ inline void check_transpose(const check::Op& op, const Tensor& x, const Tensor& 
   check_sizes(op, g, size, weight.sizes().slice(2), x.sizes().slice(2));
 }
 
-inline void check_weight_grad(const check::Op& op, const Tensor& grad, const Tensor& x, at::IntArrayRef kernel, const Lists& g) {
+inline void check_weight_grad(const check::Op& op, const Tensor& grad, const Tensor& x, at::IntArrayRef kernel,
+                              const Lists& g) {
   check_volume(op, x, "x");
   check_lists(op, g, x.dim() - 2);
   op.dtype(grad, "grad", x.scalar_type());

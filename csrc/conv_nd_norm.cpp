@@ -69,13 +69,14 @@ ASTRO_INLINE void normalize(const NormTarget& t, const float* z, int64_t first, 
 
 // The mean goes first: z * scale - mean * scale would cancel where the mean is large.
 template <typename T>
-ASTRO_INLINE void scale_shift(const T* z, T* y, const float* mean, const float* scale, const float* shift, int64_t channels, int64_t count,
-                              int64_t activation, bool streamed) {
+ASTRO_INLINE void scale_shift(const T* z, T* y, const float* mean, const float* scale, const float* shift,
+                              int64_t channels, int64_t count, int64_t activation, bool streamed) {
   for (int64_t p = 0; p < count; ++p, z += channels, y += channels)
     for (int64_t i = 0; i < channels; i += kLanes) {
       const int64_t left = channels - i;
       const f32x16 v = left >= kLanes ? simd::load(z + i) : simd::load_partial(z + i, left);
-      const f32x16 u = (v - lanes_of(mean + i, left, 0.0f)) * lanes_of(scale + i, left, 0.0f) + lanes_of(shift + i, left, 0.0f);
+      const f32x16 u =
+          (v - lanes_of(mean + i, left, 0.0f)) * lanes_of(scale + i, left, 0.0f) + lanes_of(shift + i, left, 0.0f);
       set_lanes(y + i, activate(u, activation), left, streamed);
     }
 }
@@ -93,20 +94,21 @@ struct ScaleShift {
   template <Level L>
   static ASTRO_INLINE void run(const Scaling& s) {
     if (s.dtype == at::kFloat)
-      scale_shift(static_cast<const float*>(s.z), static_cast<float*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count,
-                  s.activation, s.streamed);
+      scale_shift(static_cast<const float*>(s.z), static_cast<float*>(s.y), s.mean, s.scale, s.shift, s.channels,
+                  s.count, s.activation, s.streamed);
     else if (s.dtype == at::kBFloat16)
-      scale_shift(static_cast<const c10::BFloat16*>(s.z), static_cast<c10::BFloat16*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count,
-                  s.activation, s.streamed);
+      scale_shift(static_cast<const c10::BFloat16*>(s.z), static_cast<c10::BFloat16*>(s.y), s.mean, s.scale, s.shift,
+                  s.channels, s.count, s.activation, s.streamed);
     else
-      scale_shift(static_cast<const c10::Half*>(s.z), static_cast<c10::Half*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count,
-                  s.activation, s.streamed);
+      scale_shift(static_cast<const c10::Half*>(s.z), static_cast<c10::Half*>(s.y), s.mean, s.scale, s.shift,
+                  s.channels, s.count, s.activation, s.streamed);
   }
 };
 
 // `sums`: of each channel relative to its first position, `pivots`, so that what they have in common costs no digits.
 template <typename T>
-ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int64_t count, float* pivots, float* sums) {
+ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int64_t count, float* pivots,
+                               float* sums) {
   const Epilogue& e = *t.epilogue;
   T* to = static_cast<T*>(e.kept != nullptr ? e.kept : e.y) + first * t.channels;
   for (int64_t i = 0; i < t.channels; i += kLanes) {
@@ -127,7 +129,8 @@ ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int
 
 struct StoreGroups {
   template <Level L>
-  static ASTRO_INLINE void run(const NormTarget& t, float* z, int64_t first, int64_t count, float* pivots, float* sums) {
+  static ASTRO_INLINE void run(const NormTarget& t, float* z, int64_t first, int64_t count, float* pivots,
+                               float* sums) {
     if (t.dtype == at::kFloat) store_groups<float>(t, z, first, count, pivots, sums);
     else if (t.dtype == at::kBFloat16) store_groups<c10::BFloat16>(t, z, first, count, pivots, sums);
     else store_groups<c10::Half>(t, z, first, count, pivots, sums);
@@ -207,7 +210,8 @@ void finish_groups(const Tensor& z, Tensor& y, const Tensor& partial_mean, const
         const float rounded = static_cast<float>(center);
         centers[b * channels + i] = rounded;
         scale[b * channels + i] = static_cast<float>(factor);
-        shift[b * channels + i] = static_cast<float>((e.beta == nullptr ? 0.0f : e.beta[i]) - (center - rounded) * factor);
+        shift[b * channels + i] =
+            static_cast<float>((e.beta == nullptr ? 0.0f : e.beta[i]) - (center - rounded) * factor);
       }
     }
   const char* from = static_cast<const char*>(z.const_data_ptr());
@@ -216,8 +220,9 @@ void finish_groups(const Tensor& z, Tensor& y, const Tensor& partial_mean, const
   at::parallel_for(0, batch * positions, 1 + kGrain / channels, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t b = begin / positions, stop = std::min(end, (b + 1) * positions);
-      dispatch<ScaleShift>(Scaling{from + begin * row_bytes, to + begin * row_bytes, z.scalar_type(), centers.data() + b * channels,
-                       scale.data() + b * channels, shift.data() + b * channels, channels, stop - begin, e.activation, e.streamed});
+      dispatch<ScaleShift>(Scaling{from + begin * row_bytes, to + begin * row_bytes, z.scalar_type(),
+                                   centers.data() + b * channels, scale.data() + b * channels,
+                                   shift.data() + b * channels, channels, stop - begin, e.activation, e.streamed});
       begin = stop;
     }
     if (e.streamed) streamed_fence();

@@ -45,7 +45,8 @@ ASTRO_INLINE f32x16 lanes_of(const T* p, int64_t left) { return left >= kLanes ?
 template <typename T>
 ASTRO_INLINE void add_lanes(T* p, f32x16 v, int64_t left) { put(p, lanes_of(p, left) + v, left, false); }
 
-// Calls rows(begin, end, sum_d, sum_dh) for runs of positions, whose sums of `channels` channels go to `sums` [2][channels].
+// Calls rows(begin, end, sum_d, sum_dh) for runs of positions, whose sums of `channels` channels go to `sums`
+// [2][channels].
 template <typename Rows>
 void in_runs(int64_t begin, int64_t end, int64_t channels, double* sums, const Rows& rows) {
   std::vector<float> run(2 * channels);
@@ -164,7 +165,8 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
         mine.sum_d = sum_d, mine.sum_dh = sum_dh;
         dispatch<GroupSums>(mine, first, last);
       };
-      in_runs(s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks, c, to + item * 2 * c, some);
+      in_runs(s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks, c,
+              to + item * 2 * c, some);
     }
   });
   const Tensor per_sample = partial.sum(1);  // [batch, 2, channels]

@@ -16,7 +16,8 @@ constexpr int64_t kCheckGrain = 1024;
 
 // Whether nodes [first, last) have their own edges, each once and in rising order. Over all nodes, with `start` from 0
 // to `edges`, that makes `by` a permutation and all of `index` a node.
-inline bool in_order(const int64_t* index, const int64_t* by, const int64_t* start, int64_t edges, int64_t first, int64_t last) {
+inline bool in_order(const int64_t* index, const int64_t* by, const int64_t* start, int64_t edges, int64_t first,
+                     int64_t last) {
   bool fits = true;
   for (int64_t node = first; node < last; ++node) {
     const int64_t begin = start[node], end = start[node + 1];
@@ -32,7 +33,8 @@ inline bool in_order(const int64_t* index, const int64_t* by, const int64_t* sta
 }
 
 // The three lists of one end of the edges, `name` and `by_name` and `name`_start, contiguous.
-inline void check_order(const check::Op& op, const char* name, const Tensor& index, const Tensor& by, const Tensor& start) {
+inline void check_order(const check::Op& op, const char* name, const Tensor& index, const Tensor& by,
+                        const Tensor& start) {
   const int64_t edges = index.numel(), nodes = start.numel() - 1;
   const int64_t *of_edge = index.const_data_ptr<int64_t>(), *order = by.const_data_ptr<int64_t>();
   const int64_t* bounds = start.const_data_ptr<int64_t>();

@@ -178,7 +178,8 @@ ASTRO_INLINE void backward_receiver_fours(const Backward<T>& a, int64_t first, i
       own *= rescale;
       Four<W> sums = {};
       for (int64_t e = 0; e < count; ++e) {
-        const f32x4 weight = load4(weights.data() + e * kHeads) * rescale, slope = weight * (load4(slopes.data() + e * kHeads) - own);
+        const f32x4 weight = load4(weights.data() + e * kHeads) * rescale,
+                    slope = weight * (load4(slopes.data() + e * kHeads) - own);
         const int64_t at = edges[e] * heads + g;
         store4(a.weight + at, weight), store4(a.slope + at, slope), store4(a.grad_bias + at, slope);
         sums.add(slope, in.k[in.lists.sender[edges[e]]] + g * W);

@@ -45,7 +45,8 @@ constexpr int64_t kMaxColumns = 4096;
 // Rows are handed to threads in pieces of at least this many logits; below, waking a thread (~5 us) costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
 
-// Running sums of one token over the vocabulary tiles seen so far. Doubles: hundreds of tiles must not cost digits, nor what is common to all logits.
+// Running sums of one token over the vocabulary tiles seen so far. Doubles: hundreds of tiles must not cost digits,
+// nor what is common to all logits.
 template <typename T>
 struct Running {
   T maximum;
@@ -140,7 +141,8 @@ ASTRO_INLINE void slope_row(const Slope<T>& a, int64_t row) {
     return;
   }
   const T grad = a.grad[row], lse = static_cast<T>(a.lse[row]), softcap = static_cast<T>(a.options.softcap);
-  const T softmax = grad * (T(1) + T(2) * static_cast<T>(a.options.z_loss) * lse) * static_cast<T>(lost_in_rounding<T>(a.lse[row]));
+  const T softmax =
+      grad * (T(1) + T(2) * static_cast<T>(a.options.z_loss) * lse) * static_cast<T>(lost_in_rounding<T>(a.lse[row]));
   const T uniform = grad * static_cast<T>(a.options.label_smoothing / static_cast<double>(a.vocabulary));
   const int64_t column = a.target[row] - a.first;
   const bool here = column >= 0 && column < a.columns;
@@ -209,8 +211,8 @@ void check_targets(const Tensor& target, int64_t vocabulary, int64_t ignore_inde
 }
 
 template <typename T>
-void finish(const Tensor& target, const Running<T>* running, const T* target_logit, int64_t vocabulary, const Options& o, T* loss,
-            double* lse) {
+void finish(const Tensor& target, const Running<T>* running, const T* target_logit, int64_t vocabulary,
+            const Options& o, T* loss, double* lse) {
   const int64_t* y = target.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < target.numel(); ++row) {
     const double value = running[row].lse(), surprise = value - static_cast<double>(target_logit[row]);
@@ -288,8 +290,14 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_an
       const Tensor x_rows = x.narrow(0, start, rows);
       Tensor logits = tile_view(buffer, rows, columns);
       at::mm_out(logits, x_rows, w.t());
-      const Slope<T> a{logits.mutable_data_ptr<T>(), target.const_data_ptr<int64_t>() + start, lse.const_data_ptr<double>() + start,
-                       grad.const_data_ptr<T>() + start, columns, first, vocabulary, o};
+      const Slope<T> a{logits.mutable_data_ptr<T>(),
+                       target.const_data_ptr<int64_t>() + start,
+                       lse.const_data_ptr<double>() + start,
+                       grad.const_data_ptr<T>() + start,
+                       columns,
+                       first,
+                       vocabulary,
+                       o};
       at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<SlopeRows>(a, begin, end); });
       if (need_x) accumulate(grad_x.narrow(0, start, rows), logits, w, first == 0);
       if (need_weight) accumulate(grad_w, logits.t(), x_rows, start == 0);

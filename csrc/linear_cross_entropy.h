@@ -16,7 +16,8 @@ struct Options {
   double softcap;  // 0: none
 };
 
-// exp(lse rounded to T - lse), the factor from exp(z - rounded lse) to exp(z - lse): logits with 1000 in common have an lse that fp32 rounds by up to 3e-5,
+// exp(lse rounded to T - lse), the factor from exp(z - rounded lse) to exp(z - lse): logits with 1000 in common have
+// an lse that fp32 rounds by up to 3e-5,
 // and all their probabilities with it, where a softmax taken relative to the largest logit keeps its digits.
 template <typename T>
 double lost_in_rounding(double lse) {
@@ -27,7 +28,8 @@ double lost_in_rounding(double lse) {
 // Error unless each target is `ignore_index` or in [0, vocabulary).
 void check_targets(const at::Tensor& target, int64_t vocabulary, int64_t ignore_index);
 
-// grad_x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that the weight may hold would be NaN.
+// grad_x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that the weight may hold would be
+// NaN.
 at::Tensor without_ignored(at::Tensor grad_x, const at::Tensor& target, int64_t ignore_index);
 
 // The ops `linear_cross_entropy` and `linear_cross_entropy_backward`; lse is fp64 for every dtype of x.

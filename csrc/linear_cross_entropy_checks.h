@@ -6,8 +6,8 @@
 
 namespace astrobiogen::linear_cross_entropy {
 
-inline void check_arguments(const check::Op& op, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
-                            const Options& o) {
+inline void check_arguments(const check::Op& op, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& target, const Options& o) {
   op.floating(x, "x");
   op.rank(x, "x", 2, 2, "[tokens, H]");
   op.size(x.size(1), "H, the last axis of x,", 1);

@@ -14,7 +14,8 @@ namespace astrobiogen::rms_norm {
 using at::Tensor;
 
 // fp64 serves gradient checks: plain loops, one thread.
-inline std::tuple<Tensor, Tensor> forward_double(const Tensor& x, const Tensor& weight, double eps, Tensor y, Tensor rstd) {
+inline std::tuple<Tensor, Tensor> forward_double(const Tensor& x, const Tensor& weight, double eps, Tensor y,
+                                                 Tensor rstd) {
   const Tensor weight_double = weight.to(at::kDouble).contiguous();
   const double *in = x.const_data_ptr<double>(), *w = weight_double.const_data_ptr<double>();
   double *out = y.mutable_data_ptr<double>(), *scale = rstd.mutable_data_ptr<double>();
@@ -28,11 +29,13 @@ inline std::tuple<Tensor, Tensor> forward_double(const Tensor& x, const Tensor& 
   return {y, rstd};
 }
 
-inline std::tuple<Tensor, Tensor> backward_double(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                                  const std::optional<Tensor>& grad_sum, Tensor grad_x) {
+inline std::tuple<Tensor, Tensor> backward_double(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                                  const Tensor& rstd, const std::optional<Tensor>& grad_sum,
+                                                  Tensor grad_x) {
   const Tensor weight_double = weight.to(at::kDouble).contiguous();
   Tensor grad_weight = at::zeros({x.size(-1)}, weight_double.options());
-  const double *g = grad_y.const_data_ptr<double>(), *in = x.const_data_ptr<double>(), *w = weight_double.const_data_ptr<double>();
+  const double *g = grad_y.const_data_ptr<double>(), *in = x.const_data_ptr<double>(),
+               *w = weight_double.const_data_ptr<double>();
   const double *scale = rstd.const_data_ptr<double>(), *other = grad_sum ? grad_sum->const_data_ptr<double>() : nullptr;
   double *out = grad_x.mutable_data_ptr<double>(), *dw = grad_weight.mutable_data_ptr<double>();
   const int64_t hidden = x.size(-1);

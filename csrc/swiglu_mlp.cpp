@@ -221,9 +221,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& gate_any, 
   return {out, gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& gates_any,
-                                                    const Tensor& gate_any, const Tensor& up_any, const Tensor& down_any,
-                                                    bool need_x, bool need_weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
+                                                    const Tensor& gates_any, const Tensor& gate_any,
+                                                    const Tensor& up_any, const Tensor& down_any, bool need_x,
+                                                    bool need_weights) {
   constexpr check::Op op("astrobiogen::swiglu_mlp_backward");
   check_block(op, x_any, gate_any, up_any, down_any);
   op.like(grad_any, "grad", x_any, "the shape of x");

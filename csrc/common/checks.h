@@ -47,7 +47,8 @@ class Op {
     TORCH_CHECK_VALUE(t.defined(), op_, ": ", name, " must be a tensor, got an undefined one");
     TORCH_CHECK_VALUE(t.is_cpu() && t.layout() == at::kStrided && t.has_storage(), op_, ": ", name,
                       " must be a dense tensor on the device cpu, got layout ", t.layout(), " on ", t.device());
-    const int64_t held = static_cast<int64_t>(t.storage().nbytes()), used = t.numel() == 0 ? 0 : end_of(t) * t.element_size();
+    const int64_t held = static_cast<int64_t>(t.storage().nbytes()),
+                  used = t.numel() == 0 ? 0 : end_of(t) * t.element_size();
     TORCH_CHECK_VALUE(used <= held, op_, ": ", name, " must lie inside its storage, got ", held, " bytes where shape ",
                       t.sizes(), " needs ", used);
   }
@@ -88,18 +89,19 @@ class Op {
     const int64_t axes = other.dim();
     const bool fits = t.dim() == axes && axes > 0 && t.size(-1) == last &&
                       std::equal(t.sizes().begin(), t.sizes().end() - 1, other.sizes().begin());
-    TORCH_CHECK_VALUE(fits, op_, ": ", name, " must have shape [..., ", last, "] (", meaning, ") with the leading axes of ",
-                      other.sizes(), ", got ", t.sizes());
+    TORCH_CHECK_VALUE(fits, op_, ": ", name, " must have shape [..., ", last, "] (", meaning,
+                      ") with the leading axes of ", other.sizes(), ", got ", t.sizes());
   }
 
-  void size(int64_t got, const char* name, int64_t lowest, int64_t highest = std::numeric_limits<int64_t>::max()) const {
-    TORCH_CHECK_VALUE(lowest <= got && got <= highest, op_, ": ", name, " must be in [", lowest, ", ", highest, "], got ",
-                      got);
+  void size(int64_t got, const char* name, int64_t lowest,
+            int64_t highest = std::numeric_limits<int64_t>::max()) const {
+    TORCH_CHECK_VALUE(lowest <= got && got <= highest, op_, ": ", name, " must be in [", lowest, ", ", highest,
+                      "], got ", got);
   }
 
   void divides(int64_t divisor, const char* name, int64_t number, const char* of) const {
-    TORCH_CHECK_VALUE(divisor > 0 && number % divisor == 0, op_, ": ", name, " must be > 0 and divide ", of, " = ", number,
-                      ", got ", divisor);
+    TORCH_CHECK_VALUE(divisor > 0 && number % divisor == 0, op_, ": ", name, " must be > 0 and divide ", of, " = ",
+                      number, ", got ", divisor);
   }
 
   void length(size_t got, const char* name, size_t expected, const char* meaning) const {
@@ -121,8 +123,8 @@ class Op {
     for (int64_t i = 0; i < entries; ++i) inside &= static_cast<uint64_t>(values[i]) < static_cast<uint64_t>(count);
     if (inside) [[likely]] return;
     for (int64_t i = 0; i < entries; ++i)
-      TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < count, op_, ": ", name, " must hold values in [0, ", count, "), got ",
-                        values[i], " at position ", i);
+      TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < count, op_, ": ", name, " must hold values in [0, ", count,
+                        "), got ", values[i], " at position ", i);
   }
 
   const char* name() const { return op_; }
