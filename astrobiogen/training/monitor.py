@@ -17,7 +17,7 @@ import rich.progress
 from astrobiogen.training import log_file, trackers
 from astrobiogen.training.config import MonitorConfig
 from astrobiogen.training.errors import UserError
-from astrobiogen.training.log_files import Rotation, read_log, torn
+from astrobiogen.training.records import Rotation, read_log, torn
 
 __all__ = ["LOG_NAME", "Monitor", "read_log"]
 LOG_NAME = "astrobiogen"
@@ -42,40 +42,33 @@ class _Records:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._torn = torn(path)
             self._rotation = Rotation(path)
-            self._file = path.open("ab", buffering=0)
+            file = path.open("ab", buffering=0)
+            self._lines = log_file.Appender(file, "log.jsonl", logging.getLogger(LOG_NAME), torn=torn(path))
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}", exit_code=1) from error
-        self._lost = self.lost = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._lines.file.close()
         self._rotation.close()
+
+    @property
+    def lost(self) -> int:
+        """Records that could not be written."""
+        return self._lines.lost
 
     def append(self, record: dict[str, Any]) -> None:
         """Write `record`, or count it as lost."""
-        lines = ["", json.dumps(record), ""] if self._torn else [json.dumps(record), ""]
-        if self._lost:
-            lines.insert(-1, json.dumps({"event": "log_gap", "step": record.get("step", 0), "lost": self._lost}))
-        data = "\n".join(lines).encode()
-        try:
-            written = self._file.write(data)
-            reason = "the disk is full"
-        except OSError as error:
-            written, reason = 0, error.strerror or str(error)
-        if written == len(data):
-            self._torn, self._lost = False, 0
-            self._file = self._rotation.after(self._file, written)
-            return
-        self._torn = self._torn or written > 0
-        self._lost += 1
-        self.lost += 1
-        if self._lost == 1:
-            logging.getLogger(LOG_NAME).error("log.jsonl cannot be written (%s); training goes on without it", reason)
+
+        def gap(missing: int) -> str:
+            return json.dumps({"event": "log_gap", "step": record.get("step", 0), "lost": missing})
+
+        written = self._lines.append(json.dumps(record), gap)
+        if written:
+            self._lines.file = self._rotation.after(self._lines.file, written)
 
 
 class Monitor:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from astrobiogen.training import log_files, report, report_plots
+from astrobiogen.training import records, report, report_plots
 from astrobiogen.training.config import MonitorConfig
-from astrobiogen.training.log_files import Rotation, parts, read_log, torn
 from astrobiogen.training.monitor import Monitor
+from astrobiogen.training.records import Rotation, parts, read_log, torn
 
 PLAIN = MonitorConfig(progress="plain", level="ERROR")
 
@@ -161,8 +161,8 @@ def test_a_full_disk_leaves_a_part_as_it_is(
         raise OSError(28, "No space left on device")
 
     write(tmp_path / "log-0001.jsonl", [step(1)])
-    monkeypatch.setattr(log_files.os, "fsync", full)
-    log_files._compress(tmp_path / "log-0001.jsonl")
+    monkeypatch.setattr(records.os, "fsync", full)
+    records._compress(tmp_path / "log-0001.jsonl")
     assert "stays as it is" in caplog.text
     assert list(read_log(tmp_path / "log.jsonl")) == [step(1)]
 
