@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.kernels._checks import check_int, check_ints
 from astrobiogen.kernels.conv_nd.layout import PADDINGS, MemoryFormat
 from astrobiogen.kernels.conv_nd.op import Activation, Padding, PaddingMode
-from astrobiogen.layers.integers import as_integer, per_axis
 
 
 class ConvNd(nn.Module):
@@ -67,18 +67,18 @@ class ConvNd(nn.Module):
         super().__init__()
         if not 1 <= n_axes <= 5:
             raise ValueError(f"n_axes must be 1 to 5, got {n_axes}")
-        self.n_axes = as_integer("n_axes", n_axes, 1)
-        self.in_channels = as_integer("in_channels", in_channels, 1)
-        self.out_channels = as_integer("out_channels", out_channels, 1)
-        self.groups = as_integer("groups", groups, 1)
+        self.n_axes = check_int("n_axes", n_axes, 1)
+        self.in_channels = check_int("in_channels", in_channels, 1)
+        self.out_channels = check_int("out_channels", out_channels, 1)
+        self.groups = check_int("groups", groups, 1)
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
                 f"groups = {groups} must divide in_channels = {in_channels} and out_channels = {out_channels}"
             )
-        self.kernel_size = per_axis("kernel_size", kernel_size, self.n_axes, 1)
-        self.stride = per_axis("stride", stride, self.n_axes, 1)
+        self.kernel_size = check_ints("kernel_size", kernel_size, self.n_axes, 1)
+        self.stride = check_ints("stride", stride, self.n_axes, 1)
         self.padding: Padding = self._padding(padding)
-        self.dilation = per_axis("dilation", dilation, self.n_axes, 1)
+        self.dilation = check_ints("dilation", dilation, self.n_axes, 1)
         self.padding_mode: PaddingMode | tuple[PaddingMode, ...] = (
             padding_mode if isinstance(padding_mode, str) else tuple(padding_mode)
         )
@@ -91,7 +91,7 @@ class ConvNd(nn.Module):
 
     def _padding(self, padding: Padding) -> Padding:
         if not isinstance(padding, str):
-            return per_axis("padding", padding, self.n_axes, 0)
+            return check_ints("padding", padding, self.n_axes, 0)
         if padding not in PADDINGS:
             raise ValueError(f"padding must be integers or one of {PADDINGS}, got {padding!r}")
         if padding == "same" and max(self.stride) > 1:

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.kernels._checks import check_int
 from astrobiogen.kernels.conv_nd.norm import NormKind
 from astrobiogen.kernels.conv_nd.op import Activation
 from astrobiogen.layers.children import globally_hooked, is_plain, reset_children
 from astrobiogen.layers.conv_nd import ConvNd
-from astrobiogen.layers.integers import as_integer
 from astrobiogen.layers.rms_norm import RMSNorm
 
 _NORMS: dict[NormKind, tuple[type[nn.Module]]] = {"rms": (RMSNorm,), "layer": (nn.LayerNorm,), "group": (nn.GroupNorm,)}
@@ -64,7 +64,7 @@ class ConvNormAct(nn.Module):
         super().__init__()
         if norm not in ("rms", "layer", "group"):
             raise ValueError(f"norm must be 'rms', 'layer' or 'group', got {norm!r}")
-        norm_groups = as_integer("norm_groups", norm_groups, 0)
+        norm_groups = check_int("norm_groups", norm_groups, 0)
         if norm_groups < 1 or out_channels % norm_groups or (norm != "group" and norm_groups != 1):
             raise ValueError(
                 f"norm_groups = {norm_groups} must divide out_channels = {out_channels} (1 for norm={norm!r})"

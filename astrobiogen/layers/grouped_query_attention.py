@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
+from astrobiogen.kernels._checks import check_int
 from astrobiogen.layers.children import reset_children
-from astrobiogen.layers.integers import as_integer
 from astrobiogen.layers.linear import Linear
 
 
@@ -99,8 +99,8 @@ class GroupedQueryAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_size, num_heads = as_integer("hidden_size", hidden_size, 1), as_integer("num_heads", num_heads, 1)
-        kv_heads = num_heads if num_kv_heads is None else as_integer("num_kv_heads", num_kv_heads, 0)
+        hidden_size, num_heads = check_int("hidden_size", hidden_size, 1), check_int("num_heads", num_heads, 1)
+        kv_heads = num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 0)
         if kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {kv_heads}")
         if head_dim is None and hidden_size % num_heads:
@@ -110,7 +110,7 @@ class GroupedQueryAttention(nn.Module):
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = kv_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else as_integer("head_dim", head_dim, 1)
+        self.head_dim = hidden_size // num_heads if head_dim is None else check_int("head_dim", head_dim, 1)
         self.causal = causal
         self.window = window
         self.softcap = softcap

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.layers.integers import as_integer
+from astrobiogen.kernels._checks import check_int
 
 
 class LinearCrossEntropy(nn.Module):
@@ -41,7 +41,7 @@ class LinearCrossEntropy(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shape = as_integer("vocab_size", vocab_size, 1), as_integer("hidden_size", hidden_size, 1)
+        shape = check_int("vocab_size", vocab_size, 1), check_int("hidden_size", hidden_size, 1)
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.layers.integers import as_integer
+from astrobiogen.kernels._checks import check_int
 
 
 def epsilon(dtype: torch.dtype) -> float:
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         if eps is not None and not eps > 0:
             raise ValueError(f"eps must be positive, got {eps}")
-        self.hidden_size = as_integer("hidden_size", hidden_size, 1)
+        self.hidden_size = check_int("hidden_size", hidden_size, 1)
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(self.hidden_size, device=device, dtype=dtype))
         self.reset_parameters()

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from astrobiogen.layers.integers import as_integer
+from astrobiogen.kernels._checks import check_int
 
 
 class RotaryEmbedding(nn.Module):
@@ -38,8 +38,8 @@ class RotaryEmbedding(nn.Module):
         self, head_dim: int, theta: float = 10_000.0, rotary_dim: int | None = None, position_scale: float = 1.0
     ) -> None:
         super().__init__()
-        head_dim = as_integer("head_dim", head_dim, 1)
-        rotary = head_dim if rotary_dim is None else as_integer("rotary_dim", rotary_dim, 0)
+        head_dim = check_int("head_dim", head_dim, 1)
+        rotary = head_dim if rotary_dim is None else check_int("rotary_dim", rotary_dim, 0)
         if rotary < 2 or rotary % 2 or rotary > head_dim:
             raise ValueError(f"rotary_dim must be even, at least 2 and at most head_dim = {head_dim}, got {rotary}")
         if not (theta > 0 and position_scale > 0):

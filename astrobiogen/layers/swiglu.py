@@ -9,8 +9,8 @@ from torch import nn
 
 from astrobiogen import ops
 from astrobiogen.kernels import _autocast
+from astrobiogen.kernels._checks import check_int
 from astrobiogen.layers.children import PLAIN_TENSORS, globally_hooked, is_plain, project, reset_children
-from astrobiogen.layers.integers import as_integer
 from astrobiogen.layers.linear import LINEAR, Linear
 
 ALIGNMENT = (
@@ -102,8 +102,8 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size = as_integer("hidden_size", hidden_size, 1)
-        self.intermediate_size = as_integer("intermediate_size", intermediate_size, 1)
+        self.hidden_size = check_int("hidden_size", hidden_size, 1)
+        self.intermediate_size = check_int("intermediate_size", intermediate_size, 1)
         self.recompute = recompute
         self.padding = -self.intermediate_size % ALIGNMENT if pad_intermediate else 0
         held = self.intermediate_size + self.padding
