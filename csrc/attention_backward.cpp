@@ -65,10 +65,9 @@ Workspace split_workspace(float* p, int64_t dim, int64_t padded) {
   return w;
 }
 
-// delta_i = <dO_i, O_i> - dlse_i, and the log-sum-exp in units of log 2 (0 for a row that sees nothing: all its scores
-// are masked, and its O is 0 whatever dO is). O is taken as it was before rounding: dP - delta cancels where a
-// softmax is
-// peaked.
+// delta_i = <dO_i, O_i> - dlse_i, and the log-sum-exp in units of log 2 (0 for a row that sees nothing: all its
+// scores are masked, and its O is 0 whatever dO is). O is taken as it was before rounding: dP - delta cancels where a
+// softmax is peaked.
 template <typename T>
 void row_constants(const Context<T>& c, const TaskRows& t, const Workspace& w, const int32_t* low,
                    const int32_t* high) {
@@ -106,8 +105,7 @@ void write_grad_queries(const Context<T>& c, const TaskRows& t, const float* pan
 
 // A gradient that is not finite reaches dV of the keys that its row sees, and no other. (dQ and dK get it from delta;
 // what is not finite in a query, or in a key that the row sees, makes the row's log-sum-exp NaN and reaches all
-// gradients
-// through the probabilities.)
+// gradients through the probabilities.)
 template <typename T>
 void add_marked(const Context<T>& c, const TaskRows& t, uint64_t marked, const int32_t* low, const int32_t* high,
                 float* grad_values) {

@@ -134,8 +134,7 @@ void pack(const Geometry<Scalar>& g, const Rows<const T>& in, int64_t tokens, in
 }
 
 // Whether all of `count` numbers are finite. In integers, which the compiler turns into vectors: the exponent of Inf
-// and
-// NaN is all ones.
+// and NaN is all ones.
 inline bool all_finite(const float* p, int64_t count) {
   uint32_t carries = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -161,9 +160,8 @@ inline bool finite_tensor(const Tensor& t) {
 }
 
 // A result in half precision and what its rounding took away: `rest` is the difference of the bits of the fp32 number
-// and
-// of the rounded one, widened. bf16 and normal fp16 numbers come back exactly; fp16 subnormals and what overflowed stay
-// as rounded.
+// and of the rounded one, widened. bf16 and normal fp16 numbers come back exactly; fp16 subnormals and what
+// overflowed stay as rounded.
 inline int16_t rest_of(float exact, float rounded) {
   int32_t bits, base;
   std::memcpy(&bits, &exact, sizeof(bits));

@@ -28,9 +28,8 @@ inline void visible_keys(const Geometry<float>& g, const TaskRows& t, int64_t wi
 }
 
 // panels[x][d][w] = factor * (rotated) row x W + w; with `flat`, the same numbers as rows of `padded` floats, and 0
-// where
-// they are not finite: there they meet hidden pairs with weight 0. Rows past the end are zero. Returns the bits of the
-// rows that are not finite (with `flat`).
+// where they are not finite: there they meet hidden pairs with weight 0. Rows past the end are zero. Returns the bits
+// of the rows that are not finite (with `flat`).
 static_assert(kTaskRows <= 64);
 template <typename T>
 uint64_t pack_panels(const Geometry<float>& g, const TaskRows& t, const Rows<const T>& in, bool turn, float factor,

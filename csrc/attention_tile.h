@@ -154,8 +154,7 @@ ASTRO_INLINE void product(int64_t rows, const float* a, int64_t lda, const float
 }
 
 // tile[key][W] = `hidden_value` where the lane's query does not see the key: lane w sees keys low[w] <= key <
-// high[w]; the
-// tile starts at key `first`.
+// high[w]; the tile starts at key `first`.
 template <class B>
 ASTRO_INLINE void mask_tile(float* tile, int64_t stride, int64_t first, int64_t count, const int32_t* low,
                             const int32_t* high, float hidden_value = -__builtin_inff()) {

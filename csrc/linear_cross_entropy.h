@@ -17,8 +17,8 @@ struct Options {
 };
 
 // exp(lse rounded to T - lse), the factor from exp(z - rounded lse) to exp(z - lse): logits with 1000 in common have
-// an lse that fp32 rounds by up to 3e-5,
-// and all their probabilities with it, where a softmax taken relative to the largest logit keeps its digits.
+// an lse that fp32 rounds by up to 3e-5, and all their probabilities with it, where a softmax taken relative to the
+// largest logit keeps its digits.
 template <typename T>
 double lost_in_rounding(double lse) {
   const double rounded = static_cast<T>(lse);

@@ -29,8 +29,7 @@ constexpr int64_t kWidestPanel = 32;
 constexpr int64_t kMostBlockRows = 8;
 
 // c[r][0 .. V N) (+)= start[0 .. V N) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. V N) for R rows r. `start`
-// comes last: were the sums to begin with a
-// large bias, each of the `depth` additions would round at its size.
+// comes last: were the sums to begin with a large bias, each of the `depth` additions would round at its size.
 template <Level L, int V, bool Add>
 ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, const float* start, float* c,
                            int64_t ldc) {

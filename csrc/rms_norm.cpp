@@ -1,11 +1,10 @@
 // RMSNorm on the CPU, forward and backward, with the residual addition fused. Formulas: astrobiogen/kernels/rms_norm/reference.py.
 //
-// Memory-bound: forward reads x twice, the second time from L1/L2 (a row of 4352 floats is 17 KB), and writes y once; while it writes, it asks for the
-// next row. Two tensors in and two out go one of each per walk over the row: asking for x while the sum is written, and for the residual while y is,
-// takes 0.80 to 0.90 of a copy's time in bf16, all four in the second walk 1.05 to 1.12. The weight gradient is
-// summed into one fp32 row per run of
-// rows, and the runs of a block in fp64; the block count depends on the shape only, so any thread count gives the
-// same bits.
+// Memory-bound: forward reads x twice, the second time from L1/L2 (a row of 4352 floats is 17 KB), and writes y once;
+// while it writes, it asks for the next row. Two tensors in and two out go one of each per walk over the row: asking
+// for x while the sum is written, and for the residual while y is, takes 0.80 to 0.90 of a copy's time in bf16, all
+// four in the second walk 1.05 to 1.12. The weight gradient is summed into one fp32 row per run of rows, and the runs
+// of a block in fp64; the block count depends on the shape only, so any thread count gives the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
@@ -34,8 +33,8 @@ constexpr int64_t kGrainElements = 16384;
 // Vectors of 8 lanes at every level: 16 lanes gain nothing here (1.60 against 1.55 ms at [2048, 4352] bf16), and one order of the weight serves all.
 constexpr int kLanes = 8;
 // Terms of one chain of fp32 additions, after which its sum goes to a double: columns of a row, and rows of the
-// weight gradient. A rounding error grows with
-// the length of a chain: one over 300,000 columns or 1,000,000 rows was 20 to 40 times as inexact as PyTorch's sums.
+// weight gradient. A rounding error grows with the length of a chain: one over 300,000 columns or 1,000,000 rows was
+// 20 to 40 times as inexact as PyTorch's sums.
 constexpr int64_t kRunColumns = 16384, kRunRows = 128;
 constexpr int64_t kPair = 2 * kLanes;
 using Pair = simd::Pair<kLanes>;
@@ -95,10 +94,8 @@ struct RowSum {
 };
 
 // Calls body(first column, whole pair?, live columns, chain) for a row, in runs whose sums `sum` takes up;
-// neighbouring pairs get chains 0 and 1, for sums
-// whose additions would wait for each other (a compile-time index: chosen at run time, the sums live in memory and
-// the forward takes 1.6 times as long).
-// The last pair may be partial.
+// neighbouring pairs get chains 0 and 1, for sums whose additions would wait for each other (a compile-time index:
+// chosen at run time, the sums live in memory and the forward takes 1.6 times as long). The last pair may be partial.
 template <typename Body>
 ASTRO_INLINE void walk(int64_t hidden, RowSum& sum, Body&& body) {
   int64_t j = 0;
