@@ -169,6 +169,12 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
       }
     // The weights sum up to 1 but for the rounding of lse, up to 3e-5 where scores pass 500.
     for (int64_t h = 0; h < heads; ++h) total[h] = total[h] == A(0) ? A(0) : A(1) / total[h], own[h] *= total[h];
+    // What the slopes leave of a sum that is 0 is the rounding of `own`; neighbours' rows are alike, so it would add up over nodes.
+    for (int64_t h = 0; h < heads; ++h) {
+      A rest = A(0);
+      for (int64_t e = 0; e < count; ++e) rest += weights[e * heads + h] * (slopes[e * heads + h] - own[h]);
+      own[h] += rest * total[h];
+    }
     for (int64_t e = 0; e < count; ++e) {
       const T* key = in.k[in.lists.sender[edges[e]]];
       for (int64_t h = 0; h < heads; ++h) {

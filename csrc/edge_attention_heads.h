@@ -176,6 +176,9 @@ ASTRO_INLINE void backward_receiver_fours(const Backward<T>& a, int64_t first, i
       }
       const f32x4 rescale = total == 0.0f ? f32x4{} : 1.0f / total;  // they sum up to 1 but for the rounding of lse
       own *= rescale;
+      f32x4 rest = {};  // of a sum that is 0: the rounding of `own` (edge_attention.cpp)
+      for (int64_t e = 0; e < count; ++e) rest += load4(weights.data() + e * kHeads) * (load4(slopes.data() + e * kHeads) - own);
+      own += rest * rescale;
       Four<W> sums = {};
       for (int64_t e = 0; e < count; ++e) {
         const f32x4 weight = load4(weights.data() + e * kHeads) * rescale,

@@ -1,5 +1,6 @@
 """Attention along edges: the shared battery, graphs at random, order and isolation of nodes, and bad input."""
 
+import itertools
 from collections.abc import Callable
 
 import hypothesis
@@ -7,10 +8,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
+import astrobiogen
 from astrobiogen import ops
 from astrobiogen.kernels._case import Case, TensorMaker
 from astrobiogen.kernels.edge_attention.samples import CASES, LONG_CASES, edge_attention, graph, plain
 from astrobiogen.testing import check_battery, check_op
+from astrobiogen.testing._routes import Implementation, device_of, route
 
 OPS = ("edge_attention", "edge_attention_backward")
 
@@ -55,6 +58,36 @@ def test_equals_masked_attention() -> None:
     assert torch.equal(out[3], torch.zeros(heads, width))
     keep = torch.arange(nodes) != 3
     torch.testing.assert_close(out[keep], expected[keep])
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "implementation"), [(4, 8, "cpu"), (3, 5, "cpu"), (4, 8, "triton")]
+)  # fmt: skip
+def test_slopes_of_alike_neighbours_cancel(heads: int, width: int, implementation: Implementation) -> None:
+    """The slopes of a node add up to 0; where rows are alike, what rounding leaves of that adds up over the nodes."""
+    nodes = 2000 if implementation == "cpu" else 40
+    device = device_of(implementation, "cpu")
+
+    def sums(leaves: list[torch.Tensor], grad: torch.Tensor, edges: ops.EdgeLists) -> torch.Tensor:
+        out = ops.edge_attention(*leaves, edges)
+        grad_q, grad_bias = torch.autograd.grad(out, (leaves[0], leaves[3]), grad)
+        return torch.cat([grad_q.double().sum(0).flatten(), grad_bias.double().sum(0)])
+
+    ours, eager = 0.0, 0.0
+    for degree, spread in itertools.product((2, 3, 5), (0.01, 0.001)):
+        receiver = torch.arange(nodes).repeat(degree)
+        edges = ops.edge_lists(receiver.to(device), torch.randint(0, nodes, (degree * nodes,)).to(device), nodes)
+        rows = (torch.randn(4, 1, heads, width) + spread * torch.randn(4, nodes, heads, width)).to(device)
+        bias = spread * torch.randn(degree * nodes, heads).to(device)
+        *leaves, grad = *rows[:3].unbind(0), bias, rows[3]
+        single, double = ([t.to(dtype).requires_grad_() for t in leaves] for dtype in (torch.float32, torch.float64))
+        with astrobiogen.use_kernels("reference"):
+            exact, plain_sums = sums(double, grad.double(), edges), sums(single, grad, edges)
+        with route(OPS, implementation):
+            found = sums(single, grad, edges)
+        ours += (found - exact).norm().item()
+        eager += (plain_sums - exact).norm().item()
+    assert ours <= eager, (ours, eager)
 
 
 def test_thread_count_changes_no_bit() -> None:

@@ -89,7 +89,9 @@ def _edge_attention_bwd_receiver_kernel(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, D: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """Program p: node p as receiver; dq, dbias, p and ds. The first walk over its edges takes g·out from its terms,
-    because out was rounded; most nodes have one tile of edges, which the second walk finds in L1."""
+    because out was rounded; most nodes have one tile of edges, which the second walk finds in L1. Both walks count
+    g·v from the first edge's on: where neighbours are alike, the rounding of g·v would pass the slopes, and it does
+    not cancel over nodes."""
     node = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(start_ptr + node), tl.load(start_ptr + node + 1)
     heads, cells, live = _cells(HEADS, WIDTH, H, D)
@@ -97,6 +99,11 @@ def _edge_attention_bwd_receiver_kernel(
     query = wide(tl.load(q_ptr + node * q_step + cells, mask=live, other=0.0)) * scale
     grad = wide(tl.load(grad_ptr + node * grad_step + cells, mask=live, other=0.0))
     log_sum = tl.load(lse_ptr + node * HEADS + heads, mask=heads < HEADS, other=0.0)
+    edge = tl.load(order_ptr + begin, mask=begin < end, other=0)
+    here = (heads < HEADS) & (begin < end)
+    seen = tl.load(bias_ptr + edge * HEADS + heads, mask=here, other=float("-inf")) > float("-inf")
+    value = v_ptr + tl.load(sender_ptr + edge, mask=begin < end, other=0) * v_step + cells
+    pivot = tl.sum(grad * wide(tl.load(value, mask=live & seen[:, None], other=0.0)), 1)
     own = tl.zeros([H], query.dtype)
     total = tl.zeros([H], query.dtype)
     rescale = tl.zeros([H], query.dtype)
@@ -113,7 +120,7 @@ def _edge_attention_bwd_receiver_kernel(
             keys = _tile(k_ptr, others, k_step, cells, mask)
             scores = tl.sum(query[None, :, :] * keys, 2) + bias
             weights = tl.where(visible, tl.exp(scores - log_sum[None, :]), 0.0)
-            along = tl.sum(grad[None, :, :] * _tile(v_ptr, others, v_step, cells, mask), 2)
+            along = tl.sum(grad[None, :, :] * _tile(v_ptr, others, v_step, cells, mask), 2) - pivot[None, :]
             if walk == 0:
                 own += tl.sum(weights * along, 0)
                 total += tl.sum(weights, 0)
