@@ -30,8 +30,8 @@ import astrobiogen
 from astrobiogen import _extension, data, ops
 from astrobiogen.kernels import _registry
 from astrobiogen.system import console
-from astrobiogen.training import preflight as preflight_checks
 from astrobiogen.training.errors import UserError
+from astrobiogen.training.tools import preflight as preflight_checks
 
 Verdict = Literal["ok", "warning", "failed"]
 

@@ -14,23 +14,16 @@ from torch import nn
 
 import astrobiogen
 from astrobiogen.system import console
-from astrobiogen.training import (
-    assemble,
-    checkpoint,
-    chosen,
-    claim,
-    cli,
-    ensemble,
-    metrics,
-    precision,
-    run_folder,
-    runtime,
-    saving,
-    session,
-)
-from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.config_dict import from_dict
+from astrobiogen.training import checkpoint
+from astrobiogen.training.batches import assemble
+from astrobiogen.training.checkpoint import chosen, saving
+from astrobiogen.training.config import TrainConfig, claim, run_folder
+from astrobiogen.training.config.as_dict import from_dict
+from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError, UserError
+from astrobiogen.training.evaluation import ensemble, examination, metrics, publication
+from astrobiogen.training.observe import failure
+from astrobiogen.training.optim import precision
 
 _LOG = logging.getLogger("astrobiogen")
 
@@ -140,7 +133,7 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
         models = [_loaded(assembly, its, taken.path, held).to(device) for its, (taken, held) in members]
 
         def examine(model: nn.Module, settings: TrainConfig) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
-            examined = session.examine(assembly, model, settings, device, dtype, lambda: bool(interrupt.received))
+            examined = examination.examine(assembly, model, settings, device, dtype, lambda: bool(interrupt.received))
             if examined is None:
                 raise UserError(f"stopped by {interrupt.received}: nothing was written", exit_code=1)
             return examined
@@ -160,8 +153,8 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
     facts = _run_facts(models[0], found[0][0])
     result |= {"checkpoint": [str(taken.path) for taken, _ in found], "run": facts}
     if output:
-        session.publish(output, result, predictions)
-    session.show(result, output)
+        publication.publish(output, result, predictions)
+    publication.show(result, output)
     if "ensemble" in result:
         facts = result["ensemble"]
         sys.stdout.write(
@@ -197,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console.best_effort():
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
         logging.getLogger("astrobiogen").setLevel(logging.INFO)
-        return cli.guarded(lambda: _run(given), lambda: None)
+        return failure.guarded(lambda: _run(given), lambda: None)
 
 
 if __name__ == "__main__":

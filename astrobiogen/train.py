@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from astrobiogen.system import console
-from astrobiogen.training import claim, cli, ending, plan, requeue, run_folder, runtime, session
-from astrobiogen.training.claim import Claim
-from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.distributed import World, launched_rank
+from astrobiogen.training import run
+from astrobiogen.training.config import TrainConfig, claim, command_line, requeue, run_folder
+from astrobiogen.training.config.claim import Claim
+from astrobiogen.training.distributed import World, ending, launched_rank, roles, runtime
+from astrobiogen.training.observe import failure
+from astrobiogen.training.tools import plan
 
 
 @dataclasses.dataclass
@@ -26,8 +28,8 @@ class _Place:
 
 
 def _run(arguments: Sequence[str], place: _Place) -> int:
-    with cli.spoken_once():
-        options = cli.parse(arguments)
+    with roles.spoken_once():
+        options = command_line.parse(arguments)
     if options.plan:
         return plan.show(options.config, options.memory) if launched_rank() == 0 else 0
     if options.find_lr:
@@ -43,18 +45,18 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
             if world.main:
                 sys.stdout.write(ending.said_before(owned.folder) + "\n")
             return 0
-        ended = session.train(config, owned.folder, owned.state != claim.NEW, world)
-    return ending.status(config.runtime.preempted_status, os.environ) if ended == session.PREEMPTED else 0
+        ended = run.train(config, owned.folder, owned.state != claim.NEW, world)
+    return ending.status(config.runtime.preempted_status, os.environ) if ended == run.PREEMPTED else 0
 
 
-def _find_learning_rate(options: cli.Options, place: _Place) -> int:
+def _find_learning_rate(options: command_line.Options, place: _Place) -> int:
     with claim.claimed(options.output, options.config.preset) as owned:
         place.folder = owned.folder
-        return session.find_learning_rate(options.config, owned.folder)
+        return run.find_learning_rate(options.config, owned.folder)
 
 
 @contextlib.contextmanager
-def _folder(options: cli.Options) -> Iterator[tuple[Claim, TrainConfig]]:
+def _folder(options: command_line.Options) -> Iterator[tuple[Claim, TrainConfig]]:
     """The run folder, made or found, for this process alone, and the configuration to train with in it."""
     if options.resume == requeue.AUTO:
         with claim.claimed(options.output, options.config.preset, go_on=True) as owned:
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     place = _Place()
     with console.best_effort():
-        return cli.guarded(lambda: _run(given, place), lambda: place.folder)
+        return failure.guarded(lambda: _run(given, place), lambda: place.folder)
 
 
 if __name__ == "__main__":

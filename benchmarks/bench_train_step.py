@@ -19,7 +19,7 @@ import torch
 import astrobiogen
 from astrobiogen import data
 from astrobiogen.models import UnifiedMultiModalSystem, compute_multimodal_loss, presets
-from astrobiogen.training import blocks
+from astrobiogen.training.batches import shared_items
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.runner import Bench
@@ -33,11 +33,11 @@ FACTOR, FLOOR = 3.0, 8.0
 def workload() -> tuple[UnifiedMultiModalSystem, dict]:
     """The model and one batch."""
     bundle = data.load_bundled()
-    sampler = blocks.BlockSampler(blocks.keys_of(bundle.train), BATCH, 0, BLOCK)
+    sampler = shared_items.BlockSampler(shared_items.keys_of(bundle.train), BATCH, 0, BLOCK)
     chosen = next(iter(sampler.batches(0)))
     torch.manual_seed(0)
     system = UnifiedMultiModalSystem(presets.tiny(bundle.spec))
-    return system, blocks.collate_shared([bundle.train[index] for index in chosen], bundle.spec.pad_id)
+    return system, shared_items.collate_shared([bundle.train[index] for index in chosen], bundle.spec.pad_id)
 
 
 def step(kernels: str, system: UnifiedMultiModalSystem, batch: dict) -> tuple[torch.Tensor, ...]:

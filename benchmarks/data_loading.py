@@ -23,7 +23,7 @@ import torch
 from astrobiogen import data
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.models import UnifiedMultiModalSystem, compute_multimodal_loss, presets
-from astrobiogen.training import blocks, loading
+from astrobiogen.training.batches import loading, shared_items
 
 BATCH, BLOCK, SAMPLES, STEPS, WARM_UP = 16, 5, 10_000, 6, 50
 MIB = 2**20
@@ -47,7 +47,7 @@ def step_rate(bundle: data.DatasetBundle, order: list[list[int]]) -> float:
     """Samples per second of training steps on one batch, the fastest of ``STEPS``."""
     torch.manual_seed(0)
     system = UnifiedMultiModalSystem(presets.tiny(bundle.spec))
-    batch = blocks.collate_shared([bundle.train[index] for index in order[0]], bundle.spec.pad_id)
+    batch = shared_items.collate_shared([bundle.train[index] for index in order[0]], bundle.spec.pad_id)
     best = float("inf")
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -59,7 +59,7 @@ def step_rate(bundle: data.DatasetBundle, order: list[list[int]]) -> float:
 
 def load_rate(bundle: data.DatasetBundle, order: list[list[int]], shared: bool, workers: int) -> tuple[float, ...]:
     """Samples per second, and resident memory [MiB] after ``WARM_UP`` batches and at its highest from there on."""
-    collate = functools.partial(blocks.collate_shared if shared else data.collate, pad_id=bundle.spec.pad_id)
+    collate = functools.partial(shared_items.collate_shared if shared else data.collate, pad_id=bundle.spec.pad_id)
     seen, first, highest = 0, 0.0, 0.0
     start = time.perf_counter()
     batches = loading.load_batches(bundle.train, collate, order, torch.device("cpu"), workers)
@@ -77,7 +77,7 @@ def main() -> None:
     """Measure and print a Markdown table."""
     torch.set_num_threads(1)
     bundle = data.load_bundled()
-    sampler = blocks.BlockSampler(blocks.keys_of(bundle.train), BATCH, 0, BLOCK)
+    sampler = shared_items.BlockSampler(shared_items.keys_of(bundle.train), BATCH, 0, BLOCK)
     order: list[list[int]] = []
     for epoch in itertools.count():
         order += sampler.batches(epoch)

@@ -20,15 +20,15 @@ from matplotlib import pyplot
 
 from astrobiogen import data
 from astrobiogen.models import UnifiedMultiModalSystem, compute_multimodal_loss, presets
-from astrobiogen.training import blocks
 from astrobiogen.training import config as training_config
+from astrobiogen.training.batches import shared_items
 
 
 def batches_of(bundle: data.DatasetBundle, size: int, tokens: int, count: int) -> list[dict[str, Any]]:
     """The trainer's first `count` batches, texts cut to `tokens`."""
-    sampler = blocks.BlockSampler(blocks.keys_of(bundle.train), size, 0, 5)
+    sampler = shared_items.BlockSampler(shared_items.keys_of(bundle.train), size, 0, 5)
     chosen = [indices for indices, _ in zip(sampler.batches(0), range(count))]
-    found = [blocks.collate_shared([bundle.train[i] for i in indices], bundle.spec.pad_id) for indices in chosen]
+    found = [shared_items.collate_shared([bundle.train[i] for i in indices], bundle.spec.pad_id) for indices in chosen]
     return [
         batch | {name: batch[name][:, :tokens] for name in ("input_ids", "attention_mask", "labels")} for batch in found
     ]

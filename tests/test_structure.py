@@ -48,6 +48,12 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
     "": frozenset({"kernels", "ops", "layers", "models", "integrations", "_extension", ""}),
 }
+# The rooms and files of the trainer, from the bottom up: each may import from those before it, and from itself.
+TRAINING_ORDER = (
+    "errors", "types", "config", "observe", "monitor", "distributed", "batches", "optim", "update", "evaluation",
+    "checkpoint", "tools", "trainer", "run",
+)  # fmt: skip
+MAX_FOLDER_FILES = 15
 # Above the kernels nobody picks an implementation: that is the dispatcher's choice.
 IMPLEMENTATIONS = ("reference", "triton_kernels")
 
@@ -79,7 +85,7 @@ SHARED_NAMES = (
 # Files that delete folders with all that is in them -> how they know that it is theirs.
 DELETES: dict[str, str] = {
     "astrobiogen/system/staging.py": "a marker file that it holds locked",
-    "astrobiogen/training/checkpoint.py": "names that only it gives, in a folder whose lock the run holds",
+    "astrobiogen/training/checkpoint/store.py": "names that only it gives, in a folder whose lock the run holds",
     "astrobiogen/data/make_climate/driver.py": "its own work folder, under its lock",
 }
 # Files that must name a banned word to forbid it.
@@ -158,6 +164,32 @@ def test_imports_point_down_and_stand_at_the_top(path: Path) -> None:
 def test_no_source_file_is_outside_the_groups() -> None:
     unknown = {group_of(module_of(path)) for path in python_files(PACKAGE)} - set(ALLOWED)
     assert not unknown, f"groups without an import rule: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE / "training"), ids=relative)
+def test_imports_within_the_trainer_point_down(path: Path) -> None:
+    room = training_room(module_of(path))
+    allowed = TRAINING_ORDER[: TRAINING_ORDER.index(room) + 1] if room else ()
+    for node, name in imported(ast.parse(path.read_text())):
+        if group_of(name) == "training":
+            assert training_room(name) in allowed, f"{relative(path)}:{node.lineno}: {room} may not import {name}"
+
+
+def training_room(module: str) -> str:
+    """The room, or the file beside the rooms, of a module of the trainer; "" for the package itself."""
+    parts = module.split(".")
+    return parts[2] if len(parts) > 2 else ""
+
+
+def full_folders(root: Path) -> dict[str, int]:
+    """Folders below `root` with more files than one looks through, and how many they hold."""
+    folders = {root, *(path for path in root.rglob("*") if path.is_dir() and path.name != "__pycache__")}
+    counts = {relative(folder): sum(path.is_file() for path in folder.iterdir()) for folder in sorted(folders)}
+    return {name: count for name, count in counts.items() if count > MAX_FOLDER_FILES}
+
+
+def test_no_folder_of_the_trainer_is_too_full() -> None:
+    assert not full_folders(PACKAGE / "training"), f"more than {MAX_FOLDER_FILES} files in a folder"
 
 
 @pytest.mark.parametrize("op", op_packages())
@@ -295,7 +327,7 @@ UNBOUNDED: dict[str, str] = {
     r"\bElementTree\.(?:parse|iterparse)\(|\bminidom\b": "data.guarded.xml_problem, then ElementTree.fromstring",
     r"\burlopen\(|\burlretrieve\(": "data.fetch.download.Web, which insists on https",
     r"\btorch\.load\(|\bimport pickle\b": "safetensors and JSON, which run nothing",
-    r"\bsave_file\(": "training.tensor_files.write, which keeps the umask and lets training go on",
+    r"\bsave_file\(": "training.checkpoint.tensor_files.write, which keeps the umask and lets training go on",
 }
 
 

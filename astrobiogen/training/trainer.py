@@ -10,32 +10,27 @@ from pathlib import Path
 
 import torch
 
-from astrobiogen.training import (
-    distributed_state,
-    evaluation,
-    loading,
-    metrics,
-    nonfinite,
-    precision,
-    runtime,
-    stopping,
-)
-from astrobiogen.training.checkpoint import Observer
+from astrobiogen.training import evaluation
+from astrobiogen.training.batches import loading
+from astrobiogen.training.batches.task import Task
+from astrobiogen.training.batches.weighting import Weighting
+from astrobiogen.training.checkpoint import Observer, process_state
+from astrobiogen.training.checkpoint.saving import Saver
 from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.distributed import World
-from astrobiogen.training.distributed_model import Parallel
-from astrobiogen.training.distributed_share import rounds
+from astrobiogen.training.distributed import World, runtime
+from astrobiogen.training.distributed.model import Parallel
+from astrobiogen.training.distributed.share import rounds
 from astrobiogen.training.errors import NumericalError
-from astrobiogen.training.memory import MemoryProbe
-from astrobiogen.training.monitor import Monitor
-from astrobiogen.training.optimizer import build_optimizer
-from astrobiogen.training.rerun import Rerun
-from astrobiogen.training.saving import Saver
-from astrobiogen.training.state import Progress, Task
-from astrobiogen.training.throughput import Throughput
+from astrobiogen.training.evaluation import metrics, nonfinite, stopping
+from astrobiogen.training.evaluation.progress import Progress
+from astrobiogen.training.observe.monitor import Monitor
+from astrobiogen.training.observe.watchdog import Watchdog
+from astrobiogen.training.optim import precision
+from astrobiogen.training.optim.optimizer import build_optimizer
+from astrobiogen.training.tools.memory import MemoryProbe
+from astrobiogen.training.tools.rerun import Rerun
+from astrobiogen.training.tools.throughput import Throughput
 from astrobiogen.training.update import Updater, UpdateResult
-from astrobiogen.training.watchdog import Watchdog
-from astrobiogen.training.weighting import Weighting
 
 _LOG = logging.getLogger("astrobiogen")
 # Of the bootstrap after each epoch; the closing examination takes as many as `evaluation.bootstrap` says.
@@ -91,7 +86,7 @@ class Trainer:
         settings = config.distributed
         parallel = Parallel(self.model, task.loss_function, self._world, settings, device, dtype, task.every_parameter)
         optimizer = build_optimizer(self.model, config.optimizer)
-        distributed_state.seed_process(config.seed, self._world)
+        process_state.seed_process(config.seed, self._world)
         self.updater = Updater(parallel, optimizer, config, updates, device, dtype)
         self._rerun = Rerun(self.updater, config, monitor)
         self._weighting = Weighting(task.counts, task.text_share, config.seed)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from astrobiogen.models import CountsUpdates
-from astrobiogen.training import loading, precision, schedule
+from astrobiogen.training.batches import loading
 from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.distributed_model import Parallel, total_norm
-from astrobiogen.training.distributed_share import Round
+from astrobiogen.training.distributed.model import Parallel, total_norm
+from astrobiogen.training.distributed.share import Round
 from astrobiogen.training.errors import NumericalError
-from astrobiogen.training.optimizer import WeightAverage, settle, step_unless
+from astrobiogen.training.optim import precision, schedule
+from astrobiogen.training.optim.optimizer import WeightAverage, settle, step_unless
 
 # Skipped windows that the report of a numerical stop lists.
 _REPORTED = 5

@@ -17,7 +17,7 @@ from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.load import SAMPLE_FOLDER, read_cube
 from astrobiogen.data.pack import open_pack
 from astrobiogen.data.text import TextEncoder, load_tokenizer
-from astrobiogen.training import loading
+from astrobiogen.training.batches import loading
 
 MIB = 2**20
 COPIES, SAMPLES, CACHE_MIB = 4, 10_000, 32
@@ -167,7 +167,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from astrobiogen import data
-from astrobiogen.training import blocks
+from astrobiogen.training.batches import shared_items as blocks
 
 def resident():
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS"))

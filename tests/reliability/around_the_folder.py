@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from astrobiogen import data, train
-from astrobiogen.training import blocks, runtime
+from astrobiogen.training.batches import shared_items
 from astrobiogen.training.config import RuntimeConfig
+from astrobiogen.training.distributed import runtime
 
 ROOT = Path(__file__).parents[2]
 SHORT = (
@@ -133,7 +134,7 @@ def early(base: Path, tries: int) -> tuple[dict[str, Any], bool]:
 
 def signal_at_batch(number: int, rank: str | None = None) -> None:
     """Signal this process while its second batch is prepared."""
-    inner, calls = blocks.collate_shared, 0
+    inner, calls = shared_items.collate_shared, 0
 
     def collate(samples: Any, pad_id: int) -> Any:
         nonlocal calls
@@ -142,7 +143,7 @@ def signal_at_batch(number: int, rank: str | None = None) -> None:
             os.kill(os.getpid(), number)
         return inner(samples, pad_id)
 
-    blocks.collate_shared = collate
+    shared_items.collate_shared = collate
 
 
 def signals(base: Path, _tries: int) -> tuple[dict[str, Any], bool]:

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from astrobiogen.training import runtime
 from astrobiogen.training.checkpoint import CheckpointStore, verify
 from astrobiogen.training.config import CheckpointConfig
+from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError
-from astrobiogen.training.monitor import Monitor
+from astrobiogen.training.observe.monitor import Monitor
 from astrobiogen.training.trainer import Trainer
 from tests.training import conftest as toy
 

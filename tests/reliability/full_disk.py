@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from astrobiogen.training import runtime
 from astrobiogen.training.checkpoint import CheckpointStore, Content
 from astrobiogen.training.config import CheckpointConfig
-from astrobiogen.training.monitor import Monitor, read_log
+from astrobiogen.training.distributed import runtime
+from astrobiogen.training.observe.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
 from tests.training import conftest as toy
 

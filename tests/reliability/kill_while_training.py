@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from astrobiogen.training import runtime
 from astrobiogen.training.checkpoint import CheckpointStore
 from astrobiogen.training.config import CheckpointConfig, ScheduleConfig, StopConfig
+from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError
-from astrobiogen.training.monitor import Monitor, read_log
+from astrobiogen.training.observe.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
 from tests.training import conftest as toy
 

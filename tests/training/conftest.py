@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from astrobiogen.training import runtime
+from astrobiogen.training.batches.task import Task
 from astrobiogen.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -18,8 +18,8 @@ from astrobiogen.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from astrobiogen.training.monitor import Monitor
-from astrobiogen.training.state import Task
+from astrobiogen.training.distributed import runtime
+from astrobiogen.training.observe.monitor import Monitor
 from astrobiogen.training.trainer import Trainer
 
 FEATURES = 6

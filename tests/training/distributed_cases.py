@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from astrobiogen.training import runtime
+from astrobiogen.training.batches.task import Task
 from astrobiogen.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -24,11 +24,10 @@ from astrobiogen.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from astrobiogen.training.config_watch import SpikeConfig
-from astrobiogen.training.distributed import World
-from astrobiogen.training.memory import REPORT
-from astrobiogen.training.monitor import Monitor, read_log
-from astrobiogen.training.state import Task
+from astrobiogen.training.config.run_folder import MEMORY
+from astrobiogen.training.config.watch import SpikeConfig
+from astrobiogen.training.distributed import World, runtime
+from astrobiogen.training.observe.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
 from tests.training import distributed_disagreement, ragged
 
@@ -259,7 +258,7 @@ def memory(world: World, folder: Path) -> dict[str, Any]:
         settings = config(strategy, epochs=1, accumulation=2)
         trainer = trained(settings, folder / strategy, world)
         if world.main:
-            results[strategy] = json.loads((folder / strategy / REPORT).read_text())
+            results[strategy] = json.loads((folder / strategy / MEMORY).read_text())
         results["parameters"] = sum(value.numel() for value in trainer.model.parameters())
     return results
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from astrobiogen.training import agreement, session
+from astrobiogen.training import run
 from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.distributed import World
+from astrobiogen.training.distributed import World, agreement
 from astrobiogen.training.errors import UserError
 
 
@@ -18,9 +18,9 @@ def told(base: TrainConfig, world: World, folder: Path) -> dict[str, Any]:
     optimizer = dataclasses.replace(base.optimizer, learning_rate=0.01 * (1 + rank))
     private = dataclasses.replace(base.data, path=f"/data/of/{rank}", workers=rank)
     asked: dict[str, Callable[[], Any]] = {
-        "seed": lambda: session.train(dataclasses.replace(base, seed=rank), folder, False, world),
-        "learning rate": lambda: session.train(dataclasses.replace(base, optimizer=optimizer), folder, False, world),
-        "resume": lambda: session.train(base, folder, bool(rank), world),
+        "seed": lambda: run.train(dataclasses.replace(base, seed=rank), folder, False, world),
+        "learning rate": lambda: run.train(dataclasses.replace(base, optimizer=optimizer), folder, False, world),
+        "resume": lambda: run.train(base, folder, bool(rank), world),
         "data": lambda: agreement.require(world, {"data": f"content {rank}"}),
         "nothing": lambda: agreement.require(
             world, agreement.of_run(dataclasses.replace(base, data=private), resume=False)

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from astrobiogen import data
-from astrobiogen.training import assemble, config
+from astrobiogen.training import config
+from astrobiogen.training.batches import assemble
+from astrobiogen.training.batches.task import Task
+from astrobiogen.training.batches.weighting import Weighting
 from astrobiogen.training.distributed import World
-from astrobiogen.training.distributed_model import Parallel
-from astrobiogen.training.distributed_share import rounds
-from astrobiogen.training.optimizer import build_optimizer
-from astrobiogen.training.state import Task
+from astrobiogen.training.distributed.model import Parallel
+from astrobiogen.training.distributed.share import rounds
+from astrobiogen.training.optim.optimizer import build_optimizer
 from astrobiogen.training.update import Updater
-from astrobiogen.training.weighting import Weighting
 
 SAMPLES = 32
 UNEVEN = (1, 2, 3, 4, 5, 6, 7, 4)

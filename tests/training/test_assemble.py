@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from astrobiogen import data
-from astrobiogen.training import assemble, augmentation, blocks, config, evaluation, weighting
+from astrobiogen.training import config, evaluation
+from astrobiogen.training.batches import assemble, augmentation, shared_items, weighting
 from tests.training import ragged
 
 
@@ -139,7 +140,7 @@ def test_block_sampler_is_a_permutation_and_resumes(bundle: data.DatasetBundle) 
         for organism in range(48)
         if torch.rand(1, generator=generator) < 0.7
     ]
-    sampler = blocks.BlockSampler(grid, 16, seed=1, block=5)
+    sampler = shared_items.BlockSampler(grid, 16, seed=1, block=5)
     epochs = [list(sampler.batches(epoch)) for epoch in range(2)]
     for batches in epochs:
         assert len(batches) == sampler.batches_per_epoch
@@ -150,7 +151,7 @@ def test_block_sampler_is_a_permutation_and_resumes(bundle: data.DatasetBundle) 
     assert list(sampler.batches(1, start=7)) == epochs[1][7:]
     climates = [len({grid[index][0] for index in batch}) for batch in epochs[0]]
     assert sum(climates) / len(climates) < 7  # a random batch of 16 would have about 12
-    order = blocks.in_blocks(bundle.test, 10, 3)
+    order = shared_items.in_blocks(bundle.test, 10, 3)
     assert sorted(index for batch in order for index in batch) == list(range(len(bundle.test)))
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from astrobiogen.training.background import Background, HostCopy, Job
 from astrobiogen.training.checkpoint import CheckpointStore, Content, read
+from astrobiogen.training.checkpoint.background import Background, HostCopy, Job
 from astrobiogen.training.config import CheckpointConfig, MonitorConfig
-from astrobiogen.training.monitor import read_log
+from astrobiogen.training.observe.monitor import read_log
 from tests.training.conftest import toy_config
 from tests.training.test_checkpoint import content
 

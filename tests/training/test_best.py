@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from astrobiogen import data, evaluate, train
-from astrobiogen.training import chosen, evaluation, metrics, stopping, undefined
-from astrobiogen.training.checkpoint import CheckpointStore
+from astrobiogen.training import evaluation
+from astrobiogen.training.checkpoint import CheckpointStore, chosen
 from astrobiogen.training.config import StopConfig
 from astrobiogen.training.errors import CheckpointError
-from astrobiogen.training.monitor import read_log
-from astrobiogen.training.state import Progress
+from astrobiogen.training.evaluation import metrics, stopping, undefined
+from astrobiogen.training.evaluation.progress import Progress
+from astrobiogen.training.observe.monitor import read_log
 from tests.training.conftest import Run, toy_config
 
 MakeRun = Callable[..., Run]

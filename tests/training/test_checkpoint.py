@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from astrobiogen.training import packing, runtime
-from astrobiogen.training.checkpoint import CheckpointStore, Content, read, verify
+from astrobiogen.training.checkpoint import CheckpointStore, Content, packing, read, verify
+from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError
 
 
@@ -97,7 +97,7 @@ def test_missing_files_and_no_whole_checkpoint(store: CheckpointStore) -> None:
 
 
 def test_other_format_is_refused(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astrobiogen.training.checkpoint.FORMAT", 99)
+    monkeypatch.setattr("astrobiogen.training.checkpoint.store.FORMAT", 99)
     with pytest.raises(CheckpointError, match="format 2, this version reads 99"):
         verify(store.candidates()[0])
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 import astrobiogen.training as package
-from astrobiogen.training import cli, config, config_dict, resume_rules
-from astrobiogen.training.assemble import override
+from astrobiogen.training import config
+from astrobiogen.training.batches.assemble import override
+from astrobiogen.training.config import as_dict, command_line, resume_rules
 from astrobiogen.training.errors import UserError
 
 
@@ -24,9 +25,9 @@ def keys(value: Any, prefix: str = "") -> list[str]:
 
 def test_every_key_is_read_and_documented() -> None:
     folder = Path(package.__path__[0])
-    own = ("config.py", "config_watch.py")
-    source = "\n".join(path.read_text() for path in folder.glob("*.py") if path.name not in own)
-    settings = "\n".join((folder / name).read_text() for name in own)
+    own = ("schema.py", "watch.py")
+    source = "\n".join(path.read_text() for path in folder.rglob("*.py") if path.name not in own)
+    settings = "\n".join((folder / "config" / name).read_text() for name in own)
     for key in keys(config.TrainConfig()):
         group, _, name = key.rpartition(".")
         owners = "|".join(filter(None, (group, "_?config", "settings", "stop")))
@@ -38,8 +39,8 @@ def test_every_key_is_read_and_documented() -> None:
 def test_presets_survive_a_round_trip(name: str) -> None:
     made = config.preset(name)
     assert made.preset == name
-    assert config_dict.from_dict(yaml.safe_load(yaml.safe_dump(config_dict.to_dict(made)))) == made
-    assert cli.parse(["--preset", name]).config == made
+    assert as_dict.from_dict(yaml.safe_load(yaml.safe_dump(as_dict.to_dict(made)))) == made
+    assert command_line.parse(["--preset", name]).config == made
 
 
 def test_large_presets_keep_the_originals_recipe() -> None:
@@ -55,7 +56,7 @@ def test_large_presets_keep_the_originals_recipe() -> None:
 def test_order_of_precedence(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("preset: small\nepochs: 7\noptimizer:\n  learning_rate: 1e-4\n  weight_decay: 0.5\n")
-    made = cli.parse(["--config", str(file), "--optimizer.weight_decay", "0.25"]).config
+    made = command_line.parse(["--config", str(file), "--optimizer.weight_decay", "0.25"]).config
     assert made.preset == "small"
     assert made.epochs == 7
     assert made.optimizer.learning_rate == 1e-4
@@ -81,7 +82,7 @@ def test_order_of_precedence(tmp_path: Path) -> None:
 )
 def test_bad_values_name_their_key(arguments: list[str], text: str) -> None:
     with pytest.raises(UserError) as caught:
-        cli.parse(arguments)
+        command_line.parse(arguments)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
@@ -91,12 +92,12 @@ def test_unknown_yaml_key_and_broken_yaml(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("optimizer:\n  lr: 0.1\n")
     with pytest.raises(UserError, match=r"'optimizer' does not accept option 'lr'"):
-        cli.parse(["--config", str(file)])
+        command_line.parse(["--config", str(file)])
     file.write_text("optimizer: [\n")
     with pytest.raises(UserError):
-        cli.parse(["--config", str(file)])
+        command_line.parse(["--config", str(file)])
     with pytest.raises(ValueError, match=r"optimizer\.lr: unknown key"):
-        config_dict.from_dict({"optimizer": {"lr": 1}})
+        as_dict.from_dict({"optimizer": {"lr": 1}})
 
 
 def test_every_group_rejects_what_it_says() -> None:
@@ -146,8 +147,8 @@ def test_model_overrides() -> None:
 
 def test_resume_takes_the_runs_configuration_and_refuses_other_courses(tmp_path: Path) -> None:
     saved = dataclasses.replace(config.preset("tiny"), seed=5, model={"graph_weight": 0.1})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_dict.to_dict(saved)))
-    same = cli.parse(["--resume", str(tmp_path), "--stop.max_hours", "9", "--monitor.log_every", "1"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_dict.to_dict(saved)))
+    same = command_line.parse(["--resume", str(tmp_path), "--stop.max_hours", "9", "--monitor.log_every", "1"])
     assert same.resume == str(tmp_path)
     assert same.config == dataclasses.replace(
         saved,
@@ -155,17 +156,17 @@ def test_resume_takes_the_runs_configuration_and_refuses_other_courses(tmp_path:
         monitor=dataclasses.replace(saved.monitor, log_every=1),
     )
     with pytest.raises(UserError, match=r"seed: the run has 5, asked for 6"):
-        cli.parse(["--resume", str(tmp_path), "--seed", "6"])
+        command_line.parse(["--resume", str(tmp_path), "--seed", "6"])
     with pytest.raises(UserError, match="not with --resume"):
-        cli.parse(["--resume", str(tmp_path), "--output", "x"])
+        command_line.parse(["--resume", str(tmp_path), "--output", "x"])
     (tmp_path / "config.yaml").write_text("seeed: 5\n")
     with pytest.raises(UserError, match=r"config\.yaml"):
-        cli.parse(["--resume", str(tmp_path)])
+        command_line.parse(["--resume", str(tmp_path)])
 
 
 def test_help_and_printed_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.parse(["--help"])
+        command_line.parse(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Decoupled weight decay" in text
@@ -173,10 +174,10 @@ def test_help_and_printed_config(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "[--KEY VALUE ...]" in text
     assert "--plan --memory 24" in text
     with pytest.raises(SystemExit):
-        cli.parse(["--preset", "small", "--seed", "3", "--print_config"])
+        command_line.parse(["--preset", "small", "--seed", "3", "--print_config"])
     file = tmp_path / "printed.yaml"
     file.write_text(capsys.readouterr().out)
-    assert cli.parse(["--config", str(file)]).config == dataclasses.replace(config.preset("small"), seed=3)
+    assert command_line.parse(["--config", str(file)]).config == dataclasses.replace(config.preset("small"), seed=3)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_help_and_printed_config(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_unknown_options_name_the_nearest_one(option: str, hint: str) -> None:
     for arguments in ([option, "1"], [f"{option}=1"]):
         with pytest.raises(UserError, match=re.escape(hint)):
-            cli.parse(arguments)
+            command_line.parse(arguments)
 
 
 def test_every_key_is_classified_for_resuming_once() -> None:
@@ -209,12 +210,12 @@ def test_every_key_is_classified_for_resuming_once() -> None:
 
 
 def test_keys_that_a_saved_configuration_lacks_have_their_default() -> None:
-    saved = config_dict.to_dict(config.TrainConfig())
+    saved = as_dict.to_dict(config.TrainConfig())
     del saved["data"]["roll_longitude"]
-    assert config_dict.changed_on_resume(saved, config_dict.to_dict(config.TrainConfig())) == {}
+    assert as_dict.changed_on_resume(saved, as_dict.to_dict(config.TrainConfig())) == {}
     changed = dataclasses.replace(config.TrainConfig(), data=config.DataConfig(roll_longitude=True))
-    assert config_dict.changed_on_resume(saved, config_dict.to_dict(changed)) == {"data.roll_longitude": (False, True)}
+    assert as_dict.changed_on_resume(saved, as_dict.to_dict(changed)) == {"data.roll_longitude": (False, True)}
     model = dataclasses.replace(config.TrainConfig(), model={"weights": [1, 2]})
-    assert config_dict.changed_on_resume(saved, config_dict.to_dict(model)) == {"model.weights": (None, [1, 2])}
+    assert as_dict.changed_on_resume(saved, as_dict.to_dict(model)) == {"model.weights": (None, [1, 2])}
     tuples = dataclasses.replace(config.TrainConfig(), model={"weights": (1, 2)})
-    assert config_dict.changed_on_resume(config_dict.to_dict(tuples), config_dict.to_dict(model)) == {}
+    assert as_dict.changed_on_resume(as_dict.to_dict(tuples), as_dict.to_dict(model)) == {}

@@ -18,9 +18,9 @@ import torch
 
 from astrobiogen.training import checkpoint
 from astrobiogen.training.config import PrecisionConfig
-from astrobiogen.training.config_dict import changed_on_resume, to_dict
+from astrobiogen.training.config.as_dict import changed_on_resume, to_dict
 from astrobiogen.training.distributed import PeerError, World
-from astrobiogen.training.distributed_share import rounds, shared_order
+from astrobiogen.training.distributed.share import rounds, shared_order
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("distributed_cases", Path(__file__).with_name("distributed_cases.py"))

@@ -12,8 +12,10 @@ import torch
 import yaml
 
 from astrobiogen import data, train
-from astrobiogen.training import blocks, config, config_dict, ending, requeue, run_folder, runtime
-from astrobiogen.training.distributed import World
+from astrobiogen.training import config
+from astrobiogen.training.batches import shared_items
+from astrobiogen.training.config import as_dict, requeue, run_folder
+from astrobiogen.training.distributed import World, ending, runtime
 from astrobiogen.training.errors import UserError
 from tests.training.conftest import Run, toy_config
 
@@ -44,7 +46,7 @@ def _bundled(bundle: data.DatasetBundle, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def signalled(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
     """Send these signals to ourselves while the second batch is prepared."""
-    inner, calls = blocks.collate_shared, 0
+    inner, calls = shared_items.collate_shared, 0
 
     def collate(samples: Any, pad_id: int) -> Any:
         nonlocal calls
@@ -54,7 +56,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
                 os.kill(os.getpid(), number)
         return inner(samples, pad_id)
 
-    monkeypatch.setattr(blocks, "collate_shared", collate)
+    monkeypatch.setattr(shared_items, "collate_shared", collate)
 
 
 @pytest.mark.parametrize("number", runtime.STOPPING, ids=lambda number: number.name)
@@ -145,13 +147,13 @@ def test_the_same_command_starts_goes_on_and_says_that_it_has_finished(
 
 
 def test_the_number_format_chosen_at_the_beginning_is_kept(tmp_path: Path) -> None:
-    saved = config_dict.to_dict(config.preset("tiny"))  # fp32, as chosen then
+    saved = as_dict.to_dict(config.preset("tiny"))  # fp32, as chosen then
     run_folder.write_text(tmp_path / "config.yaml", yaml.safe_dump(saved))
-    assert requeue.agreed(config_dict.from_dict(saved | {"precision": {"dtype": "auto"}}), tmp_path) == (
-        config_dict.from_dict(saved)
+    assert requeue.agreed(as_dict.from_dict(saved | {"precision": {"dtype": "auto"}}), tmp_path) == (
+        as_dict.from_dict(saved)
     )
     with pytest.raises(UserError, match=r"epochs: the run has 8, asked for 9"):
-        requeue.agreed(config_dict.from_dict(saved | {"epochs": 9}), tmp_path)
+        requeue.agreed(as_dict.from_dict(saved | {"epochs": 9}), tmp_path)
 
 
 def test_an_end_that_cannot_be_written_down_is_said(

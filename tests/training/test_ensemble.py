@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from astrobiogen.training import ensemble, evaluation
+from astrobiogen.training import evaluation
+from astrobiogen.training.evaluation import ensemble
 from tests.training.conftest import ToyModel, ToySamples, collate, toy_loss
 
 CPU = torch.device("cpu")

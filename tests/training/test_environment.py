@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from astrobiogen.training import run_folder
+from astrobiogen.training.config import run_folder
 from tests.training.conftest import toy_config
 
 ROOT = Path(__file__).parents[2]
@@ -20,10 +20,10 @@ PACKAGE = ROOT / "astrobiogen"
     [
         ("torch_geometric", "astrobiogen, astrobiogen.ops, astrobiogen.layers"),
         ("triton", "astrobiogen, astrobiogen.ops, astrobiogen.train, astrobiogen.evaluate"),
-        ("bitsandbytes", "astrobiogen.train, astrobiogen.training.optimizer"),
+        ("bitsandbytes", "astrobiogen.train, astrobiogen.training.optim.optimizer"),
         ("transformers", "astrobiogen.train, astrobiogen.integrations"),
-        ("pynvml", "astrobiogen.train, astrobiogen.training.gpu"),
-        ("wandb", "astrobiogen.train, astrobiogen.training.trackers"),
+        ("pynvml", "astrobiogen.train, astrobiogen.training.observe.gpu"),
+        ("wandb", "astrobiogen.train, astrobiogen.training.observe.trackers"),
     ],
 )
 def test_what_does_not_need_a_package_works_without_it(absent: str, modules: str) -> None:

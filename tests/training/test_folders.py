@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from astrobiogen.system import ownership
-from astrobiogen.training import claim, run_folder
+from astrobiogen.training.config import claim, run_folder
 from astrobiogen.training.errors import UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -16,8 +16,7 @@ import safetensors.torch
 import torch
 
 from astrobiogen import evaluate
-from astrobiogen.training import tensor_files
-from astrobiogen.training.checkpoint import MANIFEST, CheckpointStore, Content, read, verify
+from astrobiogen.training.checkpoint import MANIFEST, CheckpointStore, Content, read, tensor_files, verify
 from astrobiogen.training.config import CheckpointConfig
 from astrobiogen.training.errors import CheckpointError
 from tests.training.conftest import toy_config

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from astrobiogen.training import evaluation, loading, runtime, session
+from astrobiogen.training import evaluation
+from astrobiogen.training import run as whole_run
+from astrobiogen.training.batches import loading
 from astrobiogen.training.config import CheckpointConfig, OptimizerConfig, PrecisionConfig, StopConfig
+from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError, UserError
-from astrobiogen.training.monitor import read_log
+from astrobiogen.training.observe.monitor import read_log
 from tests.training.conftest import FEATURES, Run, ToyModel, ToySamples, collate, toy_config, toy_loss, toy_task
 
 MakeRun = Callable[..., Run]
@@ -180,7 +183,7 @@ def test_the_timer_of_saves_runs_across_epochs(
 ) -> None:
     """Each micro-batch takes 7 minutes by a clock of our own, an epoch of 6 of them 42: saves are 2 hours apart."""
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr("astrobiogen.training.saving.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("astrobiogen.training.checkpoint.saving.time.monotonic", lambda: clock.now)
     config = toy_config(epochs=8, checkpoint=CheckpointConfig(every_epochs=0, every_minutes=120.0))
     task = toy_task(config)
 
@@ -222,7 +225,7 @@ def test_a_numerical_stop_writes_the_samples_down(make_run: MakeRun, tmp_path: P
     with pytest.raises(
         UserError, match=r"2 updates in a row had NaN or Inf gradients.*nonfinite_report\.json"
     ) as caught:
-        session._fit(run.trainer, tmp_path, config, CPU)
+        whole_run._fit(run.trainer, tmp_path, config, CPU)
     assert caught.value.exit_code == 1
     report = json.loads((tmp_path / "nonfinite_report.json").read_text())
     assert [update["batches"] for update in report["updates"]] == [order[:4], order[4:]]
@@ -264,6 +267,6 @@ def test_a_long_evaluation_tells_how_far_it_is(
     with caplog.at_level("INFO", "astrobiogen"):
         evaluated(ToyModel())
         assert caplog.text == ""
-        monkeypatch.setattr(evaluation, "_TELL_SECONDS", -1.0)
+        monkeypatch.setattr(evaluation.passes, "_TELL_SECONDS", -1.0)
         evaluated(ToyModel())
     assert "evaluated 5 of 6 batches" in caplog.text

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from astrobiogen.training import lr_finder
 from astrobiogen.training.config import DataConfig, OptimizerConfig
 from astrobiogen.training.errors import UserError
+from astrobiogen.training.tools import lr_finder
 from tests.training.conftest import toy_config, toy_task
 
 CPU = torch.device("cpu")

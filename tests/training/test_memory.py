@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from astrobiogen.training import memory, plan, session
-from astrobiogen.training.config import DataConfig, OptimizerConfig, TrainConfig
+from astrobiogen.training import run as whole_run
+from astrobiogen.training.config import DataConfig, OptimizerConfig, TrainConfig, run_folder
 from astrobiogen.training.errors import UserError
+from astrobiogen.training.observe import failure
+from astrobiogen.training.tools import memory, plan
 from tests.training.conftest import Run, ToyModel, collate, toy_config, toy_loss, toy_task
 
 MakeRun = Callable[..., Run]
@@ -28,7 +30,7 @@ def test_the_plan_is_the_measured_peak(make_run: MakeRun, tmp_path: Path, accumu
     )
     run = make_run(config, task=toy_task(config, train_samples=48, width=WIDTH))
     assert run.trainer.fit()
-    report = json.loads((tmp_path / "run" / memory.REPORT).read_text())
+    report = json.loads((tmp_path / "run" / run_folder.MEMORY).read_text())
     assert report["measured_bytes"].keys() == report["planned_bytes"].keys()
     weights = 4 * sum(value.numel() for value in run.trainer.model.parameters())
     for side in ("planned_bytes", "measured_bytes"):
@@ -66,7 +68,7 @@ def test_out_of_memory_is_a_report_with_settings(make_run: MakeRun, tmp_path: Pa
     )
     run = make_run(config, task=dataclasses.replace(toy_task(config), loss_function=hungry_loss))
     with pytest.raises(UserError) as caught:
-        session._fit(run.trainer, tmp_path, config, torch.device("cpu"))
+        whole_run._fit(run.trainer, tmp_path, config, torch.device("cpu"))
     assert caught.value.exit_code == 1
     line = str(caught.value)
     assert line.startswith("out of memory on cpu: ")
@@ -80,8 +82,8 @@ def test_out_of_memory_is_a_report_with_settings(make_run: MakeRun, tmp_path: Pa
     assert report["peak"] > 2**20
     assert report["settings"]
     other = RuntimeError("shapes do not fit")
-    assert not memory.is_out_of_memory(other)
-    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not failure.is_out_of_memory(other)
+    assert failure.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_advice_names_only_what_helps() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
-from astrobiogen.training import baselines, final, metrics
+from astrobiogen.training.evaluation import baselines, comparison, metrics
 
 
 def predictions(count: int = 200, seed: int = 0, planets: int = 8, organisms: int = 10) -> metrics.Predictions:
@@ -115,10 +115,10 @@ def test_baselines_learn_and_compare() -> None:
         ("a",) * 150,
     )
     assert metrics.figures(item)["accuracy"][0] > 0.85
-    comparison = final.compare(item, made, 100, 0)
-    assert all(item["better"] for item in final.against_majority(comparison).values())
-    same = comparison["logistic regression, planet parameters"]["model_minus_baseline"]["accuracy"]
+    compared = comparison.compare(item, made, 100, 0)
+    assert all(item["better"] for item in comparison.against_majority(compared).values())
+    same = compared["logistic regression, planet parameters"]["model_minus_baseline"]["accuracy"]
     assert same["low"] == same["high"] == 0.0
     wrong = metrics.Predictions(1 - item.probability, *list(vars(item).values())[1:])
-    reversed_verdict = final.against_majority(final.compare(wrong, made, 100, 0))
+    reversed_verdict = comparison.against_majority(comparison.compare(wrong, made, 100, 0))
     assert not any(item["better"] for item in reversed_verdict.values())

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from astrobiogen.training import plan, precision, probe, throughput
 from astrobiogen.training.config import MonitorConfig, PrecisionConfig, TrainConfig
 from astrobiogen.training.errors import UserError
-from astrobiogen.training.gpu import GpuSampler
-from astrobiogen.training.monitor import Monitor, read_log
-from astrobiogen.training.trackers import scalars
+from astrobiogen.training.observe.gpu import GpuSampler
+from astrobiogen.training.observe.monitor import Monitor, read_log
+from astrobiogen.training.observe.trackers import scalars
+from astrobiogen.training.optim import matmul_rate, precision
+from astrobiogen.training.tools import plan, throughput
 from tests.training.conftest import toy_config, toy_task
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -246,7 +247,7 @@ def test_rates() -> None:
         "mfu": 0.32,
     }
     assert set(throughput.Throughput().rates(0.5, 8, 0)) == {"seconds", "samples_per_second"}
-    assert probe.matmul_rate(CPU, torch.float32, 0.02) > 1e8
+    assert matmul_rate.matmul_rate(CPU, torch.float32, 0.02) > 1e8
 
 
 def test_operations_are_counted_without_a_trace() -> None:
@@ -297,7 +298,7 @@ def test_rates_are_in_the_log_and_cover_the_run(make_run: Any, tmp_path: Path) -
 
 def test_auto_precision_is_measured_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {torch.float32: 100e9, torch.bfloat16: 149e9}
-    monkeypatch.setattr(probe, "matmul_rate", lambda _device, dtype: rates[dtype])
+    monkeypatch.setattr(matmul_rate, "matmul_rate", lambda _device, dtype: rates[dtype])
     assert precision.choose_dtype(PrecisionConfig(), CPU) == (
         torch.float32,
         "auto: matrix products reach 149 GFLOP/s in bf16 and 100 in fp32 here",

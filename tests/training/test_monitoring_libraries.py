@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from astrobiogen.training.monitor import read_log
+from astrobiogen.training.observe.monitor import read_log
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,10 +14,13 @@ import torch
 
 from astrobiogen import data
 from astrobiogen.models.climate_statistics import ClimateStatistics
-from astrobiogen.training import assemble, checkpoint, evaluation, metrics, nonfinite, saving, session
-from astrobiogen.training.checkpoint import CheckpointStore
+from astrobiogen.training import checkpoint, evaluation
+from astrobiogen.training import run as whole_run
+from astrobiogen.training.batches import assemble
+from astrobiogen.training.checkpoint import CheckpointStore, saving
 from astrobiogen.training.config import OptimizerConfig, preset
 from astrobiogen.training.errors import CheckpointError, NumericalError, UserError
+from astrobiogen.training.evaluation import baselines, examination, metrics, nonfinite
 from tests.training.conftest import Run, ToyModel, ToySamples, collate, toy_config, toy_loss, toy_task
 
 MakeRun = Callable[..., Run]
@@ -84,7 +87,7 @@ def test_a_learning_rate_without_bounds_ends_in_a_report(make_run: MakeRun, tmp_
     with pytest.raises(
         UserError, match=r"^validation after epoch 1: .* are NaN or Inf.*nonfinite_report\.json"
     ) as caught:
-        session._fit(run.trainer, tmp_path, config, CPU)
+        whole_run._fit(run.trainer, tmp_path, config, CPU)
     assert caught.value.exit_code == 1
     report = json.loads((tmp_path / "nonfinite_report.json").read_text())
     assert report["not_finite"]["pass"] == "validation after epoch 1"
@@ -99,7 +102,7 @@ def test_the_report_of_skipped_updates_says_where_the_nan_comes_from(make_run: M
     task.train.x[bad, 5] = math.nan  # type: ignore[attr-defined]
     run = make_run(config, task=task)
     with pytest.raises(UserError, match=rf"1 updates in a row.*planet_params \(1 of 6 values\) of sample {bad} "):
-        session._fit(run.trainer, tmp_path, config, CPU)
+        whole_run._fit(run.trainer, tmp_path, config, CPU)
     assert f"sample {bad} " in json.loads((tmp_path / "nonfinite_report.json").read_text())["origin"]
 
 
@@ -182,7 +185,7 @@ def test_climate_statistics_hand_nan_on() -> None:
 def test_baselines_name_features_that_are_not_finite(
     assembly: assemble.Assembly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = assemble.baseline_inputs
+    inner = baselines.baseline_inputs
 
     def spoilt(samples: data.HabitatDataset) -> Any:
         made = inner(samples)
@@ -190,11 +193,11 @@ def test_baselines_name_features_that_are_not_finite(
             made.flat[2, 5] = math.nan
         return made
 
-    monkeypatch.setattr(assemble, "baseline_inputs", spoilt)
+    monkeypatch.setattr(baselines, "baseline_inputs", spoilt)
     with pytest.raises(
         NumericalError, match=r"baselines: features of 1 of 16 train samples are NaN or Inf, of the first"
     ):
-        session._baseline_probabilities(assembly.bundle, 0)
+        examination._baseline_probabilities(assembly.bundle, 0)
 
 
 def test_a_long_list_of_faulty_tensors_is_cut() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from astrobiogen import doctor
-from astrobiogen.training import config, preflight
+from astrobiogen.training import config
+from astrobiogen.training.tools import preflight
 
 
 def test_every_check_passes_and_there_are_twenty(capsys: pytest.CaptureFixture[str]) -> None:

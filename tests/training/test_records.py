@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from astrobiogen.training import records, report, report_plots
 from astrobiogen.training.config import MonitorConfig
-from astrobiogen.training.monitor import Monitor
-from astrobiogen.training.records import Rotation, parts, read_log, torn
+from astrobiogen.training.evaluation import plots, report
+from astrobiogen.training.observe import records
+from astrobiogen.training.observe.monitor import Monitor
+from astrobiogen.training.observe.records import Rotation, parts, read_log, torn
 
 PLAIN = MonitorConfig(progress="plain", level="ERROR")
 
@@ -96,7 +97,7 @@ def test_a_thinned_log_keeps_ends_and_skipped_updates(tmp_path: Path) -> None:
         [*shown, {"event": "epoch", "step": 1000, "best": False, "epoch": 0} | figures]
     )
     rated = [record | {"learning_rate": 1.0, "gradient_norm": 1.0} for record in few]
-    assert "2 updates skipped" in report_plots.optimisation(rated)
+    assert "2 updates skipped" in plots.optimisation(rated)
 
 
 def test_opening_reads_the_tail_only(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from astrobiogen.training.config_watch import SpikeConfig
-from astrobiogen.training.monitor import read_log
+from astrobiogen.training.config.watch import SpikeConfig
+from astrobiogen.training.observe.monitor import read_log
 from tests.training.conftest import toy_config, toy_loss, toy_task
 
 ON = SpikeConfig(rerun=True, factor=3.0, window=4)

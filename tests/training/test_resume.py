@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from astrobiogen.training.batches.loading import Batch
+from astrobiogen.training.batches.task import Task
 from astrobiogen.training.config import OptimizerConfig, PrecisionConfig, TrainConfig
-from astrobiogen.training.loading import Batch
-from astrobiogen.training.monitor import read_log
-from astrobiogen.training.state import Task
+from astrobiogen.training.observe.monitor import read_log
 from tests.training.conftest import Run, collate, toy_config, toy_task
 
 VOLATILE = ("time", "seconds", "speed", "checkpoint")

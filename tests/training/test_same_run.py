@@ -14,7 +14,7 @@ import torch
 from astrobiogen import data
 from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.pack import MANIFEST, verified_bytes
-from astrobiogen.training import assemble
+from astrobiogen.training.batches import assemble
 from astrobiogen.training.config import DataConfig, OptimizerConfig, RuntimeConfig, StopConfig, TrainConfig
 from astrobiogen.training.errors import CheckpointError
 from tests.training.conftest import Run, toy_config, toy_task

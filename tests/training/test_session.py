@@ -15,9 +15,12 @@ import torch
 
 from astrobiogen import data, evaluate, train
 from astrobiogen.system import ownership
-from astrobiogen.training import assemble, blocks, claim, config_dict, final, lr_finder
+from astrobiogen.training.batches import assemble, shared_items
+from astrobiogen.training.config import as_dict, claim
 from astrobiogen.training.errors import UserError
-from astrobiogen.training.monitor import read_log
+from astrobiogen.training.evaluation import comparison
+from astrobiogen.training.observe.monitor import read_log
+from astrobiogen.training.tools import lr_finder
 
 OPTIONS = ["--smoke", "--monitor.progress", "plain", "--monitor.level", "WARNING", "--evaluation.bootstrap", "20"]
 
@@ -116,7 +119,7 @@ def test_the_statistics_of_its_data_lie_with_the_model(run: Path, bundle: data.D
         held = json.loads((max((run / name).glob("step-*")) / "data.json").read_text())
         assert held == bundle.statistics()
     assert data.DataSpec.from_json(json.dumps(held["spec"])) == bundle.spec
-    settings = config_dict.from_dict({"data": {"path": str(data.SAMPLE_FOLDER), "limit": 8}})
+    settings = as_dict.from_dict({"data": {"path": str(data.SAMPLE_FOLDER), "limit": 8}})
     with pytest.raises(UserError, match=r"spec\.json \[levels\]: is .* the model was trained on"):
         assemble.load_bundle(settings, bundle.statistics())  # the synthetic data lie on other axes than the real pack
 
@@ -149,7 +152,7 @@ def test_resuming_a_finished_run_reports_again(run: Path, tmp_path: Path) -> Non
 def test_signal_saves_and_ends_cleanly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inner = blocks.collate_shared
+    inner = shared_items.collate_shared
     calls = 0
 
     def collate(samples: Any, pad_id: int) -> Any:
@@ -159,7 +162,7 @@ def test_signal_saves_and_ends_cleanly(
             os.kill(os.getpid(), signal.SIGTERM)
         return inner(samples, pad_id)
 
-    monkeypatch.setattr(blocks, "collate_shared", collate)
+    monkeypatch.setattr(shared_items, "collate_shared", collate)
     before = signal.getsignal(signal.SIGTERM)
     assert train.main([*OPTIONS, "--output", str(tmp_path / "run")]) == 75
     assert signal.getsignal(signal.SIGTERM) is before
@@ -177,7 +180,7 @@ def test_signal_while_examining_ends_cleanly_and_resuming_examines_again(
     expected = json.loads((copy / "metrics.json").read_text())["model"]
     (copy / "metrics.json").unlink()
     name = "ablate" if ablation == "true" else "by_cell"
-    inner = getattr(final, name)
+    inner = getattr(comparison, name)
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -185,7 +188,7 @@ def test_signal_while_examining_ends_cleanly_and_resuming_examines_again(
 
     options = ["--resume", str(copy), "--evaluation.baselines", "false", "--evaluation.ablation", ablation]
     with monkeypatch.context() as patch:
-        patch.setattr(final, name, interrupted)
+        patch.setattr(comparison, name, interrupted)
         assert train.main(options) == 75
     assert f"stopped by SIGINT while examining the trained model; do that again with: --resume {copy}" in (
         capsys.readouterr().err
@@ -198,13 +201,13 @@ def test_signal_while_examining_ends_cleanly_and_resuming_examines_again(
 def test_evaluate_stopped_by_a_signal_writes_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inner = final.by_cell
+    inner = comparison.by_cell
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return inner(*arguments)
 
-    monkeypatch.setattr(final, "by_cell", interrupted)
+    monkeypatch.setattr(comparison, "by_cell", interrupted)
     options = [str(run), "--output", str(tmp_path / "again"), "--no-ablation", "--no-baselines"]
     assert evaluate.main(options) == 1
     assert one_error_line(capsys) == "error: stopped by SIGTERM: nothing was written"

@@ -9,7 +9,7 @@ import torch
 
 from astrobiogen.training.config import PrecisionConfig
 from astrobiogen.training.errors import NumericalError
-from astrobiogen.training.precision import LossScaler
+from astrobiogen.training.optim.precision import LossScaler
 from astrobiogen.training.update import Updater
 from tests.training.conftest import Run, toy_config, toy_loss, toy_task
 from tests.training.test_update import poison, updater

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from astrobiogen.system import console
-from astrobiogen.training import cli, crash, memory, run_folder
+from astrobiogen.training.config import run_folder
 from astrobiogen.training.errors import UserError
-from astrobiogen.training.log_file import LogFile
-from astrobiogen.training.monitor import Monitor, read_log
+from astrobiogen.training.observe import failure
+from astrobiogen.training.observe.log_file import LogFile
+from astrobiogen.training.observe.monitor import Monitor, read_log
 from tests.training.conftest import toy_config
 
 ROOT = Path(__file__).parents[2]
@@ -30,8 +31,9 @@ import json, os, sys
 from pathlib import Path
 import torch
 from astrobiogen.system import console
-from astrobiogen.training import cli, runtime
-from astrobiogen.training.monitor import Monitor
+from astrobiogen.training.observe import failure
+from astrobiogen.training.distributed import runtime
+from astrobiogen.training.observe.monitor import Monitor
 from astrobiogen.training.trainer import Trainer
 from tests.training import conftest as toy
 
@@ -69,7 +71,7 @@ for name in names:
     if process == 0:
         arrange(name)
         with console.best_effort():
-            code = cli.guarded(command, lambda: folder)
+            code = failure.guarded(command, lambda: folder)
         sys.exit(code)
     statuses[name] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 (Path(base) / "statuses.json").write_text(json.dumps(statuses))
@@ -128,10 +130,10 @@ def test_the_last_line_of_the_log_is_the_error(tmp_path: Path, capsys: pytest.Ca
     def fail() -> int:
         raise UserError("data: gone", exit_code=1)
 
-    assert cli.guarded(fail, lambda: tmp_path) == 1  # no run folder: nothing is made in it
+    assert failure.guarded(fail, lambda: tmp_path) == 1  # no run folder: nothing is made in it
     assert not list(tmp_path.iterdir())
     (tmp_path / "train.log").write_text("before\n")
-    assert cli.guarded(fail, lambda: tmp_path) == 1
+    assert failure.guarded(fail, lambda: tmp_path) == 1
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert lines[0] == "before"
     assert lines[1].endswith(" ERROR error: data: gone")
@@ -148,13 +150,13 @@ def test_crash_logs_are_new_files_or_in_the_run_folder_and_follow_no_link(
     temporary.mkdir()
     folder.mkdir()
     mine.write_text("mine")
-    monkeypatch.setattr(crash.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(failure.tempfile, "tempdir", str(temporary))
     for name in ("crash.log", "astrobiogen-crash.log"):
         (temporary / name).symlink_to(mine)
     (folder / "crash.log").symlink_to(mine)
     (folder / "train.log").symlink_to(mine)
-    assert cli.guarded(fail, lambda: None) == 1
-    assert cli.guarded(fail, lambda: folder) == 1
+    assert failure.guarded(fail, lambda: None) == 1
+    assert failure.guarded(fail, lambda: folder) == 1
     made = sorted(path for path in temporary.iterdir() if not path.is_symlink())
     assert len(made) == 2
     assert all("KeyError: 'gone'" in path.read_text() for path in made)
@@ -162,12 +164,12 @@ def test_crash_logs_are_new_files_or_in_the_run_folder_and_follow_no_link(
     said = capsys.readouterr().err
     assert all(f"(details: {path})" in said for path in made)
     (folder / "crash.log").unlink()
-    assert cli.guarded(fail, lambda: folder) == 1
+    assert failure.guarded(fail, lambda: folder) == 1
     assert "Traceback" in (folder / "crash.log").read_text()
     (folder / "crash.log").unlink()
     (folder / "crash.log").mkdir()
-    monkeypatch.setattr(crash.tempfile, "tempdir", str(tmp_path / "nowhere"))
-    assert cli.guarded(fail, lambda: folder) == 1
+    monkeypatch.setattr(failure.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert failure.guarded(fail, lambda: folder) == 1
     assert "(details: none, they could not be written: " in capsys.readouterr().err
 
 
@@ -236,4 +238,4 @@ def test_a_memory_report_on_a_full_disk_is_said_and_training_goes_on(
 
     monkeypatch.setattr(run_folder, "write_json", full)
     assert make_run(toy_config()).trainer.fit()
-    assert f"{memory.REPORT} could not be written (No space left on device)" in caplog.text
+    assert f"{run_folder.MEMORY} could not be written (No space left on device)" in caplog.text

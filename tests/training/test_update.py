@@ -11,13 +11,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from astrobiogen.models import CountsUpdates
-from astrobiogen.training import gated_adamw, plan, schedule
 from astrobiogen.training.config import DataConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig
-from astrobiogen.training.distributed_model import Parallel
-from astrobiogen.training.distributed_share import Round
+from astrobiogen.training.distributed.model import Parallel
+from astrobiogen.training.distributed.share import Round
 from astrobiogen.training.errors import NumericalError, UserError
-from astrobiogen.training.optimizer import build_optimizer, decay_groups
-from astrobiogen.training.precision import LossScaler, choose_dtype
+from astrobiogen.training.optim import gated_adamw, schedule
+from astrobiogen.training.optim.optimizer import build_optimizer, decay_groups
+from astrobiogen.training.optim.precision import LossScaler, choose_dtype
+from astrobiogen.training.tools import plan
 from astrobiogen.training.update import Updater
 from tests.training.conftest import ToyModel, ToySamples, collate, toy_config, toy_loss
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from astrobiogen.training import runtime, watchdog
 from astrobiogen.training.checkpoint import CheckpointStore
 from astrobiogen.training.config import CheckpointConfig, DataConfig
-from astrobiogen.training.config_watch import HangConfig, SpikeConfig
-from astrobiogen.training.distributed import PeerError, World
-from astrobiogen.training.monitor import Monitor
+from astrobiogen.training.config.watch import HangConfig, SpikeConfig
+from astrobiogen.training.distributed import PeerError, World, runtime
+from astrobiogen.training.observe import watchdog
+from astrobiogen.training.observe.monitor import Monitor
+from astrobiogen.training.observe.watchdog import EXIT_HUNG, Watchdog, limits_of, within
 from astrobiogen.training.trainer import Trainer
-from astrobiogen.training.watchdog import EXIT_HUNG, Watchdog, limits_of, within
 from tests.training.conftest import ToySamples, toy_config, toy_task
 
 MOST = 30.0  # seconds until a child of these tests counts as hung
@@ -188,7 +188,7 @@ def test_a_hung_save_is_named_and_the_checkpoint_before_is_whole(tmp_path: Path)
 
 
 def test_a_port_held_by_a_silent_program_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astrobiogen.training.distributed._GRACE_SECONDS", 0.3)
+    monkeypatch.setattr("astrobiogen.training.distributed.world._GRACE_SECONDS", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

@@ -1,0 +1,5 @@
+"""The processes of a run: each by itself, and all together."""
+
+from astrobiogen.training.distributed.world import PeerError, World, launched, launched_rank, local_part
+
+__all__ = ["PeerError", "World", "launched", "launched_rank", "local_part"]

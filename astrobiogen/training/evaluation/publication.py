@@ -1,0 +1,63 @@
+"""metrics.json, report.html and the closing table."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+from astrobiogen.training.config import run_folder
+from astrobiogen.training.evaluation import comparison, metrics, report
+from astrobiogen.training.observe.monitor import read_log
+
+_PLAIN_WIDTH = 150
+
+
+def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metrics.Predictions]) -> None:
+    """Write metrics.json and report.html."""
+    run_folder.write_json(folder / run_folder.METRICS, result)
+    log = folder / "log.jsonl"
+    records = read_log(log).thinned(report.MOST_RECORDS)
+    facts, used = (run_folder.read_json(folder / name) for name in (run_folder.ENVIRONMENT, run_folder.MEMORY))
+    page = report.render(result, records, predictions, memory=used, environment=facts)
+    run_folder.write_text(folder / run_folder.REPORT, page)
+
+
+def _signed(item: dict[str, Any]) -> str:
+    """A paired difference with its interval and verdict."""
+    if None in (item["value"], item["low"], item["high"]):
+        return "undefined"
+    verdict = "better" if item["better"] else "no difference shown"
+    return f"{item['value']:+.3f} [{item['low']:+.3f}, {item['high']:+.3f}] ({verdict})"
+
+
+def show(result: dict[str, Any], folder: Path | None) -> None:
+    """Print the closing table on stdout, and where the rest is (`folder`), if it was written."""
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=_PLAIN_WIDTH)
+    table = rich.table.Table(
+        *report.TABLE_HEAD, title=f"Test set ({result['preset']}, seed {result['seed']})", box=rich.box.ASCII
+    )
+    for row in report.figures_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(comparison.INTERVAL_METHOD, style="dim")
+    if "ablation" in result:
+        readings = ", ".join(f"{name}: {report.verdict(item)}" for name, item in result["ablation"].items())
+        console.print(f"Masking a modality at evaluation, by cross-entropy: {readings}")
+    if "against_majority_class" in result:
+        words = {"accuracy": "accuracy", "auroc": "AUROC", "loss": "cross-entropy"}
+        readings = ", ".join(f"{words[n]} {_signed(item)}" for n, item in result["against_majority_class"].items())
+        console.print(f"Model minus majority class, paired: {readings}")
+    if result.get("against_additive_new_planet"):
+        items = result["against_additive_new_planet"].items()
+        readings = ", ".join(f"{name} {_signed(item)}" for name, item in items)
+        console.print(f"Model minus planet + organism effects on new planets, paired: {readings}")
+    if reason := result["run"]["weights"].get("reason"):
+        taken = result["run"]["weights"]
+        console.print(f"Not the best model ({reason}): figures of {taken['checkpoint']}, epoch {taken['epoch']}")
+    if folder is not None:
+        console.print(f"Full figures: {folder / run_folder.METRICS}; plots: {folder / run_folder.REPORT}")

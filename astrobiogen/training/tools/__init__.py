@@ -1,0 +1,1 @@
+"""Measurements beside the loop: memory, speed, learning rate, hardware."""
