@@ -1,6 +1,7 @@
 """Configuration: strict, typed, every key read, presets and resuming."""
 
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,8 @@ def test_keys_that_a_saved_configuration_lacks_have_their_default() -> None:
     assert as_dict.changed_on_resume(saved, as_dict.to_dict(model)) == {"model.weights": (None, [1, 2])}
     tuples = dataclasses.replace(config.TrainConfig(), model={"weights": (1, 2)})
     assert as_dict.changed_on_resume(as_dict.to_dict(tuples), as_dict.to_dict(model)) == {}
+
+
+def test_the_name_that_the_documentation_gave_the_log_reader_still_works() -> None:
+    old = importlib.import_module("astrobiogen.training.monitor")
+    assert old.read_log is importlib.import_module("astrobiogen.training.observe").read_log

@@ -63,7 +63,7 @@ import sys, time
 from pathlib import Path
 import torch
 from astrobiogen.training.config import MonitorConfig
-from astrobiogen.training.gpu import GpuSampler
+from astrobiogen.training.observe.gpu import GpuSampler
 from astrobiogen.training.monitor import Monitor
 with Monitor(Path(sys.argv[1]), MonitorConfig(progress="plain")) as monitor:
     monitor.record("step", step=7)
