@@ -5,9 +5,13 @@ and labelled.
 >>> bundle = data.load_bundled()
 >>> batch = data.collate([bundle.train[i] for i in range(4)])
 
-Loading needs numpy, torch, torch_geometric and tokenizers. Building from raw files (``python -m astrobiogen.data
-build``) needs the optional packages of ``astrobiogen[data]``; they are not imported here.
+This is the read side; it needs the packages of `astrobiogen[train]`. What makes data sets (`python -m astrobiogen.data
+build`) is `astrobiogen.datatools` and needs those of `astrobiogen[data]`; it is not imported here.
 """
+
+from astrobiogen.system import extras
+
+extras.require(__name__, "train", ("tokenizers", "torch_geometric"))
 
 from astrobiogen.data import synthetic
 from astrobiogen.data.axes import from_canonical, to_canonical

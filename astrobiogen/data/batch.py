@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch
 
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.spec import DataSpec
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
 
 IGNORE_INDEX = -100
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch, Data
-from torch_geometric.data.data import BaseData
 
+from astrobiogen.data import geometric
 from astrobiogen.data.batch import IGNORE_INDEX
 from astrobiogen.data.dataset import Sample
 from astrobiogen.data.errors import DataError
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
 # An absent modality still needs tensors of the right rank: a cube of zeros, one lone node without edges, a spectrum of
@@ -24,7 +26,7 @@ Sizes = tuple[int, ...]
 def empty_graph() -> Data:
     """A graph of one zero node, standing for an absent network."""
     wide = {name: torch.zeros(1, width) for name, width in GRAPH_WIDTHS.items()}
-    return Data(
+    return geometric.graph(
         edge_index=torch.zeros(2, 0, dtype=torch.long),
         edge_attr=torch.zeros(0, 2),
         stoichiometry=torch.zeros(0),
@@ -103,7 +105,7 @@ def collate(samples: Sequence[Sample], pad_id: int = 0, cube_shape: Sizes = (2, 
     params_mask = torch.stack([s.planet_params_mask for s in samples])
     spectrum_mask = torch.stack([s.spectrum_mask for s in samples])
     graph_mask = torch.tensor([s.graph is not None for s in samples])
-    graphs: list[BaseData] = [s.graph if s.graph is not None else empty_graph() for s in samples]
+    graphs = [s.graph if s.graph is not None else empty_graph() for s in samples]
     modality = torch.stack(
         [climate_mask.any(1), graph_mask, spectrum_mask.any(1), attention_mask.any(1), params_mask.any(1)], dim=1
     )
@@ -113,7 +115,7 @@ def collate(samples: Sequence[Sample], pad_id: int = 0, cube_shape: Sizes = (2, 
         "planet_params_mask": params_mask,
         "climate_datacube": cube,
         "climate_mask": climate_mask,
-        "metabolic_graph": Batch.from_data_list(graphs),
+        "metabolic_graph": geometric.batch(graphs),
         "graph_mask": graph_mask,
         "spectroscopy": torch.stack([s.spectrum for s in samples]),
         "spectroscopy_mask": spectrum_mask,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch_geometric.data import Data
 
-from astrobiogen.data import features
+from astrobiogen.data import features, geometric
 from astrobiogen.data.container import Contents
 from astrobiogen.data.errors import DataError
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 LAPLACIAN_DIM, RANDOM_WALK_DIM = 16, 8
 Array = NDArray[Any]
@@ -122,7 +124,7 @@ def _data(
     internal = is_metabolite & ~exchanged & ~features.has(columns, features.BOUNDARY)
     laplacian = contents.get("laplacian", (n, LAPLACIAN_DIM), "int8").astype(np.float32) / 127.0
     walk = contents.get("random_walk", (n, RANDOM_WALK_DIM), "uint8").astype(np.float32) / 255.0
-    return Data(
+    return geometric.graph(
         x=torch.from_numpy(x),
         edge_index=torch.from_numpy(edge_index),
         edge_attr=torch.from_numpy(np.stack([scaled, reversible], axis=1).astype(np.float32)),

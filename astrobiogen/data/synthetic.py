@@ -4,18 +4,22 @@ result.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from torch_geometric.data import Data
 
-from astrobiogen.data import features, splits
+from astrobiogen.data import features, geometric, splits
 from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, OrganismEntry, PairEntry, PlanetEntry, Store
 from astrobiogen.data.labels import CLASS_THRESHOLD
 from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.spec import DataSpec
 from astrobiogen.data.text import SPECIAL_TOKENS, TextEncoder
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 _LEVELS, _LATITUDES, _LONGITUDES, _MONTHS, _EPOCHS, _WAVELENGTHS = 10, 32, 64, 12, 3, 256
 _PARAMS = tuple(f"parameter_{k}" for k in range(14))
@@ -84,7 +88,7 @@ def make_graph(generator: np.random.Generator, metabolites: int, reactions: int)
     signed = np.array(amounts, np.float32)
     attributes = np.stack([np.sign(signed) * np.log1p(np.abs(signed)), np.zeros_like(signed)], axis=1)
     counts = generator.integers(0, 20, (n, 8)) * ~is_reaction[:, None]
-    return Data(
+    return geometric.graph(
         x=torch.from_numpy(x.astype(np.float32)),
         edge_index=torch.tensor(edges, dtype=torch.long).T.contiguous(),
         edge_attr=torch.from_numpy(attributes.astype(np.float32)),

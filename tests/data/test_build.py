@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from astrobiogen import data
 from astrobiogen.data import features
-from astrobiogen.data.builders import chemistry, climate, cobra_json, fba, planets, sbml, text
+from astrobiogen.datatools.build import text
+from astrobiogen.datatools.climates import climate, planets
+from astrobiogen.datatools.networks import chemistry, cobra_json, fba, sbml
 
 SBML = """<?xml version="1.0" encoding="UTF-8"?>
 <sbml xmlns="http://www.sbml.org/sbml/level2" level="2" version="1"><model id="toy">

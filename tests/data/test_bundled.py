@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from astrobiogen import data
-from astrobiogen.data.builders import __name__ as builders_name
 from astrobiogen.data.features import FEATURE_NAMES
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.text import label_words_in
+from astrobiogen.datatools import __name__ as builders_name
 
 HEAVY = ("xarray", "netCDF4", "libsbml", "scipy.optimize", "matplotlib", builders_name)
 

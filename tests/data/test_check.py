@@ -11,11 +11,11 @@ import pytest
 from astrobiogen import data
 from astrobiogen.data import cubes
 from astrobiogen.data.__main__ import main
-from astrobiogen.data.check import check
 from astrobiogen.data.container import read_arrays, write_arrays
 from astrobiogen.data.graphs import unpack_graph
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.pack import cube_statistics
+from astrobiogen.datatools.check import check
 
 Reseal = Callable[[Path, str], None]
 

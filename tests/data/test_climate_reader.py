@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astrobiogen import data
-from astrobiogen.data.builders import climate, grids, variables
+from astrobiogen.datatools.climates import climate, grids, variables
 
 RNG = np.random.default_rng(0)
 

@@ -21,10 +21,10 @@ import pytest
 import xarray as xr
 
 from astrobiogen import data
-from astrobiogen.data.builders.planets import read_catalogue
-from astrobiogen.data.builders.spectra import read_psg
-from astrobiogen.data.fetch import biomodels, climates, download, oec, run
-from astrobiogen.data.fetch.download import Web
+from astrobiogen.datatools.build.spectra import read_psg
+from astrobiogen.datatools.climates.planets import read_catalogue
+from astrobiogen.datatools.fetch import biomodels, climates, download, oec, run
+from astrobiogen.datatools.fetch.download import Web
 
 WEB = Web(timeout=5.0, retries=2, first_pause=0.01)
 PAGE = b"<!DOCTYPE html><html><body>Service temporarily unavailable</body></html>"

@@ -16,11 +16,11 @@ import pytest
 
 from astrobiogen import data
 from astrobiogen.data import container, guarded
-from astrobiogen.data.builders import sbml
-from astrobiogen.data.builders.files import unpacked
-from astrobiogen.data.fetch import biomodels, climates, oec
-from astrobiogen.data.fetch.download import Web, differs, stated_checksums
 from astrobiogen.data.pack import read_manifest, verified_bytes
+from astrobiogen.datatools.fetch import biomodels, climates, oec
+from astrobiogen.datatools.fetch.download import Web, differs, stated_checksums
+from astrobiogen.datatools.files import unpacked
+from astrobiogen.datatools.networks import sbml
 from tests.data.test_fetch import FILES, NETCDF, SBML, SYSTEMS, WEB, Server, server
 
 __all__ = ["server"]  # the fixture
@@ -211,7 +211,7 @@ def test_checksums_that_a_listing_states_are_compared(server: str, tmp_path: Pat
 
 
 def test_an_answer_without_end_is_cut_off(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astrobiogen.data.fetch.download.MOST_HELD", 100)
+    monkeypatch.setattr("astrobiogen.datatools.fetch.download.MOST_HELD", 100)
     Server.answers["/a"] = (200, bytes(101))
     with pytest.raises(data.DataError, match="sends more than 100 bytes"):
         Web(retries=1).get(f"{server}/a")

@@ -17,9 +17,9 @@ import xarray as xr
 
 from astrobiogen import data
 from astrobiogen.data.__main__ import main
-from astrobiogen.data.builders import climate
-from astrobiogen.data.make_climate import jobs, plot
-from astrobiogen.data.make_climate.parameters import climate_of
+from astrobiogen.datatools.climates import climate
+from astrobiogen.datatools.make_climate import jobs, plot
+from astrobiogen.datatools.make_climate.parameters import climate_of
 
 # A model that approaches balance: the imbalance halves with every segment; the restart file holds their number.
 STAND_IN = """

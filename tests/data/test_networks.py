@@ -10,8 +10,8 @@ import pytest
 
 from astrobiogen import data
 from astrobiogen.data import features
-from astrobiogen.data.builders import assemble, cobra_json, encodings, fba, network, sbml
-from astrobiogen.data.builders.workers import map_isolated
+from astrobiogen.datatools.networks import assemble, cobra_json, encodings, fba, network, sbml
+from astrobiogen.datatools.workers import map_isolated
 
 METABOLITES = (("o2_e", "e", "O2", 0), ("o2_c", "c", "O2", 0), ("x_c", "c", "", None))
 # id, stoichiometry, bounds, objective

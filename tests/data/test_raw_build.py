@@ -14,12 +14,12 @@ import xarray as xr
 
 from astrobiogen import data
 from astrobiogen.data.__main__ import main
-from astrobiogen.data.builders import grids
-from astrobiogen.data.builders.recompute import recomputed
-from astrobiogen.data.builders.run import build
-from astrobiogen.data.check import check
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.pack import Pack, open_pack
+from astrobiogen.datatools.build.recompute import recomputed
+from astrobiogen.datatools.build.run import build
+from astrobiogen.datatools.check import check
+from astrobiogen.datatools.climates import grids
 
 RECORDED = Path(__file__).parent / "recorded"
 GRID = grids.standard_grid()

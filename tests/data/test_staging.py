@@ -13,9 +13,10 @@ import pytest
 from astrobiogen import data
 from astrobiogen.data import pack
 from astrobiogen.data.__main__ import main
-from astrobiogen.data.builders import run, store
-from astrobiogen.data.builders.work import Work
-from astrobiogen.data.fetch import download
+from astrobiogen.datatools.build import run
+from astrobiogen.datatools.build.work import Work
+from astrobiogen.datatools.climates import store
+from astrobiogen.datatools.fetch import download
 from astrobiogen.system import staging
 
 FORK = multiprocessing.get_context("fork")

@@ -7,8 +7,8 @@ import pytest
 import xarray as xr
 
 from astrobiogen import data
-from astrobiogen.data.builders import grids
-from astrobiogen.data.builders.store import ClimateStore, Entry, write_store
+from astrobiogen.datatools.climates import grids
+from astrobiogen.datatools.climates.store import ClimateStore, Entry, write_store
 
 GRID = grids.Grid(np.array([0.2, 0.8]), np.array([45.0, 0.0, -45.0]), np.array([0.0, 90.0, 180.0, 270.0]), 12)
 KEYS = ("earth_g0", "earth_g2", "mars_g0")

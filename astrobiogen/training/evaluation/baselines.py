@@ -6,15 +6,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from astrobiogen import data
+from astrobiogen.system.extras import Later
 from astrobiogen.training.evaluation import metrics
+
+# scikit-learn takes as long to load as torch: `--help` need not wait for it.
+ensemble = Later("sklearn.ensemble")
+exceptions = Later("sklearn.exceptions")
+linear_model = Later("sklearn.linear_model")
+pipeline = Later("sklearn.pipeline")
+preprocessing = Later("sklearn.preprocessing")
+sparse = Later("scipy.sparse")
 
 _FEW_PARAMS = ("stellar_flux", "star_temperature", "log10_p_co2")
 _REGULARISATION = (0.01, 0.1, 1.0, 10.0)
@@ -52,7 +55,7 @@ def _best_logistic(
     for strength in _REGULARISATION:
         with warnings.catch_warnings():
             warnings.simplefilter(
-                "ignore", ConvergenceWarning
+                "ignore", exceptions.ConvergenceWarning
             )  # the weakest regularisation may not converge; validation then rejects it
             model = build(strength).fit(train, label)
         loss = metrics.cross_entropy(model.predict_proba(validation)[:, 1], validation_label).mean()
@@ -68,7 +71,7 @@ def _one_hot(groups: npt.NDArray[np.str_], known: list[list[str]]) -> Any:
     for names in known:
         columns.append({name: offset + number for number, name in enumerate(names)})
         offset += len(names)
-    matrix = scipy.sparse.lil_matrix((len(groups), offset))
+    matrix = sparse.lil_matrix((len(groups), offset))
     for row, names in enumerate(groups):
         for name, column in zip(names, columns, strict=True):
             if name in column:
@@ -92,7 +95,9 @@ def predict(train: Features, validation: Features, test: Features, seed: int) ->
         return result
 
     def scaled(strength: float) -> Any:
-        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+        return pipeline.make_pipeline(
+            preprocessing.StandardScaler(), linear_model.LogisticRegression(C=strength, max_iter=1000)
+        )
 
     logistic = _best_logistic(train.params, train.label, validation.params, validation.label, scaled)
     result["logistic regression, planet parameters"] = logistic.predict_proba(test.params)[:, 1]
@@ -112,7 +117,7 @@ def predict(train: Features, validation: Features, test: Features, seed: int) ->
         train.label,
         effects[1],
         validation.label,
-        lambda strength: LogisticRegression(C=strength, max_iter=1000),
+        lambda strength: linear_model.LogisticRegression(C=strength, max_iter=1000),
     )
     result["planet + organism effects"] = additive.predict_proba(effects[2])[:, 1]
     return result
@@ -121,7 +126,7 @@ def predict(train: Features, validation: Features, test: Features, seed: int) ->
 def _boosting(inputs: list[npt.NDArray[Any]], train: Features, validation: Features, seed: int) -> metrics.Floats:
     """Gradient boosting on the inputs of train, validation and test; trees by the lowest validation cross-entropy."""
     options: dict[str, Any] = {"early_stopping": False}  # ours is below, on the validation set
-    model = HistGradientBoostingClassifier(max_iter=200, learning_rate=0.1, random_state=seed, **options)
+    model = ensemble.HistGradientBoostingClassifier(max_iter=200, learning_rate=0.1, random_state=seed, **options)
     model.fit(inputs[0], train.label)
     losses = [
         metrics.cross_entropy(stage[:, 1], validation.label).mean() for stage in model.staged_predict_proba(inputs[1])
