@@ -1,9 +1,40 @@
-"""Custom Triton and C++ kernels for PyTorch, and the multi-modal astrobiology model that is built on them."""
+"""Custom Triton and C++ kernels for PyTorch, and the multi-modal astrobiology model that is built on them.
 
-from astrobiogen import _extension as _extension
-from astrobiogen import ops as ops
-from astrobiogen.integrations import swap_layers as swap_layers
-from astrobiogen.kernels._registry import kernel_status as kernel_status
-from astrobiogen.kernels._registry import use_kernels as use_kernels
+Importing it loads torch and the operators; the parts that need more are loaded when they are first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from astrobiogen import extension as _extension  # noqa: F401  the C++ kernels register themselves
+from astrobiogen import ops
+from astrobiogen.integrations import swap_layers
+from astrobiogen.kernels.registry import kernel_status, use_kernels
+
+if TYPE_CHECKING:
+    from astrobiogen import data, layers, models
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "data",
+    "kernel_status",
+    "layers",
+    "models",
+    "ops",
+    "swap_layers",
+    "use_kernels",
+]
+
+_LATER = ("data", "layers", "models")
+
+
+def __getattr__(name: str) -> Any:
+    """A subpackage that is loaded on first use."""
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -27,8 +27,8 @@ from packaging.version import Version
 from rich.markup import escape
 
 import astrobiogen
-from astrobiogen import _extension, data, ops
-from astrobiogen.kernels import _registry
+from astrobiogen import data, extension, ops
+from astrobiogen.kernels import registry
 from astrobiogen.system import console
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.tools import preflight as preflight_checks
@@ -82,9 +82,9 @@ def environment() -> dict[str, str]:
         f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; {torch.get_num_threads()} threads"
     )
     facts["extension"] = "not built"
-    if _extension.BUILD_INFO is not None:
-        facts["extension"] = f"{_extension.CPU_CAPABILITY}, " + ", ".join(
-            f"{key} {value}" for key, value in _extension.BUILD_INFO.items()
+    if extension.BUILD_INFO is not None:
+        facts["extension"] = f"{extension.CPU_CAPABILITY}, " + ", ".join(
+            f"{key} {value}" for key, value in extension.BUILD_INFO.items()
         )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -147,7 +147,7 @@ def _main(arguments: list[str] | None) -> int:
     return int(any(check.verdict == "failed" for check in checks))
 
 
-def _print_report(status: _registry.KernelTable, preflight: bool) -> list[Check]:
+def _print_report(status: registry.KernelTable, preflight: bool) -> list[Check]:
     console = rich.console.Console(highlight=False, soft_wrap=True)
     for key, value in environment().items():
         console.print(f"{key:16} {value}", markup=False)
@@ -186,13 +186,13 @@ def _oldest(package: str, oldest: str) -> Check:
 
 
 def _extension_check() -> Check:
-    if _extension.CPU_CAPABILITY is None:
+    if extension.CPU_CAPABILITY is None:
         found = "not built, CPU ops run plain PyTorch; install a C++ compiler and `pip install --no-build-isolation .`"
         return Check("C++ kernels", "warning", found)
-    missing = [name for name in _registry.ops() if not _registry.has_kernel(name, "CPU")]
+    missing = [name for name in registry.ops() if not registry.has_kernel(name, "CPU")]
     if missing:
         return Check("C++ kernels", "warning", f"no CPU kernel for {', '.join(missing)}: plain PyTorch serves")
-    return Check("C++ kernels", "ok", f"loaded, {_extension.CPU_CAPABILITY}, for all {len(_registry.ops())} ops")
+    return Check("C++ kernels", "ok", f"loaded, {extension.CPU_CAPABILITY}, for all {len(registry.ops())} ops")
 
 
 def _probes() -> dict[str, Callable[[torch.device], torch.Tensor]]:

@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from astrobiogen import ops
-from astrobiogen.kernels._case import TensorMaker
 from astrobiogen.kernels.attention import reference, samples
+from astrobiogen.kernels.cases import TensorMaker
 from benchmarks import peers
 from benchmarks.harness import Candidate, Mode, Work
 from benchmarks.runner import Bench, verified_modes

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import astrobiogen
 from astrobiogen import ops
-from astrobiogen.kernels._case import TensorMaker
+from astrobiogen.kernels.cases import TensorMaker
 from astrobiogen.kernels.conv_nd.geometry import live_range
 from astrobiogen.kernels.conv_nd.op import Activation
 from astrobiogen.kernels.conv_nd.samples import BENCHMARK_SIZES, Size

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from astrobiogen import ops
-from astrobiogen.kernels._case import TensorMaker
+from astrobiogen.kernels.cases import TensorMaker
 from astrobiogen.kernels.linear_cross_entropy import samples
 from benchmarks import peers
 from benchmarks.harness import Candidate, Mode, Work

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from astrobiogen import ops
-from astrobiogen.kernels._case import TensorMaker
+from astrobiogen.kernels.cases import TensorMaker
 from astrobiogen.kernels.rms_norm import reference, samples
 from benchmarks import peers
 from benchmarks.harness import Work

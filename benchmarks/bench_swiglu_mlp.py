@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from astrobiogen import ops
-from astrobiogen.kernels._case import TensorMaker
+from astrobiogen.kernels.cases import TensorMaker
 from astrobiogen.kernels.swiglu_mlp import samples
 from benchmarks.harness import Work
 from benchmarks.runner import Bench, verified_modes

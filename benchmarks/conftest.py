@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch._functorch.config
 
-from astrobiogen.testing import _inputs
+from astrobiogen.testing import inputs
 from benchmarks import environment, runner
 from benchmarks.harness import Row, keep_freed_pages
 
@@ -128,7 +128,7 @@ def make(device: torch.device) -> Iterator[Any]:
     """`make(dtype)` gives a `TensorMaker` on the device, seeded alike for every benchmark."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        yield lambda dtype: _inputs.maker(dtype, device, 0)
+        yield lambda dtype: inputs.maker(dtype, device, 0)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from astrobiogen.testing import _inputs, _tolerance
+from astrobiogen.testing import inputs, tolerance
 from benchmarks.placement import Placement
 
 Mode = Literal["forward", "backward"]
@@ -178,13 +178,13 @@ def prepare(function: Callable[..., Any], problem: Problem, mode: Mode) -> Call:
 
         return forward
     leaves = {name: arguments[name].detach().requires_grad_(True) for name in problem.differentiable}
-    results = _inputs.as_tuple(function(**{**arguments, **leaves}))
+    results = inputs.as_tuple(function(**{**arguments, **leaves}))
     pairs = [(output, gradient) for output, gradient in zip(results, problem.upstream) if output.requires_grad]
     outputs, weights = [output for output, _ in pairs], [gradient for _, gradient in pairs]
-    inputs = list(leaves.values())
+    wanted = list(leaves.values())
 
     def backward() -> object:
-        return torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(outputs, wanted, weights, retain_graph=True, allow_unused=True)
 
     return backward
 
@@ -193,8 +193,8 @@ def prepare(function: Callable[..., Any], problem: Problem, mode: Mode) -> Call:
 class Expected:
     """What the definition gives, in fp64 and in the problem's dtype: computed once and held against every candidate."""
 
-    exact: _inputs.Result
-    plain: _inputs.Result
+    exact: inputs.Result
+    plain: inputs.Result
     weights: Sequence[torch.Tensor]
 
     @classmethod
@@ -202,8 +202,8 @@ class Expected:
         """Evaluate `definition`, with gradients if the backward is among `modes`."""
         weights = problem.upstream if "backward" in modes else []
         wide = [gradient.double() for gradient in weights]
-        exact = _inputs.evaluate(definition, _inputs.upcast(problem.arguments), problem.differentiable, wide)
-        plain = _inputs.evaluate(definition, problem.arguments, problem.differentiable, weights)
+        exact = inputs.evaluate(definition, inputs.upcast(problem.arguments), problem.differentiable, wide)
+        plain = inputs.evaluate(definition, problem.arguments, problem.differentiable, weights)
         return cls(exact, plain, weights)
 
     def forward(self) -> "Expected":
@@ -216,7 +216,7 @@ def verify(
     candidate: Callable[..., Any],
     expected: Expected,
     problem: Problem,
-    subject: _tolerance.Subject,
+    subject: tolerance.Subject,
     slack: float = 1.0,
 ) -> tuple[dict[Mode, float], dict[Mode, float]]:
     """Largest error per mode of `candidate` and of the same-dtype definition, against fp64.
@@ -228,11 +228,11 @@ def verify(
         AssertionError: beyond twice (gradients: three times) the definition's error plus the floor.
     """
     exact, eager = expected.exact, expected.plain
-    got = _inputs.evaluate(candidate, problem.arguments, problem.differentiable, expected.weights)
+    got = inputs.evaluate(candidate, problem.arguments, problem.differentiable, expected.weights)
     errors: dict[Mode, float] = {"forward": 0.0, "backward": 0.0}
     eager_errors: dict[Mode, float] = {"forward": 0.0, "backward": 0.0}
     checks: list[tuple[Mode, str, Any, Any, Any, float]] = [
-        ("forward", f"output {i}", *triple, _tolerance.FORWARD_FACTOR)
+        ("forward", f"output {i}", *triple, tolerance.FORWARD_FACTOR)
         for i, triple in enumerate(zip(got.outputs, eager.outputs, exact.outputs))
     ]
     checks += [
@@ -242,14 +242,14 @@ def verify(
             got.gradients[n],
             eager.gradients[n],
             exact.gradients[n],
-            _tolerance.GRADIENT_FACTOR,
+            tolerance.GRADIENT_FACTOR,
         )
         for n in got.gradients
     ]
     for mode, quantity, value, plain, truth, factor in checks:
         size = truth.abs().max().item() if truth is not None and truth.numel() else 0.0
         floor = 8 * (slack - 1) * torch.finfo(torch.float32).eps * size
-        measured = _tolerance.compare(
+        measured = tolerance.compare(
             subject, quantity, value, plain, truth, factor=slack * factor, absolute_floor=floor
         )
         errors[mode] = max(errors[mode], measured.error)

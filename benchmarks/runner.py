@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.testing import _inputs, _tolerance
+from astrobiogen.testing import inputs, tolerance
 from benchmarks import harness
 from benchmarks.harness import Call, Candidate, Mode, Problem, Row, Samples, Work
 from benchmarks.placement import Placement
@@ -88,8 +88,8 @@ class Bench:
             self._compiled(reference, without_compile),
             *peers,
         ]
-        subject = _tolerance.Subject(op, size, dtype)
-        outputs = _inputs.as_tuple(reference(**arguments))
+        subject = tolerance.Subject(op, size, dtype)
+        outputs = inputs.as_tuple(reference(**arguments))
         problem = Problem(arguments, differentiable, [torch.randn_like(output) for output in outputs])
         expected = harness.Expected.of(truth or reference, problem, modes)
         # an eager that is not the definition, such as a fused kernel of PyTorch's, rounds in its own way
@@ -144,7 +144,7 @@ class Bench:
         strict: Sequence[str],
         expected: harness.Expected,
         problem: Problem,
-        subject: _tolerance.Subject,
+        subject: tolerance.Subject,
     ) -> tuple[dict[str, Checked], dict[str, str]]:
         """Errors of the candidates that are right, and for the others why they will not be timed."""
         checked: dict[str, Checked] = {}
@@ -194,7 +194,7 @@ class Bench:
 
     def _rows(
         self,
-        subject: _tolerance.Subject,
+        subject: tolerance.Subject,
         mode: Mode,
         runs: Sequence[Run],
         flops: float,

@@ -1,6 +1,6 @@
 // Autocast is off inside an op, as inside PyTorch's own: its casts reach every at:: call of a kernel, and would round
 // fp32 sums and gradients to half precision. What an op's operands are cast to is decided before, by
-// astrobiogen/kernels/_autocast.py. Boxed: one function serves all signatures. The other ops call no ATen function
+// astrobiogen/kernels/autocast.py. Boxed: one function serves all signatures. The other ops call no ATen function
 // that autocast casts, and need not pay for it.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>

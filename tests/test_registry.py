@@ -11,7 +11,7 @@ import torch
 
 import astrobiogen
 from astrobiogen import ops
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import registry
 from astrobiogen.kernels.rms_norm import reference
 
 
@@ -24,17 +24,17 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def cpu_kernel_gone() -> Iterator[None]:
     """Serve `rms_norm` on the CPU by the registry's fallback, as in an install without the extension."""
-    entry = _registry._ENTRIES["rms_norm"]
-    library = torch.library.Library(_registry.NAMESPACE, "IMPL")
-    warned = set(_registry._WARNED)
+    entry = registry._ENTRIES["rms_norm"]
+    library = torch.library.Library(registry.NAMESPACE, "IMPL")
+    warned = set(registry._WARNED)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-        library.impl("rms_norm", _registry._warning_reference("rms_norm", entry.reference), "CPU", allow_override=True)
-    _registry._WARNED.discard(("rms_norm", "cpu"))
+        library.impl("rms_norm", registry._warning_reference("rms_norm", entry.reference), "CPU", allow_override=True)
+    registry._WARNED.discard(("rms_norm", "cpu"))
     yield
     library._destroy()
-    _registry._WARNED.clear()
-    _registry._WARNED.update(warned)
+    registry._WARNED.clear()
+    registry._WARNED.update(warned)
 
 
 def test_reference_mode_is_twice_differentiable_and_ends_with_its_block(
@@ -42,10 +42,10 @@ def test_reference_mode_is_twice_differentiable_and_ends_with_its_block(
 ) -> None:
     x, weight = inputs
     with astrobiogen.use_kernels("reference"):
-        assert _registry.reference_selected()
+        assert registry.reference_selected()
         (grad,) = torch.autograd.grad(ops.rms_norm(x, weight).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(grad.square().sum(), x)
-    assert not _registry.reference_selected()
+    assert not registry.reference_selected()
     (expected,) = torch.autograd.grad(reference.rms_norm(x, weight).sum(), x, create_graph=True)
     (expected_second,) = torch.autograd.grad(expected.square().sum(), x)
     assert torch.equal(grad, expected)
@@ -55,12 +55,12 @@ def test_reference_mode_is_twice_differentiable_and_ends_with_its_block(
 def test_modes_nest_and_survive_an_exception() -> None:
     with astrobiogen.use_kernels("reference"):
         with astrobiogen.use_kernels("auto"):
-            assert not _registry.reference_selected()
-        assert _registry.reference_selected()
+            assert not registry.reference_selected()
+        assert registry.reference_selected()
         with pytest.raises(KeyError), astrobiogen.use_kernels("auto"):
             raise KeyError
-        assert _registry.reference_selected()
-    assert not _registry.reference_selected()
+        assert registry.reference_selected()
+    assert not registry.reference_selected()
 
 
 def test_modes_overlap_in_threads_and_each_block_ends_only_itself() -> None:
@@ -69,18 +69,18 @@ def test_modes_overlap_in_threads_and_each_block_ends_only_itself() -> None:
         one.submit(first.__enter__).result()
         other.submit(second.__enter__).result()
         one.submit(first.__exit__, None, None, None).result()
-        assert _registry.reference_selected()  # the second block is still open
+        assert registry.reference_selected()  # the second block is still open
         other.submit(second.__exit__, None, None, None).result()
-    assert not _registry.reference_selected()
+    assert not registry.reference_selected()
 
 
 def test_a_thread_keeps_the_reference_while_another_asks_for_kernels() -> None:
     with astrobiogen.use_kernels("reference"), ThreadPoolExecutor(1) as other:
         block = astrobiogen.use_kernels("auto")
         other.submit(block.__enter__).result()
-        assert _registry.reference_selected()
+        assert registry.reference_selected()
         other.submit(block.__exit__, None, None, None).result()
-    assert not _registry.reference_selected()
+    assert not registry.reference_selected()
 
 
 def test_many_threads_leave_the_kernels_selected() -> None:
@@ -91,8 +91,8 @@ def test_many_threads_leave_the_kernels_selected() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert not _registry.reference_selected()
-    assert not _registry._SELECTION._open
+    assert not registry.reference_selected()
+    assert not registry._SELECTION._open
 
 
 def test_an_unknown_mode_is_refused() -> None:
@@ -119,7 +119,7 @@ def test_switching_modes_recompiles(inputs: tuple[torch.Tensor, torch.Tensor]) -
 
 def test_status_names_every_op_on_both_devices_and_prints_a_table() -> None:
     table = astrobiogen.kernel_status()
-    assert [(row.op, row.device) for row in table] == [(op, d) for op in _registry.ops() for d in ("cpu", "cuda")]
+    assert [(row.op, row.device) for row in table] == [(op, d) for op in registry.ops() for d in ("cpu", "cuda")]
     lines = str(table).splitlines()
     assert len(lines) == len(table) + 1
     assert lines[0].split() == ["op", "device", "implementation", "reason"]
@@ -127,7 +127,7 @@ def test_status_names_every_op_on_both_devices_and_prints_a_table() -> None:
         assert row.implementation in ("c++", "triton", "reference")
         assert row.reason
         key = row.device.upper()
-        assert (row.implementation != "reference") == _registry.has_kernel(row.op, key)
+        assert (row.implementation != "reference") == registry.has_kernel(row.op, key)
 
 
 @pytest.mark.usefixtures("cpu_kernel_gone")
@@ -158,12 +158,12 @@ def test_the_second_derivative_is_refused_with_the_way_out(inputs: tuple[torch.T
 
 def test_every_op_has_the_rules_that_callers_need() -> None:
     without = {"edge_order"}  # integers in, integers out
-    for name in _registry.ops():
-        qualified = f"{_registry.NAMESPACE}::{name}"
+    for name in registry.ops():
+        qualified = f"{registry.NAMESPACE}::{name}"
         differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Autograd")
         assert differentiable == (name not in without), f"{name}: autograd registration {differentiable}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta"), f"{name}: no fake"
-        assert _registry.has_kernel(name, "FuncTorchDynamicLayerFrontMode"), f"{name}: no rule inside torch.func"
+        assert registry.has_kernel(name, "FuncTorchDynamicLayerFrontMode"), f"{name}: no rule inside torch.func"
 
 
 def test_importing_the_library_loads_no_triton() -> None:

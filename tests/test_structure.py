@@ -20,13 +20,13 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": frozenset({"system"}),
     "datatools": frozenset({"data", "system"}),
     "__main__": frozenset({"datatools", "system"}),  # `python -m astrobiogen.data`, an entry like `train`
-    "_extension": frozenset({"_C"}),
+    "extension": frozenset({"_C"}),
     "ops": frozenset({"kernels"}),
     "testing": frozenset({"kernels"}),
     "layers": frozenset({"kernels", "ops"}),
     "integrations": frozenset({"kernels", "ops", "layers"}),
     "models": frozenset({"kernels", "ops", "layers"}),
-    "training": frozenset({"kernels", "ops", "layers", "models", "data", "system", "integrations", "_extension", ""}),
+    "training": frozenset({"kernels", "ops", "layers", "models", "data", "system", "integrations", "extension", ""}),
     "doctor": frozenset(
         {
             "kernels",
@@ -38,17 +38,17 @@ ALLOWED: dict[str, frozenset[str]] = {
             "training",
             "integrations",
             "testing",
-            "_extension",
+            "extension",
             "",
         }
     ),
     "evaluate": frozenset(
-        {"kernels", "ops", "layers", "models", "data", "system", "training", "doctor", "_extension", ""}
+        {"kernels", "ops", "layers", "models", "data", "system", "training", "doctor", "extension", ""}
     ),
     "train": frozenset(
-        {"kernels", "ops", "layers", "models", "data", "system", "training", "doctor", "evaluate", "_extension", ""}
+        {"kernels", "ops", "layers", "models", "data", "system", "training", "doctor", "evaluate", "extension", ""}
     ),
-    "": frozenset({"kernels", "ops", "layers", "models", "integrations", "_extension", ""}),
+    "": frozenset({"kernels", "ops", "layers", "models", "integrations", "extension", ""}),
 }
 # The rooms and files of the trainer, from the bottom up: each may import from those before it, and from itself.
 TRAINING_ORDER = (
@@ -61,7 +61,7 @@ IMPLEMENTATIONS = ("reference", "triton_kernels")
 
 # Files with an import that cannot stand at the top, with the reason.
 CONDITIONAL_IMPORTS: dict[str, str] = {
-    "astrobiogen/_extension.py": "the compiled extension is optional, and torch's libraries must be loaded before it",
+    "astrobiogen/extension.py": "the compiled extension is optional, and torch's libraries must be loaded before it",
 }
 
 # Ops that lack a part, with the reason; empty when every op is complete.
@@ -320,7 +320,7 @@ def test_public_names_exist_and_are_documented(module: str) -> None:
 
 def test_every_public_op_is_in_the_catalogue_with_docstring_and_a_registered_kernel() -> None:
     ops = importlib.import_module("astrobiogen.ops")
-    registry = importlib.import_module("astrobiogen.kernels._registry")
+    registry = importlib.import_module("astrobiogen.kernels.registry")
     public = {name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
     assert public, "astrobiogen.ops is empty"
     for name in sorted(public):

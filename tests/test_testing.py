@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from astrobiogen import testing
-from astrobiogen.kernels._case import Case
+from astrobiogen.kernels.cases import Case
 
 Tensor = torch.Tensor
 Toy = Callable[[Tensor, Tensor], Tensor]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from astrobiogen import testing
-from astrobiogen.kernels._case import Case
+from astrobiogen.kernels.cases import Case
 
 Tensor = torch.Tensor
 CASE = Case("3x4", lambda m: {"x": m.randn(3, 4), "weight": m.randn(4)}, ("x", "weight"), gradcheck=True)

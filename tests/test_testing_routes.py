@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from astrobiogen import ops, testing
-from astrobiogen.kernels import _registry
-from astrobiogen.kernels._case import Case
+from astrobiogen.kernels import registry
+from astrobiogen.kernels.cases import Case
 from astrobiogen.kernels.rms_norm import reference as rms_norm_reference
 from astrobiogen.kernels.rms_norm import triton_kernels as rms_norm_triton
 
@@ -66,11 +66,11 @@ def test_the_triton_route_reaches_the_launcher_and_is_undone(monkeypatch: pytest
         y[..., -1] = 0
         return y, rstd
 
-    before = _registry.has_kernel("rms_norm", "CPU")
+    before = registry.has_kernel("rms_norm", "CPU")
     monkeypatch.setattr(rms_norm_triton, "rms_norm", faulty)
     with pytest.raises(AssertionError, match=r"rms_norm \[triton, .*output 0: largest error"):
         testing.check_op(*arguments, ops=names, implementation="triton")
-    assert _registry.has_kernel("rms_norm", "CPU") == before
+    assert registry.has_kernel("rms_norm", "CPU") == before
     testing.check_op(*arguments, ops=names)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.kernels._checks import check_int, check_ints
+from astrobiogen.kernels.checks import check_int, check_ints
 from astrobiogen.kernels.conv_nd.layout import PADDINGS, MemoryFormat
 from astrobiogen.kernels.conv_nd.op import Activation, Padding, PaddingMode
 
@@ -130,18 +130,76 @@ class ConvNd(nn.Module):
 
 
 class Conv4d(ConvNd):
-    """`ConvNd` with four spatial axes."""
+    """`ConvNd` with four spatial axes: the arguments of `torch.nn.Conv3d`, and `ConvNd`'s activation and layout."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **options: object
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
+        activation: Activation = None,
+        *,
+        memory_format: MemoryFormat = "preserve",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(4, in_channels, out_channels, kernel_size, **options)  # pyright: ignore[reportArgumentType]
+        super().__init__(
+            4,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            activation,
+            memory_format=memory_format,
+            device=device,
+            dtype=dtype,
+        )
 
 
 class Conv5d(ConvNd):
-    """`ConvNd` with five spatial axes."""
+    """`ConvNd` with five spatial axes: the arguments of `torch.nn.Conv3d`, and `ConvNd`'s activation and layout."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **options: object
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
+        activation: Activation = None,
+        *,
+        memory_format: MemoryFormat = "preserve",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(5, in_channels, out_channels, kernel_size, **options)  # pyright: ignore[reportArgumentType]
+        super().__init__(
+            5,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            activation,
+            memory_format=memory_format,
+            device=device,
+            dtype=dtype,
+        )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.kernels._checks import check_int
+from astrobiogen.kernels.checks import check_int
 from astrobiogen.kernels.conv_nd.norm import NormKind
 from astrobiogen.kernels.conv_nd.op import Activation
 from astrobiogen.layers.children import globally_hooked, is_plain, reset_children

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.kernels._checks import check_int
+from astrobiogen.kernels.checks import check_int
 
 
 class LinearCrossEntropy(nn.Module):

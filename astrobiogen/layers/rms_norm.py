@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.kernels._checks import check_int
+from astrobiogen.kernels.checks import check_int
 
 
 def epsilon(dtype: torch.dtype) -> float:

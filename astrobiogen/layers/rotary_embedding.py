@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from astrobiogen.kernels._checks import check_int
+from astrobiogen.kernels.checks import check_int
 
 
 class RotaryEmbedding(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.kernels import _autocast
-from astrobiogen.kernels._checks import check_int
+from astrobiogen.kernels import autocast
+from astrobiogen.kernels.checks import check_int
 from astrobiogen.layers.children import PLAIN_TENSORS, globally_hooked, is_plain, project, reset_children
 from astrobiogen.layers.linear import LINEAR, Linear
 
@@ -151,7 +151,7 @@ class SwiGLU(nn.Module):
         gate, up = project(gate_proj, _LINEAR, x), project(up_proj, _LINEAR, x)
         if not (readable and self.recompute):
             return project(down_proj, _LINEAR, ops.swiglu(gate, up))
-        gate, up, weight = _autocast.lower_precision(gate, up, down_proj._parameters["weight"])
+        gate, up, weight = autocast.lower_precision(gate, up, down_proj._parameters["weight"])
         out, bias = _Down.apply(gate, up, weight), down_proj._parameters["bias"]
         return out if bias is None else out + bias.to(out.dtype)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from astrobiogen.kernels._values import has_values
+from astrobiogen.kernels.values import has_values
 from astrobiogen.layers.children import globally_hooked, is_plain
 from astrobiogen.layers.linear import LINEAR
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels._values import has_values
+from astrobiogen.kernels.values import has_values
 from astrobiogen.models._common import check_axes, require
 
 METABOLITE, REACTION = 0, 1

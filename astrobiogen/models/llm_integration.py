@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.kernels._values import has_values
+from astrobiogen.kernels.values import has_values
 from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from astrobiogen.layers.children import globally_hooked, is_plain
 from astrobiogen.layers.linear import LINEAR

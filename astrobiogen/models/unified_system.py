@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from astrobiogen.kernels._registry import use_kernels
+from astrobiogen.kernels.registry import use_kernels
 from astrobiogen.models._common import check_axes, require, resolve_config
 from astrobiogen.models.datacube_cnn import RebuiltDatacubeCNN
 from astrobiogen.models.datacube_config import DatacubeConfig

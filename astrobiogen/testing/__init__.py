@@ -1,7 +1,7 @@
 """The battery of checks that every operator passes, on the CPU, under Triton's interpreter, and on a GPU where there
 is one.
 
-A check takes the public function, its plain reference and a `Case` (see `astrobiogen.kernels._case`) and raises
+A check takes the public function, its plain reference and a `Case` (see `astrobiogen.kernels.cases`) and raises
 `AssertionError` with the op, case, dtype, and the measured and the allowed error. `check_battery` runs them all.
 """
 
@@ -15,7 +15,7 @@ from astrobiogen.testing._habits import check_habits as check_habits
 from astrobiogen.testing._nonfinite import check_nonfinite as check_nonfinite
 from astrobiogen.testing._routes import Implementation as Implementation
 from astrobiogen.testing._routes import route as route
-from astrobiogen.testing._tolerance import Measurement as Measurement
 from astrobiogen.testing._transforms import check_transforms as check_transforms
 from astrobiogen.testing._values import check_op as check_op
 from astrobiogen.testing._visibility import check_visibility as check_visibility
+from astrobiogen.testing.tolerance import Measurement as Measurement

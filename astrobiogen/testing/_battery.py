@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 import torch
 
-from astrobiogen.kernels._case import Case
+from astrobiogen.kernels.cases import Case
 from astrobiogen.testing._compiler import check_fullgraph, check_opcheck
 from astrobiogen.testing._derivatives import check_gradcheck, check_partial_gradients, check_second_derivative
 from astrobiogen.testing._habits import check_habits
-from astrobiogen.testing._inputs import Function
 from astrobiogen.testing._nonfinite import check_nonfinite
 from astrobiogen.testing._routes import Implementation
-from astrobiogen.testing._tolerance import Measurement
 from astrobiogen.testing._transforms import check_transforms
 from astrobiogen.testing._values import check_op
 from astrobiogen.testing._visibility import check_visibility
+from astrobiogen.testing.inputs import Function
+from astrobiogen.testing.tolerance import Measurement
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.testing.compile_gate import Outcome, Row, occupancy
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from astrobiogen.kernels import _registry
-from astrobiogen.kernels._case import Case
-from astrobiogen.testing import _inputs, _tolerance
-from astrobiogen.testing._inputs import Function
+from astrobiogen.kernels import registry
+from astrobiogen.kernels.cases import Case
+from astrobiogen.testing import inputs, tolerance
+from astrobiogen.testing.inputs import Function
 
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -31,7 +31,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == _registry.NAMESPACE:
+        if func.namespace == registry.NAMESPACE:
             self.calls.append(_Call(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -58,14 +58,14 @@ def check_opcheck(
     Raises:
         AssertionError: a utility found a fault, or `function` called no op of ours.
     """
-    arguments = _inputs.build(case, dtype, device)
+    arguments = inputs.build(case, dtype, device)
     if isinstance(function, torch._ops.OpOverload):
         leaves = {name: arguments[name].detach().requires_grad_(True) for name in case.differentiable}
         calls = [_Call(function, (), {**arguments, **leaves})]
     else:
         calls = _record(function, case, arguments)
     if not calls:
-        raise AssertionError(f"{_inputs.name_of(function)}, case {case.name!r}: no {_registry.NAMESPACE} op was called")
+        raise AssertionError(f"{inputs.name_of(function)}, case {case.name!r}: no {registry.NAMESPACE} op was called")
     for call in calls:
         try:
             torch.library.opcheck(call.op, call.args, call.kwargs, test_utils=UTILITIES)
@@ -83,15 +83,15 @@ def check_fullgraph(
     Raises:
         AssertionError: the graph breaks, or a result differs by more than the floor of the error rule.
     """
-    subject = _tolerance.Subject(f"torch.compile({_inputs.name_of(function)})", case.name, dtype)
-    arguments = _inputs.build(case, dtype, device)
-    outputs = _inputs.evaluate(function, arguments, (), []).outputs
-    upstream = _inputs.draw_upstream(case, outputs)
-    eager = _inputs.evaluate(function, arguments, case.differentiable, upstream)
+    subject = tolerance.Subject(f"torch.compile({inputs.name_of(function)})", case.name, dtype)
+    arguments = inputs.build(case, dtype, device)
+    outputs = inputs.evaluate(function, arguments, (), []).outputs
+    upstream = inputs.draw_upstream(case, outputs)
+    eager = inputs.evaluate(function, arguments, case.differentiable, upstream)
     torch.compiler.reset()
     try:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        got = _inputs.evaluate(compiled, arguments, case.differentiable, upstream)
+        got = inputs.evaluate(compiled, arguments, case.differentiable, upstream)
     except RuntimeError as error:
         raise AssertionError(f"{subject}: {error}") from error
     finally:
@@ -99,14 +99,14 @@ def check_fullgraph(
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got.outputs, eager.outputs))]
     pairs += [(f"gradient of {name}", got.gradients[name], eager.gradients[name]) for name in eager.gradients]
     for quantity, value, expected in pairs:
-        _tolerance.compare(subject, quantity, value, expected, expected, factor=1.0)
+        tolerance.compare(subject, quantity, value, expected, expected, factor=1.0)
 
 
-def _record(function: Function, case: Case, arguments: _inputs.Arguments) -> list[_Call]:
+def _record(function: Function, case: Case, arguments: inputs.Arguments) -> list[_Call]:
     leaves = {name: arguments[name].detach().requires_grad_(True) for name in case.differentiable}
     with _Recorder() as forward:
-        outputs = _inputs.as_tuple(function(**{**arguments, **leaves}))
-    upstream = _inputs.draw_upstream(case, outputs)
+        outputs = inputs.as_tuple(function(**{**arguments, **leaves}))
+    upstream = inputs.draw_upstream(case, outputs)
     pairs = [(o, g) for o, g in zip(outputs, upstream) if g is not None and o.requires_grad]
     with _Recorder() as backward:
         if pairs:

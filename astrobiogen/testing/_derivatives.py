@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch.autograd.gradcheck import GradcheckError
 
-from astrobiogen.kernels._case import Case
-from astrobiogen.testing import _inputs
-from astrobiogen.testing._inputs import Arguments, Function
+from astrobiogen.kernels.cases import Case
+from astrobiogen.testing import inputs
+from astrobiogen.testing.inputs import Arguments, Function
 
 REFUSAL = "has no second derivative"
 
@@ -24,7 +24,7 @@ def check_gradcheck(function: Function, case: Case, *, device: str | torch.devic
     try:
         torch.autograd.gradcheck(bound, leaves, eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0)
     except GradcheckError as error:
-        raise AssertionError(f"{_inputs.name_of(function)}, case {case.name!r}, float64: gradcheck: {error}") from error
+        raise AssertionError(f"{inputs.name_of(function)}, case {case.name!r}, float64: gradcheck: {error}") from error
 
 
 def check_second_derivative(function: Function, case: Case, *, device: str | torch.device = "cpu") -> None:
@@ -33,7 +33,7 @@ def check_second_derivative(function: Function, case: Case, *, device: str | tor
     Raises:
         AssertionError: the second derivative is wrong, or missing without that message.
     """
-    subject = f"{_inputs.name_of(function)}, case {case.name!r}, float64"
+    subject = f"{inputs.name_of(function)}, case {case.name!r}, float64"
     bound, leaves = _bind(function, case, device)
     try:
         with warnings.catch_warnings():
@@ -54,28 +54,28 @@ def check_partial_gradients(function: Function, case: Case, *, device: str | tor
     Raises:
         AssertionError: an argument's gradient is missing or has other bits when the other arguments need none.
     """
-    subject = f"{_inputs.name_of(function)}, case {case.name!r}, float32"
-    arguments = _inputs.build(case, torch.float32, device)
-    outputs = _inputs.evaluate(function, arguments, (), []).outputs
-    upstream = _inputs.draw_upstream(case, outputs)
-    together = _inputs.evaluate(function, arguments, case.differentiable, upstream).gradients
+    subject = f"{inputs.name_of(function)}, case {case.name!r}, float32"
+    arguments = inputs.build(case, torch.float32, device)
+    outputs = inputs.evaluate(function, arguments, (), []).outputs
+    upstream = inputs.draw_upstream(case, outputs)
+    together = inputs.evaluate(function, arguments, case.differentiable, upstream).gradients
     for name in case.differentiable:
-        alone = _inputs.evaluate(function, arguments, (name,), upstream).gradients[name]
+        alone = inputs.evaluate(function, arguments, (name,), upstream).gradients[name]
         expected = together[name]
         if (alone is None) != (expected is None):
             raise AssertionError(f"{subject}: gradient of {name} alone is {alone}, together with the others {expected}")
-        if alone is not None and expected is not None and not _inputs.same_bits(alone, expected):
+        if alone is not None and expected is not None and not inputs.same_bits(alone, expected):
             raise AssertionError(f"{subject}: gradient of {name} alone differs from the one computed with the others")
 
 
 def _bind(
     function: Function, case: Case, device: str | torch.device
 ) -> tuple[Callable[..., tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-    arguments: Arguments = _inputs.build(case, torch.float64, device)
+    arguments: Arguments = inputs.build(case, torch.float64, device)
     leaves = tuple(_separate(arguments[name]).requires_grad_(True) for name in case.differentiable)
 
     def bound(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = _inputs.as_tuple(function(**{**arguments, **dict(zip(case.differentiable, tensors))}))
+        outputs = inputs.as_tuple(function(**{**arguments, **dict(zip(case.differentiable, tensors))}))
         return tuple(output for output in outputs if output.is_floating_point())
 
     return bound, leaves

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from astrobiogen.kernels import _registry
-from astrobiogen.kernels._case import Case
+from astrobiogen.kernels import registry
 from astrobiogen.kernels.attention import op as attention
 from astrobiogen.kernels.attention import samples as attention_samples
+from astrobiogen.kernels.cases import Case
 from astrobiogen.kernels.conv_nd import norm as conv_nd_norm
 from astrobiogen.kernels.conv_nd import op as conv_nd
 from astrobiogen.kernels.conv_nd import samples as conv_nd_samples
@@ -28,7 +28,7 @@ from astrobiogen.kernels.swiglu import op as swiglu
 from astrobiogen.kernels.swiglu import samples as swiglu_samples
 from astrobiogen.kernels.swiglu_mlp import op as swiglu_mlp
 from astrobiogen.kernels.swiglu_mlp import samples as swiglu_mlp_samples
-from astrobiogen.testing import _inputs
+from astrobiogen.testing import inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A call of more elements is slow and shows nothing more.
@@ -100,7 +100,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **keywords)
 
 
-def record(namespace: str = _registry.NAMESPACE) -> list[Call]:
+def record(namespace: str = registry.NAMESPACE) -> list[Call]:
     """The valid calls, forward and backward, in an order that is always the same.
 
     Args:
@@ -111,13 +111,13 @@ def record(namespace: str = _registry.NAMESPACE) -> list[Call]:
         RuntimeError: an operator of the library was never called: `_sources` lacks it.
     """
     recorder = _Recorder(namespace)
-    mode = "auto" if namespace == _registry.NAMESPACE else "reference"
-    with _registry.use_kernels(mode):
+    mode = "auto" if namespace == registry.NAMESPACE else "reference"
+    with registry.use_kernels(mode):
         for function, cases in _sources():
             for case in cases:
                 for dtype in DTYPES:
                     _record_case(recorder, function, case, dtype)
-    if namespace != _registry.NAMESPACE:
+    if namespace != registry.NAMESPACE:
         return recorder.calls
     products = [
         dataclasses.replace(call, op="astrobiogen::swiglu_backward_product.default")
@@ -125,24 +125,24 @@ def record(namespace: str = _registry.NAMESPACE) -> list[Call]:
         if call.op == "astrobiogen::swiglu_backward.default"
     ]
     calls = recorder.calls + products  # only a layer calls this one
-    missing = set(_registry.ops()) - {call.name for call in calls}
+    missing = set(registry.ops()) - {call.name for call in calls}
     if missing:
         raise RuntimeError(f"no valid call of {sorted(missing)} was seen: give `_fuzz_calls._sources` its cases")
     return calls
 
 
 def _record_case(recorder: _Recorder, function: Callable[..., Any], case: Case, dtype: torch.dtype) -> None:
-    arguments = _inputs.build(case, dtype)
+    arguments = inputs.build(case, dtype)
     tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     if sum(tensor.numel() for tensor in tensors) > MOST_ELEMENTS:
         return
     for name in case.differentiable:
         arguments[name] = arguments[name].detach().requires_grad_()
-    recorder.origin = f"{_inputs.name_of(function)} {case.name} {str(dtype).removeprefix('torch.')}"
+    recorder.origin = f"{inputs.name_of(function)} {case.name} {str(dtype).removeprefix('torch.')}"
     with recorder:
-        outputs = [out for out in _inputs.as_tuple(function(**arguments)) if out.requires_grad]
+        outputs = [out for out in inputs.as_tuple(function(**arguments)) if out.requires_grad]
         if outputs:
-            draw = _inputs.maker(dtype, "cpu", 1)
+            draw = inputs.maker(dtype, "cpu", 1)
             torch.autograd.backward(outputs, [draw.randn(*out.shape, dtype=out.dtype) for out in outputs])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import registry
 from astrobiogen.testing._fuzz_calls import Call
 from astrobiogen.testing._fuzz_memory import Arena
 from astrobiogen.testing._fuzz_mutations import Mutant, mutate
@@ -67,7 +67,7 @@ def attempt(call: Call, arguments: Sequence[Any]) -> tuple[Any, str]:
 
 def compare(call: Call, mutant: Mutant, arguments: Sequence[Any], got: Any) -> str:
     """What is wrong with the result of an accepted call, in words; empty where the reference agrees, or refuses."""
-    reference = _registry.reference_of(call.name)
+    reference = registry.reference_of(call.name)
     try:
         with torch.no_grad():
             expected = reference(*arguments)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from astrobiogen.kernels._case import Case
-from astrobiogen.testing import _inputs
-from astrobiogen.testing._inputs import Function
+from astrobiogen.kernels.cases import Case
+from astrobiogen.testing import inputs
+from astrobiogen.testing.inputs import Function
 
 Gradients = list[torch.Tensor | None]
 
@@ -18,10 +18,10 @@ class _Run:
 
     def __init__(self, function: Function, case: Case, dtype: torch.dtype, device: str | torch.device) -> None:
         self.function = function
-        self.arguments = _inputs.build(case, dtype, device)
+        self.arguments = inputs.build(case, dtype, device)
         self.names = case.differentiable
-        outputs = _inputs.evaluate(function, self.arguments, (), []).outputs
-        self.upstream = _inputs.draw_upstream(case, outputs)
+        outputs = inputs.evaluate(function, self.arguments, (), []).outputs
+        self.upstream = inputs.draw_upstream(case, outputs)
 
     def leaves(self) -> list[torch.Tensor]:
         """Fresh leaves with the case's values and strides."""
@@ -29,7 +29,7 @@ class _Run:
 
     def outputs(self, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The outputs that a gradient comes back through."""
-        results = _inputs.as_tuple(self.function(**{**self.arguments, **dict(zip(self.names, leaves))}))
+        results = inputs.as_tuple(self.function(**{**self.arguments, **dict(zip(self.names, leaves))}))
         return tuple(o for o, u in zip(results, self.upstream) if u is not None)
 
     def weights(self) -> list[torch.Tensor]:
@@ -75,7 +75,7 @@ def _results_have_own_memory(run: _Run) -> list[Gradients]:
         if gradient is not None:
             gradient.fill_(float("nan"))
     for number, (left, right) in enumerate(zip(kept, second)):
-        if left is not None and right is not None and not _inputs.same_bits(left, right):
+        if left is not None and right is not None and not inputs.same_bits(left, right):
             raise AssertionError(f"gradient {number} of two runs of one graph shares memory")
     return [kept, run.gradients(leaves, outputs)]
 
@@ -154,7 +154,7 @@ def check_habits(
     run = _Run(function, case, dtype, device)
     expected = run.expected()
     for habit in HABITS:
-        subject = f"{_inputs.name_of(function)}, case {case.name!r}, {dtype}: {habit.__name__.strip('_')}"
+        subject = f"{inputs.name_of(function)}, case {case.name!r}, {dtype}: {habit.__name__.strip('_')}"
         try:
             results = habit(run)
         except Exception as error:

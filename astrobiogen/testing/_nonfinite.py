@@ -4,9 +4,9 @@ import warnings
 
 import torch
 
-from astrobiogen.kernels._case import Case
-from astrobiogen.testing import _inputs, _routes
-from astrobiogen.testing._inputs import Arguments, Function
+from astrobiogen.kernels.cases import Case
+from astrobiogen.testing import _routes, inputs
+from astrobiogen.testing.inputs import Arguments, Function
 
 # A finite value far from the standard-normal draw: the outputs it changes are those that depend on the element.
 PROBE = 3.7
@@ -34,14 +34,12 @@ def check_nonfinite(
         AssertionError: a NaN or infinity is lost, or appears where the reference has none.
     """
     where = _routes.device_of(implementation, device)
-    clean = _inputs.build(case, dtype, where)
+    clean = inputs.build(case, dtype, where)
     floating = [n for n, v in clean.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.numel()]
     for name in floating:
         depends = _depends(reference, case, clean, name)
         for planted in (float("nan"), float("inf"), float("-inf")):
-            subject = (
-                f"{_inputs.name_of(function)} [{implementation}], case {case.name!r}, {dtype}: {planted} in {name}"
-            )
+            subject = f"{inputs.name_of(function)} [{implementation}], case {case.name!r}, {dtype}: {planted} in {name}"
             arguments = _plant(clean, name, planted)
             with warnings.catch_warnings():
                 # NumPy, on which Triton's interpreter computes, warns about arithmetic with infinities.
@@ -76,16 +74,16 @@ def _judge(label: str, got: torch.Tensor, expected: torch.Tensor, depends: torch
 
 
 def _depends(reference: Function, case: Case, clean: Arguments, name: str) -> dict[str, torch.Tensor]:
-    wide = _inputs.upcast(clean)
+    wide = inputs.upcast(clean)
     before, after = _all(reference, case, wide), _all(reference, case, _plant(wide, name, PROBE))
     return {quantity: before[quantity] != after[quantity] for quantity in before}
 
 
 def _all(function: Function, case: Case, arguments: Arguments) -> dict[str, torch.Tensor]:
     """Floating-point outputs and gradients by name; the upstream gradient is all ones."""
-    plain = _inputs.evaluate(function, arguments, (), []).outputs
+    plain = inputs.evaluate(function, arguments, (), []).outputs
     upstream = [torch.ones_like(o) if o.is_floating_point() else None for o in plain] if case.differentiable else []
-    result = _inputs.evaluate(function, arguments, case.differentiable, upstream)
+    result = inputs.evaluate(function, arguments, case.differentiable, upstream)
     found = {f"output {i}": o for i, o in enumerate(result.outputs) if o.is_floating_point()}
     found |= {f"gradient of {name}": g for name, g in result.gradients.items() if g is not None}
     return found

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import registry
 
 Implementation = Literal["default", "cpu", "triton"]
 
@@ -42,11 +42,11 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
         RuntimeError: the Triton route without a GPU needs ``TRITON_INTERPRET=1`` before Triton's first import.
     """
     calls: list[str] = []
-    missing = [name for name in ops if name not in _registry.ops()]
+    missing = [name for name in ops if name not in registry.ops()]
     if missing:
-        raise AssertionError(f"no such op: {missing}; registered are {_registry.ops()}")
+        raise AssertionError(f"no such op: {missing}; registered are {registry.ops()}")
     if implementation == "cpu":
-        absent = [name for name in ops if not _registry.has_kernel(name, "CPU")]
+        absent = [name for name in ops if not registry.has_kernel(name, "CPU")]
         if absent:
             raise AssertionError(
                 f"no C++ kernel for {absent}: build the extension with `python setup.py build_ext --inplace`"
@@ -58,7 +58,7 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
         raise RuntimeError(
             "without a CUDA device the Triton route needs TRITON_INTERPRET=1 in the environment before Triton's import"
         )
-    library = torch.library.Library(_registry.NAMESPACE, "IMPL")
+    library = torch.library.Library(registry.NAMESPACE, "IMPL")
     try:
         with warnings.catch_warnings():
             # Overriding the C++ kernel is the purpose here; PyTorch warns about it once per process.
@@ -74,7 +74,7 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
 
 
 def _counting(name: str, calls: list[str]) -> Callable[..., Any]:
-    path = _registry.triton_launcher(name)
+    path = registry.triton_launcher(name)
     if not path:
         raise AssertionError(f"op {name} has no Triton launcher")
     module, _, function = path.partition(":")

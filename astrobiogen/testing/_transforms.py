@@ -8,10 +8,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from astrobiogen.kernels._case import Case
-from astrobiogen.testing import _inputs, _tolerance
-from astrobiogen.testing._inputs import Arguments, Function
+from astrobiogen.kernels.cases import Case
+from astrobiogen.testing import inputs, tolerance
 from astrobiogen.testing._values import FURTHER_DRAWS
+from astrobiogen.testing.inputs import Arguments, Function
 
 Tensors = tuple[torch.Tensor, ...]
 DRAWS = 2  # members of a batch that vmap makes
@@ -30,7 +30,7 @@ class Call:
 
     def outputs(self, *tensors: torch.Tensor) -> Tensors:
         """The floating-point outputs."""
-        results = _inputs.as_tuple(self.function(**{**self.arguments, **dict(zip(self.names, tensors))}))
+        results = inputs.as_tuple(self.function(**{**self.arguments, **dict(zip(self.names, tensors))}))
         return tuple(result for result in results if result.is_floating_point())
 
     def scalar(self, *tensors: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ TRANSFORMS: tuple[Callable[[Call], Any], ...] = (
 
 def check_transforms(
     function: Function, reference: Function, case: Case, *, device: str | torch.device = "cpu"
-) -> list[_tolerance.Measurement]:
+) -> list[tolerance.Measurement]:
     """Every transform of `TRANSFORMS` gives for `function` what it gives for `reference` (fp32, held against fp64 by
     the error rule of gradients).
 
@@ -176,9 +176,9 @@ def check_transforms(
     Raises:
         AssertionError: a value is wrong, or the transform does not work on `function` though it does on `reference`.
     """
-    measurements: list[_tolerance.Measurement] = []
+    measurements: list[tolerance.Measurement] = []
     for transform in TRANSFORMS:
-        subject = _tolerance.Subject(f"{transform.__name__} of {_inputs.name_of(function)}", case.name, torch.float32)
+        subject = tolerance.Subject(f"{transform.__name__} of {inputs.name_of(function)}", case.name, torch.float32)
         call = _call(function, case, device)
         plain = dataclasses.replace(call, function=reference)
         try:
@@ -193,11 +193,11 @@ def check_transforms(
         if len(got) != len(eager):
             raise AssertionError(f"{subject}: {len(got)} results, the reference gives {len(eager)}")
         measurements += [
-            _tolerance.compare(
+            tolerance.compare(
                 subject,
                 f"result {i}",
                 *triple,
-                factor=_tolerance.GRADIENT_FACTOR,
+                factor=tolerance.GRADIENT_FACTOR,
                 further=_further(transform, reference, case, device, i),
             )
             for i, triple in enumerate(zip(got, eager, exact))
@@ -214,14 +214,14 @@ def _further(
         found = [(0.0, 0.0)]
         for draw in range(1, FURTHER_DRAWS + 1):
             call = _call(reference, case, device, 1000 * draw)
-            found.append(_tolerance.errors(_flat(transform(call))[number], _flat(transform(_wide(call)))[number]))
+            found.append(tolerance.errors(_flat(transform(call))[number], _flat(transform(_wide(call)))[number]))
         return max(largest for largest, _ in found), max(square for _, square in found)
 
     return measure
 
 
 def _must_refuse(
-    subject: _tolerance.Subject, transform: Callable[[Call], Any], call: Call, reason: RuntimeError
+    subject: tolerance.Subject, transform: Callable[[Call], Any], call: Call, reason: RuntimeError
 ) -> None:
     try:
         transform(call)
@@ -231,8 +231,8 @@ def _must_refuse(
 
 
 def _call(function: Function, case: Case, device: str | torch.device, seed: int = 0) -> Call:
-    arguments = _inputs.build(case, torch.float32, device, seed)
-    maker = _inputs.maker(torch.float32, device, seed + 7)
+    arguments = inputs.build(case, torch.float32, device, seed)
+    maker = inputs.maker(torch.float32, device, seed + 7)
     point = tuple(arguments[name].detach().clone() for name in case.differentiable)
     direction = tuple(maker.randn(*p.shape) for p in point)
     call = Call(function, arguments, case.differentiable, point, direction, ())
@@ -244,7 +244,7 @@ def _wide(call: Call) -> Call:
         return tuple(t.double() for t in tensors)
 
     point, direction, weights = double(call.point), double(call.direction), double(call.weights)
-    arguments = _inputs.upcast(call.arguments)
+    arguments = inputs.upcast(call.arguments)
     return dataclasses.replace(call, arguments=arguments, point=point, direction=direction, weights=weights)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from astrobiogen.kernels._case import Case
-from astrobiogen.testing import _inputs, _routes, _tolerance
-from astrobiogen.testing._inputs import Arguments, Function, Guard, Result
-from astrobiogen.testing._tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, Measurement, Subject
+from astrobiogen.kernels.cases import Case
+from astrobiogen.testing import _routes, inputs, tolerance
+from astrobiogen.testing.inputs import Arguments, Function, Guard, Result
+from astrobiogen.testing.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, Measurement, Subject
 
 # Draws of a case on which eager is measured once more before an op is called worse. Of errors spread evenly in
 # +-e, the largest of 1 + 8 is below e / 3 in 5 cases of 100,000.
@@ -34,7 +34,7 @@ def check_op(
     C++) is NaN. Checked:
 
     * values and gradients: error against the fp64 reference at most 2x (3x) that of the same-dtype eager reference
-      plus a floor (see `astrobiogen.testing._tolerance`); shapes and dtypes as the reference's;
+      plus a floor (see `astrobiogen.testing.tolerance`); shapes and dtypes as the reference's;
     * a second run gives the same bits;
     * inputs, upstream gradients and the memory around them keep their bits;
     * once more with element-aligned addresses and, for each output alone, an expanded (stride 0) upstream gradient.
@@ -58,20 +58,20 @@ def check_op(
         AssertionError: a check failed; the message has op, case, dtype, and measured against allowed.
     """
     where = _routes.device_of(implementation, device)
-    subject = Subject(f"{_inputs.name_of(function)} [{implementation}, {where.type}]", case.name, dtype)
-    arguments = _inputs.build(case, dtype, where, seed)
+    subject = Subject(f"{inputs.name_of(function)} [{implementation}, {where.type}]", case.name, dtype)
+    arguments = inputs.build(case, dtype, where, seed)
     interpreted = implementation == "triton" and where.type == "cpu"
     truncates = interpreted and dtype == torch.bfloat16
     judge = _Judge(subject, reference, arguments, case, absolute_floor, truncates, where, seed)
     plain = judge.reference_outputs()
     with _routes.route(ops, implementation) as calls:
-        measurements = _check_dense(judge, function, _inputs.draw_upstream(case, plain))
+        measurements = _check_dense(judge, function, inputs.draw_upstream(case, plain))
         outputs = (
             [index for index, output in enumerate(plain) if output.is_floating_point()] if case.differentiable else []
         )
         for only in outputs or [None]:
-            upstream = _inputs.draw_upstream(case, plain, only=only, expanded=True, seed=100)
-            got, guards = _run(function, arguments, case, upstream, _inputs.UNALIGNED_MARGIN)
+            upstream = inputs.draw_upstream(case, plain, only=only, expanded=True, seed=100)
+            got, guards = _run(function, arguments, case, upstream, inputs.UNALIGNED_MARGIN)
             _check_pure(subject, guards)
             judge.compare(got, upstream, f", unaligned, only output {only} used" if len(outputs) > 1 else ", unaligned")
         if interpreted and not calls and any(o.numel() for o in plain):
@@ -126,7 +126,7 @@ class _Judge:
 
     def reference_outputs(self) -> tuple[torch.Tensor, ...]:
         """The same-dtype reference's outputs."""
-        return _inputs.evaluate(self.reference, self.arguments, (), []).outputs
+        return inputs.evaluate(self.reference, self.arguments, (), []).outputs
 
     def compare(self, got: Result, upstream: Sequence[torch.Tensor | None], remark: str = "") -> list[Measurement]:
         """Apply the error rule to every output and gradient of `got`."""
@@ -150,7 +150,7 @@ class _Judge:
             for n in names
         ]
         return [
-            _tolerance.compare(
+            tolerance.compare(
                 self.subject,
                 quantity + remark,
                 *triple,
@@ -166,8 +166,8 @@ class _Judge:
         """Eager's result and the fp64 one."""
         names = self.case.differentiable
         wide = [gradient.double() if gradient is not None else None for gradient in upstream]
-        eager = _inputs.evaluate(self.reference, arguments, names, upstream)
-        return eager, _inputs.evaluate(self.reference, _inputs.upcast(arguments), names, wide)
+        eager = inputs.evaluate(self.reference, arguments, names, upstream)
+        return eager, inputs.evaluate(self.reference, inputs.upcast(arguments), names, wide)
 
     def _further(
         self, upstream: Sequence[torch.Tensor | None], choose: Callable[[Result], torch.Tensor | None]
@@ -177,10 +177,10 @@ class _Judge:
         def measure() -> tuple[float, float]:
             found = [(0.0, 0.0)]
             for draw in range(1, FURTHER_DRAWS + 1):
-                arguments = _inputs.build(self.case, self.subject.dtype, self.device, self.seed + 1000 * draw)
+                arguments = inputs.build(self.case, self.subject.dtype, self.device, self.seed + 1000 * draw)
                 eager, exact = (choose(result) for result in self._references(arguments, upstream))
                 if eager is not None and exact is not None and eager.shape == exact.shape:
-                    found.append(_tolerance.errors(eager, exact))
+                    found.append(tolerance.errors(eager, exact))
             return max(largest for largest, _ in found), max(square for _, square in found)
 
         return measure
@@ -188,9 +188,9 @@ class _Judge:
 
 def _check_dense(judge: _Judge, function: Function, upstream: list[torch.Tensor | None]) -> list[Measurement]:
     with poisoned_empty():
-        first, guards = _run(function, judge.arguments, judge.case, upstream, _inputs.ALIGNED_MARGIN)
+        first, guards = _run(function, judge.arguments, judge.case, upstream, inputs.ALIGNED_MARGIN)
         _check_pure(judge.subject, guards)
-        second, _ = _run(function, judge.arguments, judge.case, upstream, _inputs.ALIGNED_MARGIN)
+        second, _ = _run(function, judge.arguments, judge.case, upstream, inputs.ALIGNED_MARGIN)
     measurements = judge.compare(first, upstream)
     _check_same(judge.subject, first, second)
     return measurements
@@ -199,15 +199,15 @@ def _check_dense(judge: _Judge, function: Function, upstream: list[torch.Tensor 
 def _run(
     function: Function, arguments: Arguments, case: Case, upstream: Sequence[torch.Tensor | None], margin: int
 ) -> tuple[Result, list[Guard]]:
-    guarded, guards = _inputs.guard_all(arguments, margin)
+    guarded, guards = inputs.guard_all(arguments, margin)
     pulled: list[torch.Tensor | None] = []
     for index, gradient in enumerate(upstream):
         if gradient is None:
             pulled.append(None)
             continue
-        guards.append(_inputs.guard(f"upstream gradient {index}", gradient, margin))
+        guards.append(inputs.guard(f"upstream gradient {index}", gradient, margin))
         pulled.append(guards[-1].tensor)
-    return _inputs.evaluate(function, guarded, case.differentiable, pulled), guards
+    return inputs.evaluate(function, guarded, case.differentiable, pulled), guards
 
 
 def _check_pure(subject: Subject, guards: list[Guard]) -> None:
@@ -218,11 +218,11 @@ def _check_pure(subject: Subject, guards: list[Guard]) -> None:
 
 def _check_same(subject: Subject, first: Result, second: Result) -> None:
     for index, (left, right) in enumerate(zip(first.outputs, second.outputs)):
-        if not _inputs.same_bits(left, right):
+        if not inputs.same_bits(left, right):
             raise AssertionError(f"{subject}: output {index} differs between two runs{_difference(left, right)}")
     for name, left in first.gradients.items():
         right = second.gradients[name]
-        if left is not None and right is not None and not _inputs.same_bits(left, right):
+        if left is not None and right is not None and not inputs.same_bits(left, right):
             raise AssertionError(f"{subject}: gradient of {name} differs between two runs{_difference(left, right)}")
 
 

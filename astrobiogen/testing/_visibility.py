@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from astrobiogen.kernels._case import Case
-from astrobiogen.testing import _inputs, _routes
-from astrobiogen.testing._inputs import Arguments, Function
+from astrobiogen.kernels.cases import Case
+from astrobiogen.testing import _routes, inputs
+from astrobiogen.testing.inputs import Arguments, Function
 
 # What is planted in the first, a middle and the last row of each tensor.
 PLANTED = (float("nan"), float("inf"), float("-inf"))
@@ -40,11 +40,11 @@ def check_visibility(
         AssertionError: an element that cannot hear the row has other bits than without it.
     """
     where = _routes.device_of(implementation, device)
-    clean = _copies(_inputs.build(case, dtype, where))
-    plain = _inputs.evaluate(reference, clean, (), []).outputs
-    upstream = _inputs.draw_upstream(case, plain)
+    clean = _copies(inputs.build(case, dtype, where))
+    plain = inputs.evaluate(reference, clean, (), []).outputs
+    upstream = inputs.draw_upstream(case, plain)
     problem = clean | {f"{_UPSTREAM} {index}": gradient for index, gradient in enumerate(upstream)}
-    wide = _inputs.upcast(problem)
+    wide = inputs.upcast(problem)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         # NumPy, on which Triton's interpreter computes, warns about arithmetic with infinities.
         warnings.filterwarnings("ignore", category=RuntimeWarning)
@@ -58,13 +58,13 @@ def check_visibility(
                 deaf = {quantity: mask & torch.isfinite(finite[quantity]) for quantity, mask in deaf.items()}
             with _routes.route(ops, implementation):
                 after = _all(function, case, _replaced(problem, name, row, value))
-            label = f"{_inputs.name_of(function)} [{implementation}], case {case.name!r}, {dtype}: {value} in {name}"
+            label = f"{inputs.name_of(function)} [{implementation}], case {case.name!r}, {dtype}: {value} in {name}"
             for quantity, mask in deaf.items():
                 _judge(f"{label}, row {row}: {quantity}", before[quantity], after[quantity], mask)
 
 
 def _judge(label: str, before: torch.Tensor, after: torch.Tensor, deaf: torch.Tensor) -> None:
-    heard = deaf & _inputs.different_bits(before, after)
+    heard = deaf & inputs.different_bits(before, after)
     if bool(heard.any()):
         where = tuple(int(i) for i in heard.nonzero()[0])
         raise AssertionError(
@@ -97,7 +97,7 @@ def _all(function: Function, case: Case, problem: Arguments) -> dict[str, torch.
     """Floating-point outputs and gradients by name, of arguments and upstream gradients together."""
     arguments = {name: value for name, value in problem.items() if not name.startswith(_UPSTREAM)}
     upstream = [value for name, value in problem.items() if name.startswith(_UPSTREAM)]  # one per output, in order
-    result = _inputs.evaluate(function, arguments, case.differentiable, upstream)
+    result = inputs.evaluate(function, arguments, case.differentiable, upstream)
     found = {f"output {i}": o for i, o in enumerate(result.outputs) if o.is_floating_point()}
     return found | {f"gradient of {name}": g for name, g in result.gradients.items() if g is not None}
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import registry
 from astrobiogen.testing import _fuzz_calls, _fuzz_report, _fuzz_worker
 from astrobiogen.testing._fuzz_calls import Call
 from astrobiogen.testing._fuzz_memory import Arena
@@ -204,7 +204,7 @@ def runner(calls: Sequence[Call], seed: int, sanitized: bool) -> Runner:
         got, why = _fuzz_worker.attempt(call, arguments)
         if got is None:
             return REFUSED, why
-        if not call.op.startswith(_registry.NAMESPACE):
+        if not call.op.startswith(registry.NAMESPACE):
             return ACCEPTED, ""
         progress.note(index, COMPARING)
         text = _fuzz_worker.compare(call, mutant, arguments, got)
@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.update is not None:
         _fuzz_report.update(options.update, options.library, sanitized, options.seed, counts)
     bad = sum(counts[op][outcome] for op in counts for outcome in FOUND)
-    return int(bad > 0 and options.library == _registry.NAMESPACE)
+    return int(bad > 0 and options.library == registry.NAMESPACE)
 
 
 if __name__ == "__main__":

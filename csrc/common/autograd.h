@@ -9,7 +9,7 @@ namespace astrobiogen {
 
 // Whether a forward-mode derivative runs through one of these tensors. `torch::autograd::Function` has no rule for it
 // in C++, PyTorch's operators have: a formula takes them then. (Inside `torch.func` no formula is reached:
-// astrobiogen/kernels/_registry.py.)
+// astrobiogen/kernels/registry.py.)
 inline bool has_tangent(const at::Tensor& x) { return x.defined() && x._fw_grad(0).defined(); }
 inline bool has_tangent(const std::optional<at::Tensor>& x) { return x.has_value() && has_tangent(*x); }
 template <typename... Tensors>

@@ -9,7 +9,7 @@ import sys
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.testing._compile_worker import compile_case
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from astrobiogen.kernels import _registry
-from astrobiogen.kernels._case import Case
+from astrobiogen.kernels import registry
 from astrobiogen.kernels.attention import samples
 from astrobiogen.kernels.attention.op import attention
+from astrobiogen.kernels.cases import Case
 from astrobiogen.testing import (
     check_fullgraph,
     check_gradcheck,
@@ -36,7 +36,7 @@ MASKS = [case for case in samples.CASES if case.masks]
 
 def reference(*tensors: torch.Tensor, **options: Any) -> Any:
     """The public function under `use_kernels("reference")`: plain PyTorch and autograd."""
-    with _registry.use_kernels("reference"):
+    with registry.use_kernels("reference"):
         return attention(*tensors, **options)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import astrobiogen
 from astrobiogen import layers, ops
-from astrobiogen.kernels._case import Case
+from astrobiogen.kernels.cases import Case
 from astrobiogen.kernels.conv_nd.samples import CASES, LONG_CASES, TRANSPOSED_CASES
 from astrobiogen.testing import check_battery, check_op
 from tests.kernels.memory import peak_bytes

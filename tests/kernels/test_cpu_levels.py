@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from astrobiogen import ops, use_kernels
-from astrobiogen.kernels._case import Case
 from astrobiogen.kernels.attention import samples as attention_samples
+from astrobiogen.kernels.cases import Case
 from astrobiogen.kernels.conv_nd.samples import CASES as CONV_CASES
 from astrobiogen.kernels.conv_nd.samples import NORM_GROUPS, NORM_SHAPES, norm_case, random_case
 from astrobiogen.kernels.edge_attention import samples as edge_samples

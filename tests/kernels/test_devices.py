@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from astrobiogen import layers, ops
-from astrobiogen.kernels._triton import launch
+from astrobiogen.kernels.triton_launch import launch
 from astrobiogen.testing._routes import route
 
 

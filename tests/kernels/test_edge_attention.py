@@ -10,7 +10,7 @@ import torch
 
 import astrobiogen
 from astrobiogen import ops
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 from astrobiogen.kernels.edge_attention.samples import CASES, LONG_CASES, edge_attention, graph, plain
 from astrobiogen.testing import check_battery, check_op
 from astrobiogen.testing._routes import Implementation, device_of, route

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from astrobiogen import ops, use_kernels
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 from astrobiogen.kernels.linear.reference import linear as plain
 from astrobiogen.kernels.linear.samples import CASES, LONG_CASES, layer
 from astrobiogen.layers import Linear

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astrobiogen import use_kernels
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 from astrobiogen.kernels.linear_cross_entropy import triton_kernels
 from astrobiogen.kernels.linear_cross_entropy.op import linear_cross_entropy
 from astrobiogen.kernels.linear_cross_entropy.samples import CASES, LONG_CASES

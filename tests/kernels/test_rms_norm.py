@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from astrobiogen import ops
-from astrobiogen.kernels._case import Case
+from astrobiogen.kernels.cases import Case
 from astrobiogen.kernels.rms_norm import reference
 from astrobiogen.kernels.rms_norm.samples import CASES, LONG_CASES, with_residual
 from astrobiogen.kernels.rms_norm.triton_kernels import column_tiles

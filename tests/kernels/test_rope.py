@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from astrobiogen import ops
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 from astrobiogen.kernels.rope import reference
 from astrobiogen.kernels.rope.samples import CASES
 from astrobiogen.kernels.rope.triton_kernels import column_tiles, constants_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from astrobiogen import ops
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 from astrobiogen.kernels.swiglu import reference
 from astrobiogen.kernels.swiglu.samples import CASES, PACKED_CASES
 from astrobiogen.kernels.swiglu.triton_kernels import TILE, tile_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from astrobiogen import ops
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 from astrobiogen.kernels.swiglu_mlp.reference import swiglu_mlp as plain
 from astrobiogen.kernels.swiglu_mlp.samples import CASES, LONG_CASES, block
 from astrobiogen.testing import check_battery, check_op

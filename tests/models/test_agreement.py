@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from astrobiogen.models import MultiModalTrainingConfig, UnifiedMultiModalSystem, compute_multimodal_loss, presets
-from astrobiogen.testing import _tolerance
-from astrobiogen.testing._tolerance import FORWARD_FACTOR, GRADIENT_FACTOR
+from astrobiogen.testing import tolerance
+from astrobiogen.testing.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR
 
 Quiet = Callable[[MultiModalTrainingConfig], MultiModalTrainingConfig]
 MakeBatch = Callable[..., dict[str, Any]]
@@ -79,9 +79,9 @@ def test_fused_and_reference_kernels_agree(
     autocast = None if dtype == torch.float32 else dtype
     ours, eager = results(fused, batch, autocast), results(plain, batch, autocast)
     ours, eager = pooled(ours, exact), pooled(eager, exact)
-    subject = _tolerance.Subject("system", name, dtype)
+    subject = tolerance.Subject("system", name, dtype)
     for quantity, truth in pooled(exact, exact).items():
-        _tolerance.compare(
+        tolerance.compare(
             subject, quantity, ours[quantity], eager[quantity], truth,
             factor=FORWARD_FACTOR if quantity in ("logits", "loss") else GRADIENT_FACTOR,
             absolute_floor=torch.finfo(dtype).eps * (1.0 if "few entries" in quantity else floor_of(truth)),

@@ -5,8 +5,9 @@ from typing import Any, Literal, overload
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import (
+from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels.attention import reference
+from astrobiogen.kernels.checks import (
     INT32_SAFE,
     check_float,
     check_int,
@@ -15,7 +16,6 @@ from astrobiogen.kernels._checks import (
     check_shape,
     check_tensor,
 )
-from astrobiogen.kernels.attention import reference
 
 _TRITON = "astrobiogen.kernels.attention.triton_kernels"
 MAX_HEAD_DIM = 256
@@ -116,7 +116,7 @@ def attention(
         TypeError: a tensor argument is not a tensor of a supported dtype, or q, k, v differ in dtype.
         ValueError: shapes, devices, `window`, `softcap`, `scale` or combinations of arguments do not fit these rules.
     """
-    q, k, v = _autocast.lower_precision(check_float("q", q), check_float("k", k), check_float("v", v))
+    q, k, v = autocast.lower_precision(check_float("q", q), check_float("k", k), check_float("v", v))
     _check_heads(q, k, v)
     _check_options(q, k, scale, softcap, cu_seqlens, sinks)
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -134,8 +134,8 @@ def attention(
         0.0 if softcap is None else float(softcap),
         bool(interleaved),
     )
-    if _registry.reference_selected():
-        out, lse = _autocast.reference(reference.attention, q, k, v, *options)
+    if registry.reference_selected():
+        out, lse = autocast.reference(reference.attention, q, k, v, *options)
     else:
         out, lse, _ = torch.ops.astrobiogen.attention(q, k, v, *options)
     return (out, lse) if return_lse else out
@@ -198,7 +198,7 @@ def _check_rotary(
         raise ValueError(f"cos and sin must be given together, got only {'sin' if cos is None else 'cos'}")
     for name, table in (("cos", cos), ("sin", sin)):
         check_float(name, table)
-        _registry.refuse_derivative(name, table, "the angles are constants of the op")
+        registry.refuse_derivative(name, table, "the angles are constants of the op")
     check_same_device(q=q, cos=cos, sin=sin)
     rows = max(q.shape[1], k.shape[1])
     shapes = ((rows,), (q.shape[0], rows))
@@ -258,13 +258,13 @@ _OPTIONS = (
     "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, Tensor? sinks, "
     "bool causal, float scale, int window, float softcap, bool interleaved"
 )
-_registry.define(
+registry.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_forward,
     fake=_fake_forward,
     triton=f"{_TRITON}:attention",
 )
-_registry.define(
+registry.define(
     "attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"Tensor rest, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -272,5 +272,5 @@ _registry.define(
     fake=_fake_backward,
     triton=f"{_TRITON}:attention_backward",
 )
-_registry.differentiable("attention", backward=_backward, setup_context=_setup)
-_registry.refuse_second_derivative("attention_backward")
+registry.differentiable("attention", backward=_backward, setup_context=_setup)
+registry.refuse_second_derivative("attention_backward")

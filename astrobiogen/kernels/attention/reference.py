@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from astrobiogen.kernels._values import is_batched
 from astrobiogen.kernels.attention.reference_masked import pairs, product
 from astrobiogen.kernels.rope.reference import rope
+from astrobiogen.kernels.values import is_batched
 
 Forward = tuple[torch.Tensor, torch.Tensor]
 OpForward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels._case import CompileCase
 from astrobiogen.kernels.attention import triton_config, triton_launch
 from astrobiogen.kernels.attention.reference import Options
 from astrobiogen.kernels.attention.samples import GATE_DIMS
 from astrobiogen.kernels.attention.triton_launch import Launch, Machine
+from astrobiogen.kernels.cases import CompileCase
 
 _TYPES = {
     torch.bfloat16: "bf16",

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels._case import CompileCase
 from astrobiogen.kernels.attention import reference, triton_config, triton_launch
 from astrobiogen.kernels.attention.reference import Options
 from astrobiogen.kernels.attention.triton_cases import cases
+from astrobiogen.kernels.cases import CompileCase
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> reference.OpForward:

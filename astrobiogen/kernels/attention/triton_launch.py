@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import triton
 
-from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.attention import reference, triton_config
 from astrobiogen.kernels.attention.reference import Options
 from astrobiogen.kernels.attention.triton_backward import grad_key_kernel, grad_query_kernel, row_constants_kernel
 from astrobiogen.kernels.attention.triton_config import Tile
 from astrobiogen.kernels.attention.triton_forward import combine_kernel, forward_kernel, pack_kernel
+from astrobiogen.kernels.triton_launch import launch
 
 LOG2E = 1.4426950408889634
 

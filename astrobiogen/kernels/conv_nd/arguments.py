@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from astrobiogen.kernels._checks import (
+from astrobiogen.kernels.checks import (
     INT32_SAFE,
     check_float,
     check_int,

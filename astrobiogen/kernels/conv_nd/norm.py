@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
+from astrobiogen.kernels import autocast, registry
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_norm
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, Norm, channel_last
@@ -83,7 +83,7 @@ def conv_nd_norm(
             activation=activation, memory_format=memory_format,
         )  # fmt: skip
         return y.squeeze(0)
-    tensors = _autocast.lower_precision(x, weight, bias, norm_weight, norm_bias)
+    tensors = autocast.lower_precision(x, weight, bias, norm_weight, norm_bias)
     x, weight, bias, norm_weight, norm_bias = tensors
     sides = numbers(padding, weight, dilation)
     geometry = check_arguments(x, weight, bias, stride, sides, padding_mode, dilation, groups, activation)
@@ -91,15 +91,15 @@ def conv_nd_norm(
     given = x
     if isinstance(padding, str) and padding == "same":
         x, geometry = same_size(x, weight.shape[2:], geometry)
-    if _registry.reference_selected():
-        y = _autocast.reference(
+    if registry.reference_selected():
+        y = autocast.reference(
             reference.conv_nd_norm, x, weight, bias, norm_weight, norm_bias, geometry, chosen, activation
         )
-        return _autocast.full_precision(arrange(channel_last(y), given, weight, memory_format))
+        return autocast.full_precision(arrange(channel_last(y), given, weight, memory_format))
     keep = needs_gradient(x, weight, bias, norm_weight, norm_bias)
     options = (*schema_lists(geometry), chosen.kind, chosen.groups, chosen.eps, ACTIVATIONS.index(activation), keep)
     y = torch.ops.astrobiogen.conv_nd_norm(x, weight, bias, norm_weight, norm_bias, *options)[0]
-    return _autocast.full_precision(arrange(y, given, weight, memory_format))
+    return autocast.full_precision(arrange(y, given, weight, memory_format))
 
 
 def _fake_conv_norm(
@@ -152,7 +152,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *others: torch.Tensor | None)
     return *gradients, *norms, *nothing
 
 
-_registry.define(
+registry.define(
     "conv_nd_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
     f"{GEOMETRY_SCHEMA}, int norm, int norm_groups, float eps, int activation, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -161,12 +161,12 @@ _registry.define(
     triton=f"{_TRITON}:conv_nd_norm",
     cpu_rule=CPU_RULE,
 )
-_registry.define(
+registry.define(
     "conv_nd_norm_backward(Tensor grad, Tensor kept, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, "
     "Tensor rstd, int norm, int norm_groups, int activation) -> (Tensor, Tensor, Tensor)",
     reference=reference.conv_nd_norm_backward_op,
     fake=_fake_norm_backward,
     triton=f"{_TRITON}:conv_nd_norm_backward",
 )
-_registry.differentiable("conv_nd_norm", backward=_backward, setup_context=_setup)
-_registry.refuse_second_derivative("conv_nd_norm_backward")
+registry.differentiable("conv_nd_norm", backward=_backward, setup_context=_setup)
+registry.refuse_second_derivative("conv_nd_norm_backward")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
+from astrobiogen.kernels import autocast, registry
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_transposed_arguments
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, channel_last
@@ -91,14 +91,14 @@ def conv_nd(
             groups=groups, activation=activation, memory_format=memory_format,
         )  # fmt: skip
         return y.squeeze(0)
-    x, weight, bias = _autocast.lower_precision(x, weight, bias)
+    x, weight, bias = autocast.lower_precision(x, weight, bias)
     sides = numbers(padding, weight, dilation)
     geometry = check_arguments(x, weight, bias, stride, sides, padding_mode, dilation, groups, activation)
     given = x
     if isinstance(padding, str) and padding == "same":
         x, geometry = same_size(x, weight.shape[2:], geometry)
-    if _registry.reference_selected():
-        y = channel_last(_autocast.reference(reference.conv_nd, x, weight, bias, geometry, activation))
+    if registry.reference_selected():
+        y = channel_last(autocast.reference(reference.conv_nd, x, weight, bias, geometry, activation))
         return arrange(y, given, weight, memory_format)
     keep = activation is not None and needs_gradient(x, weight, bias)
     options = (*schema_lists(geometry), ACTIVATIONS.index(activation), keep)
@@ -145,12 +145,12 @@ def conv_transpose_nd(
             padding_mode=padding_mode, dilation=dilation, groups=groups, memory_format=memory_format,
         )  # fmt: skip
         return y.squeeze(0)
-    x, weight, bias = _autocast.lower_precision(x, weight, bias)
+    x, weight, bias = autocast.lower_precision(x, weight, bias)
     geometry, size = check_transposed_arguments(
         x, weight, bias, stride, padding, output_padding, padding_mode, dilation, groups
     )
-    if _registry.reference_selected():
-        y = _autocast.reference(reference.conv_transpose_nd, x, weight, bias, geometry, size)
+    if registry.reference_selected():
+        y = autocast.reference(reference.conv_transpose_nd, x, weight, bias, geometry, size)
         return arrange(y, x, weight, memory_format)
     y = torch.ops.astrobiogen.conv_transpose_nd(x, weight, bias, *schema_lists(geometry), size)
     return arrange(y, x, weight, memory_format)
@@ -288,34 +288,34 @@ def _backward_bias_grad(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
 
 GEOMETRY_SCHEMA = "int[] stride, int[] padding, int[] mode, int[] dilation, int groups"
 
-_registry.define(
+registry.define(
     f"conv_nd(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY_SCHEMA}, int activation, bool keep) -> (Tensor, Tensor)",
     reference=reference.conv_nd_op,
     fake=_fake_conv,
     triton=f"{_TRITON}:conv_nd",
     cpu_rule=CPU_RULE,
 )
-_registry.define(
+registry.define(
     f"conv_transpose_nd(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY_SCHEMA}, SymInt[] size) -> Tensor",
     reference=reference.conv_transpose_nd_op,
     fake=_fake_transpose,
     triton=f"{_TRITON}:conv_transpose_nd",
     cpu_rule=CPU_RULE,
 )
-_registry.define(
+registry.define(
     f"conv_nd_weight_grad(Tensor grad, Tensor x, SymInt[] kernel, {GEOMETRY_SCHEMA}) -> Tensor",
     reference=reference.conv_nd_weight_grad_op,
     fake=_fake_weight_grad,
     triton=f"{_TRITON}:conv_nd_weight_grad",
     cpu_rule=CPU_RULE,
 )
-_registry.define(
+registry.define(
     "conv_nd_bias_grad(Tensor grad) -> Tensor",
     reference=reference.conv_nd_bias_grad_op,
     fake=_fake_bias_grad,
     triton=f"{_TRITON}:conv_nd_bias_grad",
 )
-_registry.differentiable("conv_nd", backward=_backward_conv, setup_context=_setup_conv)
-_registry.differentiable("conv_transpose_nd", backward=_backward_transpose, setup_context=_setup_transpose)
-_registry.differentiable("conv_nd_weight_grad", backward=_backward_weight_grad, setup_context=_setup_weight_grad)
-_registry.differentiable("conv_nd_bias_grad", backward=_backward_bias_grad, setup_context=_setup_bias_grad)
+registry.differentiable("conv_nd", backward=_backward_conv, setup_context=_setup_conv)
+registry.differentiable("conv_transpose_nd", backward=_backward_transpose, setup_context=_setup_transpose)
+registry.differentiable("conv_nd_weight_grad", backward=_backward_weight_grad, setup_context=_setup_weight_grad)
+registry.differentiable("conv_nd_bias_grad", backward=_backward_bias_grad, setup_context=_setup_bias_grad)

@@ -7,7 +7,7 @@ The last element of a case's name are its targets: `LARGE_SHARED_TARGETS` have t
 import functools
 from typing import Any
 
-from astrobiogen.kernels._case import CompileCase
+from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.conv_nd.geometry import GROUP, LAYER
 from astrobiogen.kernels.conv_nd.samples import BENCHMARK_SIZES, Size
 from astrobiogen.kernels.conv_nd.triton_launch import (

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.geometry import (
     CIRCULAR,
@@ -39,6 +38,7 @@ from astrobiogen.kernels.conv_nd.triton_norm_launch import (
     scale_group,
 )
 from astrobiogen.kernels.conv_nd.triton_weight import row_sums
+from astrobiogen.kernels.triton_launch import launch
 
 __all__ = [
     "compile_cases",

@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.conv_nd.geometry import GROUP, INNER_AXES, MAX_AXES, Geometry
 from astrobiogen.kernels.conv_nd.triton_forward import conv_packed, conv_taps
 from astrobiogen.kernels.conv_nd.triton_weight import weight_packed, weight_taps
+from astrobiogen.kernels.triton_launch import launch
 
 # Below this many input channels per group a K step per tap would be mostly padding (tensor cores take K = 16 of half
 # precision).

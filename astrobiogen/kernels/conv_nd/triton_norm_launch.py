@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels._triton import launch
 from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.geometry import GROUP, Norm
 from astrobiogen.kernels.conv_nd.triton_launch import Problem
@@ -18,6 +17,7 @@ from astrobiogen.kernels.conv_nd.triton_norm import (
     norm_rows_backward,
     scale_rows,
 )
+from astrobiogen.kernels.triton_launch import launch
 
 # Elements of one tile: with 4 warps 32 values per thread and tensor, three or four tensors live at once.
 TILE_ELEMENTS = 4096

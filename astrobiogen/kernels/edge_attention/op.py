@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import (
+from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels.checks import (
     INT32_SAFE,
     check_float,
     check_int,
@@ -15,8 +15,8 @@ from astrobiogen.kernels._checks import (
     check_shape,
     check_tensor,
 )
-from astrobiogen.kernels._values import has_values
 from astrobiogen.kernels.edge_attention import reference
+from astrobiogen.kernels.values import has_values
 
 _TRITON = "astrobiogen.kernels.edge_attention.triton_kernels"
 
@@ -75,7 +75,7 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
 
 def _sorted(index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions in stable order of `index`, and where each of the values 0 … count starts."""
-    if index.device.type != "cpu" or _registry.reference_selected():
+    if index.device.type != "cpu" or registry.reference_selected():
         return reference.edge_order(index, count)
     return torch.ops.astrobiogen.edge_order(index, count)
 
@@ -120,7 +120,7 @@ def edge_attention(
             nodes or an order that is not the one of `edge_lists`. (On a GPU reading them would wait for the device:
             lists that `edge_lists` built are right, others are taken on trust.)
     """
-    q, k, v, bias = _autocast.lower_precision(q, k, v, bias)
+    q, k, v, bias = autocast.lower_precision(q, k, v, bias)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_float(name, tensor)
         if tensor.dim() != 3:
@@ -145,8 +145,8 @@ def edge_attention(
     factor = float(max(width, 1)) ** -0.5 if scale is None else float(scale)
     if not math.isfinite(factor):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
-    if _registry.reference_selected():
-        return _autocast.reference(reference.edge_attention, q, k, v, bias, edges.receiver, edges.sender, factor)[0]
+    if registry.reference_selected():
+        return autocast.reference(reference.edge_attention, q, k, v, bias, edges.receiver, edges.sender, factor)[0]
     return torch.ops.astrobiogen.edge_attention(q, k, v, bias, list(edges), factor)[0]
 
 
@@ -188,23 +188,23 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
     return *torch.ops.astrobiogen.edge_attention_backward(grad, q, k, v, bias, lse, edges, ctx.scale), *nothing
 
 
-_registry.define(
+registry.define(
     "edge_order(Tensor index, SymInt count) -> (Tensor, Tensor)",
     reference=reference.edge_order,
     fake=_fake_order,
 )
-_registry.define(
+registry.define(
     "edge_attention(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor[] edges, float scale) -> (Tensor, Tensor)",
     reference=reference.edge_attention_op,
     fake=_fake,
     triton=f"{_TRITON}:edge_attention",
 )
-_registry.define(
+registry.define(
     "edge_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor lse, "
     "Tensor[] edges, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.edge_attention_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:edge_attention_backward",
 )
-_registry.differentiable("edge_attention", backward=_backward, setup_context=_setup)
-_registry.refuse_second_derivative("edge_attention_backward")
+registry.differentiable("edge_attention", backward=_backward, setup_context=_setup)
+registry.refuse_second_derivative("edge_attention_backward")

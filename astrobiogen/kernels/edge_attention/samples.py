@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 from astrobiogen.kernels.edge_attention import op, reference
 
 

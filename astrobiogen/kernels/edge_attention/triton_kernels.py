@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels._triton import launch, wide
+from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.edge_attention.samples import BENCHMARK_SIZES, Size
+from astrobiogen.kernels.triton_launch import launch, wide
 
 # Elements of one tile [edges, heads, columns]: 8 per thread of 4 warps; three such tiles of fp32 are 24 registers.
 TILE_ELEMENTS = 1024

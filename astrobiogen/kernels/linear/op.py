@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_shape
+from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels.checks import check_float, check_same_device, check_shape
 from astrobiogen.kernels.linear import reference
 
 
@@ -43,7 +43,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         check_shape("bias", bias, (weight.shape[0],), "[N], the rows of weight")
         check_same_device(x=x, bias=bias)
     own = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not own or _registry.reference_selected() or _autocast.enabled(x):
+    if not own or registry.reference_selected() or autocast.enabled(x):
         return reference.linear(x, weight, bias)
     return torch.ops.astrobiogen.linear(x, weight, bias)
 
@@ -75,17 +75,17 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-_registry.define(
+registry.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=reference.linear,
     fake=_fake,
     cpu_rule="own kernel in fp32: weights [8..512, 1..512], from 64 rows and 131,072 multiply-adds on; else PyTorch",
 )
-_registry.define(
+registry.define(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)",
     reference=reference.linear_backward,
     fake=_fake_backward,
     cpu_rule="as `linear`",
 )
-_registry.differentiable("linear", backward=_backward, setup_context=_setup)
-_registry.refuse_second_derivative("linear_backward")
+registry.differentiable("linear", backward=_backward, setup_context=_setup)
+registry.refuse_second_derivative("linear_backward")

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import (
+from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels.checks import (
     check_float,
     check_int,
     check_number,
@@ -15,8 +15,8 @@ from astrobiogen.kernels._checks import (
     check_shape,
     check_tensor,
 )
-from astrobiogen.kernels._values import is_batched
 from astrobiogen.kernels.linear_cross_entropy import reference
+from astrobiogen.kernels.values import is_batched
 
 _TRITON = "astrobiogen.kernels.linear_cross_entropy.triton_kernels"
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap"
@@ -75,7 +75,7 @@ def linear_cross_entropy(
     ignore_index = check_int("ignore_index", ignore_index)
     _check_options(reduction, label_smoothing, z_loss, softcap)
     num_tokens = _check_num_tokens(num_tokens, reduction, x)
-    x, weight = _autocast.lower_precision(x, weight)
+    x, weight = autocast.lower_precision(x, weight)
     check_same_dtype(x=x, weight=weight)
     rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
@@ -83,8 +83,8 @@ def linear_cross_entropy(
         divisor = _divisor(labels, ignore_index, reduction, num_tokens)
         need = (rows.requires_grad, weight.requires_grad)
         return torch.ops.astrobiogen.linear_cross_entropy_gradients(rows, weight, labels, divisor, *options, *need)[0]
-    if _registry.reference_selected():
-        loss = _autocast.reference(reference.linear_cross_entropy, rows, weight, labels, *options)
+    if registry.reference_selected():
+        loss = autocast.reference(reference.linear_cross_entropy, rows, weight, labels, *options)
     else:
         loss = torch.ops.astrobiogen.linear_cross_entropy(rows, weight, labels, *options)[0]
     if reduction == "none":
@@ -105,7 +105,7 @@ def _gradients_in_forward(x: torch.Tensor, weight: torch.Tensor, reduction: str)
         and reduction != "none"
         and torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)
-        and not _registry.reference_selected()
+        and not registry.reference_selected()
     )
 
 
@@ -263,26 +263,26 @@ def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     return own if upstream.device.type == "cpu" and upstream.item() == 1.0 else own.mul_(upstream)
 
 
-_registry.define(
+registry.define(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=reference.linear_cross_entropy_forward,
     fake=_fake_forward,
     triton=f"{_TRITON}:linear_cross_entropy",
 )
-_registry.define(
+registry.define(
     "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor lse, "
     f"{_OPTIONS}, bool need_x, bool need_weight) -> (Tensor, Tensor)",
     reference=reference.linear_cross_entropy_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:linear_cross_entropy_backward",
 )
-_registry.differentiable("linear_cross_entropy", backward=_backward, setup_context=_setup)
-_registry.refuse_second_derivative("linear_cross_entropy_backward")
-_registry.define(
+registry.differentiable("linear_cross_entropy", backward=_backward, setup_context=_setup)
+registry.refuse_second_derivative("linear_cross_entropy_backward")
+registry.define(
     "linear_cross_entropy_gradients(Tensor x, Tensor weight, Tensor target, Tensor divisor, "
     f"{_OPTIONS}, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_gradients,
     fake=_fake_gradients,
     triton=f"{_TRITON}:linear_cross_entropy_gradients",
 )
-_registry.differentiable("linear_cross_entropy_gradients", backward=_backward_gradients, setup_context=_setup_gradients)
+registry.differentiable("linear_cross_entropy_gradients", backward=_backward_gradients, setup_context=_setup_gradients)

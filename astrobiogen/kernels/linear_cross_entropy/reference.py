@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from astrobiogen.kernels._values import is_batched
+from astrobiogen.kernels.values import is_batched
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *options: Any) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels._triton import launch
+from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.linear_cross_entropy import reference
+from astrobiogen.kernels.triton_launch import launch
 
 # Logits per slab: 33.5 MB in half precision stay in the 50 MB L2 of an H100-class GPU between the GEMM and our kernel.
 # An RTX A5000 (6 MB) streams them: 14 bytes per logit in all against 8 x 4352 flops, 18 ps beside 313 ps by the data

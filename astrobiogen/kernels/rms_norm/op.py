@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import check_float, check_number, check_same_device, check_shape
+from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels.checks import check_float, check_number, check_same_device, check_shape
 from astrobiogen.kernels.rms_norm import reference
 
 _TRITON = "astrobiogen.kernels.rms_norm.triton_kernels"
@@ -32,9 +32,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         ValueError: `x` has no axis or H = 0, `weight` is not [H] or on another device, `eps` is negative or not finite.
     """
     _check(x, weight, eps)
-    x = _autocast.full_precision(x)
-    if _registry.reference_selected():
-        return _autocast.reference(reference.rms_norm, x, weight, eps)
+    x = autocast.full_precision(x)
+    if registry.reference_selected():
+        return autocast.reference(reference.rms_norm, x, weight, eps)
     return torch.ops.astrobiogen.rms_norm(x, weight, float(eps))[0]
 
 
@@ -64,14 +64,14 @@ def add_rms_norm(
     _check(x, weight, eps)
     check_float("residual", residual)
     if x.dtype != residual.dtype:
-        x, residual = _autocast.widest(x=x, residual=residual)
+        x, residual = autocast.widest(x=x, residual=residual)
     check_shape("residual", residual, tuple(x.shape), "the shape of x")
     check_same_device(x=x, residual=residual)
-    if _autocast.full_precision(x) is not x:  # the norm's result is float32 then, and the sum is not
+    if autocast.full_precision(x) is not x:  # the norm's result is float32 then, and the sum is not
         total = x + residual
         return rms_norm(total, weight, eps), total
-    if _registry.reference_selected():
-        return _autocast.reference(reference.add_rms_norm, x, residual, weight, eps)
+    if registry.reference_selected():
+        return autocast.reference(reference.add_rms_norm, x, residual, weight, eps)
     y, total, _ = torch.ops.astrobiogen.add_rms_norm(x, residual, weight, float(eps))
     return y, total
 
@@ -146,24 +146,24 @@ def _backward_add(
     return grad_total, grad_total, grad_weight, None
 
 
-_registry.define(
+registry.define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     reference=reference.rms_norm_forward,
     fake=_fake_forward,
     triton=f"{_TRITON}:rms_norm",
 )
-_registry.define(
+registry.define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     reference=reference.add_rms_norm_forward,
     fake=_fake_add_forward,
     triton=f"{_TRITON}:add_rms_norm",
 )
-_registry.define(
+registry.define(
     "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_sum) -> (Tensor, Tensor)",
     reference=reference.rms_norm_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:rms_norm_backward",
 )
-_registry.differentiable("rms_norm", backward=_backward, setup_context=_setup)
-_registry.differentiable("add_rms_norm", backward=_backward_add, setup_context=_setup_add)
-_registry.refuse_second_derivative("rms_norm_backward")
+registry.differentiable("rms_norm", backward=_backward, setup_context=_setup)
+registry.differentiable("add_rms_norm", backward=_backward_add, setup_context=_setup_add)
+registry.refuse_second_derivative("rms_norm_backward")

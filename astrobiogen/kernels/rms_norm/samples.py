@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels._case import Case, TensorMaker
+from astrobiogen.kernels.cases import Case, TensorMaker
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels._triton import launch
+from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.rms_norm.triton_wide import (
     rms_norm_bwd_wide_kernel,
     rms_norm_fwd_wide_kernel,
     rms_norm_weight_partial_kernel,
 )
+from astrobiogen.kernels.triton_launch import launch
 
 # Columns held in registers: 16384 fp32 over 16 warps are 32 registers per tensor and thread; twice that spills in the
 # backward.

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from astrobiogen.kernels._checks import (
+from astrobiogen.kernels.checks import (
     FLOAT_DTYPES,
     INT32_SAFE,
     check_int,
@@ -20,7 +20,7 @@ from astrobiogen.kernels._checks import (
     check_same_dtype,
     check_tensor,
 )
-from astrobiogen.kernels._values import has_values
+from astrobiogen.kernels.values import has_values
 
 _INTEGERS = (torch.int32, torch.int64)
 # An angle is a product in fp64, so at position p it is off by up to p / 2^53 turns of one radian: here 1e-7, the

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_same_dtype
+from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels.checks import check_float, check_same_device, check_same_dtype
 from astrobiogen.kernels.rope import reference
 
 
@@ -41,12 +41,12 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
     check_float("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [B, S, heads, D], got {tuple(x.shape)}")
-    cos, sin = _autocast.constants(x, cos, sin)
+    cos, sin = autocast.constants(x, cos, sin)
     check_tables(x, cos, sin)
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved must be a bool, got {type(interleaved).__name__}")
-    if _registry.reference_selected():
-        return _autocast.reference(reference.rope, x, cos, sin, interleaved, False)
+    if registry.reference_selected():
+        return autocast.reference(reference.rope, x, cos, sin, interleaved, False)
     return torch.ops.astrobiogen.rope(x, cos, sin, interleaved, False)
 
 
@@ -56,7 +56,7 @@ def check_tables(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         check_float(name, table)
         if table.dtype not in (torch.float32, x.dtype):
             raise TypeError(f"{name} must be float32 or have the dtype of x, {x.dtype}, got {table.dtype}")
-        _registry.refuse_derivative(name, table, "it is a constant of the op")
+        registry.refuse_derivative(name, table, "it is a constant of the op")
     check_same_dtype(cos=cos, sin=sin)
     batch, length, _, width = x.shape
     for name, table in (("cos", cos), ("sin", sin)):
@@ -88,10 +88,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, N
     return torch.ops.astrobiogen.rope(grad, cos, sin, ctx.interleaved, not ctx.transposed), None, None, None, None
 
 
-_registry.define(
+registry.define(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool transposed) -> Tensor",
     reference=reference.rope,
     fake=_fake,
     triton="astrobiogen.kernels.rope.triton_kernels:rope",
 )
-_registry.differentiable("rope", backward=_backward, setup_context=_setup)
+registry.differentiable("rope", backward=_backward, setup_context=_setup)

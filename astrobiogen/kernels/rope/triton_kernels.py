@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels._triton import launch, wide
+from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.rope.samples import BENCHMARK_SIZES, Size
+from astrobiogen.kernels.triton_launch import launch, wide
 
 # Pairs per program: 16 per thread of 4 warps, i.e. 32 elements in and out, and about 20 registers of addresses.
 PAIRS_PER_PROGRAM = 2048

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_shape
+from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels.checks import check_float, check_same_device, check_shape
 from astrobiogen.kernels.swiglu import reference
 
 _TRITON = "astrobiogen.kernels.swiglu.triton_kernels"
@@ -33,11 +33,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     check_float("gate", gate)
     check_float("up", up)
     if gate.dtype != up.dtype:
-        gate, up = _autocast.widest(gate=gate, up=up)
+        gate, up = autocast.widest(gate=gate, up=up)
     check_shape("up", up, tuple(gate.shape), "the shape of gate")
     check_same_device(gate=gate, up=up)
-    if _registry.reference_selected():
-        return _autocast.reference(reference.swiglu, gate, up)
+    if registry.reference_selected():
+        return autocast.reference(reference.swiglu, gate, up)
     return torch.ops.astrobiogen.swiglu(gate, up)
 
 
@@ -61,8 +61,8 @@ def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
     check_float("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2 != 0:
         raise ValueError(f"gate_up must have shape [..., 2 I] with an even last axis, got {tuple(gate_up.shape)}")
-    if _registry.reference_selected():
-        return _autocast.reference(reference.swiglu_packed, gate_up)
+    if registry.reference_selected():
+        return autocast.reference(reference.swiglu_packed, gate_up)
     return torch.ops.astrobiogen.swiglu_packed(gate_up)
 
 
@@ -104,38 +104,38 @@ def _packed_backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
     return torch.ops.astrobiogen.swiglu_packed_backward(grad, *ctx.saved_tensors)
 
 
-_registry.define(
+registry.define(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     reference=reference.swiglu,
     fake=_fake_forward,
     triton=f"{_TRITON}:swiglu",
 )
-_registry.define(
+registry.define(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     reference=reference.swiglu_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:swiglu_backward",
 )
-_registry.define(
+registry.define(
     "swiglu_packed(Tensor gate_up) -> Tensor",
     reference=reference.swiglu_packed,
     fake=_fake_packed,
     triton=f"{_TRITON}:swiglu_packed",
 )
-_registry.define(
+registry.define(
     "swiglu_packed_backward(Tensor grad, Tensor gate_up) -> Tensor",
     reference=reference.swiglu_packed_backward,
     fake=_fake_packed_backward,
     triton=f"{_TRITON}:swiglu_packed_backward",
 )
-_registry.define(
+registry.define(
     "swiglu_backward_product(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)",
     reference=reference.swiglu_backward_product,
     fake=_fake_backward_product,
     triton=f"{_TRITON}:swiglu_backward_product",
 )
-_registry.differentiable("swiglu", backward=_backward, setup_context=_save_inputs)
-_registry.differentiable("swiglu_packed", backward=_packed_backward, setup_context=_save_inputs)
-_registry.refuse_second_derivative("swiglu_backward")
-_registry.refuse_second_derivative("swiglu_packed_backward")
-_registry.refuse_second_derivative("swiglu_backward_product")
+registry.differentiable("swiglu", backward=_backward, setup_context=_save_inputs)
+registry.differentiable("swiglu_packed", backward=_packed_backward, setup_context=_save_inputs)
+registry.refuse_second_derivative("swiglu_backward")
+registry.refuse_second_derivative("swiglu_packed_backward")
+registry.refuse_second_derivative("swiglu_backward_product")

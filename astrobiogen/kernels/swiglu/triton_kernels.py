@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels._case import CompileCase
-from astrobiogen.kernels._triton import launch, wide
+from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.swiglu.samples import BENCHMARK_SIZES, Size
+from astrobiogen.kernels.triton_launch import launch, wide
 
 # Columns per program: 8 per thread of 4 warps are one 16-byte load per tensor in half precision (two in fp32). Enough
 # programs fit on a multiprocessor to keep 2 tensors x 16 B x 1536 threads = 48 KB in flight; an A5000 needs about 7 KB,

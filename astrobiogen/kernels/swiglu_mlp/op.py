@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import _autocast, _registry
-from astrobiogen.kernels._checks import check_float, check_same_device, check_shape, is_distributed
+from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels.checks import check_float, check_same_device, check_shape, is_distributed
 from astrobiogen.kernels.linear.op import linear
 from astrobiogen.kernels.swiglu.op import swiglu
 from astrobiogen.kernels.swiglu_mlp import reference
@@ -47,9 +47,9 @@ def swiglu_mlp(
     check_shape("down_weight", down_weight, (hidden, inner), "[H, I], gate_weight transposed")
     check_same_device(x=x, **weights)
     single = x.dtype == gate_weight.dtype == up_weight.dtype == down_weight.dtype == torch.float32
-    if x.device.type != "cpu" or not single or _autocast.enabled(x) or is_distributed(x):
+    if x.device.type != "cpu" or not single or autocast.enabled(x) or is_distributed(x):
         return linear(swiglu(linear(x, gate_weight), linear(x, up_weight)), down_weight)
-    if _registry.reference_selected():
+    if registry.reference_selected():
         return reference.swiglu_mlp(x, gate_weight, up_weight, down_weight)
     return torch.ops.astrobiogen.swiglu_mlp(x, gate_weight, up_weight, down_weight)[0]
 
@@ -96,18 +96,18 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_gates: torch.Tensor | No
     return tuple(value if need else None for value, need in zip(grads, needed))
 
 
-_registry.define(
+registry.define(
     "swiglu_mlp(Tensor x, Tensor gate, Tensor up, Tensor down) -> (Tensor, Tensor)",
     reference=reference.swiglu_mlp_op,
     fake=_fake,
     cpu_rule="own kernel for the sizes of `linear`; else PyTorch's products and the kernel of `swiglu`",
 )
-_registry.define(
+registry.define(
     "swiglu_mlp_backward(Tensor grad, Tensor x, Tensor gates, Tensor gate, Tensor up, Tensor down, bool need_x, "
     "bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.swiglu_mlp_backward,
     fake=_fake_backward,
     cpu_rule="as `swiglu_mlp`",
 )
-_registry.differentiable("swiglu_mlp", backward=_backward, setup_context=_setup)
-_registry.refuse_second_derivative("swiglu_mlp_backward")
+registry.differentiable("swiglu_mlp", backward=_backward, setup_context=_setup)
+registry.refuse_second_derivative("swiglu_mlp_backward")

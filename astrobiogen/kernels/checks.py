@@ -31,7 +31,7 @@ def is_distributed(tensor: torch.Tensor) -> bool:
 
 
 def _load_sharding_rules() -> None:
-    importlib.import_module("astrobiogen.kernels._sharding")  # registers them, once
+    importlib.import_module("astrobiogen.kernels.sharding")  # registers them, once
 
 
 _load_sharding_rules._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess] (run while tracing)

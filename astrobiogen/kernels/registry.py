@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
-from astrobiogen.kernels import _autocast
+from astrobiogen.kernels import autocast
 
 NAMESPACE = "astrobiogen"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -116,7 +116,7 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", _refusing_a_mixture(name, fake), lib=LIBRARY)
     _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule)
     LIBRARY.impl(name, _warning_reference(name, reference), "CompositeExplicitAutograd")
-    plain = functools.partial(_autocast.reference, reference)
+    plain = functools.partial(autocast.reference, reference)
     # The key that every call meets first inside a transform of torch.func, whichever transform it is.
     LIBRARY.impl(name, plain, "FuncTorchDynamicLayerFrontMode")
     if "Tensor[]" in schema:  # the older vmap of is_grads_batched repeats an op for each member, but not with lists
@@ -151,7 +151,7 @@ def differentiable(name: str, *, backward: Callable[..., Any], setup_context: Ca
 
     def differentiate(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
-            return _autocast.reference(reference, *args)
+            return autocast.reference(reference, *args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return formula.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -321,6 +321,6 @@ def _warning_reference(name: str, reference: Callable[..., Any]) -> Callable[...
             warnings.warn(
                 f"astrobiogen.{name} runs its plain PyTorch reference on {device}: {row.reason}", stacklevel=2
             )
-        return _autocast.reference(reference, *args)
+        return autocast.reference(reference, *args)
 
     return serve

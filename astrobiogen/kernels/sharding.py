@@ -1,6 +1,6 @@
 """How the ops run on distributed tensors (`torch.distributed.tensor.DTensor`): which placements an op takes and gives.
 
-Imported by the first call that meets a distributed tensor (`_checks.check_tensor`); nobody else pays for it. A rule
+Imported by the first call that meets a distributed tensor (`checks.check_tensor`); nobody else pays for it. A rule
 lists, for one axis of the device mesh, pairs (placements of the results, placements of the arguments), all replicated
 first: PyTorch takes the cheapest pair and redistributes what does not fit. Work on whole rows takes any sharding of the
 rows; a weight that every row meets is replicated, and its gradient is a partial sum.
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
-from astrobiogen.kernels import _registry
+from astrobiogen.kernels import registry
 
 Places = Sequence[Placement | None]
 Rule = tuple[Places, Places]
@@ -178,7 +178,7 @@ def _refusal(name: str) -> Callable[..., None]:
 
 def _register() -> None:
     propagator = DTensor._op_dispatcher.sharding_propagator
-    for name in _registry.ops():
+    for name in registry.ops():
         op = getattr(torch.ops.astrobiogen, name).default
         if name not in RULES:
             torch.library.register_torch_dispatch(op, DTensor, _refusal(name))

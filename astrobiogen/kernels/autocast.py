@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels._checks import check_same_dtype
+from astrobiogen.kernels.checks import check_same_dtype
 
 
 def enabled(tensor: torch.Tensor) -> bool:
