@@ -16,18 +16,13 @@ MAY_BE_ABSENT = ("batch", "epoch")  # they become axes of size 1
 def to_canonical(cube: Tensor, axes: Sequence[str] = ORIGINAL) -> Tensor:
     """A view of ``cube`` in the canonical order [B, V, T, G, lev, lat, lon]; no copy is made.
 
-    Parameters
-    ----------
-    cube
-        Any dtype, one axis per name.
-    axes
-        Names of its axes, a permutation of ``CANONICAL`` in which "batch" and "epoch" may be left out; the default is
-        the layout [B, V, time, lat, lon, lev].
+    Args:
+        cube: Any dtype, one axis per name.
+        axes: Names of its axes, a permutation of ``CANONICAL`` in which "batch" and "epoch" may be left out; the
+            default is the layout [B, V, time, lat, lon, lev].
 
-    Raises
-    ------
-    ValueError
-        An unknown, repeated or missing name, or another number of names than axes.
+    Raises:
+        ValueError: An unknown, repeated or missing name, or another number of names than axes.
     """
     names = tuple(axes)
     if len(names) != cube.ndim:
@@ -48,10 +43,8 @@ def to_canonical(cube: Tensor, axes: Sequence[str] = ORIGINAL) -> Tensor:
 def from_canonical(cube: Tensor, axes: Sequence[str] = ORIGINAL) -> Tensor:
     """Inverse of ``to_canonical``: a view with the axes in the order of ``axes``; an axis left out must have size 1.
 
-    Raises
-    ------
-    ValueError
-        As ``to_canonical``, or a left-out axis of another size than 1.
+    Raises:
+        ValueError: As ``to_canonical``, or a left-out axis of another size than 1.
     """
     if cube.ndim != len(CANONICAL):
         raise ValueError(f"cube has shape {tuple(cube.shape)}, expected seven axes {CANONICAL}")

@@ -67,9 +67,7 @@ def baseline_features(
     (each epoch), the spectrum in 16 bins, means of the network's node features, and hashed token counts. No label-
     segment field, growth range or identity.
 
-    Returns
-    -------
-    tuple
+    Returns:
         params float32 [n, P]; flat float32 [n, F]; classes int64 [n]; S float32 [n].
     """
     store = dataset.store

@@ -65,10 +65,8 @@ def layout(batch: HabitatBatch, spec: DataSpec) -> dict[str, tuple[tuple[int, ..
 def validate(batch: HabitatBatch, spec: DataSpec) -> HabitatBatch:
     """``batch`` itself, after checking keys, shapes, dtypes, finite values, ranges and the agreement of the masks.
 
-    Raises
-    ------
-    DataError
-        The first disagreement, by key.
+    Raises:
+        DataError: The first disagreement, by key.
     """
     if missing := sorted(HabitatBatch.__required_keys__ - set(batch)):
         raise DataError("batch", missing[0], f"missing; the batch holds {sorted(batch)}")

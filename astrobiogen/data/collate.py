@@ -74,28 +74,20 @@ def _text(samples: Sequence[Sample], pad_id: int) -> tuple[Tensor, Tensor, Tenso
 def collate(samples: Sequence[Sample], pad_id: int = 0, cube_shape: Sizes = (2, 12, 10, 32, 64)) -> dict[str, Any]:
     """Batch of samples.
 
-    Parameters
-    ----------
-    samples
-        At least one; all from datasets with the same spec.
-    pad_id
-        Id of the padding token (0 in every tokenizer that ``build`` makes).
-    cube_shape
-        (V, T, lev, lat, lon), for batches in which no sample has a cube.
+    Args:
+        samples: At least one; all from datasets with the same spec.
+        pad_id: Id of the padding token (0 in every tokenizer that ``build`` makes).
+        cube_shape: (V, T, lev, lat, lon), for batches in which no sample has a cube.
 
-    Returns
-    -------
-    dict
-        run_ids long [B]; planet_params [B, P] with planet_params_mask; climate_datacube [B, V, T, G, lev, lat, lon]
-        with climate_mask [B, G]; metabolic_graph (``Batch``) with graph_mask [B]; spectroscopy [B, W, 2] with
-        spectroscopy_mask [B, W]; input_ids, attention_mask, labels [B, L]; text_description; habitability_label long
-        [B]; habitability_fraction [B]; modality_mask bool [B, 5] in the order climate, graph, spectrum, text,
-        planet_params; metadata.
+    Returns:
+        run_ids long [B]; planet_params [B, P] with planet_params_mask; climate_datacube [B, V, T, G, lev, lat,
+            lon] with climate_mask [B, G]; metabolic_graph (``Batch``) with graph_mask [B]; spectroscopy [B, W, 2] with
+            spectroscopy_mask [B, W]; input_ids, attention_mask, labels [B, L]; text_description; habitability_label
+            long [B]; habitability_fraction [B]; modality_mask bool [B, 5] in the order climate, graph, spectrum, text,
+            planet_params; metadata.
 
-    Raises
-    ------
-    DataError
-        No samples, or a cube of another shape.
+    Raises:
+        DataError: No samples, or a cube of another shape.
     """
     if not samples:
         raise DataError("collate", "samples", "got an empty list, expected at least one sample")

@@ -153,18 +153,12 @@ def write_arrays(
 ) -> None:
     """Write one container file.
 
-    Parameters
-    ----------
-    path
-        Target file.
-    arrays
-        Name to array; dtypes among bool, (u)int8/16, int32/64, float16/32/64.
-    attributes
-        JSON-ready attributes of the file.
-    notes
-        Per array: units, quantisation step and the like.
-    delta2
-        Names of int16 arrays with at least two axes to code as maps.
+    Args:
+        path: Target file.
+        arrays: Name to array; dtypes among bool, (u)int8/16, int32/64, float16/32/64.
+        attributes: JSON-ready attributes of the file.
+        notes: Per array: units, quantisation step and the like.
+        delta2: Names of int16 arrays with at least two axes to code as maps.
     """
     blobs: list[bytes] = []
     entries: list[dict[str, Any]] = []
@@ -213,10 +207,8 @@ def _well_formed(entry: dict[str, Any]) -> bool:
 def parse_arrays(path: Path, data: bytes) -> Contents:
     """Contents of the bytes of a container file, arrays not yet decoded; ``path`` is for messages.
 
-    Raises
-    ------
-    DataError
-        Wrong magic, broken header, truncated blob (names the array), or arrays of more than 1 GiB together.
+    Raises:
+        DataError: Wrong magic, broken header, truncated blob (names the array), or arrays of more than 1 GiB together.
     """
     if data[:8] != MAGIC:
         raise DataError(path, "", "is not a packed array file (wrong first 8 bytes)")

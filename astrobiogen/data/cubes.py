@@ -117,12 +117,9 @@ def standardised(
 ) -> torch.Tensor:
     """float32 [V, T, lev, lat, lon] of (value - mean) / std per variable and level.
 
-    Parameters
-    ----------
-    codes
-        Integer cubes [T, lev, lat, lon] by variable.
-    mean, std
-        [V, lev] in the variable's unit.
+    Args:
+        codes: Integer cubes [T, lev, lat, lon] by variable.
+        mean, std: [V, lev] in the variable's unit.
     """
     out = np.empty((len(VARIABLES), *codes["ta"].shape), np.float32)
     for v, variable in enumerate(VARIABLES):

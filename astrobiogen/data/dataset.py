@@ -23,28 +23,18 @@ if TYPE_CHECKING:
 class Sample:
     """One (planet, target epoch, organism); tensors are shared with the store and must not be written to.
 
-    Attributes
-    ----------
-    run_id
-        Row number of the climate.
-    planet_params, planet_params_mask
-        float32 [P] standardised (0 where missing), bool [P].
-    epochs
-        G entries, each float32 [V, T, lev, lat, lon] standardised, or None where the planet has no such epoch; the
-        last is the target. Read when an entry is asked for (``lazy.LazyEpochs``); the same object for all samples of
-        a climate.
-    graph
-        PyG ``Data`` of the metabolic network, or None.
-    spectrum, spectrum_mask
-        float32 [W, 2] (wavelength in um, standardised albedo), bool [W].
-    input_ids
-        long [L], without padding; empty where there is no text.
-    text
-        The words behind ``input_ids``.
-    label, fraction
-        Class 0/1 and S in [0, 1].
-    metadata
-        planet, star_system, epoch, organism, species, genus, cell.
+    Attributes:
+        run_id: Row number of the climate.
+        planet_params, planet_params_mask: float32 [P] standardised (0 where missing), bool [P].
+        epochs: G entries, each float32 [V, T, lev, lat, lon] standardised, or None where the planet has no such epoch;
+            the last is the target. Read when an entry is asked for (``lazy.LazyEpochs``); the same object for all
+            samples of a climate.
+        graph: PyG ``Data`` of the metabolic network, or None.
+        spectrum, spectrum_mask: float32 [W, 2] (wavelength in um, standardised albedo), bool [W].
+        input_ids: long [L], without padding; empty where there is no text.
+        text: The words behind ``input_ids``.
+        label, fraction: Class 0/1 and S in [0, 1].
+        metadata: planet, star_system, epoch, organism, species, genus, cell.
     """
 
     run_id: int
@@ -122,14 +112,10 @@ class Store:
 class HabitatDataset(Dataset[Sample]):
     """Pairs of one split cell.
 
-    Parameters
-    ----------
-    store
-        Decoded data.
-    pairs
-        Rows of this dataset.
-    name
-        Split cell, for messages.
+    Args:
+        store: Decoded data.
+        pairs: Rows of this dataset.
+        name: Split cell, for messages.
     """
 
     def __init__(self, store: Store, pairs: Sequence[PairEntry], name: str) -> None:

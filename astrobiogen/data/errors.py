@@ -8,14 +8,10 @@ from pathlib import Path
 class DataError(ValueError):
     """A file or field of a dataset is missing, damaged or outside what is documented.
 
-    Parameters
-    ----------
-    source
-        File (or object) at fault.
-    field
-        Field, variable or element inside it; empty when the whole file is at fault.
-    problem
-        What was found and what was expected.
+    Args:
+        source: File (or object) at fault.
+        field: Field, variable or element inside it; empty when the whole file is at fault.
+        problem: What was found and what was expected.
     """
 
     def __init__(self, source: str | Path, field: str, problem: str) -> None:

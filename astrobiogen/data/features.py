@@ -49,18 +49,12 @@ REACTION, BOUNDARY, EXCHANGE, TRANSPORT, REVERSIBLE, FORMULA, CHARGE, GENE, UPTA
 class NodeColumns:
     """Integer columns of the N nodes of one network; metabolites and reactions in one numbering.
 
-    Attributes
-    ----------
-    flags
-        uint16 [N], the bits above.
-    compartments
-        uint8 [N], bit k set: the metabolite is in (the reaction touches) ``COMPARTMENTS[k]``.
-    elements
-        uint16 [N, 8], atoms per molecule in the order ``ELEMENTS``; zero where unknown.
-    charge
-        int8 [N], elementary charges; zero where unknown.
-    ec, cofactor, gas
-        uint8 [N], 0 for none, else 1 + the index in ``EC_CLASSES``, ``COFACTORS``, ``GASES``.
+    Attributes:
+        flags: uint16 [N], the bits above.
+        compartments: uint8 [N], bit k set: the metabolite is in (the reaction touches) ``COMPARTMENTS[k]``.
+        elements: uint16 [N, 8], atoms per molecule in the order ``ELEMENTS``; zero where unknown.
+        charge: int8 [N], elementary charges; zero where unknown.
+        ec, cofactor, gas: uint8 [N], 0 for none, else 1 + the index in ``EC_CLASSES``, ``COFACTORS``, ``GASES``.
     """
 
     flags: NDArray[np.uint16]
@@ -94,14 +88,10 @@ def node_features(
     stoichiometric features belong to reactions; the mass (log10 of 1 + g/mol, over 3) to metabolites with a known
     formula.
 
-    Parameters
-    ----------
-    columns
-        Integer columns of the nodes.
-    edge_index
-        int64 [2, E]; substrate to reaction, reaction to product.
-    stoichiometry
-        float32 [E]; negative for substrates, positive for products.
+    Args:
+        columns: Integer columns of the nodes.
+        edge_index: int64 [2, E]; substrate to reaction, reaction to product.
+        stoichiometry: float32 [E]; negative for substrates, positive for products.
     """
     n = columns.flags.size
     source, target = edge_index

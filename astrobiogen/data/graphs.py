@@ -29,14 +29,11 @@ def pack_graph(
 ) -> dict[str, Array]:
     """Arrays of a container file for one network.
 
-    Parameters
-    ----------
-    columns, metabolites, edge_index, stoichiometry
-        As in ``builders.sbml.Network``; edges must be grouped by reaction in ascending order.
-    laplacian
-        [N, 16] in [-1, 1]; kept in steps of 1/127.
-    random_walk
-        [N, 8], return probabilities in [0, 1]; kept in steps of 1/255.
+    Args:
+        columns, metabolites, edge_index, stoichiometry: As in ``builders.sbml.Network``; edges must be grouped by
+            reaction in ascending order.
+        laplacian: [N, 16] in [-1, 1]; kept in steps of 1/127.
+        random_walk: [N, 8], return probabilities in [0, 1]; kept in steps of 1/255.
     """
     source, target = edge_index
     met, rxn = np.where(stoichiometry < 0, source, target), np.where(stoichiometry < 0, target, source) - metabolites
@@ -60,10 +57,8 @@ def pack_graph(
 def unpack_graph(contents: Contents) -> Data:
     """PyG ``Data`` of one network, as the batch layout documents it (``x`` [N, 64], ``edge_index`` [2, E], ...).
 
-    Raises
-    ------
-    DataError
-        An array is absent or has a wrong shape or dtype, the network is empty, or an edge points outside it.
+    Raises:
+        DataError: An array is absent or has a wrong shape or dtype, the network is empty, or an edge points outside it.
     """
     flags = contents.get("flags", (None,), "uint16")
     reaction = (flags & features.REACTION) != 0

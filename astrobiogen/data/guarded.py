@@ -28,10 +28,8 @@ def open_inside(root: Path, name: str) -> BinaryIO:
 
     Links are followed as long as they stay inside ``root``, which may itself be reached through one.
 
-    Raises
-    ------
-    OSError
-        The name leads out of the folder, is missing, or is a pipe, device, socket or folder.
+    Raises:
+        OSError: The name leads out of the folder, is missing, or is a pipe, device, socket or folder.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
@@ -64,10 +62,8 @@ def _require_regular(path: Path, mode: int) -> None:
 def read_bounded(file: BinaryIO, most: int) -> bytes:
     """All of an open regular file.
 
-    Raises
-    ------
-    OSError
-        It has more than ``most`` bytes.
+    Raises:
+        OSError: It has more than ``most`` bytes.
     """
     size = os.fstat(file.fileno()).st_size
     if size > most:
@@ -78,12 +74,9 @@ def read_bounded(file: BinaryIO, most: int) -> bytes:
 def gunzip(data: bytes, most: int = MOST_UNPACKED) -> bytes:
     """The content of a gzip file (one member or several).
 
-    Raises
-    ------
-    ValueError
-        It unpacks to more than ``most`` bytes; no more than that is ever held.
-    EOFError, zlib.error
-        Truncated or damaged.
+    Raises:
+        ValueError: It unpacks to more than ``most`` bytes; no more than that is ever held.
+        EOFError, zlib.error: Truncated or damaged.
     """
     pieces: list[bytes] = []
     left, rest = most, data
@@ -102,12 +95,9 @@ def gunzip(data: bytes, most: int = MOST_UNPACKED) -> bytes:
 def unxz(data: bytes, most: int) -> bytes:
     """The content of an ``.xz`` stream.
 
-    Raises
-    ------
-    ValueError
-        It unpacks to more than ``most`` bytes, or bytes follow its end; no more than that is ever held.
-    lzma.LZMAError
-        Truncated, damaged, or it asks for more than 128 MiB of tables.
+    Raises:
+        ValueError: It unpacks to more than ``most`` bytes, or bytes follow its end; no more than that is ever held.
+        lzma.LZMAError: Truncated, damaged, or it asks for more than 128 MiB of tables.
     """
     stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_LZMA_MEMORY)
     pieces: list[bytes] = []

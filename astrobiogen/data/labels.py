@@ -33,12 +33,10 @@ O2_TRACE = 1e-4  # bar; below it the atmosphere counts as free of O2
 def growth_range(ogt: float, observations: int, tmin: float, tmax: float) -> tuple[float, float] | None:
     """Growth range (tmin, tmax) in degrees C, or None when it is unknown.
 
-    Parameters
-    ----------
-    ogt
-        Optimum growth temperature in degrees C, NaN if unknown.
-    observations, tmin, tmax
-        Number of measured growth rates > 0 and their temperature range in degrees C, NaN if unknown.
+    Args:
+        ogt: Optimum growth temperature in degrees C, NaN if unknown.
+        observations, tmin, tmax: Number of measured growth rates > 0 and their temperature range in degrees C, NaN if
+            unknown.
     """
     if observations >= MIN_GROWTH_OBSERVATIONS and tmax > tmin:
         return float(tmin), float(tmax)
@@ -58,14 +56,10 @@ def niche_fraction(
 ) -> float:
     """Area-time fraction in [0, 1] with liquid water and ``low <= ts - 273.15 <= high``.
 
-    Parameters
-    ----------
-    ts, sic
-        [T, lat, lon], kelvin and fraction.
-    weights
-        [lat], sum 1.
-    low, high
-        Degrees C.
+    Args:
+        ts, sic: [T, lat, lon], kelvin and fraction.
+        weights: [lat], sum 1.
+        low, high: Degrees C.
     """
     celsius = ts.astype(np.float64) - MELTING_POINT
     good = (celsius >= 0.0) & (sic < ICE_LIMIT) & (celsius >= low) & (celsius <= high)

@@ -19,21 +19,14 @@ class CubeCache:
     A process has its own: copies that worker processes get by pickling start empty, forked ones go on from what the
     parent held. The tensors are shared with everyone who asked, and must not be written to.
 
-    Parameters
-    ----------
-    read
-        Makes the tensor of a name; may raise ``DataError``, which is not remembered.
-    max_bytes
-        Upper limit of what is held, >= 0. With 0, or for a tensor that is larger, nothing is kept.
-    stored
-        Gives the SHA-256 of the file that the tensor of a name is read from; None: there are no files.
+    Args:
+        read: Makes the tensor of a name; may raise ``DataError``, which is not remembered.
+        max_bytes: Upper limit of what is held, >= 0. With 0, or for a tensor that is larger, nothing is kept.
+        stored: Gives the SHA-256 of the file that the tensor of a name is read from; None: there are no files.
 
-    Attributes
-    ----------
-    held_bytes
-        What is held now.
-    reads
-        How often ``read`` was called.
+    Attributes:
+        held_bytes: What is held now.
+        reads: How often ``read`` was called.
     """
 
     def __init__(
@@ -83,12 +76,9 @@ def _changed(cubes: CubeCache, change: Callable[[Tensor], Tensor], name: str) ->
 class LazyEpochs(Sequence[Tensor | None]):
     """Epochs of one climate's history: entry k is read when it is asked for; None where there is no such epoch.
 
-    Parameters
-    ----------
-    names
-        Name of each epoch's climate, or None.
-    cubes
-        Where they are read.
+    Args:
+        names: Name of each epoch's climate, or None.
+        cubes: Where they are read.
     """
 
     def __init__(self, names: Sequence[str | None], cubes: CubeCache) -> None:

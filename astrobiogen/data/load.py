@@ -155,30 +155,22 @@ def load(
     epoch), are decoded and checked (range, empty levels) at first use, 17 ms each, and kept in a least-recently-used
     cache of at most ``cache_mib``.
 
-    Parameters
-    ----------
-    path
-        Folder of the pack.
-    max_toa_imbalance
-        W/m2; leave out climates whose label segment is further from balance. None: keep all.
-    max_ts_drift
-        K; leave out climates whose mean surface temperature moved more between the segments. None: keep all. A climate
-        that is left out is also masked in the history of its planet's later epochs.
-    cache_mib
-        MiB of decoded climates that a process holds, >= 0. A climate of the bundled size takes 1.9; all 45 bundled
-        ones fit into the default of 256.
-    statistics
-        Means, deviations and tokenizer of the data that a model was trained on (``DatasetBundle.statistics``, kept
-        with every trained model), to be used in place of the pack's own: what the model sees then means the same.
+    Args:
+        path: Folder of the pack.
+        max_toa_imbalance: W/m2; leave out climates whose label segment is further from balance. None: keep all.
+        max_ts_drift: K; leave out climates whose mean surface temperature moved more between the segments. None: keep
+            all. A climate that is left out is also masked in the history of its planet's later epochs.
+        cache_mib: MiB of decoded climates that a process holds, >= 0. A climate of the bundled size takes 1.9; all 45
+            bundled ones fit into the default of 256.
+        statistics: Means, deviations and tokenizer of the data that a model was trained on
+            (``DatasetBundle.statistics``, kept with every trained model), to be used in place of the pack's own: what
+            the model sees then means the same.
 
-    Raises
-    ------
-    DataError
-        A file is missing, truncated, changed or out of range (names file and field), no climate is accepted, or the
-        axes of ``statistics`` are not the pack's. From a sample: its climate's values are out of range, or its file has
-        changed since.
-    ValueError
-        ``cache_mib`` is negative.
+    Raises:
+        DataError: A file is missing, truncated, changed or out of range (names file and field), no climate is accepted,
+            or the axes of ``statistics`` are not the pack's. From a sample: its climate's values are out of range, or
+            its file has changed since.
+        ValueError: ``cache_mib`` is negative.
     """
     if not cache_mib >= 0:
         raise ValueError(f"cache_mib is {cache_mib}, expected at least 0")

@@ -183,10 +183,8 @@ def verified_bytes(root: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
 def open_pack(root: Path) -> Pack:
     """Read manifest, spec and tables of a pack folder, verifying each file that is read.
 
-    Raises
-    ------
-    DataError
-        The folder or a file is missing, damaged or inconsistent.
+    Raises:
+        DataError: The folder or a file is missing, damaged or inconsistent.
     """
     if not root.is_dir():
         raise DataError(root, "", "dataset folder is missing")

@@ -16,18 +16,12 @@ class EpochSampler:
     runs equally many full batches; without shuffling (validation, test) each index comes exactly once, the last
     batches may be short and, with several ranks, missing on some.
 
-    Parameters
-    ----------
-    n
-        Number of samples, >= 1.
-    batch_size
-        Per rank, >= 1.
-    seed
-        Any integer.
-    rank, world_size
-        0 <= rank < world_size.
-    shuffle
-        False gives the order 0 .. n - 1.
+    Args:
+        n: Number of samples, >= 1.
+        batch_size: Per rank, >= 1.
+        seed: Any integer.
+        rank, world_size: 0 <= rank < world_size.
+        shuffle: False gives the order 0 .. n - 1.
     """
 
     def __init__(

@@ -20,38 +20,23 @@ Row = tuple[float, ...]
 class DataSpec:
     """Axes, sizes and training-set statistics of a dataset.
 
-    Attributes
-    ----------
-    variables, units
-        Of the cube's first axis: ("ta", "hus") in ("K", "kg kg-1").
-    levels, level_bounds
-        Sigma = p / p_surface at layer mid points [lev] and interfaces [lev + 1], from the top.
-    latitudes, latitude_bounds
-        Degrees north [lat] from the north, and their edges [lat + 1]; area weights are differences of sin(bounds).
-    longitudes
-        Degrees east [lon].
-    months
-        Time steps of a cube (12 equal bins of the segment).
-    n_epochs
-        Length G of the geological axis; index G - 1 is the target epoch.
-    planet_param_names, planet_param_units
-        Order of ``planet_params``.
-    node_features, edge_features, laplacian_dim, random_walk_dim
-        Widths of the graph tensors.
-    wavelengths
-        Micrometres [W].
-    vocab_size, pad_id, bos_id, eos_id, sep_id, max_text_tokens
-        Of the tokenizer and of ``input_ids``.
-    cube_mean, cube_std
-        [V][lev] in the variable's unit, from training climates only.
-    param_mean, param_std
-        [P] from training planets only.
-    spectrum_mean, spectrum_std
-        Of the albedo, from the spectra that training may see.
-    class_threshold
-        Class 1 is S >= this.
-    fitted_on
-        Names of the planets whose data entered the statistics.
+    Attributes:
+        variables, units: Of the cube's first axis: ("ta", "hus") in ("K", "kg kg-1").
+        levels, level_bounds: Sigma = p / p_surface at layer mid points [lev] and interfaces [lev + 1], from the top.
+        latitudes, latitude_bounds: Degrees north [lat] from the north, and their edges [lat + 1]; area weights are
+            differences of sin(bounds).
+        longitudes: Degrees east [lon].
+        months: Time steps of a cube (12 equal bins of the segment).
+        n_epochs: Length G of the geological axis; index G - 1 is the target epoch.
+        planet_param_names, planet_param_units: Order of ``planet_params``.
+        node_features, edge_features, laplacian_dim, random_walk_dim: Widths of the graph tensors.
+        wavelengths: Micrometres [W].
+        vocab_size, pad_id, bos_id, eos_id, sep_id, max_text_tokens: Of the tokenizer and of ``input_ids``.
+        cube_mean, cube_std: [V][lev] in the variable's unit, from training climates only.
+        param_mean, param_std: [P] from training planets only.
+        spectrum_mean, spectrum_std: Of the albedo, from the spectra that training may see.
+        class_threshold: Class 1 is S >= this.
+        fitted_on: Names of the planets whose data entered the statistics.
     """
 
     variables: tuple[str, ...]

@@ -76,12 +76,10 @@ def cell(key: PairKey, held: HeldOut) -> str:
 def leakage(rows: Sequence[tuple[PairKey, str]], held: HeldOut) -> list[str]:
     """Problems of a split, empty when sound.
 
-    Parameters
-    ----------
-    rows
-        (key, cell) of every pair.
-    held
-        Names held out; no training pair may be of a validation system or genus, and every validation pair must be.
+    Args:
+        rows: (key, cell) of every pair.
+        held: Names held out; no training pair may be of a validation system or genus, and every validation pair must
+            be.
     """
     problems: list[str] = []
     systems: dict[str, set[str]] = {c: set() for c in CELLS}

@@ -140,12 +140,9 @@ def make_bundle(n: int, seed: int) -> DatasetBundle:
     S grows with the planet's first parameter and differs by organism, so that a model can learn something; nothing in
     it is physical.
 
-    Parameters
-    ----------
-    n
-        Training samples, at least 1; validation and each test cell get max(2, n // 4), at most 64.
-    seed
-        Seed of the random numbers.
+    Args:
+        n: Training samples, at least 1; validation and each test cell get max(2, n // 4), at most 64.
+        seed: Seed of the random numbers.
     """
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1")

@@ -54,10 +54,8 @@ class TextEncoder:
         """Ids [L], ``<bos> planet <sep> organism <eos>``, L at most ``max_tokens``; each text may use the room the
         other leaves.
 
-        Raises
-        ------
-        DataError
-            Both texts are without words.
+        Raises:
+            DataError: Both texts are without words.
         """
         if not planet and not organism:
             raise DataError(source, "text", "holds no words")

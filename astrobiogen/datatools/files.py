@@ -12,10 +12,9 @@ from astrobiogen.data.guarded import GZIP, MOST_UNPACKED, gunzip, open_regular, 
 def unpacked(path: Path) -> bytes:
     """Content of a file, decompressed when its first bytes say gzip.
 
-    Raises
-    ------
-    DataError
-        Missing, no regular file, unreadable, a truncated or damaged archive, or more than 1 GiB when unpacked.
+    Raises:
+        DataError: Missing, no regular file, unreadable, a truncated or damaged archive, or more than 1 GiB when
+            unpacked.
     """
     try:
         with open_regular(path) as file:

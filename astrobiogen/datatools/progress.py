@@ -17,16 +17,11 @@ LINE_EVERY = 5.0  # seconds between lines where there is no terminal
 def track(items: Iterable[Item], what: str, total: int, label: Callable[[Item], str] = lambda _: "") -> Iterator[Item]:
     """``items`` one by one, showing how many of ``total`` are done.
 
-    Parameters
-    ----------
-    items
-        Anything; an item counts as done when the next one is asked for.
-    what
-        Name of the work, "climates".
-    total
-        Number of items, for the share.
-    label
-        Short name of an item.
+    Args:
+        items: Anything; an item counts as done when the next one is asked for.
+        what: Name of the work, "climates".
+        total: Number of items, for the share.
+        label: Short name of an item.
     """
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:

@@ -91,16 +91,11 @@ def map_isolated(
 ) -> Iterator[Result | DataError]:
     """``function(item)`` for each item, in the order of ``items``; a ``DataError`` in place of a result that failed.
 
-    Parameters
-    ----------
-    function
-        A function at the top of a module (it is sent to fresh interpreters); exceptions become ``DataError``.
-    items
-        Anything that can be sent.
-    workers
-        Processes, >= 1.
-    time_limit
-        Seconds after which an item's worker is ended.
+    Args:
+        function: A function at the top of a module (it is sent to fresh interpreters); exceptions become ``DataError``.
+        items: Anything that can be sent.
+        workers: Processes, >= 1.
+        time_limit: Seconds after which an item's worker is ended.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")

@@ -37,10 +37,8 @@ def _number(path: Path, row: dict[str, str], column: str) -> float:
 def niche(path: Path, row: dict[str, str]) -> tuple[float, float, str]:
     """Growth range (low, high) in degrees C of a row of the table, and its source.
 
-    Raises
-    ------
-    DataError
-        A value that is no number, or an organism without a known growth range.
+    Raises:
+        DataError: A value that is no number, or an organism without a known growth range.
     """
     ogt, observed, tmin, tmax = (_number(path, row, c) for c in _COLUMNS[3:])
     count = 0 if math.isnan(observed) else int(observed)
@@ -62,10 +60,8 @@ def organism_name(file: str) -> str:
 def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of ``organisms.csv`` in the order of their files.
 
-    Raises
-    ------
-    DataError
-        Unreadable, a column absent (an error page saved as CSV has none of them), or no rows.
+    Raises:
+        DataError: Unreadable, a column absent (an error page saved as CSV has none of them), or no rows.
     """
     try:
         with path.open(encoding="utf-8", newline="") as handle:

@@ -47,11 +47,9 @@ def placed(raw: Path) -> dict[tuple[str, str], PartRow]:
     """Star systems and genera that have their part already, by (kind, name): those of the bundled sample keep it, and
     the raw folder's ``tables/split.csv`` (kind, name, part) stands above all.
 
-    Raises
-    ------
-    DataError
-        That table cannot be read or names an unknown kind or part: a build with another split than asked for would be
-        worse than none.
+    Raises:
+        DataError: That table cannot be read or names an unknown kind or part: a build with another split than asked for
+            would be worse than none.
     """
     known = {(row.kind, row.name): row for row in pack.read_parts(SAMPLE_FOLDER / pack.PARTS)}
     known = {key: replace(row, source=pack.IN_SAMPLE) for key, row in known.items()}
@@ -224,11 +222,9 @@ def build(raw: Path, output: Path, workers: int = 2, psg_tables: bool = False) -
     A pack that is there already is replaced when the new one is complete; until then the work is done in a folder of
     its own beside it, see ``astrobiogen.system.staging``. A link at ``output`` stays: what it points to is replaced.
 
-    Raises
-    ------
-    DataError
-        Nothing usable in ``raw``; ``output`` is not empty and not a pack, or holds files that are not the pack's; or
-        another process is building it. What was there stays as it was.
+    Raises:
+        DataError: Nothing usable in ``raw``; ``output`` is not empty and not a pack, or holds files that are not the
+            pack's; or another process is building it. What was there stays as it was.
     """
     if not (raw / "climate").is_dir():
         raise DataError(raw, "climate", "folder absent; lay raw files out as docs/data.md describes")

@@ -45,10 +45,8 @@ def wavelength_edges() -> NDArray[np.float64]:
 def read_spectrum(folder: Path, name: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Bin-mean albedo [256] and a mask of the bins that hold at least one point.
 
-    Raises
-    ------
-    DataError
-        Unreadable or truncated file, too few columns, or non-finite albedo.
+    Raises:
+        DataError: Unreadable or truncated file, too few columns, or non-finite albedo.
     """
     file, wave_column, albedo_column = LIBRARY[name]
     path = folder / file
@@ -87,10 +85,8 @@ def read_psg(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     The header's ``# Spectral unit:`` must be a wavelength, ``# Radiance unit:`` the apparent albedo I/F (configuration
     ``<GENERATOR-RADUNITS>rif``), and the column ``Total`` is taken.
 
-    Raises
-    ------
-    DataError
-        Unreadable, an error message instead of a spectrum, another unit, or non-finite values.
+    Raises:
+        DataError: Unreadable, an error message instead of a spectrum, another unit, or non-finite values.
     """
     try:
         with open_regular(path) as file:
@@ -136,11 +132,9 @@ def read_psg_table(path: Path) -> dict[str, tuple[NDArray[np.float32], NDArray[n
     ``GENERATOR-RANGEUNIT`` and ``GENERATOR-RADUNITS``, they must be "um" and "rif" (apparent albedo). Needs
     ``pyarrow``.
 
-    Raises
-    ------
-    DataError
-        pyarrow is absent, the file is unreadable, a column is absent, or a row has another unit, lists of different
-        length or values that are no finite numbers: names the row.
+    Raises:
+        DataError: pyarrow is absent, the file is unreadable, a column is absent, or a row has another unit, lists of
+            different length or values that are no finite numbers: names the row.
     """
     try:
         parquet = importlib.import_module("pyarrow.parquet")

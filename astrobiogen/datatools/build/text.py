@@ -71,14 +71,10 @@ def organism_note(text: str, title: str, species: str, all_species: Iterable[str
     """SBML note without names, model ids, citations and sentences about temperature; at most 700 characters, cut
     between words.
 
-    Parameters
-    ----------
-    text, title
-        Note and model name.
-    species
-        Its binomial.
-    all_species
-        Binomials of every organism of the set: a note must not name a relative either.
+    Args:
+        text, title: Note and model name.
+        species: Its binomial.
+        all_species: Binomials of every organism of the set: a note must not name a relative either.
     """
     body = text.removeprefix(title)
     body = body.split("Abstract:", 1)[1] if "Abstract:" in body else body

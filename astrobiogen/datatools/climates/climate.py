@@ -53,10 +53,8 @@ def opened(path: Path) -> Iterator[xr.Dataset]:
     """The file, Zarr store, or folder of netCDF files (one per group of variables) at ``path``, lazily, axes named as
     ours.
 
-    Raises
-    ------
-    DataError
-        Missing, truncated or in another format, also when that shows only while reading inside the block.
+    Raises:
+        DataError: Missing, truncated or in another format, also when that shows only while reading inside the block.
     """
     if not path.exists():
         raise DataError(path, "", "is missing")
@@ -238,20 +236,14 @@ def _mean_or_nan(dataset: xr.Dataset, path: Path, names: tuple[str, ...]) -> flo
 def read_climate(path: Path, names: tuple[str, ...], target: Grid | None = None) -> ClimateFile:
     """Read and check one file; axes come out as (time 12, lev, lat, lon), north first, top first, longitude from 0.
 
-    Parameters
-    ----------
-    path
-        ``.nc`` file, ``.zarr`` store, or folder of ``.nc`` files with one climate's variables.
-    names
-        Variables by our names (keys of ``variables.VARIABLES``).
-    target
-        Grid to bring everything to; None keeps the file's map and sigma levels.
+    Args:
+        path: ``.nc`` file, ``.zarr`` store, or folder of ``.nc`` files with one climate's variables.
+        names: Variables by our names (keys of ``variables.VARIABLES``).
+        target: Grid to bring everything to; None keeps the file's map and sigma levels.
 
-    Raises
-    ------
-    DataError
-        Unreadable or truncated file, absent variable, unknown unit, wrong axes, fewer than 12 times, non-finite or
-        impossible values, an all-zero temperature level; names file and variable.
+    Raises:
+        DataError: Unreadable or truncated file, absent variable, unknown unit, wrong axes, fewer than 12 times,
+            non-finite or impossible values, an all-zero temperature level; names file and variable.
     """
     with opened(path) as dataset:
         for axis in ("lat", "lon", "time"):

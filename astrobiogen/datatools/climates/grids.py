@@ -92,17 +92,12 @@ def longitude_matrix(source: Floats, target: Floats) -> Floats:
 def regrid(field: Floats, source: Grid, target: Grid) -> Floats:
     """First-order conservative regridding of the last two axes (lat, lon); the area mean is kept to rounding.
 
-    Parameters
-    ----------
-    field
-        [..., lat, lon] on ``source``, finite.
-    source, target
-        Latitudes from the north, longitudes ascending from 0.
+    Args:
+        field: [..., lat, lon] on ``source``, finite.
+        source, target: Latitudes from the north, longitudes ascending from 0.
 
-    Returns
-    -------
-    Floats
-        [..., lat, lon] on ``target``; ``field`` itself when both grids are the same.
+    Returns:
+        Floats: [..., lat, lon] on ``target``; ``field`` itself when both grids are the same.
     """
     if source.same_map(target):
         return field
@@ -114,20 +109,14 @@ def regrid(field: Floats, source: Grid, target: Grid) -> Floats:
 def interpolate_levels(field: Floats, sigma: Floats, target: Floats) -> Floats:
     """Column by column, linear in ln(sigma); constant beyond the first and last level.
 
-    Parameters
-    ----------
-    field
-        [T, L, lat, lon], levels from the top. NaN is allowed in the lowest levels of a column (below the ground, as
-        models on pressure levels mark it): there the lowest known value is used.
-    sigma
-        Pressure over surface pressure, [L] or [T, L, lat, lon], ascending along L, > 0.
-    target
-        [K] ascending.
+    Args:
+        field: [T, L, lat, lon], levels from the top. NaN is allowed in the lowest levels of a column (below the ground,
+            as models on pressure levels mark it): there the lowest known value is used.
+        sigma: Pressure over surface pressure, [L] or [T, L, lat, lon], ascending along L, > 0.
+        target: [K] ascending.
 
-    Returns
-    -------
-    Floats
-        [T, K, lat, lon]; NaN only where a column holds NaN elsewhere than at its lower end.
+    Returns:
+        Floats: [T, K, lat, lon]; NaN only where a column holds NaN elsewhere than at its lower end.
     """
     steps, levels, *_ = field.shape
     filled = field.copy()
@@ -153,10 +142,8 @@ def time_matrix(steps: int, bins: int = MONTHS) -> Floats:
 def month_matrix(months: NDArray[np.integer]) -> Floats:
     """Weights [12, steps], rows of sum 1: the mean over all steps of each calendar month (1 to 12), over all years.
 
-    Raises
-    ------
-    ValueError
-        A month has no step.
+    Raises:
+        ValueError: A month has no step.
     """
     hit = np.arange(1, MONTHS + 1)[:, None] == np.asarray(months)[None]
     if not hit.any(axis=1).all():

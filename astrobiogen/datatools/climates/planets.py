@@ -145,24 +145,16 @@ def parameters(
 ) -> dict[str, float]:
     """The P parameters of one climate in the order ``PARAM_NAMES``; NaN where not measured.
 
-    Parameters
-    ----------
-    path
-        The climate's file, for messages.
-    prefix, body
-        File prefix and planet.
-    run
-        The climate model's parameters (file attribute): flux [W/m2], startemp [K], radius [Earth radii], gravity
-        [m/s2], rotationperiod [d], aquaplanet, pCO2 [bar]; optional synchronous, pO2 [bar], geological_age_gyr.
-    catalogue
-        Rows of the Open Exoplanet Catalogue by name.
-    masked
-        Told of a value of the catalogue that is no possible number.
+    Args:
+        path: The climate's file, for messages.
+        prefix, body: File prefix and planet.
+        run: The climate model's parameters (file attribute): flux [W/m2], startemp [K], radius [Earth radii], gravity
+            [m/s2], rotationperiod [d], aquaplanet, pCO2 [bar]; optional synchronous, pO2 [bar], geological_age_gyr.
+        catalogue: Rows of the Open Exoplanet Catalogue by name.
+        masked: Told of a value of the catalogue that is no possible number.
 
-    Raises
-    ------
-    DataError
-        A parameter of the run is absent or no positive number (pO2 and geological_age_gyr may be 0).
+    Raises:
+        DataError: A parameter of the run is absent or no positive number (pO2 and geological_age_gyr may be 0).
     """
 
     given, told = partial(_given, path, run), partial(_told, path, run)

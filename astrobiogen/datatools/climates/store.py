@@ -110,10 +110,8 @@ def _created(path: Path, keys: Sequence[str], names: Sequence[str], grid: Grid) 
 def write_store(path: Path, keys: Sequence[str], names: Sequence[str], grid: Grid, entries: Iterable[Entry]) -> None:
     """Write a new ``.zarr`` store or ``.nc`` file, one entry in memory at a time; it is at ``path`` when it is whole.
 
-    Raises
-    ------
-    DataError
-        ``path`` exists or has another suffix, or an entry does not fit: nothing is left at ``path``.
+    Raises:
+        DataError: ``path`` exists or has another suffix, or an entry does not fit: nothing is left at ``path``.
     """
     if path.suffix not in (".zarr", ".nc"):
         raise DataError(path, "", "suffix must be .zarr or .nc")
@@ -147,14 +145,10 @@ def _write_entry(path: Path, keys: Sequence[str], grid: Grid, arrays: Mapping[st
 class ClimateStore:
     """Lazy reader of what ``write_store`` wrote; use it as a context manager.
 
-    Attributes
-    ----------
-    climates
-        Names of the rows.
-    toa_imbalance, ts_drift
-        float [climate, segment] W/m2 and [climate] K between the segments' means.
-    dataset
-        The xarray dataset; nothing but coordinates is read until a value is used.
+    Attributes:
+        climates: Names of the rows.
+        toa_imbalance, ts_drift: float [climate, segment] W/m2 and [climate] K between the segments' means.
+        dataset: The xarray dataset; nothing but coordinates is read until a value is used.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -195,10 +189,9 @@ class ClimateStore:
     def read(self, climate: str, segment: int, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Fields of one (planet, epoch, segment); reads one chunk per variable.
 
-        Raises
-        ------
-        DataError
-            The store has no such climate, segment or variable, or its chunk is missing, damaged or holds NaN.
+        Raises:
+            DataError: The store has no such climate, segment or variable, or its chunk is missing, damaged or holds
+                NaN.
         """
         if climate not in self.climates or segment not in SEGMENTS:
             raise DataError(self.path, f"{climate} segment {segment}", f"absent; the store holds {self.climates}")

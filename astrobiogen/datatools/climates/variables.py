@@ -158,10 +158,8 @@ def with_our_axes(dataset: xr.Dataset) -> xr.Dataset:
 def pick(dataset: xr.Dataset, path: Path, name: str) -> xr.DataArray:
     """Variable ``name`` (ours) under whatever name the file has it, converted to our unit by its ``units`` attribute.
 
-    Raises
-    ------
-    DataError
-        No alias is in the file, or the unit is absent or unknown: a unit is never guessed from the values.
+    Raises:
+        DataError: No alias is in the file, or the unit is absent or unknown: a unit is never guessed from the values.
     """
     rule = VARIABLES[name]
     alias = next((n for n in rule.all_names if n in dataset.data_vars), None)

@@ -25,19 +25,13 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9]+")
 def search(query: str, web: Web, base: str = URL, limit: int = 100) -> tuple[list[dict[str, str]], int]:
     """Ids and names of the first ``limit`` models that match ``query``, and how many match.
 
-    Parameters
-    ----------
-    query
-        In the service's syntax: ``methanogen``, ``modellingapproach:"Constraint-based model"``.
-    web, base
-        How to reach the service, and where.
-    limit
-        Positive; 100 models are asked for at a time.
+    Args:
+        query: In the service's syntax: ``methanogen``, ``modellingapproach:"Constraint-based model"``.
+        web, base: How to reach the service, and where.
+        limit: Positive; 100 models are asked for at a time.
 
-    Raises
-    ------
-    DataError
-        No answer, or one that is no search result.
+    Raises:
+        DataError: No answer, or one that is no search result.
     """
     found: list[dict[str, str]] = []
     matches = limit

@@ -62,10 +62,8 @@ def ckan_links(base: str, web: Web) -> dict[str, dict[str, str]]:
     """Addresses of the files of every THAI data set in the CKAN catalogue at ``base``, each with the checksums that the
     catalogue states (field ``hash``, often empty).
 
-    Raises
-    ------
-    DataError
-        No answer, or one that is not of CKAN's ``package_search``.
+    Raises:
+        DataError: No answer, or one that is not of CKAN's ``package_search``.
     """
     links: dict[str, dict[str, str]] = {}
     seen, count = 0, 1
@@ -91,10 +89,8 @@ def _name(link: str) -> str:
 def listing(source: str, web: Web, pattern: str, url: str | None = None) -> list[str]:
     """Addresses of the netCDF files of ``source`` (at ``url``, a mirror) whose file name matches ``pattern``.
 
-    Raises
-    ------
-    DataError
-        No answer, none matches, or two have the same file name.
+    Raises:
+        DataError: No answer, none matches, or two have the same file name.
     """
     return list(_listed(source, web, pattern, url))
 

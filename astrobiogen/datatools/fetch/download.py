@@ -97,10 +97,8 @@ class Web:
         """Body of ``url`` (a POST when ``form`` is given), complete by its Content-Length; redirects are followed and
         keep the Accept header.
 
-        Raises
-        ------
-        DataError
-            No answer (``NoAnswerError``), an HTTP error, or a truncated body, after the retries.
+        Raises:
+            DataError: No answer (``NoAnswerError``), an HTTP error, or a truncated body, after the retries.
         """
         return self._attempts(url, lambda: b"".join(_chunks(url, self._opened(url, form, accept), MOST_HELD)))
 
@@ -114,11 +112,9 @@ class Web:
     ) -> None:
         """Fetch ``url`` into ``path``, piece by piece, unless a good file lies there already.
 
-        Raises
-        ------
-        DataError
-            As ``get``, the content fails ``check`` (an error page instead of data), or it has other checksums than
-            ``expected``: ``path`` stays as it was.
+        Raises:
+            DataError: As ``get``, the content fails ``check`` (an error page instead of data), or it has other
+                checksums than ``expected``: ``path`` stays as it was.
         """
         if path.exists() and not check(path) and not differs(path, expected or {}):
             return
@@ -210,10 +206,8 @@ def looks_like_a_page(body: bytes) -> str:
 def json_object(url: str, web: Web) -> dict[str, Any]:
     """The JSON object that ``url`` answers.
 
-    Raises
-    ------
-    DataError
-        No answer, or it is a web page or other JSON.
+    Raises:
+        DataError: No answer, or it is a web page or other JSON.
     """
     body = web.get(url, accept=JSON)
     try:

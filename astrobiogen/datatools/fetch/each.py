@@ -25,10 +25,8 @@ class Fetched:
 def each(items: Sequence[Item], what: str, one: Callable[[Item], Path]) -> Fetched:
     """``one(item)`` for every item.
 
-    Raises
-    ------
-    NoAnswerError
-        The service cannot be reached: the other items are not tried. What was fetched stays.
+    Raises:
+        NoAnswerError: The service cannot be reached: the other items are not tried. What was fetched stays.
     """
     made = Fetched()
     for k, item in enumerate(items, 1):

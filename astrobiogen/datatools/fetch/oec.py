@@ -51,11 +51,9 @@ def _planets(node: ElementTree.Element, star: ElementTree.Element | None) -> Ite
 def parse(body: bytes, source: str = URL) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Rows of the planet table and of the descriptions, in the order of the file.
 
-    Raises
-    ------
-    DataError
-        Not gzip, truncated, not XML, without planets (an error page never becomes a table), larger than 1 GiB when
-        unpacked, or with declarations of entities.
+    Raises:
+        DataError: Not gzip, truncated, not XML, without planets (an error page never becomes a table), larger than 1
+            GiB when unpacked, or with declarations of entities.
     """
     if body[:2] != GZIP and (problem := looks_like_a_page(body)):
         raise DataError(source, "", problem)

@@ -36,18 +36,12 @@ _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", re.MULTILINE)
 class Settings:
     """How long to run.
 
-    Attributes
-    ----------
-    segment_days
-        Length of a segment; input and label are the last two.
-    max_years
-        Model years after which a run ends unconverged.
-    max_imbalance
-        W/m2; largest mean net radiation at the top of a balanced segment.
-    max_drift
-        K; largest change of the mean surface temperature over the last year of a balanced run.
-    timestep, mixed_layer
-        Minutes; metres of slab ocean.
+    Attributes:
+        segment_days: Length of a segment; input and label are the last two.
+        max_years: Model years after which a run ends unconverged.
+        max_imbalance: W/m2; largest mean net radiation at the top of a balanced segment.
+        max_drift: K; largest change of the mean surface temperature over the last year of a balanced run.
+        timestep, mixed_layer: Minutes; metres of slab ocean.
     """
 
     segment_days: float = 180.0
@@ -118,21 +112,15 @@ def cause(log: str) -> str:
 class Job:
     """One climate in ``folder``; ``run`` continues from what the folder holds.
 
-    Parameters
-    ----------
-    planned
-        Planet and parameters.
-    folder
-        Work folder of this climate: job.json, driver.py, history.json, restart files, the last two segments.
-    python
-        Interpreter that can import exoplasim.
-    settings
-        How long to run.
-    version
-        Version of ExoPlaSim, for the files' provenance.
-    files
-        Held while netCDF files are read or written: jobs in threads of one process must share it. The netCDF library
-        keeps its state in the process without locking; two threads in it ended a real run with a segmentation fault.
+    Args:
+        planned: Planet and parameters.
+        folder: Work folder of this climate: job.json, driver.py, history.json, restart files, the last two segments.
+        python: Interpreter that can import exoplasim.
+        settings: How long to run.
+        version: Version of ExoPlaSim, for the files' provenance.
+        files: Held while netCDF files are read or written: jobs in threads of one process must share it. The netCDF
+            library keeps its state in the process without locking; two threads in it ended a real run with a
+            segmentation fault.
     """
 
     def __init__(
@@ -202,24 +190,16 @@ class Job:
     def run(self, output: Path, stop: threading.Event, report: Callable[[list[Segment]], None]) -> bool:
         """Run until balanced, then write ``<key>_seg1.nc`` and ``_seg2.nc`` into ``output``.
 
-        Parameters
-        ----------
-        output
-            Folder of the two files.
-        stop
-            When set, the running segment is ended and ``InterruptedError`` raised; the next ``run`` repeats it.
-        report
-            Called with the history after each segment.
+        Args:
+            output: Folder of the two files.
+            stop: When set, the running segment is ended and ``InterruptedError`` raised; the next ``run`` repeats it.
+            report: Called with the history after each segment.
 
-        Returns
-        -------
-        bool
+        Returns:
             True when balanced; False when ``max_years`` came first (the files are written, marked unconverged).
 
-        Raises
-        ------
-        DataError
-            The program failed or left an unusable file.
+        Raises:
+            DataError: The program failed or left an unusable file.
         """
         with self._alone():
             return self._run(output, stop, report)

@@ -80,10 +80,8 @@ def size(path: Path, row: dict[str, str]) -> tuple[float, float]:
 def climate_of(path: Path, row: dict[str, str], epoch: int, p_co2: float) -> Climate:
     """The run of one catalogue planet with ``p_co2`` [bar] of CO2.
 
-    Raises
-    ------
-    DataError
-        The catalogue lacks a value that the rule needs, or the planet is outside what the model is made for.
+    Raises:
+        DataError: The catalogue lacks a value that the rule needs, or the planet is outside what the model is made for.
     """
     temperature, star_radius, star_mass, period = (
         _known(path, row, c) for c in ("st_teff_k", "st_rad_sun", "st_mass_sun", "pl_period_d")

@@ -17,10 +17,8 @@ Runs = dict[str, tuple[float, list[Segment]]]  # by climate: length of a segment
 def history_of(folder: Path) -> Runs:
     """The run in one work folder, under the folder's name; nothing when it has not ended a segment.
 
-    Raises
-    ------
-    DataError
-        Its files are damaged.
+    Raises:
+        DataError: Its files are damaged.
     """
     history = read_history(folder)
     if not history:
@@ -37,14 +35,10 @@ def plot_histories(histories: Runs, path: Path, limit: float) -> None:
     """Write a PNG: net radiation at the top of the atmosphere with its limit, and mean surface temperature, at the end
     of each segment.
 
-    Parameters
-    ----------
-    histories
-        By climate, as ``history_of`` gives them.
-    path
-        File to write.
-    limit
-        W/m2; largest imbalance that counts as balanced.
+    Args:
+        histories: By climate, as ``history_of`` gives them.
+        path: File to write.
+        limit: W/m2; largest imbalance that counts as balanced.
     """
     mpl.use("Agg")
     figure = Figure(figsize=(10, 3.8), layout="constrained")
@@ -63,10 +57,8 @@ def plot_histories(histories: Runs, path: Path, limit: float) -> None:
 def describe_runs(work: Path, path: Path) -> None:
     """The plot of every climate that ``make-climate`` has run in its work folder ``work``.
 
-    Raises
-    ------
-    DataError
-        There is none, or its files are damaged.
+    Raises:
+        DataError: There is none, or its files are damaged.
     """
     histories: Runs = {}
     for folder in sorted(p.parent for p in work.glob("*/history.json")):

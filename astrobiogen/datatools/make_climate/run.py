@@ -46,10 +46,8 @@ def planned(catalogue: Path, names: Sequence[str], p_co2: Sequence[float]) -> li
 def prepare(python: str) -> str:
     """Make ExoPlaSim ready in the interpreter ``python``, compiling it at its first use; returns its version.
 
-    Raises
-    ------
-    DataError
-        The interpreter, the package, netCDF4 or the compilers are absent: names what, and how to install it.
+    Raises:
+        DataError: The interpreter, the package, netCDF4 or the compilers are absent: names what, and how to install it.
     """
     say("making ExoPlaSim ready (the first use of an installation compiles it, about a minute)")
     with tempfile.TemporaryDirectory(prefix="exoplasim-") as folder:
@@ -139,10 +137,8 @@ def run_all(
 ) -> Outcome:
     """Run climates, ``jobs`` at a time, each on one core; a failed one does not stop the others.
 
-    Raises
-    ------
-    KeyboardInterrupt
-        After ending the running segments; everything finished stays, the same call continues.
+    Raises:
+        KeyboardInterrupt: After ending the running segments; everything finished stays, the same call continues.
     """
     board, stop, files = Board(settings), threading.Event(), threading.Lock()
     outcome = Outcome([], [], [])

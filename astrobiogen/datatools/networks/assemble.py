@@ -55,25 +55,18 @@ class Reaction:
 class Network:
     """One metabolic network: M metabolites first, then R reactions; E nonzero stoichiometric entries.
 
-    Attributes
-    ----------
-    columns
-        ``features.NodeColumns`` of the N = M + R nodes.
-    metabolites
-        M.
-    edge_index, stoichiometry
-        int64 [2, E] along the flow, float64 [E] signed (rounding to float32 breaks conserved moieties: 16 of 64 models
-        stop growing).
-    lower, upper, objective
-        float64 [R]; flux bounds in mmol/gDW/h and the model's own objective.
-    exchange_gas
-        uint8 [R]; for an exchange of a gas 1 + its index in ``features.GASES``, else 0. Negative flux is uptake.
-    uptake_sign
-        int8 [R]; -1 where a negative flux of the exchange brings the metabolite in, +1 where a positive one does, 0
-        otherwise.
-    objective_source
-        ``STATED``, ``BY_NAME`` (the model states none; the largest reaction called biomass or growth is used), or
-        ``NONE``.
+    Attributes:
+        columns: ``features.NodeColumns`` of the N = M + R nodes.
+        metabolites: M.
+        edge_index, stoichiometry: int64 [2, E] along the flow, float64 [E] signed (rounding to float32 breaks conserved
+            moieties: 16 of 64 models stop growing).
+        lower, upper, objective: float64 [R]; flux bounds in mmol/gDW/h and the model's own objective.
+        exchange_gas: uint8 [R]; for an exchange of a gas 1 + its index in ``features.GASES``, else 0. Negative flux is
+            uptake.
+        uptake_sign: int8 [R]; -1 where a negative flux of the exchange brings the metabolite in, +1 where a positive
+            one does, 0 otherwise.
+        objective_source: ``STATED``, ``BY_NAME`` (the model states none; the largest reaction called biomass or growth
+            is used), or ``NONE``.
     """
 
     columns: features.NodeColumns

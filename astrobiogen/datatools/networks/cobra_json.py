@@ -90,10 +90,9 @@ def _reaction(path: Path, k: int, item: dict[str, Any]) -> tuple[assemble.Reacti
 def read_network(path: Path) -> Network:
     """Read one ``.json`` or ``.json.gz`` model.
 
-    Raises
-    ------
-    DataError
-        Not a cobra model, an empty one, a bound that is no number, or a reaction that names an unknown metabolite.
+    Raises:
+        DataError: Not a cobra model, an empty one, a bound that is no number, or a reaction that names an unknown
+            metabolite.
     """
     document = _document(path)
     titles = document.get("compartments")

@@ -35,11 +35,9 @@ def read_network(path: Path) -> Network:
 def pack_network(path: Path) -> PackedNetwork:
     """Read, solve and encode one network.
 
-    Raises
-    ------
-    DataError
-        The file is bad, the network too large for its 16-bit numbers, or without an objective: nothing says what
-        growth would be.
+    Raises:
+        DataError: The file is bad, the network too large for its 16-bit numbers, or without an objective: nothing says
+            what growth would be.
     """
     network = read_network(path)
     if network.objective_source == NONE:

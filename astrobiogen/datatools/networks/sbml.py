@@ -135,11 +135,9 @@ def _reaction(reaction: libsbml.Reaction, model: libsbml.Model, old: dict[tuple[
 def read_network(path: Path) -> Network:
     """Read one SBML file.
 
-    Raises
-    ------
-    DataError
-        Unreadable file, fatal SBML errors, no reactions, a reaction that names an unknown species, or no stoichiometry
-        at all.
+    Raises:
+        DataError: Unreadable file, fatal SBML errors, no reactions, a reaction that names an unknown species, or no
+            stoichiometry at all.
     """
     document = libsbml.readSBMLFromString(read_text(path))
     model = document.getModel()
