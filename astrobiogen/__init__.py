@@ -4,14 +4,14 @@ Importing it loads torch and the operators; the parts that need more are loaded 
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import typing
 
 from astrobiogen import extension as _extension  # noqa: F401  the C++ kernels register themselves
 from astrobiogen import ops
 from astrobiogen.integrations import swap_layers
 from astrobiogen.kernels.registry import kernel_status, use_kernels
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from astrobiogen import data, layers, models
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ __all__ = [
 _LATER = ("data", "layers", "models")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """A subpackage that is loaded on first use."""
     if name in _LATER:
         return importlib.import_module(f"{__name__}.{name}")

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import json
 import subprocess
 import sys
@@ -128,6 +129,6 @@ NUMPY_STYLE = ("Parameters", "Returns", "Raises", "Attributes", "Yields", "Notes
 def test_docstrings_are_in_one_style(folder: str) -> None:
     for path in sorted((ROOT / folder).rglob("*.py")):
         lines = path.read_text().splitlines()
-        for number, (line, under) in enumerate(zip(lines, lines[1:]), 1):
+        for number, (line, under) in enumerate(itertools.pairwise(lines), 1):
             numpy = line.strip() in NUMPY_STYLE and under.strip() and set(under.strip()) == {"-"}
             assert not numpy, f"{path.relative_to(ROOT)}:{number}: section {line.strip()!r} in NumPy's style"

@@ -48,7 +48,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "train": frozenset(
         {"kernels", "ops", "layers", "models", "data", "system", "training", "doctor", "evaluate", "extension", ""}
     ),
-    "": frozenset({"kernels", "ops", "layers", "models", "integrations", "extension", ""}),
+    "": frozenset({"kernels", "ops", "layers", "models", "integrations", "extension", "data", ""}),
 }
 # The rooms and files of the trainer, from the bottom up: each may import from those before it, and from itself.
 TRAINING_ORDER = (
@@ -146,7 +146,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 
 def at_the_top(tree: ast.Module) -> set[ast.AST]:
     """Statements at the top level of a file, and those of a top-level `if TYPE_CHECKING:`, which load nothing."""
-    typing = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    typing = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test).endswith("TYPE_CHECKING"))
     return {*tree.body, *(inner for node in typing for inner in node.body)}
 
 
