@@ -6,7 +6,7 @@ Importing it loads torch and the operators; the parts that need more are loaded 
 import importlib
 import typing
 
-from astrobiogen import extension as _extension  # noqa: F401  the C++ kernels register themselves
+from astrobiogen import extension as extension
 from astrobiogen import ops
 from astrobiogen.integrations import swap_layers
 from astrobiogen.kernels.registry import kernel_status, use_kernels
