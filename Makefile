@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/common/*.h)
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h")
 WORKERS ?= 2
 # Leaks are the interpreter's own; what is too large fails as without the sanitizer; the exit code is astrobiogen.testing.fuzz's SANITIZER_CODE.
 ASAN := detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024:exitcode=77:max_malloc_fill_size=4096:malloc_fill_byte=165

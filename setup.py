@@ -1,4 +1,4 @@
-"""Builds the optional C++ extension `astrobiogen._C` from csrc/*.cpp. All other metadata is in pyproject.toml.
+"""Builds the optional C++ extension `astrobiogen._C` from csrc/**.cpp. All other metadata is in pyproject.toml.
 
 The extension needs the installed PyTorch's headers, so build without isolation: `pip install --no-build-isolation .`
 Without PyTorch or a compiler the package still installs; its ops then run their plain PyTorch references on the CPU and
@@ -16,11 +16,15 @@ from setuptools.errors import BaseError
 ROOT = pathlib.Path(__file__).parent
 
 
+def native_files(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
+
+
 def notice(reason: str) -> None:
     print(
         f"\nNOTICE: the C++ extension of astrobiogen was not built: {reason}\n"
         "        astrobiogen works without it, but its CPU operators run their slower plain PyTorch references.\n"
-        "        To build it: install PyTorch and a C++17 compiler, then `pip install --no-build-isolation .`\n",
+        "        To build it: install PyTorch and a C++20 compiler, then `pip install --no-build-isolation .`\n",
         file=sys.stderr,
     )
 
@@ -63,8 +67,9 @@ def extension_arguments() -> dict:
         flags += [*sanitizer, "-O1", "-g1", "-fno-omit-frame-pointer"]
     extension = cpp_extension.CppExtension(
         "astrobiogen._C",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        native_files("*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
+        depends=native_files("*.h"),
         extra_compile_args=flags,
         extra_link_args=[*(flag for flag in flags if flag == "-fopenmp"), *sanitizer],
     )

@@ -206,7 +206,7 @@ def test_no_folder_of_the_trainer_is_too_full() -> None:
 def test_an_op_has_all_its_parts(op: str) -> None:
     folder = PACKAGE / "kernels" / op
     parts = [folder / f"{name}.py" for name in ("op", "reference", "triton_kernels", "samples")]
-    parts += [folder / "README.md", ROOT / "csrc" / f"{op}.cpp"]
+    parts += [folder / "README.md", ROOT / "csrc" / op / f"{op}.cpp"]
     parts += [ROOT / "tests" / "kernels" / f"test_{op}.py", ROOT / "benchmarks" / f"bench_{op}.py"]
     parts += [ROOT / "tests" / "compile_gate" / f"{op}.csv"]
     missing = [relative(path) for path in parts if not path.exists()]
@@ -238,7 +238,7 @@ def test_paths_named_in_readmes_exist(path: Path) -> None:
 def checked_files() -> list[Path]:
     """Python of the package, tests and benchmarks, and C++."""
     found = [path for folder in ("astrobiogen", "tests", "benchmarks") for path in python_files(ROOT / folder)]
-    native = [path for pattern in ("*.cpp", "*.h", "common/*.h") for path in (ROOT / "csrc").glob(pattern)]
+    native = [path for pattern in ("*.cpp", "*.h") for path in (ROOT / "csrc").rglob(pattern)]
     return found + sorted(native)
 
 

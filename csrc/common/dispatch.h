@@ -5,7 +5,7 @@
 // this works for templates, tells the kernel its level, and lets tests and benchmarks run a lower level than the machine has (`set_level`).
 #pragma once
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace astrobiogen {
 

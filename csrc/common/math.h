@@ -7,7 +7,7 @@
 // and reinterpretations into sixteen scalar ones through the stack (SwiGLU forward: 3.5 times slower); at 32 bytes it needs no splitting.
 #pragma once
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace astrobiogen::simd {
 

@@ -11,9 +11,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "dispatch.h"
-#include "math.h"
-#include "simd.h"
+#include "common/dispatch.h"
+#include "common/math.h"
+#include "common/simd.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>

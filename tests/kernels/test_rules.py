@@ -47,7 +47,7 @@ def unchecked_ops(text: str) -> list[str]:
 
 def test_every_registered_cpu_kernel_begins_with_a_check_of_its_arguments() -> None:
     registered = 0
-    for path in sorted((ROOT / "csrc").glob("*.cpp")):
+    for path in sorted((ROOT / "csrc").rglob("*.cpp")):
         text = path.read_text()
         registered += len(re.findall(r"m\.impl\(", text))
         assert not unchecked_ops(text), f"{relative(path)}: {unchecked_ops(text)} take their arguments on trust"

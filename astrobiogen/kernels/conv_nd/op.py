@@ -18,7 +18,7 @@ from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, s
 
 _TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
 
-# csrc/conv_nd.cpp, own_kernel; the figures behind it are in the README.
+# csrc/conv_nd/conv_nd.cpp, own_kernel; the figures behind it are in the README.
 CPU_RULE = (
     "own kernel for float32, bfloat16 and float16 with >= 8 outputs per group and either <= 4 inputs per group, one "
     "tap over the last three of four or five axes, or pairs of outputs that leave <= 3/4 of the products, and for "

@@ -1,0 +1,231 @@
+// The fused loss for bf16 on CPUs that multiply bf16 in hardware, by PyTorch's products (oneDNN): both gradients in one pass, or the backward of a loss per
+// token.
+//
+// The vocabulary is cut into tiles of columns. One walk over them makes the logits, rounded to bf16 as F.linear rounds them, and the sums of every row; a
+// second one turns each tile into the gradient of the logits, in scratch, and multiplies it twice. In between the logits of the first tokens, as many as there
+// are hidden columns, wait in the memory that the weight's gradient will take, tile by tile; those of further tokens in memory of their own, a third of all
+// tokens at a time. The gradient of x is summed over the tiles in fp32, each tile's share having been rounded once.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "linear_cross_entropy/linear_cross_entropy.h"
+#include "linear_cross_entropy/products.h"
+
+namespace astrobiogen::linear_cross_entropy {
+
+using at::Tensor;
+using Bf16 = c10::BFloat16;
+
+// Fewest tokens per block: below, the products slow down (32 tokens: half the speed).
+constexpr int64_t kFewestTokens = 128;
+// Logits per tile, 4 MB, and its fewest columns.
+constexpr int64_t kTileLogits = 1 << 21, kFewestColumns = 256;
+
+// Columns [first, first + columns) of the logits of some tokens.
+struct Tile {
+  const Bf16* logits;  // [tokens, columns]
+  Bf16* slopes;        // [tokens, columns]; may be `logits`
+  int64_t first, columns, vocabulary;
+  const int64_t* target;
+  Options options;
+  // Per token: what its columns so far sum up to, and the target's logit; then lse, and the gradient of its loss.
+  RowSums* sums;
+  float* target_logit;
+  const double* lse;
+  const float* grad;
+
+  int64_t column(int64_t row) const { return target[row] - first; }
+  bool holds(int64_t row) const { return column(row) >= 0 && column(row) < columns; }
+};
+
+ASTRO_INLINE float cap(float v, float softcap) { return softcap > 0.0f ? softcap * std::tanh(v / softcap) : v; }
+
+struct TileSums {
+  template <Level L>
+  static ASTRO_INLINE void run(const Tile& a, int64_t begin, int64_t end) {
+    const float softcap = static_cast<float>(a.options.softcap);
+    for (int64_t row = begin; row < end; ++row) {
+      const Bf16* z = a.logits + row * a.columns;
+      a.sums[row].add(row_sums<kWidth<L>>(z, a.columns, softcap));
+      if (a.holds(row)) a.target_logit[row] = cap(static_cast<float>(z[a.column(row)]), softcap);
+    }
+  }
+};
+
+struct TileSlopes {
+  template <Level L>
+  static ASTRO_INLINE void run(const Tile& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Bf16* to = a.slopes + row * a.columns;
+      if (a.target[row] == a.options.ignore_index) std::fill(to, to + a.columns, Bf16(0.0f));  // exactly 0, also where grad is Inf or NaN
+      else slopes<kWidth<L>>(a, a.logits + row * a.columns, to, row);
+    }
+  }
+
+  template <int N>
+  static ASTRO_INLINE void slopes(const Tile& a, const Bf16* z, Bf16* to, int64_t row) {
+    using Vector = simd::F<N>;
+    const Options& o = a.options;
+    const float lse = static_cast<float>(a.lse[row]), scale = a.grad[row], softcap = static_cast<float>(o.softcap);
+    const int64_t whole = a.columns - a.columns % (2 * N), column = a.column(row);
+    const float softmax = scale * (1.0f + 2.0f * static_cast<float>(o.z_loss) * lse) *
+                          static_cast<float>(lost_in_rounding<float>(a.lse[row]));
+    const float uniform = scale * static_cast<float>(o.label_smoothing / static_cast<double>(a.vocabulary));
+    const float logit = a.holds(row) ? cap(static_cast<float>(z[column]), softcap) : 0.0f;
+    const auto slope = [=](Vector v) ASTRO_LAMBDA_INLINE {
+      if (!(softcap > 0.0f)) return exp_below(v - lse) * softmax - uniform;
+      const Vector z = capped<N>(v, softcap);
+      return (exp_below(z - lse) * softmax - uniform) * (1.0f - (z / softcap) * (z / softcap));
+    };
+    for (int64_t j = 0; j < whole; j += 2 * N) {
+      const auto v = simd::load_pair<N>(z + j);
+      simd::store_pair<N>(to + j, simd::Pair<N>{slope(v.first), slope(v.second)});
+    }
+    const auto one_slope = [=](float v) {  // of a capped logit
+      const float derivative = softcap > 0.0f ? 1.0f - (v / softcap) * (v / softcap) : 1.0f;
+      return (std::exp(v - lse) * softmax - uniform) * derivative;
+    };
+    for (int64_t j = whole; j < a.columns; ++j) to[j] = Bf16(one_slope(cap(static_cast<float>(z[j]), softcap)));
+    if (!a.holds(row)) return;
+    const float derivative = softcap > 0.0f ? 1.0f - (logit / softcap) * (logit / softcap) : 1.0f;
+    to[column] = Bf16(one_slope(logit) - scale * static_cast<float>(1.0 - o.label_smoothing) * derivative);
+  }
+};
+
+bool has_bf16_products() {
+#if defined(ASTRO_HAS_LEVELS)
+  __builtin_cpu_init();
+  return level() == Level::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// Some tokens against the whole vocabulary.
+struct Work {
+  Tensor x, weight, target;  // [tokens, H], [V, H], [tokens]
+  Options options;
+  Tensor store;  // logits of tile [first, end) from first * store_row on; empty: they are computed in `scratch` when their slopes are
+  int64_t store_row;
+  Tensor scratch;  // tokens x columns()
+  Tensor grad_x, grad_weight;
+  bool first;  // grad_weight is still uninitialised memory
+
+  int64_t tokens() const { return x.size(0); }
+  int64_t columns() const { return std::min(weight.size(0), std::max(kTileLogits / tokens() / 32 * 32, kFewestColumns)); }
+  Tensor view(const Tensor& memory, int64_t start, int64_t columns) const {
+    return memory.narrow(0, start, tokens() * columns).view({tokens(), columns});
+  }
+  template <typename Function>
+  void for_each_tile(const Function& function) const {
+    for (int64_t first = 0; first < weight.size(0); first += columns()) function(first, std::min(columns(), weight.size(0) - first));
+  }
+  template <class Kernel>
+  void visit(const Tile& tile) const {
+    at::parallel_for(0, tokens(), 1, [&](int64_t begin, int64_t end) { dispatch<Kernel>(tile, begin, end); });
+  }
+};
+
+// lse of every token into `lse`; the sum of the losses.
+double walk_logits(const Work& w, double* lse) {
+  std::vector<RowSums> sums(w.tokens(), RowSums{-std::numeric_limits<float>::infinity(), 0.0, 0.0});
+  std::vector<float> logit(w.tokens());
+  const int64_t* y = w.target.const_data_ptr<int64_t>();
+  w.for_each_tile([&](int64_t first, int64_t columns) {
+    Tensor logits = w.view(w.store, first * w.store_row, columns);
+    at::mm_out(logits, w.x, w.weight.narrow(0, first, columns).t());
+    w.visit<TileSums>({logits.const_data_ptr<Bf16>(), nullptr, first, columns, w.weight.size(0), y, w.options, sums.data(), logit.data(), nullptr, nullptr});
+  });
+  const double smoothing = w.options.label_smoothing;
+  double sum = 0.0;
+  for (int64_t t = 0; t < w.tokens(); ++t) {
+    lse[t] = sums[t].shift() + std::log(sums[t].sum_exp);
+    if (y[t] == w.options.ignore_index) continue;
+    double loss = (1.0 - smoothing) * (lse[t] - logit[t]) + w.options.z_loss * lse[t] * lse[t];
+    if (smoothing > 0.0) loss += smoothing * (lse[t] - sums[t].total / static_cast<double>(w.weight.size(0)));
+    sum += loss;
+  }
+  return sum;
+}
+
+// Both gradients from lse and the gradient of every token's loss.
+void walk_slopes(const Work& w, const double* lse, const float* grad) {
+  const bool need_x = w.grad_x.defined(), need_weight = w.grad_weight.defined();
+  Tensor sum, share;
+  if (need_x) {
+    sum = at::zeros(w.grad_x.sizes(), w.x.options().dtype(at::kFloat));
+    share = at::empty(w.grad_x.sizes(), w.x.options());
+  }
+  w.for_each_tile([&](int64_t first, int64_t columns) {
+    const Tensor weight = w.weight.narrow(0, first, columns);
+    Tensor slopes = w.view(w.scratch, 0, columns), logits = slopes;
+    if (w.store.defined()) logits = w.view(w.store, first * w.store_row, columns);
+    else at::mm_out(logits, w.x, weight.t());
+    w.visit<TileSlopes>({logits.const_data_ptr<Bf16>(), slopes.mutable_data_ptr<Bf16>(), first, columns, w.weight.size(0), w.target.const_data_ptr<int64_t>(),
+                     w.options, nullptr, nullptr, lse, grad});
+    if (need_x) sum.add_(at::mm_out(share, slopes, weight));
+    if (!need_weight) return;
+    Tensor out = w.grad_weight.narrow(0, first, columns);
+    if (w.first) at::mm_out(out, slopes.t(), w.x);
+    else at::addmm_out(out, out, slopes.t(), w.x);
+  });
+  if (need_x) w.grad_x.copy_(sum);
+}
+
+// Undefined where it is not needed.
+std::pair<Tensor, Tensor> uninitialised(const Tensor& x, const Tensor& weight, bool need_x, bool need_weight) {
+  return {need_x ? at::empty(x.sizes(), x.options()) : Tensor(),
+          !need_weight ? Tensor() : x.size(0) == 0 ? at::zeros(weight.sizes(), x.options()) : at::empty(weight.sizes(), x.options())};
+}
+
+Tensor or_empty(const Tensor& gradient, const Tensor& x) { return gradient.defined() ? gradient : at::empty({0}, x.options()); }
+
+std::tuple<Tensor, Tensor, Tensor> gradients_bf16(const Tensor& x, const Tensor& weight, const Tensor& target, float divisor, const Options& o,
+                                                  bool need_x, bool need_weight) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
+  const int64_t tokens = x.size(0), hidden = x.size(1), vocabulary = weight.size(0);
+  const auto [grad_x, grad_weight] = uninitialised(x, weight, need_x, need_weight);
+  const int64_t usual = std::max((tokens + 2) / 3, kFewestTokens), room = need_weight && hidden >= std::min(usual, tokens) ? hidden : 0;
+  std::vector<double> lse(tokens);
+  const std::vector<float> grad(tokens, 1.0f / divisor);
+  Tensor own, scratch;
+  double sum = 0.0;
+  for (int64_t start = 0; start < tokens;) {
+    const bool in_place = start == 0 && room > 0;
+    const int64_t count = std::min(in_place ? room : usual, tokens - start);
+    if (!in_place && !own.defined()) own = at::empty({count * vocabulary}, x.options());
+    Work w{x.narrow(0, start, count), weight, target.narrow(0, start, count), o, in_place ? grad_weight.view({-1}) : own, in_place ? hidden : count,
+           {}, need_x ? grad_x.narrow(0, start, count) : Tensor(), grad_weight, start == 0};
+    if (!scratch.defined() || scratch.numel() < count * w.columns()) scratch = at::empty({count * w.columns()}, x.options());
+    w.scratch = scratch;
+    sum += walk_logits(w, lse.data() + start);
+    walk_slopes(w, lse.data() + start, grad.data() + start);
+    start += count;
+  }
+  Tensor total = at::empty({}, x.options().dtype(at::kFloat));
+  *total.mutable_data_ptr<float>() = static_cast<float>(sum / divisor);
+  return {total, or_empty(grad_x, x), or_empty(grad_weight, x)};
+}
+
+std::tuple<Tensor, Tensor> backward_bf16(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& target, const Tensor& lse,
+                                         const Options& o, bool need_x, bool need_weight) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
+  const auto [grad_x, grad_weight] = uninitialised(x, weight, need_x, need_weight);
+  if (x.size(0) > 0) {
+    Work w{x, weight, target, o, {}, 0, {}, grad_x, grad_weight, true};
+    w.scratch = at::empty({w.tokens() * w.columns()}, x.options());
+    walk_slopes(w, lse.const_data_ptr<double>(), grad.const_data_ptr<float>());
+  }
+  return {or_empty(grad_x, x), or_empty(grad_weight, x)};
+}
+
+}  // namespace astrobiogen::linear_cross_entropy
