@@ -4,7 +4,8 @@ Every operator is a `torch.library` op in the namespace `astrobiogen`. PyTorch's
 
 * ``CUDA``: Triton kernels, imported on the first call that needs them, so that a machine without Triton can import us;
 * ``CPU``: C++ kernels, registered by the compiled extension `astrobiogen._C`;
-* every other case: the plain PyTorch reference, with one warning if a kernel should have served.
+* every other case: the plain PyTorch reference, with one warning: other devices, and GPUs that the Triton kernels are
+  not compiled for (see `devices.py`).
 
 Under a transform of `torch.func` (grad, vmap, jvp and what is built from them) and under forward-mode automatic
 differentiation every op runs its reference: PyTorch's own operators have all those rules, a kernel has one gradient.
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
-from astrobiogen.kernels import autocast
+from astrobiogen.kernels import autocast, devices
 
 NAMESPACE = "astrobiogen"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -122,7 +123,7 @@ def define(
     if "Tensor[]" in schema:  # the older vmap of is_grads_batched repeats an op for each member, but not with lists
         LIBRARY.impl(name, plain, "Batched")
     if triton and importlib.util.find_spec("triton") is not None:
-        LIBRARY.impl(name, _lazy_launcher(triton), "CUDA")
+        LIBRARY.impl(name, _lazy_launcher(name, reference, triton), "CUDA")
 
 
 def differentiable(name: str, *, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -216,17 +217,18 @@ def use_kernels(mode: Mode) -> Iterator[None]:
 
 
 def kernel_status() -> KernelTable:
-    """Say which implementation serves each op on each device type on this machine, and why.
+    """Say which implementation serves each op on each device of this machine, and why.
 
     Returns:
         A tuple of `KernelStatus` rows (``op``, ``device``, ``implementation`` "c++" | "triton" | "reference",
-        ``reason``)
-        that prints as a table.
+        ``reason``) that prints as a table: the CPU, every GPU that PyTorch calls CUDA ("cuda" alone if there is none),
+        and another accelerator if PyTorch has one.
     """
     rows: list[KernelStatus] = []
     for entry in _ENTRIES.values():
         rows.append(_cpu_status(entry))
-        rows.append(_cuda_status(entry))
+        rows += [_gpu_status(entry, device) for device in devices.gpus()]
+        rows += [_other_status(entry, device) for device in devices.others()]
     return KernelTable(rows)
 
 
@@ -271,14 +273,27 @@ def _cpu_status(entry: _Entry) -> KernelStatus:
     return KernelStatus(entry.name, "cpu", "reference", reason)
 
 
-def _cuda_status(entry: _Entry) -> KernelStatus:
+def _gpu_status(entry: _Entry, device: torch.device) -> KernelStatus:
     if not entry.triton:
-        return KernelStatus(entry.name, "cuda", "reference", "this op has no Triton kernel")
+        return KernelStatus(entry.name, str(device), "reference", "this op has no Triton kernel")
     if importlib.util.find_spec("triton") is None:
-        return KernelStatus(entry.name, "cuda", "reference", "Triton is not installed")
+        return KernelStatus(entry.name, str(device), "reference", "Triton is not installed")
     if not torch.cuda.is_available():
-        return KernelStatus(entry.name, "cuda", "triton", "registered; no CUDA device on this machine")
-    return KernelStatus(entry.name, "cuda", "triton", f"CUDA device {torch.cuda.get_device_name()}")
+        return KernelStatus(entry.name, str(device), "triton", "registered; no CUDA device on this machine")
+    unfit = devices.unfit(device)
+    if unfit:
+        return KernelStatus(entry.name, str(device), "reference", unfit)
+    return KernelStatus(entry.name, str(device), "triton", f"CUDA device {torch.cuda.get_device_name(device)}")
+
+
+def _other_status(entry: _Entry, device: torch.device) -> KernelStatus:
+    return KernelStatus(entry.name, device.type, "reference", f"there are no kernels for devices of type {device.type}")
+
+
+def _status(entry: _Entry, device: torch.device) -> KernelStatus:
+    if device.type == "cpu":
+        return _cpu_status(entry)
+    return _gpu_status(entry, device) if device.type == "cuda" else _other_status(entry, device)
 
 
 def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -300,10 +315,13 @@ def _refusing_a_mixture(name: str, fake: Callable[..., Any]) -> Callable[..., An
     return checked
 
 
-def _lazy_launcher(path: str) -> Callable[..., Any]:
+def _lazy_launcher(name: str, reference: Callable[..., Any], path: str) -> Callable[..., Any]:
     module_name, function_name = path.split(":")
+    serve = _warning_reference(name, reference)
 
     def launch(*args: Any) -> Any:
+        if devices.unfit(_tensors(args)[0].device):
+            return serve(*args)
         return getattr(importlib.import_module(module_name), function_name)(*args)
 
     return launch
@@ -314,13 +332,11 @@ def _warning_reference(name: str, reference: Callable[..., Any]) -> Callable[...
         layouts = {tensor.layout for tensor in _tensors(args)} - {torch.strided}
         if layouts:  # the dispatcher sends them here, also where all kernels are built
             raise ValueError(f"{NAMESPACE}::{name}: all tensors must be dense, got {layouts.pop()}")
-        device = next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), "cpu")
-        if device in ("cpu", "cuda") and (name, device) not in _WARNED:
-            _WARNED.add((name, device))
-            row = (_cpu_status if device == "cpu" else _cuda_status)(_ENTRIES[name])
-            warnings.warn(
-                f"astrobiogen.{name} runs its plain PyTorch reference on {device}: {row.reason}", stacklevel=2
-            )
+        device = next((tensor.device for tensor in _tensors(args)), torch.device("cpu"))
+        if device.type != "meta" and (name, str(device)) not in _WARNED:
+            _WARNED.add((name, str(device)))
+            reason = _status(_ENTRIES[name], device).reason
+            warnings.warn(f"astrobiogen.{name} runs its plain PyTorch reference on {device}: {reason}", stacklevel=2)
         return autocast.reference(reference, *args)
 
     return serve

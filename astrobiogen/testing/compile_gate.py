@@ -44,6 +44,7 @@ LIMITS = {
     86: Limits(48, 16, 102_400, 101_376),
     89: Limits(48, 24, 102_400, 101_376),
     90: Limits(64, 32, 233_472, 232_448),
+    120: Limits(48, 24, 102_400, 101_376),
 }
 REGISTERS_PER_SM = 65_536
 # Registers are handed out per warp in units of 256; every block costs 1 KB of shared memory that it cannot use.

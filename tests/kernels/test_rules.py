@@ -11,9 +11,9 @@ from tests.test_structure import PACKAGE, ROOT, functions, python_files, relativ
 
 
 def test_integers_are_checked_in_one_place() -> None:
-    """`isinstance(value, int)` refuses numpy's integers and takes bools: `_checks.check_int` decides for every op."""
+    """`isinstance(value, int)` refuses numpy's integers and takes bools: `checks.check_int` decides for every op."""
     for path in sorted((PACKAGE / "kernels").rglob("*.py")):
-        if path.name != "_checks.py":
+        if path.name != "checks.py":
             assert not (found := integer_checks(path)), f"{path.relative_to(ROOT)}:{found}: use check_int or check_ints"
 
 
@@ -124,7 +124,7 @@ def test_the_rules_find_planted_faults(tmp_path: Path) -> None:
     asks = tmp_path / "asks.py"
     asks.write_text("isinstance(a, str)\nisinstance(b, (int, float))\nisinstance(c, int | None)\n")
     assert integer_checks(asks) == [2, 3]
-    rule = "def f(x):\n    return _autocast.widest(x=x)\ndef g(x):\n    return x\n"
+    rule = "def f(x):\n    return autocast.widest(x=x)\ndef g(x):\n    return x\n"
     assert uses_autocast_rule(rule, "f")
     assert not uses_autocast_rule(rule, "g")
     assert bare_launches(ast.parse("def f(x):\n    k[(1,)](x)\n    launch(k, (1,))(x)\n")) == [2]

@@ -7,6 +7,8 @@ import dataclasses
 import torch
 import triton
 
+from astrobiogen.kernels.devices import CAPABILITIES
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -78,7 +80,7 @@ _SM90 = (
     (160, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2, True), Tile(16, 64, 8, 2, True))),
     (256, Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2, True), Tile(32, 32, 8, 2, True))),
 )
-TILES = {80: _SM80, 86: _SM86, 89: _SM86, 90: _SM90}
+TILES = {80: _SM80, 86: _SM86, 90: _SM90}
 # Few queries, bound by the memory of the keys: 16 rows are the fewest of a dot, and two warps share one tile.
 FEW_TILE = Tile(16, 32, 2, 3)
 # fp32 input: twice the bytes per element and no tensor cores (full precision is asked for).
@@ -107,7 +109,7 @@ def tiles(capability: int, width: int, dtype: torch.dtype) -> Tiles:
     """The tiles for one architecture (major * 10 + minor; 0 under the interpreter), head width and dtype."""
     if capability == 0:
         return INTERPRETED
-    table = FP32_TILES if dtype == torch.float32 else TILES[max((c for c in TILES if c <= capability), default=86)]
+    table = FP32_TILES if dtype == torch.float32 else TILES[CAPABILITIES[capability]]
     return next(entry for widest, entry in table if width <= widest)
 
 
