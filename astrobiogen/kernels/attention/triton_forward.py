@@ -30,10 +30,12 @@ def pack_kernel(
     INTERLEAVED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, in the internal column order, zero behind DIM;
-    made finite with LARGEST > 0, the dtype's largest number. Grid (B heads, blocks).
+    made finite with LARGEST > 0, the dtype's largest number. Program p: rows of block p // (B heads).
     """
-    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    first, local = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
+    pairs = tl.num_programs(0) // tl.cdiv(tokens, BLOCK)
+    pair = tl.program_id(0) % pairs
+    batch, head = pair // heads, pair % heads
+    first, local = tl.program_id(0) // pairs * BLOCK, tl.arange(0, BLOCK)
     live = first + local < tokens
     base = x + (batch.to(tl.int64) * x_batch + head.to(tl.int64) * x_head) * X_UNIT
     rows = row_pointers(base, first, local, x_token, X_UNIT)
@@ -45,7 +47,7 @@ def pack_kernel(
     if LARGEST > 0:
         a, b, tail = clamped(a, LARGEST), clamped(b, LARGEST), clamped(tail, LARGEST)
     WIDTH: tl.constexpr = MAIN + TAIL
-    to = row_pointers(out + tl.program_id(0).to(tl.int64) * tokens * WIDTH, first, local, 1, WIDTH)
+    to = row_pointers(out + pair.to(tl.int64) * tokens * WIDTH, first, local, 1, WIDTH)
     half = tl.arange(0, MAIN // 2)[None, :]
     tl.store(to + half, a, mask=live[:, None])
     tl.store(to + (MAIN // 2) + half, b, mask=live[:, None])

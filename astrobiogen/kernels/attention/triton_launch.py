@@ -17,7 +17,7 @@ from astrobiogen.kernels.attention.reference import Options
 from astrobiogen.kernels.attention.triton_backward import grad_key_kernel, grad_query_kernel, row_constants_kernel
 from astrobiogen.kernels.attention.triton_config import Tile
 from astrobiogen.kernels.attention.triton_forward import combine_kernel, forward_kernel, pack_kernel
-from astrobiogen.kernels.triton_launch import launch
+from astrobiogen.kernels.triton_launch import capability, launch, multiprocessors
 
 LOG2E = 1.4426950408889634
 
@@ -49,10 +49,7 @@ class Machine:
 
 def machine_of(device: torch.device) -> Machine:
     """The CUDA device, or the interpreter for CPU tensors."""
-    if device.type != "cuda":
-        return Machine(0, 2)  # two, so that split keys are exercised there too
-    properties = torch.cuda.get_device_properties(device)
-    return Machine(properties.major * 10 + properties.minor, properties.multi_processor_count)
+    return Machine(capability(device), multiprocessors(device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +151,7 @@ def packed(p: Problem, x: torch.Tensor, *, turn: bool, copy: bool = True, finite
     p.machine.launch(
         Launch(
             pack_kernel,
-            (batch * heads, triton.cdiv(tokens, triton_config.PACK_ROWS)),
+            (batch * heads * triton.cdiv(tokens, triton_config.PACK_ROWS),),
             (rows.data, p.cos, p.sin, result, *rows.strides, tokens, heads, *p.angle_rows(tokens)),
             p.head | rotation | {"X_UNIT": rows.unit, "LARGEST": largest, "BLOCK": triton_config.PACK_ROWS},
             triton_config.PACK_WARPS,
