@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels.cases import CompileCase
+from astrobiogen.kernels.rms_norm import reference
 from astrobiogen.kernels.rms_norm.triton_wide import (
     rms_norm_bwd_wide_kernel,
     rms_norm_fwd_wide_kernel,
     rms_norm_weight_partial_kernel,
 )
-from astrobiogen.kernels.triton_launch import launch
+from astrobiogen.kernels.triton_launch import launch, multiprocessors
 
 # Columns held in registers: 16384 fp32 over 16 warps are 32 registers per tensor and thread; twice that spills in the
 # backward.
@@ -95,7 +96,7 @@ def _load_input(
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, n_rows, eps,
     H: tl.constexpr, R: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, ADD: tl.constexpr,
@@ -121,7 +122,7 @@ def _rms_norm_fwd_kernel(
         _store_tile(y_ptr, x2 * scale * _load_weight(weight_ptr, C0 + C1, C2, H), rows, row_mask, C0 + C1, C2, H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_bwd_kernel(
     grad_y_ptr, x_ptr, weight_ptr, rstd_ptr, grad_sum_ptr, grad_x_ptr, partial_ptr, n_rows,
     H: tl.constexpr, R: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, ADD: tl.constexpr,
@@ -186,7 +187,7 @@ def _store_partial(partial_ptr, tile, program, START: tl.constexpr, COLS: tl.con
     tl.store(partial_ptr + program.to(tl.int64) * H + cols, tl.sum(tile, axis=0), mask=cols < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def _rms_norm_weight_final_kernel(
     partial_ptr, grad_weight_ptr, n_partials, H: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -241,7 +242,9 @@ def backward_warps(hidden: int) -> int:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `rms_norm` on CUDA."""
+    """The op `rms_norm` on CUDA. fp64 runs the reference: the kernels compute in fp32."""
+    if x.dtype == torch.float64:
+        return reference.rms_norm_forward(x, weight, eps)
     y, _, rstd = _forward(x, None, weight, eps)
     return y, rstd
 
@@ -249,7 +252,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `add_rms_norm` on CUDA."""
+    """The op `add_rms_norm` on CUDA. fp64 runs the reference."""
+    if x.dtype == torch.float64:
+        return reference.add_rms_norm_forward(x, residual, weight, eps)
     return _forward(x, residual, weight, eps)
 
 
@@ -284,7 +289,9 @@ def _forward(
 def rms_norm_backward(
     grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, grad_sum: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `rms_norm_backward` on CUDA."""
+    """The op `rms_norm_backward` on CUDA. fp64 runs the reference."""
+    if x.dtype == torch.float64:
+        return reference.rms_norm_backward(grad_y, x, weight, rstd, grad_sum)
     grad_y, x, weight, rstd = grad_y.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
     add = grad_sum is not None
     grad_sum = grad_sum.contiguous() if grad_sum is not None else grad_y
@@ -297,14 +304,14 @@ def rms_norm_backward(
         launch(rms_norm_bwd_wide_kernel, (n_rows,))(
             grad_y, x, weight, rstd, grad_sum, grad_x, H=hidden, TILE=WIDE_TILE, ADD=add, num_warps=8
         )
-        launch(rms_norm_weight_partial_kernel, (triton.cdiv(hidden, WIDE_TILE), partial.shape[0]))(
+        launch(rms_norm_weight_partial_kernel, (triton.cdiv(hidden, WIDE_TILE) * partial.shape[0],))(
             grad_y, x, rstd, partial, n_rows, H=hidden, TILE=WIDE_TILE, ROWS=WIDE_ROWS, num_warps=8
         )
     else:
         c0, c1, c2 = column_tiles(hidden)
         rows = rows_per_program(hidden)
         steps = triton.cdiv(n_rows, rows)
-        resident = BACKWARD_PROGRAMS_PER_SM * _multiprocessors(x.device)
+        resident = BACKWARD_PROGRAMS_PER_SM * multiprocessors(x.device)
         programs = max(min(steps, resident), triton.cdiv(steps, MOST_STEPS))
         partial = x.new_empty((programs, hidden), dtype=torch.float32)
         launch(_rms_norm_bwd_kernel, (programs,))(
@@ -315,11 +322,6 @@ def rms_norm_backward(
         partial, grad_weight, partial.shape[0], H=hidden, ROWS=FINAL_ROWS, COLS=FINAL_COLS, num_warps=4
     )
     return grad_x, grad_weight
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 1 for a CPU tensor under Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def compile_cases() -> tuple[CompileCase, ...]:

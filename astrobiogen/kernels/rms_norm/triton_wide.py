@@ -64,13 +64,14 @@ def rms_norm_bwd_wide_kernel(
         tl.store(grad_x_ptr + row * H + cols, value.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def rms_norm_weight_partial_kernel(
     grad_y_ptr, x_ptr, rstd_ptr, partial_ptr, n_rows, H: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
 ):
     """Weight-gradient partial of ROWS consecutive rows for one column tile, for rows wider than the registers."""
-    block = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tiles: tl.constexpr = (H + TILE - 1) // TILE
+    block = (tl.program_id(0) // tiles).to(tl.int64)
+    cols = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     mask = cols < H
     total = tl.zeros([TILE], dtype=tl.float32)
     for row in range(block * ROWS, tl.minimum((block + 1) * ROWS, n_rows)):
