@@ -6,6 +6,8 @@ pairs of a head are covered by at most two power-of-two tiles of columns (34 = 3
 lanes idle).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -70,27 +72,28 @@ def _copy(source, target, live, START: tl.constexpr, COLS: tl.constexpr, WIDTH: 
     tl.store(target + columns, tl.load(source + columns, mask=live, other=0.0), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "heads", "blocks", "x_batch", "x_token", "x_head", "table_rows"])
 def _rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, length, heads, blocks, x_batch, x_token, table_batch,
-    HEAD_STRIDE: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, out_ptr, length, heads, blocks, x_batch, x_token, x_head, table_rows,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     C0: tl.constexpr, C1: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
     INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Program (p, h): tokens (p % blocks) * TOKENS .. of sequence p // blocks, heads h * HEADS ...
 
-    C0 + C1 >= HALF rotated pairs and R0 + R1 >= WIDTH - 2 HALF copied columns; a tile of 0 is absent.
+    C0 + C1 >= HALF rotated pairs and R0 + R1 >= WIDTH - 2 HALF copied columns; a tile of 0 is absent. Strides are
+    counted in UNIT elements: how far addresses are aligned is compiled in, and no length is.
     """
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     tokens = (tl.program_id(0) % blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     token_live = tokens < length
     live = token_live[:, None, None] & (head < heads)[None, :, None]
-    source = x_ptr + batch * x_batch
-    source += tokens[:, None, None] * x_token + (head.to(tl.int64) * HEAD_STRIDE)[None, :, None]
+    source = x_ptr + batch * x_batch * UNIT
+    source += (tokens[:, None, None] * x_token + (head.to(tl.int64) * x_head)[None, :, None]) * UNIT
     target = out_ptr + ((batch * length + tokens)[:, None, None] * heads + head[None, :, None]) * WIDTH
-    cos_ptr += batch * table_batch
-    sin_ptr += batch * table_batch
+    cos_ptr += batch * table_rows * HALF
+    sin_ptr += batch * table_rows * HALF
     if C0 > 0:
         pairs = tl.arange(0, C0)
         cos = _table(cos_ptr, tokens, token_live, pairs, 0, C0, HALF)
@@ -129,10 +132,12 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
     half = cos.shape[-1]
     constants = constants_of(heads, width, half)
     blocks = triton.cdiv(length, constants["TOKENS"])
-    table_batch = length * half if cos.dim() == 3 and cos.shape[0] > 1 else 0
+    table_rows = length if cos.dim() == 3 and cos.shape[0] > 1 else 0
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride())]
+    unit = math.gcd(16 // x.element_size(), *strides)
     launch(_rope_kernel, (batch * blocks, triton.cdiv(heads, constants["HEADS"])))(
-        x, cos, sin, out, length, heads, blocks, x.stride(0), x.stride(1), table_batch,
-        HEAD_STRIDE=x.stride(2), INTERLEAVED=interleaved, TRANSPOSED=transposed, num_warps=NUM_WARPS, **constants,
+        x, cos, sin, out, length, heads, blocks, *(stride // unit for stride in strides), table_rows,
+        UNIT=unit, INTERLEAVED=interleaved, TRANSPOSED=transposed, num_warps=NUM_WARPS, **constants,
     )  # fmt: skip
     return out
 
@@ -176,16 +181,10 @@ def compile_cases() -> tuple[CompileCase, ...]:
 
 def _compile_case(size: Size, dtype: str, interleaved: bool, transposed: bool) -> CompileCase:
     constants = constants_of(size.heads, size.width, size.rotary // 2)
-    numbers = {
-        "length": size.length,
-        "heads": size.heads,
-        "blocks": triton.cdiv(size.length, constants["TOKENS"]),
-        "x_batch": size.length * size.heads * size.width,
-        "x_token": size.heads * size.width,
-        "table_batch": 0,
-    }
+    numbers = ("length", "heads", "blocks", "x_batch", "x_token", "x_head", "table_rows")
+    unit = math.gcd(8, size.width)
     pointers = {"x_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-    constants |= {"HEAD_STRIDE": size.width, "INTERLEAVED": interleaved, "TRANSPOSED": transposed}
+    constants |= {"UNIT": unit, "INTERLEAVED": interleaved, "TRANSPOSED": transposed}
     kind = ("pairs" if interleaved else "halves") + ("/transposed" if transposed else "")
     # heads of 68 columns start at multiples of 8 bytes only
     vector = size.width * 2 % 16 == 0 and (size.rotary // 2) * 2 % 16 == 0
@@ -194,7 +193,7 @@ def _compile_case(size: Size, dtype: str, interleaved: bool, transposed: bool) -
         _rope_kernel,
         pointers | dict.fromkeys(numbers, "i32"),
         constants,
-        (*pointers, *(name for name, value in numbers.items() if value % 16 == 0)),
+        tuple(pointers),
         NUM_WARPS,
         needs_vector_loads=vector,
     )
