@@ -79,7 +79,7 @@ def _backward_tile(
         _store(product_ptr, silu * up, columns, live, MASKED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "tiles"], do_not_specialize_on_alignment=["inner"])
 def _swiglu_fwd_kernel(
     gate_ptr, up_ptr, product_ptr, columns, tiles, inner, gate_outer, gate_inner, gate_column, up_outer, up_inner,
     up_column, product_row, TILE: tl.constexpr,
@@ -100,7 +100,7 @@ def _swiglu_fwd_kernel(
         _forward_tile(gate_ptr, up_ptr, product_ptr, live, gate_column, up_column, TILE, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "tiles"], do_not_specialize_on_alignment=["inner"])
 def _swiglu_bwd_kernel(
     grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, product_ptr, columns, tiles, inner, grad_outer, grad_inner,
     grad_column, gate_outer, gate_inner, gate_column, up_outer, up_inner, up_column, out_row, TILE: tl.constexpr,
@@ -137,7 +137,17 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     tile, warps = tile_of(columns)
     tiles = triton.cdiv(columns, tile)
     launch(_swiglu_fwd_kernel, (rows * tiles,))(
-        gate, up, product, columns, tiles, inner, *strides[0], *strides[1], columns, TILE=tile, num_warps=warps
+        gate,
+        up,
+        product,
+        columns,
+        tiles,
+        inner,
+        *strides[0],
+        *strides[1],
+        _row(rows, columns),
+        TILE=tile,
+        num_warps=warps,
     )
     return product
 
@@ -188,11 +198,16 @@ def _launch_backward(
     (grad, gate, up), rows, columns, inner, strides = _rows((grad, gate, up), dense_output=dense)
     tile, warps = tile_of(columns)
     tiles = triton.cdiv(columns, tile)
-    out_row = columns if dense else 2 * columns
+    out_row = _row(rows, columns if dense else 2 * columns)
     launch(_swiglu_bwd_kernel, (rows * tiles,))(
         grad, gate, up, grad_gate, grad_up, grad_gate if product is None else product, columns, tiles, inner,
         *strides[0], *strides[1], *strides[2], out_row, TILE=tile, PRODUCT=product is not None, num_warps=warps,
     )  # fmt: skip
+
+
+def _row(rows: int, step: int) -> int:
+    """Elements from one row to the next, 0 for a single one: its number of columns has no part in the code."""
+    return step if rows > 1 else 0
 
 
 def tile_of(columns: int) -> tuple[int, int]:
@@ -253,7 +268,7 @@ def _compile_cases(size: Size, dtype: str, packed: bool) -> list[CompileCase]:
     dense = {"outer": 0, "inner": columns if packed else 0, "column": 1}
     for name, strides in (("gate", source), ("up", source), ("grad", dense)):
         numbers |= {f"{name}_{axis}": stride for axis, stride in strides.items()}
-    numbers |= {"product_row": columns, "out_row": 2 * columns if packed else columns}
+    numbers |= {"product_row": _row(rows, columns), "out_row": _row(rows, 2 * columns)}
     vector = not packed or columns % 16 == 0  # packed odd rows start at 2-byte addresses
     suffix = f"{'packed/' if packed else ''}{size.columns}/{dtype}"
     cases = []
