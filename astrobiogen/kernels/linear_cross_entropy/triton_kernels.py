@@ -26,9 +26,10 @@ MIN_COLUMNS = 2048
 # Columns are a multiple of 64, so that every row of a slab starts on a 128-byte line whatever the vocabulary (50257 has
 # odd rows in eager).
 COLUMN_MULTIPLE = 64
-# Columns a program handles at once: 4096 logits over 8 warps are 16 per thread, two 16-byte loads in half precision.
-BLOCK = 4096
-NUM_WARPS = 8
+# Columns a program handles at once: 16 logits per thread, two 16-byte loads in half precision. The narrower one serves
+# the narrowest slab, which fills it.
+BLOCKS = (MIN_COLUMNS, 2 * MIN_COLUMNS)
+LOGITS_PER_WARP = 512
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _tanh(x):
     return tl.where(x < 0.0, -magnitude, magnitude)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "first", "columns", "vocabulary", "ignore_index"])
 def _statistics_kernel(
     logits_ptr,  # [tokens, row_stride]: one slab, its first `columns` columns valid
     target_ptr,
@@ -65,8 +66,6 @@ def _statistics_kernel(
     z_loss,
     softcap,
     HAS_CAP: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One token per program: fold one slab into its running sums; after the last slab, its loss.
@@ -76,16 +75,13 @@ def _statistics_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
-    if FIRST:
-        maximum = tl.full((), float("-inf"), tl.float32)
-        sum_exp = tl.full((), 0.0, tl.float64)
-        total = tl.full((), 0.0, tl.float64)
-        target_logit = tl.full((), 0.0, tl.float64)
-    else:
-        maximum = tl.load(running_ptr + row).to(tl.float32)
-        sum_exp = tl.load(running_ptr + tokens + row)
-        total = tl.load(running_ptr + 2 * tokens + row)
-        target_logit = tl.load(running_ptr + 3 * tokens + row)
+    running_ptr += row
+    step = tokens.to(tl.int64)
+    later = first > 0  # the first slab finds nothing
+    maximum = tl.load(running_ptr, mask=later, other=float("-inf")).to(tl.float32)
+    sum_exp = tl.load(running_ptr + step, mask=later, other=0.0)
+    total = tl.load(running_ptr + 2 * step, mask=later, other=0.0)
+    target_logit = tl.load(running_ptr + 3 * step, mask=later, other=0.0)
     offsets = tl.arange(0, BLOCK)
     for start in range(0, padded, BLOCK):
         cols = start + offsets
@@ -104,20 +100,20 @@ def _statistics_kernel(
         # The target is compared with each column, never used as an address: out of range, it reads nothing.
         target_logit += tl.sum(tl.where(live & (cols + first == target), z, 0.0), 0).to(tl.float64)
         maximum = raised
-    if LAST:
+    if first + columns == vocabulary:
         lse = maximum.to(tl.float64) + tl.log(sum_exp.to(tl.float32)).to(tl.float64)
         loss = (1.0 - label_smoothing) * (lse - target_logit) + label_smoothing * (lse - total / vocabulary)
         loss += z_loss * lse * lse
         tl.store(lse_ptr + row, tl.where(target == ignore_index, 0.0, lse))
         tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, loss.to(tl.float32)))
     else:
-        tl.store(running_ptr + row, maximum.to(tl.float64))
-        tl.store(running_ptr + tokens + row, sum_exp)
-        tl.store(running_ptr + 2 * tokens + row, total)
-        tl.store(running_ptr + 3 * tokens + row, target_logit)
+        tl.store(running_ptr, maximum.to(tl.float64))
+        tl.store(running_ptr + step, sum_exp)
+        tl.store(running_ptr + 2 * step, total)
+        tl.store(running_ptr + 3 * step, target_logit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "columns", "vocabulary", "ignore_index", "grad_stride"])
 def _slope_kernel(
     logits_ptr,  # [tokens, row_stride]: one recomputed slab, overwritten by the gradient of its logits
     target_ptr,
@@ -168,6 +164,11 @@ def slab_columns(tokens: int, vocabulary: int) -> int:
     return min(wanted, _padded(vocabulary))
 
 
+def block_of(columns: int) -> int:
+    """Columns of one program's tile for slabs of `columns`: no lane is idle in a full slab of either size."""
+    return BLOCKS[0] if columns <= BLOCKS[0] else BLOCKS[1]
+
+
 def _padded(columns: int) -> int:
     return triton.cdiv(columns, COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
@@ -194,6 +195,7 @@ def linear_cross_entropy(
     target = target.contiguous()
     running = x.new_empty((4, tokens), dtype=torch.float64)
     columns = slab_columns(tokens, vocabulary)
+    block = block_of(columns)
     buffer = x.new_empty((tokens, columns))
     for first in range(0, vocabulary, columns):
         count = min(columns, vocabulary - first)
@@ -201,8 +203,7 @@ def linear_cross_entropy(
         launch(_statistics_kernel, (tokens,))(
             buffer, target, running, loss, lse, tokens, columns, first, count, _padded(count), vocabulary,
             ignore_index, label_smoothing, z_loss, softcap,
-            HAS_CAP=softcap > 0.0, FIRST=first == 0, LAST=first + count == vocabulary, BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            HAS_CAP=softcap > 0.0, BLOCK=block, num_warps=block // LOGITS_PER_WARP,
         )  # fmt: skip
     return loss, lse
 
@@ -233,16 +234,17 @@ def linear_cross_entropy_backward(
     kept = target != ignore_index
     x = reference.only_kept(kept, x)
     columns = slab_columns(tokens, vocabulary)
+    block = block_of(columns)
     buffer = x.new_empty((tokens, columns))
     total_x = x.new_zeros((tokens, hidden) if need_x else 0, dtype=torch.float32)
     for first in range(0, vocabulary, columns):
         count = min(columns, vocabulary - first)
         slab, rows = buffer[:, :count], weight[first : first + count]
         torch.mm(x, rows.t(), out=slab)
-        launch(_slope_kernel, (tokens, triton.cdiv(count, BLOCK)))(
+        launch(_slope_kernel, (tokens, triton.cdiv(count, block)))(
             buffer, target, lse, grad, columns, grad.stride(0), first, count, _padded(count), vocabulary,
             ignore_index, label_smoothing, z_loss, softcap,
-            HAS_CAP=softcap > 0.0, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            HAS_CAP=softcap > 0.0, BLOCK=block, num_warps=block // LOGITS_PER_WARP,
         )  # fmt: skip
         if need_x:
             _accumulate(total_x, slab, rows)
@@ -273,22 +275,20 @@ def compile_cases() -> tuple[CompileCase, ...]:
     """
     scalars = dict.fromkeys(("row_stride", "first", "columns", "padded", "vocabulary", "ignore_index"), "i32")
     scalars |= dict.fromkeys(("label_smoothing", "z_loss", "softcap"), "fp32")
-    whole = ("row_stride", "first", "padded")
+    whole = ("row_stride", "padded")
     cases = []
     for dtype in ("fp16", "bf16"):
         logits = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64"}
         statistics = logits | {"running_ptr": "*fp64", "loss_ptr": "*fp32", "lse_ptr": "*fp64"}
         slope = logits | {"lse_ptr": "*fp64", "grad_ptr": "*fp32"}
         for cap, suffix in ((False, dtype), (True, f"{dtype}/softcap")):
-            for first, slab in ((True, "first"), (False, "last")):
-                constants = {"HAS_CAP": cap, "FIRST": first, "LAST": not first, "BLOCK": BLOCK}
-                signature = statistics | {"tokens": "i32"} | scalars
-                aligned = (*statistics, "tokens", *whole)
-                name = f"statistics/{slab} slab/{suffix}"
-                cases.append(CompileCase(name, _statistics_kernel, signature, constants, aligned, NUM_WARPS))
-            signature = slope | {"grad_stride": "i32"} | scalars
-            constants = {"HAS_CAP": cap, "BLOCK": BLOCK}
-            cases.append(
-                CompileCase(f"slope/{suffix}", _slope_kernel, signature, constants, (*slope, *whole), NUM_WARPS)
-            )
+            for block in BLOCKS:
+                constants, warps = {"HAS_CAP": cap, "BLOCK": block}, block // LOGITS_PER_WARP
+                for label, kernel, pointers, integer in (
+                    ("statistics", _statistics_kernel, statistics, "tokens"),
+                    ("slope", _slope_kernel, slope, "grad_stride"),
+                ):
+                    signature = pointers | {integer: "i32"} | scalars
+                    name = f"{label}/{block}/{suffix}"
+                    cases.append(CompileCase(name, kernel, signature, constants, (*pointers, *whole), warps))
     return tuple(cases)
