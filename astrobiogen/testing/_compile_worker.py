@@ -39,7 +39,9 @@ def compile_case(case: CompileCase, target: int, counts: dict[str, dict[str, int
             blank, False, False, f"signature and constexprs do not fit the kernel's arguments: {sorted(unknown)}"
         )
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    fixed = {p.name for p in case.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    aligned = [name for name in case.aligned if name not in fixed]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, signature, case.constexprs, attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     try:

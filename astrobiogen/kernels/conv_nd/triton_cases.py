@@ -30,7 +30,6 @@ from astrobiogen.kernels.conv_nd.triton_norm import (
 from astrobiogen.kernels.conv_nd.triton_norm_launch import (
     GROUP_CHANNELS,
     MERGE_BLOCK,
-    SUM_PROGRAMS,
     TILE_ELEMENTS,
     row_blocks,
     row_warps,
@@ -38,6 +37,7 @@ from astrobiogen.kernels.conv_nd.triton_norm_launch import (
 from astrobiogen.kernels.conv_nd.triton_weight import row_sums, weight_taps
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+PRECISIONS = {"fp32": "ieee", "fp32 as tf32": "tf32"}
 SMALL_SHARED_TARGETS = (86, 89)
 ALL_TARGETS = (80, 86, 89, 90)
 # "narrow" runs the wide layer's kernels with smaller blocks.
@@ -47,15 +47,16 @@ NORM_SIZES = ("stem", "wide")
 
 
 def compile_cases() -> tuple[CompileCase, ...]:
-    """Stem, wide layer and factorised pair: forward, adjoint and weight gradient in bf16, fp16 and fp32 (tf32) on every
-    target; the fused norms; the norms' own passes."""
+    """Stem, wide layer and factorised pair: forward, adjoint and weight gradient in bf16, fp16 and fp32 (exact, and as
+    tf32) on every target; the fused norms; the norms' own passes."""
     cases: list[CompileCase] = []
     for size in SIZES:
         for dtype in ("bf16", "fp16"):
             cases += _size_cases(size, dtype, SMALL_SHARED_TARGETS)
             cases += _size_cases(size, dtype, LARGE_SHARED_TARGETS)
-        cases += _size_cases(size, "fp32", (80, 86, 89))
-        cases += _size_cases(size, "fp32", (90,))
+        for dtype in PRECISIONS:
+            cases += _size_cases(size, dtype, (80, 86, 89))
+            cases += _size_cases(size, dtype, (90,))
     for dtype in ITEMSIZE:
         cases += _norm_cases(dtype)
     return tuple(cases)
@@ -63,8 +64,10 @@ def compile_cases() -> tuple[CompileCase, ...]:
 
 def _size_cases(size: Size, dtype: str, targets: tuple[int, ...]) -> list[CompileCase]:
     geometry, out = size.geometry(), size.spatial  # every benchmark size keeps its spatial shape
-    itemsize, precision = ITEMSIZE[dtype], "tf32" if dtype == "fp32" else "ieee"
+    precision = PRECISIONS.get(dtype, "ieee")
     label = f"{size.name}/{dtype}/" + "-".join(str(target) for target in targets)
+    dtype = dtype.split()[0]
+    itemsize = ITEMSIZE[dtype]
     forward = Problem.of(1, size.spatial, out, size.kernel, geometry, (size.channels, size.outputs))
     adjoint = adjoint_problem(1, out, size.spatial, size.kernel, geometry, (size.outputs, size.channels))
     value, single = f"*{dtype}", "*fp32"
@@ -96,10 +99,10 @@ def _case(name: str, launch: Launch, tensors: dict[str, str], targets: tuple[int
         kernel=launch.kernel,
         signature={**tensors, **dict.fromkeys(launch.integers, "i32")},
         constexprs=launch.constants,
-        aligned=(*pointers, *(key for key, value in launch.integers.items() if value % 16 == 0)),
+        aligned=tuple(pointers),
         num_warps=launch.warps,
         num_stages=launch.stages,
-        needs_mma=True,
+        needs_mma=tensors["x"] != "*fp32" or launch.constants["PRECISION"] == "tf32",
         needs_vector_loads=vector_loads,
         targets=targets,
     )
@@ -112,27 +115,27 @@ def _norm_cases(dtype: str, channels: int = 128, groups: int = 8) -> list[Compil
     tile = {"C": channels, "ACTIVATION": 1, "BLOCK_R": block_r, "BLOCK_C": block_c}
     group_c = min(GROUP_CHANNELS, block_c)
     group: dict[str, Any] = {**tile, "BLOCK_R": TILE_ELEMENTS // group_c, "BLOCK_C": group_c}
-    merge = {"C": channels, "GROUPS": groups, "SPLITS": SUM_PROGRAMS // groups, "TILE_ROWS": 64, "BLOCK": MERGE_BLOCK}
+    merge = {"C": channels, "GROUPS": groups, "TILE_ROWS": 64, "BLOCK": MERGE_BLOCK}
     affine, statistics = {"gamma": value, "beta": value}, {"mean": single, "rstd": single}
     pair, gradients = {"z": value, "y": value}, {"grad": value, "z": value}
     rows, positions = {"ROWS": "i32"}, {"POSITIONS": "i32"}
-    sizes = dict.fromkeys(("TILES", "PLANE", "PLANE_TILES"), "i32")
+    sizes = dict.fromkeys(("TILES", "SPLITS", "PLANE", "PLANE_TILES"), "i32")
     means = {"grad_mean": single, "grad_projection": single}
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         ("norm", norm_rows, {**pair, **affine, **statistics, **rows, "eps": "fp32"},
          {**tile, "NORM": LAYER, "KEEP": True}),
         ("norm-backward", norm_rows_backward,
          {**gradients, "grad_z": value, **affine, **statistics, "partial": single, **rows},
-         {**tile, "NORM": LAYER, "PROGRAMS": SUM_PROGRAMS}),
+         {**tile, "NORM": LAYER}),
         ("group-scale", scale_rows, {**pair, "center": single, "scale": single, "shift": single, **positions}, group),
-        ("group-sums", group_sums, {**gradients, **affine, **statistics, "partial": single, **positions},
-         {**group, "SPLITS": SUM_PROGRAMS}),
+        ("group-sums", group_sums,
+         {**gradients, **affine, **statistics, "partial": single, **positions, "SPLITS": "i32"}, group),
         ("group-backward", group_rows_backward,
          {**gradients, "grad_z": value, **affine, **statistics, **means, **positions}, group),
     ]  # fmt: skip
     cases.append(
         ("bias", row_sums, {"grad": value, "partial": single, **rows},
-         {name: group[name] for name in ("C", "BLOCK_R", "BLOCK_C")} | {"PROGRAMS": SUM_PROGRAMS})
+         {name: group[name] for name in ("C", "BLOCK_R", "BLOCK_C")})
     )  # fmt: skip
     if dtype == "fp32":  # the same for every dtype
         cases.append(

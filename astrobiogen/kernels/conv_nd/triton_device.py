@@ -8,6 +8,9 @@ then walks the convolution's *input* positions and reads its outputs.
 import triton
 import triton.language as tl
 
+# Sizes are not compiled in by their alignment, which loads do not need: a channel row's is known from its length.
+SIZES = ["D1", "D2", "D3", "H", "W", "N1", "N2", "N3", "NH", "NW"]
+
 
 @triton.jit
 def source(q, tap, size, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr):
@@ -62,10 +65,21 @@ def end_tap(q, size, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_tf32(x):
+    """fp32 `x` rounded to the nearest TF32, ties away from zero; NaN and infinities stay."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32. "widened" serves the interpreter, whose dot takes bf16 numbers for integers."""
+    """acc + a b in fp32. "widened" serves the interpreter, whose dot takes bf16 numbers for integers; "tf32" rounds the
+    operands to the 10 bits of a tensor core's mantissa, which else drops the others: twice the error, all to one side.
+    """
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if PRECISION == "tf32":
+        a = rounded_to_tf32(a)
+        b = rounded_to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

@@ -38,7 +38,7 @@ from astrobiogen.kernels.conv_nd.triton_norm_launch import (
     scale_group,
 )
 from astrobiogen.kernels.conv_nd.triton_weight import row_sums
-from astrobiogen.kernels.triton_launch import launch
+from astrobiogen.kernels.triton_launch import INTERPRETER, capability, launch
 
 __all__ = [
     "compile_cases",
@@ -209,7 +209,7 @@ def conv_nd_weight_grad(grad: torch.Tensor, x: torch.Tensor, kernel: list[int], 
         return x.new_zeros(groups * outputs, inputs, *kernel)
     problem = Problem.of(x.shape[0], padded.shape[2:], grad.shape[2:], kernel, geometry, (inputs, outputs))
     start = weight_launch(problem, x.element_size(), _target(x), precision=_precision(x))
-    shape = (start.constants["SPLITS"], groups, problem.taps, inputs, outputs)
+    shape = (start.splits, groups, problem.taps, inputs, outputs)
     partial = x.new_empty(shape, dtype=torch.float32)
     start(x=padded.movedim(1, -1).contiguous(), grad=grad.movedim(1, -1).contiguous(), partial=partial)
     total = partial.sum(0) if shape[0] > 1 else partial[0]
@@ -227,7 +227,7 @@ def conv_nd_bias_grad(grad: torch.Tensor) -> torch.Tensor:
     programs = max(1, min(SUM_PROGRAMS // tiles, -(-count // block_r)))
     partial = grad.new_empty(programs, channels, dtype=torch.float32)
     launch(row_sums, (programs * tiles,))(
-        rows, partial, count, C=channels, PROGRAMS=programs, BLOCK_R=block_r, BLOCK_C=block_c
+        rows, partial, count, C=channels, BLOCK_R=block_r, BLOCK_C=block_c
     )  # fmt: skip
     return partial.sum(0).to(grad.dtype)
 
@@ -249,16 +249,15 @@ def _bias(bias: torch.Tensor | None, x: torch.Tensor, channels: int) -> torch.Te
 
 
 def _target(x: torch.Tensor) -> int:
-    """Compute capability as one number, e.g. 86; 86 under the interpreter, where tensors are on the CPU."""
-    if x.device.type != "cuda":
-        return 86
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
+    """Compute capability as one number, e.g. 86; the interpreter has tiles of sm_86."""
+    return capability(x.device) or 86
 
 
 def _precision(x: torch.Tensor) -> str:
-    """fp32 products follow PyTorch's own switch for convolutions; on CPU tensors (the interpreter) operands are
-    widened first."""
-    if x.device.type == "cpu":
+    """fp32 products are fp32, or TF32 where it was asked for: with `torch.set_float32_matmul_precision("high")` or
+    PyTorch's newer `fp32_precision`, unless the convolutions' own says "ieee". The convolutions' own cannot ask: it
+    is "tf32" from the start. Under the interpreter operands are widened first."""
+    if capability(x.device) == INTERPRETER:
         return "widened"
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    settings = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    return "tf32" if x.dtype == torch.float32 and settings == ("tf32", "tf32") else "ieee"

@@ -36,8 +36,7 @@ class Tile:
 
 
 # Half precision: 128 x 128 of sums over 8 warps are 64 registers per thread. (128 + 128) * 32 * 2 B * 3 stages = 48
-# KiB: two blocks fit the
-# 100 KiB of sm_86 and sm_89.
+# KiB of the 100 KiB of sm_86 and sm_89. With more than 128 registers per thread 8 warps are all that is resident.
 SMALL_SHARED = {"taps": Tile(128, 128, 32, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 32, 8, 3)}
 # sm_80 (164 KiB) and sm_90 (228 KiB): K = 64 halves the barriers; 96 KiB.
 LARGE_SHARED = {"taps": Tile(128, 128, 64, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 64, 8, 3)}
@@ -158,7 +157,7 @@ def adjoint_problem(
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel launch without its tensors."""
+    """One kernel launch without its tensors; `splits`: partial results that its programs leave."""
 
     kernel: Any
     grid: int
@@ -166,6 +165,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    splits: int = 1
 
     def __call__(self, **tensors: Any) -> None:
         """Run on `tensors`."""
@@ -240,7 +240,7 @@ def forward_launch(
 
 
 def weight_launch(problem: Problem, itemsize: int, target: int, *, precision: str) -> Launch:
-    """The launch of a weight gradient; `constants["SPLITS"]` partials of [groups, taps, KG, NG] fp32."""
+    """The launch of a weight gradient into `splits` partials of [groups, taps, KG, NG] fp32."""
     tile = tile_for("weight", itemsize, target)
     rows, tiles = problem.source_channels, problem.taps
     if problem.packed:
@@ -253,7 +253,6 @@ def weight_launch(problem: Problem, itemsize: int, target: int, *, precision: st
     splits = max(1, min(WEIGHT_PROGRAMS // programs, PARTIAL_BYTES // one, problem.planes))
     constants = {
         **problem.constants(),
-        "SPLITS": splits,
         "PRECISION": precision,
         "BLOCK_M": m,
         "BLOCK_N": n,
@@ -261,7 +260,7 @@ def weight_launch(problem: Problem, itemsize: int, target: int, *, precision: st
     }
     kernel = weight_packed if problem.packed else weight_taps
     integers = {"PLANES": problem.planes, **problem.integers()}
-    return Launch(kernel, programs * splits, integers, constants, tile.warps, tile.stages)
+    return Launch(kernel, programs * splits, integers, constants, tile.warps, tile.stages, splits)
 
 
 def _ceil(size: int, block: int) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 from astrobiogen.kernels.conv_nd.triton_device import activate, activation_slope, channel_statistics
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def norm_rows(
     z, y, gamma, beta, mean, rstd, ROWS, eps,
     C: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr,
@@ -44,7 +44,7 @@ def group_tile(POSITIONS, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
     return tl.program_id(0) % row_tiles, (rest // channel_tiles).to(tl.int64), channel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["POSITIONS"])
 def scale_rows(
     z, y, center, scale, shift, POSITIONS,
     C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -63,10 +63,10 @@ def scale_rows(
     tl.store(y + offset, activate(u, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES", "SPLITS", "PLANE", "PLANE_TILES"])
 def merge_tiles(
-    center, squares, merged, TILES, PLANE, PLANE_TILES,
-    C: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    center, squares, merged, TILES, SPLITS, PLANE, PLANE_TILES,
+    C: tl.constexpr, GROUPS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """merged [B, GROUPS, SPLITS, 3] fp32: elements, mean and sum of squared deviations of one group over a share of a
     sample's TILES position tiles, from center and squares [B * TILES, C] per tile and channel.
@@ -109,13 +109,13 @@ def merge_tiles(
     tl.store(to + 2, spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def norm_rows_backward(
     grad, z, grad_z, gamma, beta, mean, rstd, partial, ROWS,
-    C: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, PROGRAMS: tl.constexpr,
+    C: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """grad_z of a channel norm, and this program's sums of d and d h: partial [PROGRAMS, 2, C] fp32."""
+    """grad_z of a channel norm, and this program's sums of d and d h: partial [programs, 2, C] fp32."""
     program = tl.program_id(0)
     channel = tl.arange(0, BLOCK_C)
     ok = channel < C
@@ -123,7 +123,7 @@ def norm_rows_backward(
     offset_u = tl.load(beta + channel, mask=ok, other=0.0).to(tl.float32)[None, :]
     sum_d = tl.zeros((BLOCK_C,), dtype=tl.float32)
     sum_dh = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for block in range(program, (ROWS + BLOCK_R - 1) // BLOCK_R, PROGRAMS):
+    for block in range(program, (ROWS + BLOCK_R - 1) // BLOCK_R, tl.num_programs(0)):
         row = (tl.zeros((BLOCK_R,), tl.int64) + block) * BLOCK_R + tl.arange(0, BLOCK_R)
         row_ok = row < ROWS
         offset = row[:, None] * C + channel[None, :]
@@ -148,10 +148,10 @@ def norm_rows_backward(
     tl.store(slot + C, sum_dh, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["POSITIONS", "SPLITS"])
 def group_sums(
-    grad, z, gamma, beta, mean, rstd, partial, POSITIONS,
-    C: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad, z, gamma, beta, mean, rstd, partial, POSITIONS, SPLITS,
+    C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """partial [B, SPLITS, 2, C] fp32: sums of d and d h of a split. mean, rstd [B, C], spread over groups."""
     channel_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -180,7 +180,7 @@ def group_sums(
     tl.store(slot + C, sum_dh, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["POSITIONS"])
 def group_rows_backward(
     grad, z, grad_z, gamma, beta, mean, rstd, grad_mean, grad_projection, POSITIONS,
     C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -72,8 +72,8 @@ def group_statistics(
     splits = max(1, min(SUM_PROGRAMS // (batch * norm.groups), tiles))
     merged = torch.empty(batch, norm.groups, splits, 3, dtype=torch.float32, device=mean.device)
     launch(merge_tiles, (batch * norm.groups * splits,))(
-        partial[0], partial[1], merged, tiles, problem.plane, -(-problem.plane // tile),
-        C=channels, GROUPS=norm.groups, SPLITS=splits, TILE_ROWS=tile, BLOCK=MERGE_BLOCK,
+        partial[0], partial[1], merged, tiles, splits, problem.plane, -(-problem.plane // tile),
+        C=channels, GROUPS=norm.groups, TILE_ROWS=tile, BLOCK=MERGE_BLOCK,
     )  # fmt: skip
     count, center, spread = merged.double().unbind(-1)
     total = count.sum(-1)
@@ -129,7 +129,7 @@ def conv_nd_norm_backward(
         partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=z.device)
         launch(norm_rows_backward, (programs,))(
             dy, z, result, gamma, beta, mean, rstd, partial, rows,
-            C=channels, NORM=kind, ACTIVATION=activation, PROGRAMS=programs, BLOCK_R=block_r, BLOCK_C=block_c,
+            C=channels, NORM=kind, ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c,
             num_warps=row_warps(block_c),
         )  # fmt: skip
         sums = partial.sum(0)
@@ -155,9 +155,7 @@ def _group_backward(
     splits = min(tiles, max(1, SUM_PROGRAMS // others))
     partial = torch.empty(z.shape[0], splits, 2, channels, dtype=torch.float32, device=z.device)
     shared = {"C": channels, "ACTIVATION": activation, **blocks}
-    launch(group_sums, (splits * others,))(
-        grad, z, gamma, beta, center, inverse, partial, positions, SPLITS=splits, **shared
-    )
+    launch(group_sums, (splits * others,))(grad, z, gamma, beta, center, inverse, partial, positions, splits, **shared)
     sums = partial.sum(1)  # [B, 2, C]
     weighted = (sums * gamma.float()).view(z.shape[0], 2, norm.groups, -1)
     means = weighted.sum(-1) / (positions * weighted.shape[-1])

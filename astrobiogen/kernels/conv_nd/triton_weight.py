@@ -1,27 +1,27 @@
 """Triton kernels of the convolution's weight gradient, per tap a [channels x positions] x [positions x outputs]
 product, and of its bias gradient.
 
-The positions are split over SPLITS programs by outer plane; each writes its own fp32 partial and the launcher adds
-the partials in a fixed
-order, so the result has the same bits on every run. Planes that a tap cannot reach are skipped.
+The positions are split over programs by outer plane, as many as the grid has; each writes its own fp32 partial and
+the launcher adds the partials in a fixed order, so the result has the same bits on every run. Planes that a tap cannot
+reach are skipped.
 """
 
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels.conv_nd.triton_device import outer_position, product, source
+from astrobiogen.kernels.conv_nd.triton_device import SIZES, outer_position, product, source
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PLANES"], do_not_specialize_on_alignment=SIZES)
 def weight_taps(
     x, grad, partial,
     PLANES, D1, D2, D3, H, W, N1, N2, N3, NH, NW,
     KG: tl.constexpr, NG: tl.constexpr, GROUPS: tl.constexpr,
     AXIS1: tl.constexpr, AXIS2: tl.constexpr, AXIS3: tl.constexpr, AXIS4: tl.constexpr, AXIS5: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial [SPLITS, GROUPS, taps, KG, NG]: one tap, BLOCK_M input channels x BLOCK_N outputs, over the planes of
+    """partial [splits, GROUPS, taps, KG, NG]: one tap, BLOCK_M input channels x BLOCK_N outputs, over the planes of
     one split.
 
     x [B, D1, D2, D3, H, W, GROUPS * KG], grad [B, N1, N2, N3, NH, NW, GROUPS * NG], PLANES = B * N1 * N2 * N3.
@@ -34,6 +34,7 @@ def weight_taps(
     tap = index // (m_tiles * n_tiles) % taps
     group = index // (m_tiles * n_tiles * taps) % GROUPS
     split = index // (m_tiles * n_tiles * taps * GROUPS)
+    splits = tl.num_programs(0) // (m_tiles * n_tiles * taps * GROUPS)
     k5 = tap % AXIS5[0]
     k4 = tap // AXIS5[0] % AXIS4[0]
     k3 = tap // (AXIS5[0] * AXIS4[0]) % AXIS3[0]
@@ -42,7 +43,7 @@ def weight_taps(
     c = tile // n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    share = (PLANES + SPLITS - 1) // SPLITS  # not PLANES * split // SPLITS: that product may pass 2^31
+    share = (PLANES + splits - 1) // splits  # not PLANES * split // splits: that product may pass 2^31
     for at in range(tl.minimum(share, tl.maximum(PLANES - split * share, 0))):
         plane = split * share + at
         batch, q1, q2, q3 = outer_position(plane, N1, N2, N3)
@@ -74,13 +75,13 @@ def weight_taps(
     tl.store(partial + slot + c[:, None] * NG + n[None, :], acc, mask=(c < KG)[:, None] & (n < NG)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PLANES"], do_not_specialize_on_alignment=SIZES)
 def weight_packed(
     x, grad, partial,
     PLANES, D1, D2, D3, H, W, N1, N2, N3, NH, NW,
     KG: tl.constexpr, NG: tl.constexpr, GROUPS: tl.constexpr,
     AXIS1: tl.constexpr, AXIS2: tl.constexpr, AXIS3: tl.constexpr, AXIS4: tl.constexpr, AXIS5: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`weight_taps` for few input channels: the rows of the product are (tap of the last three axes, channel) pairs."""
@@ -93,11 +94,12 @@ def weight_packed(
     k12 = index // (m_tiles * n_tiles) % outer
     group = index // (m_tiles * n_tiles * outer) % GROUPS
     split = index // (m_tiles * n_tiles * outer * GROUPS)
+    splits = tl.num_programs(0) // (m_tiles * n_tiles * outer * GROUPS)
     k = tile // n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     tap = k // KG
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    share = (PLANES + SPLITS - 1) // SPLITS  # not PLANES * split // SPLITS: that product may pass 2^31
+    share = (PLANES + splits - 1) // splits  # not PLANES * split // splits: that product may pass 2^31
     for at in range(tl.minimum(share, tl.maximum(PLANES - split * share, 0))):
         plane = split * share + at
         batch, q1, q2, q3 = outer_position(plane, N1, N2, N3)
@@ -127,17 +129,16 @@ def weight_packed(
     tl.store(partial + slot + k[:, None] * NG + n[None, :], acc, mask=(k < packed)[:, None] & (n < NG)[None, :])
 
 
-@triton.jit
-def row_sums(
-    grad, partial, ROWS, C: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """partial [PROGRAMS, C] fp32: sums of every PROGRAMS-th tile of rows of grad [ROWS, C]; the bias gradient."""
+@triton.jit(do_not_specialize=["ROWS"])
+def row_sums(grad, partial, ROWS, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """partial [programs, C] fp32: sums of every `programs`-th tile of rows of grad [ROWS, C]; the bias gradient."""
     channel_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    programs = tl.num_programs(0) // channel_tiles
     program = tl.program_id(0) // channel_tiles
     channel = tl.program_id(0) % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = channel < C
     total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for tile in range(program, (ROWS + BLOCK_R - 1) // BLOCK_R, PROGRAMS):
+    for tile in range(program, (ROWS + BLOCK_R - 1) // BLOCK_R, programs):
         row = (tl.zeros((BLOCK_R,), tl.int64) + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (row < ROWS)[:, None] & ok[None, :]
         total += tl.sum(tl.load(grad + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32), 0)
