@@ -12,12 +12,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from astrobiogen.system import console
-from astrobiogen.training import run
+from astrobiogen.system.extras import Later
 from astrobiogen.training.config import TrainConfig, claim, command_line, requeue, run_folder
 from astrobiogen.training.config.claim import Claim
-from astrobiogen.training.distributed import World, ending, launched_rank, roles, runtime
+from astrobiogen.training.launch import launched_rank, spoken_once
 from astrobiogen.training.observe import failure
-from astrobiogen.training.tools import plan
+
+# What trains and what plans is loaded when the command line is understood, so that `--help` answers at once.
+distributed = Later("astrobiogen.training.distributed")
+ending = Later("astrobiogen.training.distributed.ending")
+plan = Later("astrobiogen.training.tools.plan")
+run = Later("astrobiogen.training.run")
+runtime = Later("astrobiogen.training.distributed.runtime")
 
 
 @dataclasses.dataclass
@@ -28,7 +34,7 @@ class _Place:
 
 
 def _run(arguments: Sequence[str], place: _Place) -> int:
-    with roles.spoken_once():
+    with spoken_once():
         options = command_line.parse(arguments)
     if options.plan:
         return plan.show(options.config, options.memory) if launched_rank() == 0 else 0
@@ -36,7 +42,7 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
         return _find_learning_rate(options, place) if launched_rank() == 0 else 0
     cuda = runtime.choose_device(options.config.runtime.device).type == "cuda"
     with (
-        World.join(options.config.distributed.timeout_minutes, cuda) as world,
+        distributed.World.join(options.config.distributed.timeout_minutes, cuda) as world,
         contextlib.ExitStack() as stack,
     ):
         owned, config = world.on_main(lambda: stack.enter_context(_folder(options)))

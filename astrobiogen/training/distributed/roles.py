@@ -1,17 +1,13 @@
 """What a whole run does otherwise when several processes share it."""
 
-import contextlib
 import dataclasses
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from astrobiogen.training.config import MonitorConfig, TrainConfig
 from astrobiogen.training.config.as_dict import to_dict
-from astrobiogen.training.distributed.world import World, launched_rank
-from astrobiogen.training.errors import UserError
+from astrobiogen.training.distributed.world import World
 from astrobiogen.training.observe.watchdog import Watchdog, limits_of
 
 _LOG = logging.getLogger("astrobiogen")
@@ -55,16 +51,3 @@ def announce(world: World, config: TrainConfig) -> None:
     elif strategy == "fsdp2":
         start = "python -m torch.distributed.run --nproc-per-node GPUS -m astrobiogen.train ..."
         _LOG.warning("distributed.strategy fsdp2, but one process holds everything here; start several: %s", start)
-
-
-@contextlib.contextmanager
-def spoken_once() -> Iterator[None]:
-    """Let only the first process of a run print: all read the same command line and would say the same."""
-    if launched_rank() == 0:
-        yield
-        return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            yield
-        except UserError as error:
-            raise SystemExit(error.exit_code) from error

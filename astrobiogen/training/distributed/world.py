@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from astrobiogen.training.errors import UserError
+from astrobiogen.training.launch import launched
 from astrobiogen.training.observe.watchdog import within
 
 _LOG = logging.getLogger("astrobiogen")
@@ -46,16 +47,6 @@ class PeerError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=1)
-
-
-def launched() -> bool:
-    """Whether torchrun (or anything that sets its variables) has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def launched_rank() -> int:
-    """Number of this process among those that torchrun has started; 0 without torchrun."""
-    return int(os.environ["RANK"]) if launched() else 0
 
 
 class World:
