@@ -97,7 +97,7 @@ class Outcome:
 
 def ops_with_cases() -> tuple[str, ...]:
     """Ops that have a `triton_kernels` module."""
-    packages = [module.name for module in pkgutil.iter_modules(kernels.__path__) if not module.name.startswith("_")]
+    packages = [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg]
     return tuple(name for name in sorted(packages) if find_spec(f"{kernels.__name__}.{name}.triton_kernels"))
 
 

@@ -77,14 +77,14 @@ ASKS_ABOUT_AUTOCAST = ("astrobiogen/kernels/autocast.py",)
 
 
 def uses_autocast_rule(source: str, function: str) -> bool:
-    """Whether `function` of a module with `source` calls the module `_autocast`."""
+    """Whether `function` of a module with `source` calls the module `autocast`."""
     body = next(
         node
         for node in functions(ast.parse(source))
         if node.name == function and "overload" not in {ast.unparse(decorator) for decorator in node.decorator_list}
     )
     return any(
-        isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "_autocast"
+        isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "autocast"
         for node in ast.walk(body)
     )
 
