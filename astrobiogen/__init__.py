@@ -13,6 +13,7 @@ from astrobiogen.kernels.registry import kernel_status, use_kernels
 
 if typing.TYPE_CHECKING:
     from astrobiogen import data, layers, models
+    from astrobiogen.predict import load_model
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "data",
     "kernel_status",
     "layers",
+    "load_model",
     "models",
     "ops",
     "swap_layers",
@@ -30,9 +32,11 @@ _LATER = ("data", "layers", "models")
 
 
 def __getattr__(name: str) -> typing.Any:
-    """A subpackage that is loaded on first use."""
+    """A subpackage, or `load_model`, that is loaded on first use."""
     if name in _LATER:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "load_model":
+        return importlib.import_module(f"{__name__}.predict").load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,16 +14,15 @@ from torch import nn
 
 import astrobiogen
 from astrobiogen.system import console
-from astrobiogen.training import checkpoint
 from astrobiogen.training.batches import assemble
-from astrobiogen.training.checkpoint import chosen, saving
-from astrobiogen.training.config import TrainConfig, claim, run_folder
-from astrobiogen.training.config.as_dict import from_dict
+from astrobiogen.training.checkpoint import chosen
+from astrobiogen.training.config import TrainConfig, claim
 from astrobiogen.training.distributed import runtime
-from astrobiogen.training.errors import CheckpointError, UserError
+from astrobiogen.training.errors import UserError
 from astrobiogen.training.evaluation import ensemble, examination, metrics, publication
 from astrobiogen.training.observe import failure
 from astrobiogen.training.optim import precision
+from astrobiogen.training.tools import trained
 
 _LOG = logging.getLogger("astrobiogen")
 
@@ -54,38 +53,10 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(given))
 
 
-def _find(source: Path) -> tuple[chosen.Chosen, checkpoint.Content]:
-    """The checkpoint meant by `source`, verified and loaded."""
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; expected the folder of a run or of a checkpoint")
-    if (source / checkpoint.MANIFEST).exists():
-        content = checkpoint.read(source)
-        _stored_config(source, content)
-        return chosen.described(source, content), content
-    run_folder.find(str(source))
-    stores = [
-        checkpoint.CheckpointStore(source / name, keep=2, writable=False)
-        for name in ("best", "checkpoints")
-        if (source / name).is_dir()
-    ]
-    if not any(store.candidates() for store in stores):
-        raise CheckpointError(f"{source}: the run has no checkpoint yet")
-    return chosen.choose(stores[0], stores[-1])
-
-
-def _stored_config(path: Path, content: checkpoint.Content) -> Any:
-    """The configuration in a checkpoint, which must also hold weights; CheckpointError says which of them it lacks."""
-    documents = content.documents
-    stored: Any = documents.get("best", documents.get("training", {})).get("config")
-    if stored is None or "model" not in content.tensors:
-        raise CheckpointError(f"{path}: holds no {'configuration' if stored is None else 'weights'}")
-    return stored
-
-
-def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespace) -> TrainConfig:
-    stored = _stored_config(path, content)
+def _config(found: trained.Trained, arguments: argparse.Namespace) -> TrainConfig:
+    """The configuration of the run with what `arguments` say put in."""
+    config = found.config
     try:
-        config = from_dict(stored)
         evaluation = dataclasses.replace(
             config.evaluation,
             bootstrap=config.evaluation.bootstrap if arguments.bootstrap is None else arguments.bootstrap,
@@ -100,7 +71,7 @@ def _config(path: Path, content: checkpoint.Content, arguments: argparse.Namespa
             precision=dataclasses.replace(config.precision, dtype=arguments.dtype or config.precision.dtype),
         )
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: its configuration does not fit this version: {error}") from error
+        raise UserError(f"{found.path}: its configuration does not fit this version: {error}") from error
 
 
 def _run(given: Sequence[str]) -> int:
@@ -112,10 +83,10 @@ def _run(given: Sequence[str]) -> int:
 
 def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
     """Examine what `arguments` name, print it and write it to `output`, a folder of our own."""
-    found = [_find(Path(source)) for source in arguments.sources]
-    configs = [_config(taken.path, content, arguments) for taken, content in found]
-    config, path, content = configs[0], found[0][0].path, found[0][1]
-    for (other, _), its in zip(found[1:], configs[1:], strict=True):
+    found = [trained.find(Path(source)) for source in arguments.sources]
+    configs = [_config(one, arguments) for one in found]
+    config, path = configs[0], found[0].path
+    for other, its in zip(found[1:], configs[1:], strict=True):
         if (its.preset, its.data.path) != (config.preset, config.data.path):
             raise UserError(
                 f"{other.path}: another preset or other data than {path}; members of an ensemble share both"
@@ -124,13 +95,12 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
     dtype, _ = precision.choose_dtype(config.precision, device)
     runtime.prepare(config.runtime, config.seed)
     with astrobiogen.use_kernels(config.runtime.kernels), runtime.Interrupt() as interrupt:
-        statistics = content.documents.get("data") or None
+        statistics = found[0].statistics
         if statistics is None:
             _LOG.warning("%s does not hold the statistics of its data: those of the present data are used", path)
         assembly = assemble.assemble(config, assemble.load_bundle(config, statistics))
         _LOG.info("data: %s; %s; %s", assembly.task.fingerprint, device, dtype)
-        members = zip(configs, found, strict=True)
-        models = [_loaded(assembly, its, taken.path, held).to(device) for its, (taken, held) in members]
+        models = [one.model(assembly.bundle.spec).to(device) for one in found]
 
         def examine(model: nn.Module, settings: TrainConfig) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
             examined = examination.examine(assembly, model, settings, device, dtype, lambda: bool(interrupt.received))
@@ -150,8 +120,8 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
             result, predictions = examine(ensemble.Ensemble(models), config)
             result["ensemble"] = ensemble.spread(members)
             del result["total_loss"], result["loss_parts"]  # of the terms but the class's there is no average
-    facts = _run_facts(models[0], found[0][0])
-    result |= {"checkpoint": [str(taken.path) for taken, _ in found], "run": facts}
+    facts = _run_facts(models[0], found[0].taken)
+    result |= {"checkpoint": [str(one.path) for one in found], "run": facts}
     if output:
         publication.publish(output, result, predictions)
     publication.show(result, output)
@@ -162,13 +132,6 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
             f"deviation over members, mean over samples); {100 * facts['share_in_dispute']:.1f} % in dispute\n"
         )
     return 0
-
-
-def _loaded(assembly: assemble.Assembly, config: TrainConfig, path: Path, content: checkpoint.Content) -> nn.Module:
-    """A model of its own with the weights of the checkpoint; the averaged ones, if it has any."""
-    model, _ = assemble.build_model(config, assembly.bundle.spec)
-    saving.load_weights(model, path, chosen.averaged(content))
-    return model
 
 
 def _run_facts(model: Any, taken: chosen.Chosen) -> dict[str, Any]:

@@ -19,7 +19,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "system": frozenset(),
     "data": frozenset({"system"}),
     "datatools": frozenset({"data", "system"}),
-    "__main__": frozenset({"datatools", "system"}),  # `python -m astrobiogen.data`, an entry like `train`
+    "predict": frozenset({"kernels", "data", "datatools", "system", "training"}),
+    "__main__": frozenset({"data", "datatools", "predict", "system", "training"}),  # entries like `train`
     "extension": frozenset({"_C"}),
     "ops": frozenset({"kernels"}),
     "testing": frozenset({"kernels"}),
@@ -48,7 +49,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "train": frozenset(
         {"kernels", "ops", "layers", "models", "data", "system", "training", "doctor", "evaluate", "extension", ""}
     ),
-    "": frozenset({"kernels", "ops", "layers", "models", "integrations", "extension", "data", ""}),
+    "": frozenset({"kernels", "ops", "layers", "models", "integrations", "extension", "data", "predict", ""}),
 }
 # The rooms and files of the trainer, from the bottom up: each may import from those before it, and from itself.
 TRAINING_ORDER = (

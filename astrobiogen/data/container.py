@@ -151,10 +151,23 @@ def write_arrays(
     notes: dict[str, dict[str, Any]] | None = None,
     delta2: tuple[str, ...] = (),
 ) -> None:
-    """Write one container file.
+    """Write one container file, see ``packed_arrays``."""
+    packed = packed_arrays(path, arrays, attributes, notes, delta2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(packed)
+
+
+def packed_arrays(
+    path: Path,
+    arrays: dict[str, AnyArray],
+    attributes: dict[str, Any],
+    notes: dict[str, dict[str, Any]] | None = None,
+    delta2: tuple[str, ...] = (),
+) -> bytes:
+    """The bytes of one container file; ``parse_arrays`` reads them.
 
     Args:
-        path: Target file.
+        path: For messages.
         arrays: Name to array; dtypes among bool, (u)int8/16, int32/64, float16/32/64.
         attributes: JSON-ready attributes of the file.
         notes: Per array: units, quantisation step and the like.
@@ -183,8 +196,7 @@ def write_arrays(
         blobs.append(blob)
         offset += len(blob)
     header = json.dumps({"arrays": entries, "attributes": attributes}, sort_keys=True, separators=(",", ":")).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(MAGIC + len(header).to_bytes(4, "little") + header + b"".join(blobs))
+    return MAGIC + len(header).to_bytes(4, "little") + header + b"".join(blobs)
 
 
 def _refuse_too_large(path: Path, unpacked: int) -> None:

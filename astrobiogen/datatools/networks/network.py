@@ -32,27 +32,43 @@ def read_network(path: Path) -> Network:
     return (cobra_json if ".json" in path.suffixes else sbml).read_network(path)
 
 
-def pack_network(path: Path) -> PackedNetwork:
-    """Read, solve and encode one network.
+def encode_network(path: Path) -> dict[str, NDArray[Any]]:
+    """Arrays of the container file of one network: what a model reads of it; its growth is not asked for.
 
     Raises:
-        DataError: The file is bad, the network too large for its 16-bit numbers, or without an objective: nothing says
-            what growth would be.
+        DataError: The file is bad, or the network too large for its 16-bit numbers.
     """
-    network = read_network(path)
-    if network.objective_source == NONE:
-        raise DataError(path, "objective", "absent, and no reaction is called biomass or growth")
+    return _encoded(path, read_network(path))
+
+
+def _encoded(path: Path, network: Network) -> dict[str, NDArray[Any]]:
     n = network.columns.flags.size
     if n > 65535:
         raise DataError(path, "", f"{n} nodes, at most 65,535 can be packed")
     laplacian = encodings.laplacian_encoding(network.edge_index, n, LAPLACIAN_DIM)
     walk = encodings.random_walk_encoding(network.edge_index, n, RANDOM_WALK_DIM)
-    arrays = pack_graph(
-        network.columns, network.metabolites, network.edge_index, network.stoichiometry, laplacian, walk
-    )
+    return pack_graph(network.columns, network.metabolites, network.edge_index, network.stoichiometry, laplacian, walk)
+
+
+def pack_network(path: Path) -> PackedNetwork:
+    """Read, solve and encode one network.
+
+    Raises:
+        DataError: As ``encode_network``, or the network is without an objective: nothing says what growth would be.
+    """
+    network = read_network(path)
+    if network.objective_source == NONE:
+        raise DataError(path, "objective", "absent, and no reaction is called biomass or growth")
+    arrays = _encoded(path, network)
     growth = fba.growth(network)
     closed = fba.growth(network, ("o2",)) if growth > fba.GROWTH_THRESHOLD else 0.0
     strict = fba.growth(network, ("o2", "h2")) if closed > fba.GROWTH_THRESHOLD else 0.0
     return PackedNetwork(
-        arrays, network.metabolites, n - network.metabolites, network.stoichiometry.size, growth, closed, strict
+        arrays,
+        network.metabolites,
+        network.columns.flags.size - network.metabolites,
+        network.stoichiometry.size,
+        growth,
+        closed,
+        strict,
     )
