@@ -10,6 +10,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -176,8 +177,19 @@ auto op(const char* name) {
 std::tuple<Tensor, Tensor> compose_forward(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
   static const auto swiglu = op<Tensor(const Tensor&)>("astrobiogen::swiglu_packed");
   const Tensor rows = x.reshape({-1, gate.size(1)});
-  const Tensor gates = at::mm(rows, at::cat({gate, up}).t());
+  const int64_t inner = gate.size(0);
+  const Tensor gates = at::empty({rows.size(0), 2 * inner}, rows.options());
+  Tensor of_gate = gates.narrow(1, 0, inner), of_up = gates.narrow(1, inner, inner);  // the weights side by side would be copied in every call
+  at::mm_out(of_gate, rows, gate.t());
+  at::mm_out(of_up, rows, up.t());
   return {at::mm(swiglu.call(gates), down.t()).view(x.sizes()), gates};
+}
+
+// As above, by operators that forward-mode derivatives pass through: none writes into what is given.
+std::tuple<Tensor, Tensor> compose_tangents(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
+  static const auto swiglu = op<Tensor(const Tensor&)>("astrobiogen::swiglu_packed");
+  const Tensor gates = at::cat({at::linear(x, gate), at::linear(x, up)}, -1);
+  return {at::linear(swiglu.call(gates), down), gates.reshape({-1, gates.size(-1)})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> compose_backward(const Tensor& grad_any, const Tensor& x, const Tensor& gates, const Tensor& gate,
@@ -284,7 +296,7 @@ struct Function : torch::autograd::Function<Function> {
 };
 
 std::tuple<Tensor, Tensor> differentiable(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
-  if (any_tangent(x, gate, up, down)) return compose_forward(x, gate, up, down);
+  if (any_tangent(x, gate, up, down)) return compose_tangents(x, gate, up, down);
   const auto outputs = Function::apply(x, gate, up, down);
   return {outputs[0], outputs[1]};
 }

@@ -59,6 +59,18 @@ def test_thread_count_changes_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_no_call_copies_the_weights() -> None:
+    """One row through a large block reads the weights where they lie: copying them would take longer than the block."""
+    hidden, inner = 256, 1024
+    x, gate, up, down = (
+        torch.randn(*shape) for shape in ((1, hidden), (inner, hidden), (inner, hidden), (hidden, inner))
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ops.swiglu_mlp(x, gate, up, down)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    assert 0 < allocated <= 16 * 4 * inner
+
+
 def test_only_gate_and_up_are_kept() -> None:
     """The composition keeps gate, up and their product, [rows, inner] each."""
     arguments, kept = _arguments(600, 32, 64), []
