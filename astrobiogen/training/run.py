@@ -11,13 +11,11 @@ import rich.box
 import rich.console
 import rich.table
 import torch
-import yaml
 
 import astrobiogen
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import chosen
-from astrobiogen.training.config import TrainConfig, run_folder
-from astrobiogen.training.config.as_dict import to_dict
+from astrobiogen.training.config import TrainConfig, run_config, run_folder
 from astrobiogen.training.distributed import World, agreement, ending, roles, runtime
 from astrobiogen.training.errors import NumericalError, UserError
 from astrobiogen.training.evaluation import comparison, examination, publication, undefined
@@ -196,7 +194,7 @@ def _begin(config: TrainConfig, folder: Path, resume: bool, done: dict[str, Any]
     """Write down what is run where."""
     ending.clear(folder)
     if not resume:
-        run_folder.write_text(folder / run_folder.CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+        run_config.write(folder, config)
     run_folder.write_json(folder / _environment_name(folder), run_folder.environment(done))
 
 

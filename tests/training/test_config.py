@@ -11,8 +11,8 @@ import yaml
 
 import astrobiogen.training as package
 from astrobiogen.training import config
-from astrobiogen.training.batches.assemble import override
-from astrobiogen.training.config import as_dict, command_line, resume_rules
+from astrobiogen.training.config import as_dict, command_line, parser, resume_rules
+from astrobiogen.training.config.model import ModelChanges
 from astrobiogen.training.errors import UserError
 
 
@@ -30,6 +30,8 @@ def test_every_key_is_read_and_documented() -> None:
     source = "\n".join(path.read_text() for path in folder.rglob("*.py") if path.name not in own)
     settings = "\n".join((folder / "config" / name).read_text() for name in own)
     for key in keys(config.TrainConfig()):
+        if key.startswith("model."):  # read and documented where the model is
+            continue
         group, _, name = key.rpartition(".")
         owners = "|".join(filter(None, (group, "_?config", "settings", "stop")))
         assert re.search(rf"\b(?:{owners})\.{name}\b", source), f"{key} is read nowhere"
@@ -40,7 +42,7 @@ def test_every_key_is_read_and_documented() -> None:
 def test_presets_survive_a_round_trip(name: str) -> None:
     made = config.preset(name)
     assert made.preset == name
-    assert as_dict.from_dict(yaml.safe_load(yaml.safe_dump(as_dict.to_dict(made)))) == made
+    assert parser.from_dict(yaml.safe_load(yaml.safe_dump(as_dict.to_dict(made)))) == made
     assert command_line.parse(["--preset", name]).config == made
 
 
@@ -97,8 +99,8 @@ def test_unknown_yaml_key_and_broken_yaml(tmp_path: Path) -> None:
     file.write_text("optimizer: [\n")
     with pytest.raises(UserError):
         command_line.parse(["--config", str(file)])
-    with pytest.raises(ValueError, match=r"optimizer\.lr: unknown key"):
-        as_dict.from_dict({"optimizer": {"lr": 1}})
+    with pytest.raises(ValueError, match="'optimizer' does not accept option 'lr'"):
+        parser.from_dict({"optimizer": {"lr": 1}})
 
 
 def test_every_group_rejects_what_it_says() -> None:
@@ -119,35 +121,8 @@ def test_every_group_rejects_what_it_says() -> None:
             group(**values)
 
 
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    depth: int = 2
-    rate: float = 0.5
-    flag: bool = False
-    name: str = "a"
-
-
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    inner: Inner = Inner()
-    weight: float = 1.0
-
-
-def test_model_overrides() -> None:
-    made = override(Outer(), {"inner.depth": "3", "inner": {"flag": "true"}, "weight": 2})
-    assert made == Outer(Inner(depth=3, flag=True), 2.0)
-    for changes, text in (
-        ({"inner.deep": 1}, "model.inner.deep: unknown key, expected one of depth, rate, flag, name"),
-        ({"inner.depth": "x"}, "model.inner.depth: got 'x', expected int"),
-        ({"inner.flag": "maybe"}, "model.inner.flag"),
-        ({"other": 1}, "model.other: unknown key"),
-    ):
-        with pytest.raises(UserError, match=re.escape(text)):
-            override(Outer(), changes)
-
-
 def test_resume_takes_the_runs_configuration_and_refuses_other_courses(tmp_path: Path) -> None:
-    saved = dataclasses.replace(config.preset("tiny"), seed=5, model={"graph_weight": 0.1})
+    saved = dataclasses.replace(config.preset("tiny"), seed=5, model=ModelChanges(graph_weight=0.1))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_dict.to_dict(saved)))
     same = command_line.parse(["--resume", str(tmp_path), "--stop.max_hours", "9", "--monitor.log_every", "1"])
     assert same.resume == str(tmp_path)

@@ -14,7 +14,7 @@ import yaml
 from astrobiogen import data, train
 from astrobiogen.training import config
 from astrobiogen.training.batches import shared_items
-from astrobiogen.training.config import as_dict, requeue, run_folder
+from astrobiogen.training.config import as_dict, parser, requeue, run_folder
 from astrobiogen.training.distributed import World, ending, runtime
 from astrobiogen.training.errors import UserError
 from tests.training.conftest import Run, toy_config
@@ -149,11 +149,11 @@ def test_the_same_command_starts_goes_on_and_says_that_it_has_finished(
 def test_the_number_format_chosen_at_the_beginning_is_kept(tmp_path: Path) -> None:
     saved = as_dict.to_dict(config.preset("tiny"))  # fp32, as chosen then
     run_folder.write_text(tmp_path / "config.yaml", yaml.safe_dump(saved))
-    assert requeue.agreed(as_dict.from_dict(saved | {"precision": {"dtype": "auto"}}), tmp_path) == (
-        as_dict.from_dict(saved)
+    assert requeue.agreed(parser.from_dict(saved | {"precision": {"dtype": "auto"}}), tmp_path) == (
+        parser.from_dict(saved)
     )
     with pytest.raises(UserError, match=r"epochs: the run has 8, asked for 9"):
-        requeue.agreed(as_dict.from_dict(saved | {"epochs": 9}), tmp_path)
+        requeue.agreed(parser.from_dict(saved | {"epochs": 9}), tmp_path)
 
 
 def test_an_end_that_cannot_be_written_down_is_said(

@@ -16,7 +16,7 @@ import torch
 from astrobiogen import data, evaluate, train
 from astrobiogen.system import ownership
 from astrobiogen.training.batches import assemble, shared_items
-from astrobiogen.training.config import as_dict, claim
+from astrobiogen.training.config import claim, parser
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.evaluation import comparison
 from astrobiogen.training.observe.monitor import read_log
@@ -119,7 +119,7 @@ def test_the_statistics_of_its_data_lie_with_the_model(run: Path, bundle: data.D
         held = json.loads((max((run / name).glob("step-*")) / "data.json").read_text())
         assert held == bundle.statistics()
     assert data.DataSpec.from_json(json.dumps(held["spec"])) == bundle.spec
-    settings = as_dict.from_dict({"data": {"path": str(data.SAMPLE_FOLDER), "limit": 8}})
+    settings = parser.from_dict({"data": {"path": str(data.SAMPLE_FOLDER), "limit": 8}})
     with pytest.raises(UserError, match=r"spec\.json \[levels\]: is .* the model was trained on"):
         assemble.load_bundle(settings, bundle.statistics())  # the synthetic data lie on other axes than the real pack
 

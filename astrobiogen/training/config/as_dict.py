@@ -6,34 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from astrobiogen.training.config import resume_rules
+from astrobiogen.training.config.model import asked
 from astrobiogen.training.config.schema import TrainConfig
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """`config` as nested plain dictionaries, ready for JSON or YAML."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_dict`.
-
-    Raises:
-        ValueError: unknown key, or a value out of range, named in full.
-    """
-    default = TrainConfig()
-    new: dict[str, Any] = {}
-    for key, value in values.items():
-        if not hasattr(default, key):
-            raise ValueError(f"{key}: unknown key, expected one of {', '.join(to_dict(default))}")
-        group = type(getattr(default, key))
-        if not dataclasses.is_dataclass(group):
-            new[key] = value
-            continue
-        names = {field.name for field in dataclasses.fields(group)}
-        if unknown := sorted(value.keys() - names):
-            raise ValueError(f"{key}.{unknown[0]}: unknown key, expected one of {', '.join(sorted(names))}")
-        new[key] = group(**value)
-    return TrainConfig(**new)
+    """`config` as nested plain dictionaries, ready for JSON or YAML; of the model what is changed."""
+    values = dataclasses.asdict(config)
+    return json.loads(json.dumps(values | {"model": asked(values["model"])}))
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,12 +9,14 @@ from typing import Any
 
 import jsonargparse
 
-from astrobiogen.training.config import requeue, run_folder
+from astrobiogen.training.config import requeue, run_config, run_folder
 from astrobiogen.training.config.as_dict import changed_on_resume, flatten, refusal, to_dict
+from astrobiogen.training.config.parser import Parser, complaint
 from astrobiogen.training.config.presets import preset, smoke
 from astrobiogen.training.config.schema import PRESETS, TrainConfig
 from astrobiogen.training.errors import UserError
 
+_FILE = "--config"
 _DESCRIPTION = """Train the multi-modal model. Without any option: the tiny preset on the bundled data, on the CPU, in a
 few minutes. Values come from the preset, then --config FILE.yaml, then single options."""
 
@@ -54,20 +56,15 @@ class Options:
     find_lr: bool = False
 
 
-def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
+def _parser(defaults: dict[str, Any]) -> Parser:
+    parser = Parser(
         prog="python -m astrobiogen.train",
         usage="python -m astrobiogen.train [--preset NAME] [--config FILE.yaml] [--KEY VALUE ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=_Help,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of the keys below; unknown keys are refused."
-    )
+    parser.add_argument(_FILE, action="config", help="YAML file with any of the keys below; unknown keys are refused.")
     parser.add_argument(
         "--resume",
         type=str,
@@ -94,19 +91,28 @@ def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
         help="Learning-rate range test: raise the rate until the loss diverges, print and plot a suggestion, and exit.",
     )
     parser.add_class_arguments(TrainConfig)
-    parser.set_defaults({key: value for key, value in flatten(defaults).items() if not key.startswith("model.")})
-    parser.set_defaults({"model": defaults["model"]})
+    parser.set_defaults({key: value for key, value in flatten(defaults).items() if value != {}})
     return parser
 
 
-def _parsed(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> jsonargparse.Namespace:
+def _parsed(parser: Parser, arguments: Sequence[str]) -> jsonargparse.Namespace:
     try:
-        return parser.parse_args(list(arguments))
+        return parser.parse_args(_files_first(arguments))
     except jsonargparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split()) + _meant(parser, str(error))) from error
+        raise UserError(complaint(error) + _meant(parser, str(error))) from error
 
 
-def _meant(parser: jsonargparse.ArgumentParser, message: str) -> str:
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with the --config files in front, so that single options go before them wherever they stand."""
+    files: list[str] = []
+    rest: list[str] = []
+    for item in arguments:
+        named = item == _FILE or item.startswith(f"{_FILE}=") or (files and files[-1] == _FILE)
+        (files if named else rest).append(item)
+    return files + rest
+
+
+def _meant(parser: Parser, message: str) -> str:
     """The option that an unknown one is most like, if any is."""
     _, found, rest = message.partition("nrecognized arguments: ")
     wrong = rest.split()[0].partition("=")[0] if found and rest.split() else ""
@@ -115,11 +121,9 @@ def _meant(parser: jsonargparse.ArgumentParser, message: str) -> str:
     return f"; did you mean {near[0]}?" if near else "; --help lists all options" if wrong else ""
 
 
-def _as_config(parser: jsonargparse.ArgumentParser, values: jsonargparse.Namespace) -> TrainConfig:
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
+def _as_config(parser: Parser, values: jsonargparse.Namespace) -> TrainConfig:
     try:
-        made = parser.instantiate(values)
-        return TrainConfig(**{name: getattr(made, name) for name in names})
+        return parser.made(values)
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from error
 
@@ -162,15 +166,10 @@ def _early_preset(arguments: Sequence[str]) -> str:
 
 
 def _resumed(folder: Path, arguments: Sequence[str]) -> Options:
-    saved = run_folder.read_yaml(folder / run_folder.CONFIG)
-    try:
-        parser = _parser({"model": {}} | saved)
-        config = _as_config(parser, _parsed(parser, arguments))
-    except (UserError, jsonargparse.ArgumentError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / run_folder.CONFIG} with this command line: {' '.join(str(error).split())}"
-        ) from error
-    changed = changed_on_resume(saved, to_dict(config))
+    saved = run_config.read(folder)
+    parser = _parser(to_dict(saved))
+    config = _as_config(parser, _parsed(parser, arguments))
+    changed = changed_on_resume(to_dict(saved), to_dict(config))
     if changed:
         raise UserError(f"--resume: {refusal(changed, 'the run')}")
     return Options(config, "", str(folder))

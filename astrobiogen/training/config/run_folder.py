@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import astrobiogen
 from astrobiogen.training.errors import UserError
 
@@ -83,21 +81,6 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """What `write_json` has written there; None if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file that we wrote.
-
-    Raises:
-        UserError: not readable, or not a mapping.
-    """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: got {type(value).__name__}, expected keys and values")
-    return value
 
 
 def git_commit() -> str:

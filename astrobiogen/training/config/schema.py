@@ -4,8 +4,10 @@ Order of precedence: the preset's values, then `--config FILE.yaml`, then single
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
+from astrobiogen.training.config.model import ModelChanges
 from astrobiogen.training.config.watch import HangConfig, SpikeConfig
 
 PRESETS = ("tiny", "small", "a5000", "a5000x2", "original")
@@ -17,11 +19,26 @@ MAX_THREADS = 1024
 MAX_WORKERS = 1024
 # What every generator that is seeded with it takes: NumPy's and scikit-learn's the least.
 MAX_SEED = 2**32 - 1
+# Of anything that is counted: products of several of them still fit into 64 bits and a float.
+MAX_COUNT = 10**9
 
 
 def _require(condition: bool, key: str, got: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{key}: got {got!r}, expected {expected}")
+
+
+def _require_bounded(part: Any, inside: str) -> None:
+    """Of every number below `part`: that it is one, and one to count, index and multiply with."""
+    for field in dataclasses.fields(part):
+        key, value = inside + field.name, getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            _require_bounded(value, f"{key}.")
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, float):
+                _require(math.isfinite(item), key, item, "a finite number")
+            elif isinstance(item, int) and key != "seed":
+                _require(abs(item) <= MAX_COUNT, key, item, f"at most {MAX_COUNT}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,8 +314,8 @@ class TrainConfig:
     """Seed of weights, data order, dropout and bootstrap; a run on a CPU is repeatable to the bit."""
     epochs: int = 20
     """Passes over the training set; the schedule is laid out over all of them."""
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Changes to the preset's model configuration: `--model.classification_weight 2`, `--model.cnn_config.depth 3`."""
+    model: ModelChanges = dataclasses.field(default_factory=ModelChanges)
+    """Changes to the preset's model, null: none: `--model.classification_weight 2`, `--model.cnn_config.depth 3`."""
     data: DataConfig = DataConfig()
     """Samples and batches."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -327,3 +344,4 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require_bounded(self, "")

@@ -172,7 +172,7 @@ def advice(config: TrainConfig, bytes_held: Mapping[str, int]) -> list[str]:
     checkpointing = [
         f"--model.{group}.use_gradient_checkpointing true"
         for group in ("cnn_config", "graph_config", "llm_config")
-        if not _asked(config.model, group)
+        if getattr(config.model, group).use_gradient_checkpointing is None
     ]
     if checkpointing:
         result.append(f"{' '.join(checkpointing)} (recompute activations: same result, about a third slower)")
@@ -187,10 +187,6 @@ def advice(config: TrainConfig, bytes_held: Mapping[str, int]) -> list[str]:
     if config.preset not in ("tiny", "small"):
         result.append("--preset small (a smaller model)")
     return result
-
-
-def _asked(model: Mapping[str, Any], group: str) -> bool:
-    return f"{group}.use_gradient_checkpointing" in model or "use_gradient_checkpointing" in model.get(group, {})
 
 
 def _process_peak() -> int:

@@ -11,7 +11,7 @@ from astrobiogen import data
 from astrobiogen.training import config
 from astrobiogen.training.batches import assemble, loading
 from astrobiogen.training.checkpoint import CheckpointStore, Content, verify
-from astrobiogen.training.config import as_dict
+from astrobiogen.training.config import as_dict, parser
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError
 from astrobiogen.training.optim import precision
@@ -39,7 +39,7 @@ def _require(condition: bool, text: str) -> None:
 def _presets() -> str:
     for name in config.PRESETS:
         made = config.preset(name)
-        _require(as_dict.from_dict(as_dict.to_dict(made)) == made, f"{name} does not survive a round trip")
+        _require(parser.from_dict(as_dict.to_dict(made)) == made, f"{name} does not survive a round trip")
     return f"{', '.join(config.PRESETS)} are valid"
 
 
