@@ -19,12 +19,13 @@ from astrobiogen.training.checkpoint import chosen
 from astrobiogen.training.config import TrainConfig, claim
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import UserError
-from astrobiogen.training.evaluation import ensemble, examination, metrics, publication
+from astrobiogen.training.evaluation import ensemble, examination, metrics, passes, publication
 from astrobiogen.training.observe import failure
 from astrobiogen.training.optim import precision
 from astrobiogen.training.tools import trained
 
 _LOG = logging.getLogger("astrobiogen")
+PREDICTIONS = "predictions.csv"
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -37,8 +38,16 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
         metavar="source",
         help="folder of a run (its best model is taken) or of one checkpoint; several: their averaged probabilities",
     )
-    parser.add_argument("--data", default="", help="folder of another data set; default: the one of the run")
-    parser.add_argument("--output", default="", help="new folder for metrics.json and report.html; default: print only")
+    parser.add_argument(
+        "--data",
+        default="",
+        help="folder of another data set, of which every pair is scored; default: the test part of the run's own",
+    )
+    parser.add_argument(
+        "--output",
+        default="",
+        help="new folder for metrics.json, report.html and predictions.csv; default: print only",
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
     )
@@ -60,13 +69,14 @@ def _config(found: trained.Trained, arguments: argparse.Namespace) -> TrainConfi
         evaluation = dataclasses.replace(
             config.evaluation,
             bootstrap=config.evaluation.bootstrap if arguments.bootstrap is None else arguments.bootstrap,
-            baselines=config.evaluation.baselines and not arguments.no_baselines,
+            # fitted on pairs that are scored themselves where another data set is given: no yardstick
+            baselines=config.evaluation.baselines and not arguments.no_baselines and not arguments.data,
             ablation=config.evaluation.ablation and not arguments.no_ablation,
         )
         return dataclasses.replace(
             config,
             evaluation=evaluation,
-            data=dataclasses.replace(config.data, path=arguments.data or config.data.path),
+            data=dataclasses.replace(config.data, path=arguments.data, limit=0) if arguments.data else config.data,
             runtime=dataclasses.replace(config.runtime, device=arguments.device),
             precision=dataclasses.replace(config.precision, dtype=arguments.dtype or config.precision.dtype),
         )
@@ -98,12 +108,19 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
         statistics = found[0].statistics
         if statistics is None:
             _LOG.warning("%s does not hold the statistics of its data: those of the present data are used", path)
-        assembly = assemble.assemble(config, assemble.load_bundle(config, statistics))
+        bundle = assemble.load_bundle(config, statistics, to_train=not arguments.data)
+        if arguments.data:
+            bundle = assemble.every_pair(bundle)
+        assembly = assemble.assemble(config, bundle)
         _LOG.info("data: %s; %s; %s", assembly.task.fingerprint, device, dtype)
         models = [one.model(assembly.bundle.spec).to(device) for one in found]
 
+        passed: list[passes.Evaluation] = []
+
         def examine(model: nn.Module, settings: TrainConfig) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
-            examined = examination.examine(assembly, model, settings, device, dtype, lambda: bool(interrupt.received))
+            examined = examination.examine(
+                *(assembly, model, settings, device, dtype), lambda: bool(interrupt.received), seen=passed.append
+            )
             if examined is None:
                 raise UserError(f"stopped by {interrupt.received}: nothing was written", exit_code=1)
             return examined
@@ -124,6 +141,7 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
     result |= {"checkpoint": [str(one.path) for one in found], "run": facts}
     if output:
         publication.publish(output, result, predictions)
+        publication.write_predictions(output / PREDICTIONS, bundle.test, passed[-1])
     publication.show(result, output)
     if "ensemble" in result:
         facts = result["ensemble"]

@@ -126,6 +126,10 @@ def spectrum_statistics(
     return float(seen.mean()), float(seen.std())
 
 
+# Fields of the spec that hold what was measured on the training part, and on which planets.
+STATISTICS = ("cube_mean", "cube_std", "param_mean", "param_std", "spectrum_mean", "spectrum_std", "fitted_on")
+
+
 @dataclass(frozen=True)
 class Pack:
     """Tables and spec of a pack folder, with the verified bytes of its files."""

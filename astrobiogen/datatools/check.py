@@ -29,6 +29,7 @@ from astrobiogen.data.pack import (
     IN_TABLE,
     MANIFEST,
     PARTS,
+    STATISTICS,
     Pack,
     corpus_part,
     cube_statistics,
@@ -195,6 +196,11 @@ def _differs(stored: object, recomputed: object) -> bool:
 def _statistics(pack: Pack, codes: Codes) -> Iterator[str]:
     spec = pack.spec
     fitted = sorted({p.planet for p in pack.pairs if p.cell == splits.TRAIN})
+    if not fitted:
+        given = open_pack(SAMPLE_FOLDER).spec
+        for name in (n for n in STATISTICS if getattr(spec, n) != getattr(given, n)):
+            yield f"statistics: {name} is not that of the bundled data, and there is no training pair"
+        return
     if list(spec.fitted_on) != fitted:
         yield f"statistics: fitted on {list(spec.fitted_on)} by spec.json, the training planets are {fitted}"
     rows = [c for c in pack.climates if c.planet in fitted]

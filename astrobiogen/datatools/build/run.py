@@ -151,7 +151,25 @@ def build_text(work: Work, climates: list[ClimateRow], organisms: list[OrganismR
     training = [line["text"] for line in lines if line["part"] == splits.TRAIN]
     training += [c.text for c in climates if c.planet in used_planets]
     training += [o.text for o in organisms if o.organism in used_organisms]
-    text.train_tokenizer(training, VOCAB_SIZE).save(str(work.output / "tokenizer.json"), pretty=False)
+    if used_planets:
+        text.train_tokenizer(training, VOCAB_SIZE).save(str(work.output / "tokenizer.json"), pretty=False)
+    else:  # nothing to train it on
+        shutil.copyfile(SAMPLE_FOLDER / "tokenizer.json", work.output / "tokenizer.json")
+
+
+def _statistics(work: Work, climates: list[ClimateRow], pairs: list[PairRow], library: Library) -> dict[str, Any]:
+    """Means and deviations over the training part; of a pack that is all test, those of the bundled data: a model reads
+    it by the statistics of its own training data anyway.
+    """
+    fitted = sorted({p.planet for p in pairs if p.cell == splits.TRAIN})
+    if not fitted:
+        given = pack.open_pack(SAMPLE_FOLDER).spec
+        work.problems.append("no training pair: a pack to evaluate on, not to train with; bundled statistics are used")
+        return {name: getattr(given, name) for name in pack.STATISTICS}
+    rows = [c for c in climates if c.planet in fitted]
+    mean, std = pack.cube_statistics([work.codes[f"{c.planet}_g{c.epoch}"] for c in rows])
+    params, spectrum = pack.param_statistics(rows), pack.spectrum_statistics(*library, fitted)
+    return dict(zip(pack.STATISTICS, (mean, std, *params, *spectrum, tuple(fitted)), strict=True))
 
 
 def build_spec(work: Work, climates: list[ClimateRow], pairs: list[PairRow], library: Library) -> DataSpec:
@@ -159,13 +177,7 @@ def build_spec(work: Work, climates: list[ClimateRow], pairs: list[PairRow], lib
     grid = work.grid
     if grid is None:
         raise DataError(work.raw / "climate", "", "no usable climate file")
-    fitted = sorted({p.planet for p in pairs if p.cell == splits.TRAIN})
-    if not fitted:
-        raise DataError(work.raw, "", f"no training pair; tables/{pack.PARTS} can place star systems and genera")
-    rows = [c for c in climates if c.planet in fitted]
-    mean, std = pack.cube_statistics([work.codes[f"{c.planet}_g{c.epoch}"] for c in rows])
-    param_mean, param_std = pack.param_statistics(rows)
-    spectrum_mean, spectrum_std = pack.spectrum_statistics(*library, fitted)
+    statistics = _statistics(work, climates, pairs, library)
     tokenizer = json.loads((work.output / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
     edges = spectra.wavelength_edges()
@@ -188,16 +200,10 @@ def build_spec(work: Work, climates: list[ClimateRow], pairs: list[PairRow], lib
         eos_id=ids[EOS],
         sep_id=ids[SEP],
         max_text_tokens=MAX_TEXT_TOKENS,
-        cube_mean=mean,
-        cube_std=std,
-        param_mean=param_mean,
-        param_std=param_std,
-        spectrum_mean=spectrum_mean,
-        spectrum_std=spectrum_std,
         class_threshold=labels.CLASS_THRESHOLD,
-        fitted_on=tuple(fitted),
         laplacian_dim=LAPLACIAN_DIM,
         random_walk_dim=RANDOM_WALK_DIM,
+        **statistics,
     )
 
 

@@ -30,9 +30,65 @@ class Assembly:
     model_config: models.MultiModalTrainingConfig
 
 
-def load_bundle(config: TrainConfig, statistics: Mapping[str, Any] | None = None) -> data.DatasetBundle:
+def override(config: Any, changes: dict[str, Any], prefix: str = "model") -> Any:
+    """A frozen config dataclass with `changes` (nested or with dotted keys) put in; text is read as the type of the
+    value it replaces.
+
+    Raises:
+        UserError: unknown key or a value of the wrong type, named in full.
+    """
+    names = [field.name for field in dataclasses.fields(config)]
+    grouped: dict[str, Any] = {}
+    for key, value in changes.items():
+        first, _, rest = key.partition(".")
+        if rest or isinstance(value, dict):
+            grouped.setdefault(first, {})
+            grouped[first] |= {rest: value} if rest else value
+        else:
+            grouped[first] = value
+    new: dict[str, Any] = {}
+    for key, value in grouped.items():
+        if key not in names:
+            raise UserError(f"{prefix}.{key}: unknown key, expected one of {', '.join(names)}")
+        old = getattr(config, key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            new[key] = old | value
+            continue
+        new[key] = (
+            override(old, value, f"{prefix}.{key}")
+            if isinstance(value, dict)
+            else _typed(old, value, f"{prefix}.{key}")
+        )
+    try:
+        return dataclasses.replace(config, **new)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{prefix}: {error}") from error
+
+
+def _typed(old: Any, value: Any, key: str) -> Any:
+    if old is None or type(value) is type(old):
+        return value
+    converted = None
+    with contextlib.suppress(KeyError, ValueError):
+        if isinstance(old, bool):
+            converted = {"true": True, "false": False}[str(value).lower()]
+        elif isinstance(old, int | float | str):
+            converted = type(old)(str(value))
+        elif isinstance(old, tuple) and isinstance(value, list):
+            converted = tuple(value)
+    if converted is None:
+        raise UserError(f"{key}: got {value!r}, expected {type(old).__name__}")
+    return converted
+
+
+def load_bundle(
+    config: TrainConfig, statistics: Mapping[str, Any] | None = None, to_train: bool = True
+) -> data.DatasetBundle:
     """The data that `config` names, cut to `data.limit` samples per split; with `statistics` (of a trained model), read
     by them in place of the data's own.
+
+    Args:
+        to_train: a training and a validation part are needed.
 
     Raises:
         UserError: missing, damaged or empty, or on other axes than `statistics`.
@@ -52,12 +108,18 @@ def load_bundle(config: TrainConfig, statistics: Mapping[str, Any] | None = None
         bundle = dataclasses.replace(
             bundle, train=limited(bundle.train, limit), validation=limited(bundle.validation, limit), test_cells=cells
         )
-    if not len(bundle.train) or not len(bundle.validation):
+    if to_train and not (len(bundle.train) and len(bundle.validation)):
         raise UserError(
             f"data: {len(bundle.train)} training and {len(bundle.validation)} validation samples, "
             "expected at least one of each"
         )
     return bundle
+
+
+def every_pair(bundle: data.DatasetBundle) -> data.DatasetBundle:
+    """`bundle` with all its pairs to be tested, those of its training and validation part as cells of their own."""
+    parts = {samples.name: samples for samples in (bundle.train, bundle.validation) if len(samples)}
+    return dataclasses.replace(bundle, test_cells=parts | bundle.test_cells)
 
 
 def limited(samples: data.HabitatDataset, limit: int) -> data.HabitatDataset:
@@ -100,12 +162,12 @@ def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
     """Data, model and loss as one task. Draws the weights from the global generator: seed it before."""
     model, model_config = build_model(config, bundle.spec)
     settings, pad_id = config.data, bundle.spec.pad_id
-    if model_config.use_network_summary and "graph" in model_config.modalities:
+    if model_config.use_network_summary and "graph" in model_config.modalities and len(bundle.train):
         model.remember_networks(shared_items.distinct_networks(bundle.train, pad_id))
     sampler: loading.Sampler
-    if settings.block:
+    if settings.block or not len(bundle.train):
         sampler = shared_items.BlockSampler(
-            shared_items.keys_of(bundle.train), settings.batch_size, config.seed, settings.block
+            shared_items.keys_of(bundle.train), settings.batch_size, config.seed, max(settings.block, 1)
         )
     else:
         sampler = data.EpochSampler(len(bundle.train), settings.batch_size, config.seed)
@@ -130,9 +192,9 @@ def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
 
 def evaluation_order(samples: data.HabitatDataset, config: TrainConfig) -> list[list[int]] | None:
     """Batches in which climates and graphs repeat, if the task shares them; None: consecutive ones."""
-    return (
-        shared_items.in_blocks(samples, config.evaluation.batch_size, _EVALUATION_BLOCK) if config.data.block else None
-    )
+    if not config.data.block or not len(samples):
+        return None
+    return shared_items.in_blocks(samples, config.evaluation.batch_size, _EVALUATION_BLOCK)
 
 
 class TermCounts:

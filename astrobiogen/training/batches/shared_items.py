@@ -49,7 +49,7 @@ class BlockSampler:
 def _numbered(names: Sequence[str]) -> tuple[int, torch.Tensor]:
     """Number of distinct names and the number of each."""
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    return len(numbers), torch.tensor([numbers[name] for name in names])
+    return len(numbers), torch.tensor([numbers[name] for name in names], dtype=torch.long)
 
 
 def keys_of(samples: data.HabitatDataset) -> list[tuple[str, str]]:

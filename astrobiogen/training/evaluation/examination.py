@@ -43,10 +43,14 @@ def examine(
     dtype: torch.dtype,
     should_stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
+    seen: Callable[[passes.Evaluation], None] = lambda _: None,
 ) -> tuple[dict[str, Any], dict[str, metrics.Predictions]] | None:
     """Test figures of `model` with intervals, baselines and ablation as JSON data, and the predictions behind them;
     None if `should_stop`, polled before each batch, said so, and in every process of `world` but the first: all share
     the passes over the data, the first draws the conclusions.
+
+    Args:
+        seen: told of the pass over the whole test set.
 
     Raises:
         UserError: the data set has no test samples.
@@ -74,6 +78,7 @@ def examine(
     hidden = _hidden(run, test, limit, config) if settings.ablation else {}
     if None in hidden.values() or (world is not None and not world.main):
         return None
+    seen(whole)
     predictions = {"model": whole.predictions}
     result: dict[str, Any] = {
         "preset": config.preset,

@@ -1,5 +1,7 @@
 """metrics.json, report.html and the closing table."""
 
+import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,9 @@ import rich.box
 import rich.console
 import rich.table
 
+from astrobiogen import data
 from astrobiogen.training.config import run_folder
-from astrobiogen.training.evaluation import comparison, metrics, report
+from astrobiogen.training.evaluation import comparison, metrics, passes, report
 from astrobiogen.training.observe.monitor import read_log
 
 _PLAIN_WIDTH = 150
@@ -23,6 +26,19 @@ def publish(folder: Path, result: dict[str, Any], predictions: Mapping[str, metr
     facts, used = (run_folder.read_json(folder / name) for name in (run_folder.ENVIRONMENT, run_folder.MEMORY))
     page = report.render(result, records, predictions, memory=used, environment=facts)
     run_folder.write_text(folder / run_folder.REPORT, page)
+
+
+def write_predictions(path: Path, samples: data.HabitatDataset, found: passes.Evaluation) -> None:
+    """Write what the model said of each of `samples` as CSV: climate, organism, cell, class and P(class 1), true and
+    predicted share of habitable surface and time.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("climate", "organism", "cell", "label", "probability", "fraction", "predicted_fraction"))
+    for pair, probability, fraction in zip(samples.pairs, found.predictions.probability, found.fraction, strict=True):
+        numbers = (f"{value:.6g}" for value in (probability, pair.fraction, fraction))
+        writer.writerow((pair.climate, pair.organism, pair.cell, pair.label, *numbers))
+    run_folder.write_text(path, text.getvalue())
 
 
 def _signed(item: dict[str, Any]) -> str:
