@@ -30,57 +30,6 @@ class Assembly:
     model_config: models.MultiModalTrainingConfig
 
 
-def override(config: Any, changes: dict[str, Any], prefix: str = "model") -> Any:
-    """A frozen config dataclass with `changes` (nested or with dotted keys) put in; text is read as the type of the
-    value it replaces.
-
-    Raises:
-        UserError: unknown key or a value of the wrong type, named in full.
-    """
-    names = [field.name for field in dataclasses.fields(config)]
-    grouped: dict[str, Any] = {}
-    for key, value in changes.items():
-        first, _, rest = key.partition(".")
-        if rest or isinstance(value, dict):
-            grouped.setdefault(first, {})
-            grouped[first] |= {rest: value} if rest else value
-        else:
-            grouped[first] = value
-    new: dict[str, Any] = {}
-    for key, value in grouped.items():
-        if key not in names:
-            raise UserError(f"{prefix}.{key}: unknown key, expected one of {', '.join(names)}")
-        old = getattr(config, key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            new[key] = old | value
-            continue
-        new[key] = (
-            override(old, value, f"{prefix}.{key}")
-            if isinstance(value, dict)
-            else _typed(old, value, f"{prefix}.{key}")
-        )
-    try:
-        return dataclasses.replace(config, **new)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{prefix}: {error}") from error
-
-
-def _typed(old: Any, value: Any, key: str) -> Any:
-    if old is None or type(value) is type(old):
-        return value
-    converted = None
-    with contextlib.suppress(KeyError, ValueError):
-        if isinstance(old, bool):
-            converted = {"true": True, "false": False}[str(value).lower()]
-        elif isinstance(old, int | float | str):
-            converted = type(old)(str(value))
-        elif isinstance(old, tuple) and isinstance(value, list):
-            converted = tuple(value)
-    if converted is None:
-        raise UserError(f"{key}: got {value!r}, expected {type(old).__name__}")
-    return converted
-
-
 def load_bundle(
     config: TrainConfig, statistics: Mapping[str, Any] | None = None, to_train: bool = True
 ) -> data.DatasetBundle:
