@@ -99,15 +99,15 @@ def _attention_places(q: Any, k: Any, v: Any, cos: Any) -> list[tuple[Placement,
     return [*places, (Shard(2), Shard(1), R, Shard(0))] if k.shape[2] % parts == 0 else places
 
 
-def _rest(at: Placement, q: Any) -> Placement:
-    """Of what rounding took from the output: as the output in half precision, empty otherwise."""
-    return at if q.tensor_meta.dtype in (torch.float16, torch.bfloat16) else R
+def _rest(at: Placement, of_rows: Placement, q: Any) -> Placement:
+    """Of what rounding took: from the output in half precision, else from the log-sum-exp."""
+    return at if q.tensor_meta.dtype in (torch.float16, torch.bfloat16) else of_rows
 
 
 def _attention(*arguments: Any) -> list[Rule]:
     q, k, v, cos = arguments[:4]
     return [
-        ([at, of_rows, _rest(at, q)], _present(arguments, (at, at, at, angles, angles, R, at_sinks)))
+        ([at, of_rows, _rest(at, of_rows, q)], _present(arguments, (at, at, at, angles, angles, R, at_sinks)))
         for at, of_rows, angles, at_sinks in _attention_places(q, k, v, cos)
     ]
 
@@ -117,7 +117,7 @@ def _attention_backward(*arguments: Any) -> list[Rule]:
     rules: list[Rule] = []
     for at, of_rows, angles, at_sinks in _attention_places(q, k, v, cos):
         of_sinks = R if sinks is None else SUM if at == Shard(0) else at_sinks  # without sinks: an empty tensor
-        places = (at, of_rows, at, at, at, at, of_rows, _rest(at, q), angles, angles, R, at_sinks)
+        places = (at, of_rows, at, at, at, at, of_rows, _rest(at, of_rows, q), angles, angles, R, at_sinks)
         rules.append(([at, at, at, of_sinks], _present(arguments, places)))
     return rules
 

@@ -71,29 +71,30 @@ void round_row(const float* row, int64_t dim, T* to, int16_t* rest) {
   }
 }
 
-// Divides by the sum, writes the output rows, what their rounding took away (half precision), and the log-sum-exp.
+// Divides by the sum, writes the output rows, the log-sum-exp, and what rounding took: from the output in half precision,
+// from the log-sum-exp in fp32.
 template <typename T>
 void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, const float* panels, const float* maximum, const float* total,
-                const int32_t* low, const int32_t* high, const Rows<T>& out, int16_t* rest, float* lse) {
+                const int32_t* low, const int32_t* high, const Rows<T>& out, Rest<T>* rest, float* lse) {
   for (int64_t i = 0; i < t.count; ++i) {
     const int64_t token = (t.first + i) / g.group, head = t.kv_head * g.group + (t.first + i) % g.group;
     const float* from = panels + i / width * g.dim * width + i % width;
     T* to = out.at(t.batch, token, head);
     const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
     const int64_t place = ((t.batch * g.queries + token) * g.heads + head) * g.dim;
-    int16_t* left = std::is_same_v<T, float> ? nullptr : rest + place;
     if (low[i] >= high[i]) {  // sees nothing: 0, also where the sink is not finite
       std::fill_n(to, g.dim, T(0.0f));
-      if (left != nullptr) std::fill_n(left, g.dim, int16_t{0});
+      if constexpr (!std::is_same_v<T, float>) std::fill_n(rest + place, g.dim, Rest<T>{0});
     } else if constexpr (std::is_same_v<T, float>) {
       for (int64_t d = 0; d < g.dim; ++d) to[d] = from[d * width] * inverse;
     } else {
       float row[kMaxHeadDim];
       for (int64_t d = 0; d < g.dim; ++d) row[d] = from[d * width] * inverse;
-      round_row(row, g.dim, to, left);
+      round_row(row, g.dim, to, rest + place);
     }
-    lse[(t.batch * g.heads + head) * g.queries + token] =
-        total[i] == 0.0f ? -std::numeric_limits<float>::infinity() : (maximum[i] + std::log2(total[i])) * kLn2;
+    const int64_t index = (t.batch * g.heads + head) * g.queries + token;
+    lse[index] = total[i] == 0.0f ? -std::numeric_limits<float>::infinity() : (maximum[i] + std::log2(total[i])) * kLn2;
+    if constexpr (std::is_same_v<T, float>) rest[index] = correction_of(lse[index], maximum[i], total[i]);
   }
 }
 
@@ -171,7 +172,7 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   const Rows<const T> q = rows_of<T>(in.q);
   const Rows<T> result = mutable_rows_of<T>(out);
   float* lse_data = lse.mutable_data_ptr<float>();
-  int16_t* rest_data = rest.mutable_data_ptr<int16_t>();
+  Rest<T>* rest_data = rest.mutable_data_ptr<Rest<T>>();
   const float factor = g.softcap > 0.0f ? g.scale / g.softcap : g.scale * kLog2E;
   const int64_t panel_floats = kTaskRows * g.dim;
   run_tasks(pairs * blocks, 2 * panel_floats + 4 * kTaskRows + kScratch, [&](int64_t task, float* scratch) {
@@ -205,10 +206,9 @@ ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide ? at::kDouble : at::kFloat));
   const bool half = !wide && q.scalar_type() != at::kFloat;
-  const auto words = q.options().dtype(at::kShort);
-  Tensor rest = half ? at::empty(q.sizes(), words) : at::empty({0}, words);
+  Tensor rest = half ? at::empty(q.sizes(), q.options().dtype(at::kShort)) : at::empty(lse.sizes(), lse.options());
   if (out.numel() == 0) return {out, lse, rest};
-  if (wide) forward_double(in, out, lse);
+  if (wide) forward_double(in, out, lse, rest);
   else if (q.scalar_type() == at::kFloat) forward_typed<float>(in, out, lse, rest);
   else if (q.scalar_type() == at::kBFloat16) forward_typed<c10::BFloat16>(in, out, lse, rest);
   else forward_typed<c10::Half>(in, out, lse, rest);

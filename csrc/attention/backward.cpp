@@ -19,11 +19,22 @@ namespace astrobiogen::attention {
 
 constexpr int64_t kTargetTasks = 16;  // enough for 16 cores at batch 1; each further split costs one more fp32 copy of dK and dV
 
+// By what a row's dO is multiplied, and its dlse, so that all products with the recomputed probabilities are as if
+// those summed up to 1: their factor, the row's correction and what the unit of log 2 adds to it. In half precision
+// the rounding of the probabilities' results is larger.
 template <typename T>
-float dot_unrounded(const T* grad, const T* out, const int16_t* rest, int64_t dim) {
+float row_factor(const Rest<T>* rest, const float* lse, int64_t index) {
+  if constexpr (!std::is_same_v<T, float>) return 1.0f;
+  const float factor = static_cast<float>(rest[index] * std::exp2(shift_of(lse[index]) - in_log2(lse[index])));
+  return all_finite(&factor, 1) ? factor : 1.0f;
+}
+
+// <factor dO, O>. dO is rounded after the factor, as `pack_panels` rounds it: dP - delta cancels.
+template <typename T>
+float dot_unrounded(float factor, const T* grad, const T* out, const Rest<T>* rest, int64_t dim) {
   float sum = 0.0f;
   if constexpr (std::is_same_v<T, float>) {
-    for (int64_t d = 0; d < dim; ++d) sum += grad[d] * out[d];
+    for (int64_t d = 0; d < dim; ++d) sum += factor * grad[d] * out[d];
   } else {
     for (int64_t d = 0; d < dim; ++d)
       sum += static_cast<float>(grad[d]) * unrounded(static_cast<float>(out[d]), rest[d]);
@@ -39,7 +50,7 @@ struct Context {
   const float *keys, *finite_keys, *values;  // packed [B, Hkv, Sk, D]
   const uint8_t* lost_keys;                  // [B, Hkv, Sk], whether a key is not finite; null where all are
   Rows<const T> q, grad, out;
-  const int16_t* rest;  // [B, Sq, Hq, D], of half precision
+  const Rest<T>* rest;
   Rows<T> grad_q;
   const float *lse, *grad_lse;
   float* delta;     // [B, Hq, Sq]
@@ -47,10 +58,10 @@ struct Context {
 };
 
 struct Workspace {
-  float *scratch, *queries, *query_rows, *grads, *grad_rows, *grad_queries, *lse, *delta;
+  float *scratch, *queries, *query_rows, *grads, *grad_rows, *grad_queries, *lse, *delta, *factors;
 };
 
-int64_t workspace_floats(int64_t dim, int64_t padded) { return 2 * kScratch + kTaskRows * (3 * dim + 2 * padded + 2); }
+int64_t workspace_floats(int64_t dim, int64_t padded) { return 2 * kScratch + kTaskRows * (3 * dim + 2 * padded + 3); }
 
 Workspace split_workspace(float* p, int64_t dim, int64_t padded) {
   Workspace w{};
@@ -62,10 +73,11 @@ Workspace split_workspace(float* p, int64_t dim, int64_t padded) {
   w.grad_rows = w.query_rows + kTaskRows * padded;
   w.lse = w.grad_rows + kTaskRows * padded;
   w.delta = w.lse + kTaskRows;
+  w.factors = w.delta + kTaskRows;
   return w;
 }
 
-// delta_i = <dO_i, O_i> - dlse_i, and the log-sum-exp in units of log 2 (0 for a row that sees nothing: all its
+// The factor of dO, delta_i = factor_i (<dO_i, O_i> - dlse_i), and the log-sum-exp in units of log 2 (0 for a row that sees nothing: all its
 // scores are masked, and its O is 0 whatever dO is). O is taken as it was before rounding: dP - delta cancels where a
 // softmax is peaked.
 template <typename T>
@@ -73,16 +85,18 @@ void row_constants(const Context<T>& c, const TaskRows& t, const Workspace& w, c
                    const int32_t* high) {
   for (int64_t i = 0; i < t.panels * c.width; ++i) {
     w.lse[i] = w.delta[i] = 0.0f;
+    w.factors[i] = 1.0f;
     if (i >= t.count) continue;
     const int64_t token = (t.first + i) / c.g.group, head = t.kv_head * c.g.group + (t.first + i) % c.g.group;
     const int64_t index = (t.batch * c.g.heads + head) * c.g.queries + token;
     const T *grad = c.grad.at(t.batch, token, head), *out = c.out.at(t.batch, token, head);
+    const float factor = w.factors[i] = row_factor<T>(c.rest, c.lse, index);
     float delta = 0.0f;
     const int64_t place = ((t.batch * c.g.queries + token) * c.g.heads + head) * c.g.dim;
-    if (low[i] < high[i]) delta = dot_unrounded(grad, out, c.rest + place, c.g.dim);
-    if (c.grad_lse != nullptr) delta -= c.grad_lse[index];
+    if (low[i] < high[i]) delta = dot_unrounded<T>(factor, grad, out, c.rest + place, c.g.dim);
+    if (c.grad_lse != nullptr) delta -= factor * c.grad_lse[index];
     w.delta[i] = c.delta[index] = delta;
-    w.lse[i] = std::isinf(c.lse[index]) && c.lse[index] < 0.0f ? 0.0f : c.lse[index] * kLog2E;
+    w.lse[i] = std::isinf(c.lse[index]) && c.lse[index] < 0.0f ? 0.0f : shift_of(c.lse[index]);
     if (c.lost_keys == nullptr || low[i] >= high[i]) continue;
     const uint8_t* lost = c.lost_keys + (t.batch * c.g.kv_heads + t.kv_head) * c.g.keys;
     if (std::any_of(lost + low[i], lost + high[i], [](uint8_t key) { return key != 0; }))
@@ -131,8 +145,9 @@ void backward_task(const Context<T>& c, int64_t pair, int64_t split, const Works
     const TaskRows t = task_rows(g, pair, block, c.width);
     visible_keys(g, t, c.width, low, high);
     pack_panels<T>(g, t, c.q, true, factor, c.width, w.queries, w.query_rows, c.padded);
-    const uint64_t marked = pack_panels<T>(g, t, c.grad, false, 1.0f, c.width, w.grads, w.grad_rows, c.padded);
     row_constants(c, t, w, low, high);
+    const uint64_t marked =
+        pack_panels<T>(g, t, c.grad, false, 1.0f, c.width, w.grads, w.grad_rows, c.padded, w.factors);
     std::fill_n(w.grad_queries, t.panels * c.width * g.dim, 0.0f);
     const int64_t start = pair * g.keys * g.dim;
     const bool lost = std::any_of(w.lse, w.lse + t.count, [](float x) { return std::isnan(x); });
@@ -169,14 +184,15 @@ void write_grad_keys(const Context<T>& c, const Rows<T>& grad_k, const Rows<T>& 
   });
 }
 
-// d sink_h = -sum_i exp(sink_h - lse_i) delta_i, in a fixed order and in double.
+// d sink_h = -sum_i exp(sink_h - lse_i) delta_i, in a fixed order and in double. A row that sees nothing adds nothing.
 void write_grad_sinks(const Geometry<float>& g, const float* lse, const float* delta, float* grad_sinks) {
   for (int64_t h = 0; h < g.heads; ++h) {
     double sum = 0.0;
     for (int64_t b = 0; b < g.batch; ++b)
       for (int64_t i = 0; i < g.queries; ++i) {
         const int64_t index = (b * g.heads + h) * g.queries + i;
-        sum -= static_cast<double>(std::exp(g.sinks[h] - lse[index])) * delta[index];
+        if (lse[index] == -std::numeric_limits<float>::infinity()) continue;
+        sum -= std::exp2(in_log2(g.sinks[h]) - shift_of(lse[index])) * delta[index];
       }
     grad_sinks[h] = static_cast<float>(sum);
   }
@@ -219,7 +235,7 @@ void backward_typed(const Inputs& in, const Tensor& grad_out, const Optional& gr
                            rows_of<T>(in.q),
                            rows_of<T>(grad_out),
                            rows_of<T>(out),
-                           rest.const_data_ptr<int16_t>(),
+                           rest.const_data_ptr<Rest<T>>(),
                            mutable_rows_of<T>(grad_q),
                            lse.const_data_ptr<float>(),
                            grad_lse ? grad_lse->const_data_ptr<float>() : nullptr,
@@ -234,10 +250,6 @@ void backward_typed(const Inputs& in, const Tensor& grad_out, const Optional& gr
 
 BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out,
                         const Tensor& lse, const Tensor& rest) {
-  const bool half = in.q.scalar_type() == at::kHalf || in.q.scalar_type() == at::kBFloat16;
-  const int64_t words = half ? out.numel() : 0;
-  TORCH_CHECK_VALUE(rest.scalar_type() == at::kShort && rest.numel() == words, "rest must be int16 with ", words,
-                    " elements, as the forward gave it, got ", rest.scalar_type(), " with ", rest.numel());
   const auto typed = [&]<typename T>(auto&&... grads) {
     backward_typed<T>(in, grad_out, grad_lse, out, lse, rest, grads...);
   };
@@ -250,7 +262,7 @@ BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional
     grad_v.zero_();
     return {grad_q, grad_k, grad_v, in.sinks ? grad_sinks.to(in.sinks->scalar_type()) : grad_sinks};
   }
-  if (wide) backward_double(in, grad_out, grad_lse, out, lse, grad_q, grad_k, grad_v, grad_sinks);
+  if (wide) backward_double(in, grad_out, grad_lse, out, lse, rest, grad_q, grad_k, grad_v, grad_sinks);
   else if (in.q.scalar_type() == at::kFloat) typed.template operator()<float>(grad_q, grad_k, grad_v, grad_sinks);
   else if (in.q.scalar_type() == at::kBFloat16)
     typed.template operator()<c10::BFloat16>(grad_q, grad_k, grad_v, grad_sinks);

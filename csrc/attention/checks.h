@@ -63,8 +63,8 @@ inline void check_results(const check::Op& op, const Optional& grad_out, const O
   op.shape(lse, "lse", {q.size(0), q.size(2), q.size(1)}, "[B, Hq, Sq]");
   op.like(grad_lse, "grad_lse", lse, "the shape of lse");
   const bool rounds = q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf;
-  op.dtype(rest, "rest", at::kShort);
-  op.shape(rest, "rest", rounds ? q.sizes() : at::IntArrayRef({0}), "the shape of q in half precision, else [0]");
+  op.dtype(rest, "rest", rounds ? at::kShort : lse.scalar_type());
+  op.shape(rest, "rest", rounds ? q.sizes() : lse.sizes(), "the shape of q in half precision, else that of lse");
 }
 
 }  // namespace astrobiogen::attention

@@ -6,11 +6,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace astrobiogen::attention {
@@ -169,12 +171,30 @@ inline int16_t rest_of(float exact, float rounded) {
   return all_finite(&rounded, 1) ? static_cast<int16_t>(std::clamp(bits - base, -32768, 32767)) : int16_t{0};
 }
 
+// What the forward pass keeps for the backward pass against rounding: of the output in half precision, as `rest_of`
+// says, else of the log-sum-exp, as `correction_of` says.
+template <typename T>
+using Rest = std::conditional_t<sizeof(T) == 2, int16_t, T>;
+
 inline float unrounded(float rounded, int16_t rest) {
   int32_t bits;
   std::memcpy(&bits, &rounded, sizeof(bits));
   bits += rest;
   std::memcpy(&rounded, &bits, sizeof(bits));
   return rounded;
+}
+
+// The log-sum-exp in units of log 2.
+inline double in_log2(float lse) { return static_cast<double>(lse) * 1.4426950408889634; }
+
+// The same as the tiles subtract it, rounded once whether or not the compiler fuses operations.
+inline float shift_of(float lse) { return static_cast<float>(in_log2(lse)); }
+
+// 1 / sum_j exp(s_j - lse): by this the probabilities that are recomputed from a rounded lse must be multiplied to sum
+// up to 1. `top`, in units of log 2, and `total` are those of the online softmax. 1 where nothing is seen or not finite.
+inline float correction_of(float lse, float top, float total) {
+  const float correction = static_cast<float>(std::exp2(in_log2(lse) - top) / total);
+  return all_finite(&correction, 1) ? correction : 1.0f;
 }
 
 // Cache-line aligned floats, zeroed.
@@ -214,8 +234,9 @@ struct Inputs {
 
 BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out,
                         const Tensor& lse, const Tensor& rest);
-void forward_double(const Inputs& in, Tensor& out, Tensor& lse);
-void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse, Tensor& grad_q,
-                     Tensor& grad_k, Tensor& grad_v, Tensor& grad_sinks);
+void forward_double(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest);
+void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out,
+                     const Tensor& lse, const Tensor& rest, Tensor& grad_q, Tensor& grad_k, Tensor& grad_v,
+                     Tensor& grad_sinks);
 
 }  // namespace astrobiogen::attention

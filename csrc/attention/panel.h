@@ -27,19 +27,20 @@ inline void visible_keys(const Geometry<float>& g, const TaskRows& t, int64_t wi
   }
 }
 
-// panels[x][d][w] = factor * (rotated) row x W + w; with `flat`, the same numbers as rows of `padded` floats, and 0
+// panels[x][d][w] = factor * (rotated) row i = x W + w, or factors[i] * it; with `flat`, the same numbers as rows of `padded` floats, and 0
 // where they are not finite: there they meet hidden pairs with weight 0. Rows past the end are zero. Returns the bits
 // of the rows that are not finite (with `flat`).
 static_assert(kTaskRows <= 64);
 template <typename T>
 uint64_t pack_panels(const Geometry<float>& g, const TaskRows& t, const Rows<const T>& in, bool turn, float factor,
-                     int64_t width, float* panels, float* flat, int64_t padded) {
+                     int64_t width, float* panels, float* flat, int64_t padded, const float* factors = nullptr) {
   float row[kMaxHeadDim];
   uint64_t marked = 0;
   for (int64_t i = 0; i < t.panels * width; ++i) {
     if (i < t.count) {
       const int64_t token = (t.first + i) / g.group, head = t.kv_head * g.group + (t.first + i) % g.group;
       const T* from = in.at(t.batch, token, head);
+      if (factors != nullptr) factor = factors[i];
       if (turn && g.rotary > 0) {
         const int64_t from_end = g.queries - token;
         rotate_row(g, from, g.angles(g.cos, t.batch, from_end), g.angles(g.sin, t.batch, from_end), 1.0f, factor, row);

@@ -48,11 +48,11 @@ double score(const Packed& p, const double* query, const double* key) {
 
 }  // namespace
 
-void forward_double(const Inputs& in, Tensor& out, Tensor& lse) {
+void forward_double(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   const Packed p = make_packed(in);
   const Geometry<double>& g = p.g;
   const Rows<double> result = mutable_rows_of<double>(out);
-  double* lse_data = lse.mutable_data_ptr<double>();
+  double *lse_data = lse.mutable_data_ptr<double>(), *rest_data = rest.mutable_data_ptr<double>();
   run_tasks(g.batch * g.heads, 0, [&](int64_t task, float*) {
     const int64_t b = task / g.heads, h = task % g.heads;
     std::vector<double> scores(g.keys);
@@ -73,19 +73,24 @@ void forward_double(const Inputs& in, Tensor& out, Tensor& lse) {
         for (int64_t d = 0; d < g.dim; ++d) to[d] += weight * value[d];
       }
       for (int64_t d = 0; d < g.dim; ++d) to[d] = total == 0.0 || g.low[i] >= g.high[i] ? 0.0 : to[d] / total;
-      lse_data[(b * g.heads + h) * g.queries + i] = total == 0.0 ? -kInfinity : shift + std::log(total);
+      const int64_t index = (b * g.heads + h) * g.queries + i;
+      lse_data[index] = total == 0.0 ? -kInfinity : shift + std::log(total);
+      const double correction = std::exp(lse_data[index] - shift) / total;
+      rest_data[index] = std::isfinite(correction) ? correction : 1.0;
     }
   });
 }
 
-void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out, const Tensor& lse, Tensor& grad_q,
-                     Tensor& grad_k, Tensor& grad_v, Tensor& grad_sinks) {
+void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out,
+                     const Tensor& lse, const Tensor& rest, Tensor& grad_q, Tensor& grad_k, Tensor& grad_v,
+                     Tensor& grad_sinks) {
   const Packed p = make_packed(in);
   const Geometry<double>& g = p.g;
   const Rows<const double> grads = rows_of<double>(grad_out), outs = rows_of<double>(out);
   const Rows<double> query_grads = mutable_rows_of<double>(grad_q), key_grads = mutable_rows_of<double>(grad_k),
                      value_grads = mutable_rows_of<double>(grad_v);
-  const double *lse_data = lse.const_data_ptr<double>(), *lse_grads = grad_lse ? grad_lse->const_data_ptr<double>() : nullptr;
+  const double *lse_data = lse.const_data_ptr<double>(), *rest_data = rest.const_data_ptr<double>();
+  const double* lse_grads = grad_lse ? grad_lse->const_data_ptr<double>() : nullptr;
   double* sink_grads = g.sinks != nullptr ? grad_sinks.mutable_data_ptr<double>() : nullptr;
   grad_k.zero_();
   grad_v.zero_();
@@ -98,11 +103,12 @@ void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& g
         // A row that sees nothing is 0 whatever `grad` is.
         const double own = g.low[i] < g.high[i] ? dot(grad, outs.at(b, i, h), g.dim) : 0.0;
         const double delta = own - (lse_grads != nullptr ? lse_grads[index] : 0.0);
-        if (g.sinks != nullptr) sink_grads[h] -= std::exp(g.sinks[h] - lse_data[index]) * delta;
+        if (g.sinks != nullptr && lse_data[index] != -kInfinity)
+          sink_grads[h] -= std::exp(g.sinks[h] - lse_data[index]) * rest_data[index] * delta;
         std::fill(row.begin(), row.end(), 0.0);
         for (int64_t j = g.low[i]; j < g.high[i]; ++j) {
           const double *query = p.query(b, h, i), *key = p.k + p.key_offset(b, h, j), *value = p.v + p.key_offset(b, h, j);
-          const double s = score(p, query, key), weight = std::exp(s - lse_data[index]);
+          const double s = score(p, query, key), weight = std::exp(s - lse_data[index]) * rest_data[index];
           double grad_score = weight * (dot(grad, value, g.dim) - delta) * g.scale;
           if (g.softcap > 0.0) grad_score *= 1.0 - (s / g.softcap) * (s / g.softcap);
           double *to_key = key_grads.at(b, j, h / g.group), *to_value = value_grads.at(b, j, h / g.group);

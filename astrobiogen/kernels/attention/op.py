@@ -215,8 +215,8 @@ def _fake_forward(q: torch.Tensor, k: torch.Tensor, *others: Any) -> tuple[torch
     del k, others
     batch, queries, heads, _ = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=torch.promote_types(q.dtype, torch.float32))
-    rounds = q.dtype in (torch.float16, torch.bfloat16)
-    return q.new_empty(q.shape), lse, q.new_empty(q.shape if rounds else (0,), dtype=torch.int16)
+    rest = q.new_empty(q.shape, dtype=torch.int16) if reference.is_half(q.dtype) else torch.empty_like(lse)
+    return q.new_empty(q.shape), lse, rest
 
 
 def _fake_backward(

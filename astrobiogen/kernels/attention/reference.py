@@ -96,13 +96,15 @@ def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, o: Options) ->
     return o.softcap * torch.tanh(scores / o.softcap) if o.softcap > 0 else scores
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """True for float16 and bfloat16."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 def remainder(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """What rounding to half precision took away from fp32 numbers: the difference of the bits of `exact` and `rounded`
-    as fp32, int16. Exact for bf16 and normal fp16 numbers; fp16 subnormals and what overflowed stay as rounded. No
-    element for a dtype that is not half precision.
+    as fp32, int16. Exact for bf16 and normal fp16 numbers; fp16 subnormals and what overflowed stay as rounded.
     """
-    if rounded.dtype not in (torch.float16, torch.bfloat16):
-        return rounded.new_empty(0, dtype=torch.int16)
     bits, base = exact.contiguous().view(torch.int32), rounded.float().contiguous().view(torch.int32)
     rest = (bits - base).clamp(-32768, 32767).to(torch.int16)
     return rest.masked_fill(~torch.isfinite(rounded), 0)
@@ -110,19 +112,19 @@ def remainder(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
 
 def unrounded(rounded: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     """The fp32 numbers that `remainder` was taken from; `rounded` itself if it is not half precision."""
-    if rounded.dtype not in (torch.float16, torch.bfloat16):
+    if not is_half(rounded.dtype):
         return rounded
     return (rounded.float().contiguous().view(torch.int32) + rest).view(torch.float32)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Forward:
     """(out [B, Sq, Hq, D], lse [B, Hq, Sq]): see `op.attention`. Differentiable twice under plain autograd."""
-    out, lse = _attend(q, k, v, Options(*options))
+    out, lse, _ = _attend(q, k, v, Options(*options))
     return out.to(q.dtype), lse
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> Forward:
-    """`attention` with `out` as it is before rounding."""
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> OpForward:
+    """(`out` as it is before rounding, lse, the scores [B, Hkv, G, Sq, columns] that went into lse)."""
     grouped_q, grouped_k, grouped_v = _grouped(q, k, v, o)
     mask = visible(q.shape[1], k.shape[1], o, q.device)
     scores = _scores(grouped_q, grouped_k, mask, o).masked_fill(~mask, -torch.inf)
@@ -139,16 +141,25 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> Fo
     probability = torch.softmax(scores, dim=-1)[..., : k.shape[1]].masked_fill(blind | ~mask, 0.0)
     out = product(probability, grouped_v, mask).permute(0, 3, 1, 2, 4).reshape(batch, queries, kv_heads * group, dim)
     lse = torch.logsumexp(scores, dim=-1).masked_fill(blind.squeeze(-1), -torch.inf)
-    return out, lse.reshape(batch, kv_heads * group, queries)
+    return out, lse.reshape(batch, kv_heads * group, queries), scores
+
+
+def correction(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """1 / sum_j exp(s_ij - lse_i), [B, Hq, Sq]: by this the probabilities that are recomputed from the rounded lse must
+    be multiplied to sum up to 1. 1 for a row that sees nothing or is not finite.
+    """
+    total = torch.exp(scores - lse.reshape(scores.shape[:-1]).unsqueeze(-1)).sum(dim=-1)
+    return torch.where(torch.isfinite(total), 1.0 / total, 1.0).reshape(lse.shape)
 
 
 def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> OpForward:
-    """The op's default kernel: `attention` with outputs in contiguous memory of their own, as an op promises, and
-    the `remainder` of `out`.
+    """The op's default kernel: `attention` with outputs in contiguous memory of their own, as an op promises, and what
+    the backward pass needs against rounding: the `remainder` of `out` in half precision, else the `correction`.
     """
-    exact, lse = _attend(q, k, v, Options(*options))
+    exact, lse, scores = _attend(q, k, v, Options(*options))
     out = exact.to(q.dtype)
-    return out.contiguous(), lse.contiguous(), remainder(exact, out)
+    rest = remainder(exact, out) if is_half(q.dtype) else correction(scores, lse)
+    return out.contiguous(), lse.contiguous(), rest
 
 
 def attention_backward(
@@ -162,8 +173,8 @@ def attention_backward(
     rest: torch.Tensor,
     *options: Any,
 ) -> Backward:
-    """(grad_q, grad_k, grad_v, grad_sinks); grad_sinks has no element without sinks. `rest`: the `remainder` of `out`.
-    Formulas: README.md.
+    """(grad_q, grad_k, grad_v, grad_sinks); grad_sinks has no element without sinks. `rest`: as
+    `attention_forward` gives it. Formulas: README.md.
     """
     o = Options(*options)
     grouped_q, grouped_k, grouped_v = _grouped(q, k, v, o)
@@ -172,7 +183,8 @@ def attention_backward(
     mask = visible(queries, k.shape[1], o, q.device)
     scores = _scores(grouped_q, grouped_k, mask, o)
     lse = lse.to(scores.dtype).reshape(shape)
-    probability = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)).masked_fill(~mask, 0.0)
+    weight = 1.0 if is_half(q.dtype) else rest.reshape(shape)
+    probability = weight * torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)).masked_fill(~mask, 0.0)
     grad = torch.zeros_like(out) if grad_out is None else grad_out
     grad = grad.to(scores.dtype).reshape(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
     saved = unrounded(out, rest).reshape(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
@@ -192,5 +204,6 @@ def attention_backward(
         grad_sinks = q.new_empty(0, dtype=torch.float32)
     else:
         sink = o.sinks.to(scores.dtype).reshape(kv_heads, group, 1, 1)
-        grad_sinks = (-torch.exp(sink - lse) * delta).sum(dim=(0, 3, 4)).reshape(-1).to(o.sinks.dtype)
+        share = (weight * torch.exp(sink - lse)).masked_fill(lse == -torch.inf, 0.0)
+        grad_sinks = (-share * delta).sum(dim=(0, 3, 4)).reshape(-1).to(o.sinks.dtype)
     return grad_q.to(q.dtype).contiguous(), grad_k.to(k.dtype).contiguous(), grad_v.to(v.dtype).contiguous(), grad_sinks

@@ -180,7 +180,8 @@ CASES = (
     Case("several_tiles", plain(1, 130, 130, 4, 1, 68, rotary=34), _GRADS, interpret=False),
 )
 
-# For half precision: nearly all of a row's weight on one key, where dP - delta cancels.
+# Nearly all of a row's weight on one key, where dP - delta cancels and where the log-sum-exp is large, so that its
+# rounding changes all probabilities that are recomputed from it.
 PEAKED = (
     Case("peaked", _peaked(50, plain(1, 35, 35, 4, 2, 68, rotary=34)), _GRADS),
     Case("peaked_softcap", _peaked(50, plain(1, 20, 20, 2, 1, 16, softcap=40.0)), _GRADS),

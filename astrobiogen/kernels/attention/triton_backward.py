@@ -28,14 +28,15 @@ from astrobiogen.kernels.attention.triton_device import (
 
 @triton.jit
 def row_constants_kernel(
-    grad, out, lse, rest, grad_lse, log_sums, delta,
+    grad, out, lse, rest, grad_lse, log_sums, delta, factors,
     g_batch, g_token, g_head, o_batch, o_token, o_head, heads, queries,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, G_UNIT: tl.constexpr, O_UNIT: tl.constexpr, REST: tl.constexpr,
     GRAD_LSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """delta [B, Hq, padded] = <dO, O> - dlse with O as it was before rounding, and the log-sum-exp in units of log 2:
     +Inf for a row that sees nothing or lies behind the last query, so that its probabilities are 0, and NaN for a row
-    whose dO is not finite, so that all that it sees hears it. Grid (B Hq, padded / BLOCK).
+    whose dO is not finite, so that all that it sees hears it. Without REST also `factors`, by which dO (here too) must
+    be multiplied for the rounding of the log-sum-exp. Grid (B Hq, padded / BLOCK).
     """
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first, local = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
@@ -45,17 +46,25 @@ def row_constants_kernel(
     column = tl.arange(0, COLUMNS)
     a = load_columns(row_pointers(g_base, first, local, g_token, G_UNIT), live, column, DIM).to(tl.float32)
     b = load_columns(row_pointers(o_base, first, local, o_token, O_UNIT), live, column, DIM).to(tl.float32)
+    index = tl.program_id(0).to(tl.int64) * queries + first + local
+    to = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * BLOCK + first + local
+    log_sum = tl.load(lse + index, mask=live, other=float("-inf"))
+    wrong = tl.max(tl.where(finite(a), 0, 1), 1) > 0
+    factor = tl.full([BLOCK], 1.0, tl.float32)
     if REST:
         r_base = rest + (batch.to(tl.int64) * queries * heads + head) * DIM
         left = load_columns(row_pointers(r_base, first, local, heads, DIM), live, column, DIM).to(tl.int32)
         b = (b.to(tl.int32, bitcast=True) + left).to(tl.float32, bitcast=True)
+    else:
+        # What the kernels will subtract is rounded once more, to log_sum * LOG2E.
+        lost = tl.fma(log_sum, LOG2E, -(log_sum * LOG2E))
+        factor = tl.load(rest + index, mask=live, other=1.0) * tl.exp2(-lost)
+        factor = tl.where(finite(factor), factor, 1.0)
+        tl.store(factors + to, factor)
+        a = a * factor[:, None]
     value = tl.sum(tl.where(b == 0.0, 0.0, a * b), 1)  # a row that sees nothing is 0 whatever dO is
-    wrong = tl.max(tl.where(finite(a), 0, 1), 1) > 0
-    index = tl.program_id(0).to(tl.int64) * queries + first + local
     if GRAD_LSE:
-        value -= tl.load(grad_lse + index, mask=live, other=0.0).to(tl.float32)
-    log_sum = tl.load(lse + index, mask=live, other=float("-inf"))
-    to = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * BLOCK + first + local
+        value -= factor * tl.load(grad_lse + index, mask=live, other=0.0).to(tl.float32)
     tl.store(delta + to, value)
     log_sum = tl.where(wrong & (log_sum != float("-inf")), float("nan"), log_sum * LOG2E)
     tl.store(log_sums + to, tl.where(log_sum == float("-inf"), float("inf"), log_sum))

@@ -92,6 +92,16 @@ def store_rounded(rows, rest, value, live, column, DIM: tl.constexpr, REST: tl.c
 
 
 @triton.jit
+def log_sum_of(top, total):
+    """(log-sum-exp, its correction as `reference.correction`) of an online softmax; `top` in units of log 2."""
+    blind = total == 0.0
+    sum_ = tl.where(blind, 1.0, total)
+    value = tl.where(blind, float("-inf"), (top + tl.log2(sum_)) * LN2)
+    correction = tl.exp2(tl.fma(value, LOG2E, -top)) / sum_
+    return value, tl.where(finite(correction), correction, 1.0)
+
+
+@triton.jit
 def finite(x):
     """True where x is neither NaN nor infinite."""
     return tl.abs(x.to(tl.float32)) < float("inf")

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from astrobiogen.kernels.attention.triton_device import (
-    LN2,
     LOG2E,
     clamped,
     finite,
@@ -12,6 +11,7 @@ from astrobiogen.kernels.attention.triton_device import (
     load_part,
     load_rotated,
     log2_scores,
+    log_sum_of,
     only_finite,
     product,
     row_pointers,
@@ -24,13 +24,14 @@ from astrobiogen.kernels.attention.triton_device import (
 
 @triton.jit
 def pack_kernel(
-    x, cos, sin, out,
-    x_batch, x_token, x_head, tokens, heads, angle_batch, angle_first,
+    x, cos, sin, factors, out,
+    x_batch, x_token, x_head, tokens, heads, padded, angle_batch, angle_first,
     DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, X_UNIT: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FACTORS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, in the internal column order, zero behind DIM;
-    made finite with LARGEST > 0, the dtype's largest number. Program p: rows of block p // (B heads).
+    with FACTORS times `factors` [B, heads, padded]; made finite with LARGEST > 0, the dtype's largest number. Grid
+    (B heads, blocks).
     """
     pairs = tl.num_programs(0) // tl.cdiv(tokens, BLOCK)
     pair = tl.program_id(0) % pairs
@@ -44,6 +45,9 @@ def pack_kernel(
         rows, row_pointers(cos + angles, angle_first + first, local, ROTARY, 1),
         row_pointers(sin + angles, angle_first + first, local, ROTARY, 1), live, DIM, MAIN, TAIL, ROTARY, INTERLEAVED,
     )  # fmt: skip
+    if FACTORS:
+        factor = tl.load(factors + tl.program_id(0).to(tl.int64) * padded + first + local)[:, None]
+        a, b, tail = a * factor, b * factor, tail * factor
     if LARGEST > 0:
         a, b, tail = clamped(a, LARGEST), clamped(b, LARGEST), clamped(tail, LARGEST)
     WIDTH: tl.constexpr = MAIN + TAIL
@@ -214,8 +218,10 @@ def forward_kernel(
         store_rounded(to, left, tl.where(sees, acc * inverse, 0.0), live, columns, DIM, REST)
         if TAIL > 0:
             store_rounded(to, left, tl.where(sees, acc_tail * inverse, 0.0), live, tails, DIM, REST)
-        value = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2)
+        value, correction = log_sum_of(top, total)
         tl.store(lse + row, value, mask=live)
+        if not REST:
+            tl.store(rest + row, correction, mask=live)
 
 
 @triton.jit
@@ -248,4 +254,7 @@ def combine_kernel(
     to = (((row // (heads * queries)) * queries + row % queries) * heads + head) * DIM
     row_of_one = tl.zeros([1, 1], tl.int64) + to
     store_rounded(out + row_of_one, rest + row_of_one, result[None, :], tl.full([1], True, tl.int1), column, DIM, REST)
-    tl.store(lse + row, tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2))
+    value, correction = log_sum_of(top, total)
+    tl.store(lse + row, value)
+    if not REST:
+        tl.store(rest + row, correction)

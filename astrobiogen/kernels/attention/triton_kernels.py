@@ -15,7 +15,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) 
     batch, queries, heads, _dim = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out, lse = q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=wide)
-    rest = q.new_empty(q.shape if q.element_size() == 2 else (0,), dtype=torch.int16)
+    rest = q.new_empty(q.shape, dtype=torch.int16) if reference.is_half(q.dtype) else torch.empty_like(lse)
     if out.numel() == 0:
         return out, lse, rest
     if q.dtype == torch.float64:  # gradient checks only: no tensor-core path and no fp64 tiles
@@ -51,8 +51,9 @@ def attention_backward(
     triton_launch.differentiate(p, v, grad, constants, grads)
     if sinks is None:
         return *grads, q.new_empty(0, dtype=torch.float32)
-    weight = torch.exp(sinks.float()[:, None] - lse)  # [B, Hq, Sq]: the sink's share of every row
-    return *grads, (-weight * constants[1][..., : q.shape[1]]).sum(dim=(0, 2)).to(sinks.dtype)
+    # [B, Hq, Sq]: the sink's share of every row, by the same exponential as the probabilities that delta is for.
+    weight = torch.exp2(sinks.float()[:, None] * triton_launch.LOG2E - constants.log_sums[..., : q.shape[1]])
+    return *grads, (-weight * constants.delta[..., : q.shape[1]]).sum(dim=(0, 2)).to(sinks.dtype)
 
 
 def compile_cases() -> tuple[CompileCase, ...]:

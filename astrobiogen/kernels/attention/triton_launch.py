@@ -7,7 +7,7 @@ collects it instead, so that what the gate compiles is what the launchers launch
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,6 +61,14 @@ class Rows:
     unit: int  # the largest power of two up to 16 bytes that divides all strides
     width: int  # columns that may be read without a mask
     finite: bool = False  # a copy without NaN and infinities
+
+
+class RowConstants(NamedTuple):
+    """What the backward kernels read of each row, [B, Hq, Sq rounded up to CONSTANT_ROWS] in fp32."""
+
+    log_sums: torch.Tensor
+    delta: torch.Tensor
+    factors: torch.Tensor | None  # of dO; None in half precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +145,34 @@ def _in_place(x: torch.Tensor) -> Rows:
     return Rows(x, (strides[0] // unit, strides[1] // unit, strides[2] // unit), unit, x.shape[-1])
 
 
-def packed(p: Problem, x: torch.Tensor, *, turn: bool, copy: bool = True, finite: bool = False) -> Rows:
+def packed(
+    p: Problem,
+    x: torch.Tensor,
+    *,
+    turn: bool,
+    copy: bool = True,
+    finite: bool = False,
+    factors: torch.Tensor | None = None,
+) -> Rows:
     """`x` itself if its rows can be loaded 16 bytes at a time as they are, or if `copy` is False; else, and for `turn`
-    with angles, a copy [B, heads, S, MAIN + TAIL], rotated if `turn`, and clamped to finite numbers if `finite`."""
+    with angles or with `factors` of the rows [B, heads, >= S], a copy [B, heads, S, MAIN + TAIL], rotated if `turn`,
+    times `factors`, and clamped to finite numbers if `finite`."""
     turn = turn and p.head["ROTARY"] > 0
     rows = _in_place(x)
     batch, tokens, heads, _dim = x.shape
-    if tokens == 0 or not (turn or (copy and rows.unit * x.element_size() < 16)):
+    if tokens == 0 or not (turn or factors is not None or (copy and rows.unit * x.element_size() < 16)):
         return rows
     result = x.new_empty((batch, heads, tokens, p.width))
     rotation = {"ROTARY": p.head["ROTARY"] if turn else 0, "INTERLEAVED": turn and p.head["INTERLEAVED"]}
-    largest = torch.finfo(x.dtype).max if finite else 0.0
+    constants = {"X_UNIT": rows.unit, "FACTORS": factors is not None, "BLOCK": triton_config.PACK_ROWS}
+    constants |= {"LARGEST": torch.finfo(x.dtype).max if finite else 0.0}
+    factors, padded = (result, 0) if factors is None else (factors, factors.shape[-1])
     p.machine.launch(
         Launch(
             pack_kernel,
-            (batch * heads * triton.cdiv(tokens, triton_config.PACK_ROWS),),
-            (rows.data, p.cos, p.sin, result, *rows.strides, tokens, heads, *p.angle_rows(tokens)),
-            p.head | rotation | {"X_UNIT": rows.unit, "LARGEST": largest, "BLOCK": triton_config.PACK_ROWS},
+            (batch * heads, triton.cdiv(tokens, triton_config.PACK_ROWS)),
+            (rows.data, p.cos, p.sin, factors, result, *rows.strides, tokens, heads, padded, *p.angle_rows(tokens)),
+            p.head | rotation | constants,
             triton_config.PACK_WARPS,
         )
     )
@@ -192,7 +211,7 @@ def attend_few(p: Problem, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     )
     sinks = p.options.sinks
     shape = {"DIM": dim, "WIDTH": p.width, "COLUMNS": triton.next_power_of_2(p.width), "SINKS": sinks is not None}
-    shape |= {"REST": rest.numel() > 0}
+    shape |= {"REST": reference.is_half(out.dtype)}
     arguments = (partial, tops, totals, p.q if sinks is None else sinks, out, lse, rest, heads, queries, splits)
     p.machine.launch(Launch(combine_kernel, (batch * heads * queries,), arguments, shape, 1))
 
@@ -219,7 +238,7 @@ def _forward(
     reading = {"K_WIDTH": keys.width, "V_WIDTH": values.width}
     reading |= {"Q_UNIT": rows.unit, "K_UNIT": keys.unit, "V_UNIT": values.unit}
     options = {"SOFTCAP": p.options.softcap > 0, "SINKS": sinks is not None, "HEADS": heads, "SPLIT": chunk is not None}
-    options |= {"REST": chunk is None and results[3].numel() > 0}
+    options |= {"REST": chunk is None and reference.is_half(p.q.dtype)}
     options |= {"PRECISION": p.precision, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     constants = {**p.head, **p.masks, **reading, **options}
     return Launch(forward_kernel, grid, arguments, constants, tile.warps, tile.stages)
@@ -232,29 +251,30 @@ def row_constants(
     lse: torch.Tensor,
     rest: torch.Tensor,
     grad_lse: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp in units of log 2, and delta, [B, Hq, Sq rounded up to CONSTANT_ROWS] in fp32."""
+) -> RowConstants:
+    """Of one backward pass."""
     batch, queries, heads, dim = out.shape
     blocks = triton.cdiv(queries, triton_config.CONSTANT_ROWS)
-    shape = (2, batch, heads, blocks * triton_config.CONSTANT_ROWS)
-    log_sums, delta = out.new_empty(shape, dtype=torch.float32)
+    half = reference.is_half(out.dtype)
+    shape = (2 if half else 3, batch, heads, blocks * triton_config.CONSTANT_ROWS)
+    log_sums, delta, *factors = out.new_empty(shape, dtype=torch.float32)
     left, right, lse = _in_place(grad), _in_place(out), lse.contiguous()
     incoming = lse if grad_lse is None else grad_lse.contiguous()
     constants = {"DIM": dim, "COLUMNS": max(16, triton.next_power_of_2(dim)), "G_UNIT": left.unit, "O_UNIT": right.unit}
-    constants |= {"REST": rest.numel() > 0, "GRAD_LSE": grad_lse is not None, "BLOCK": triton_config.CONSTANT_ROWS}
-    tensors = (left.data, right.data, lse, rest.contiguous(), incoming, log_sums, delta)
+    constants |= {"REST": half, "GRAD_LSE": grad_lse is not None, "BLOCK": triton_config.CONSTANT_ROWS}
+    tensors = (left.data, right.data, lse, rest.contiguous(), incoming, log_sums, delta, delta if half else factors[0])
     arguments = (*tensors, *left.strides, *right.strides, heads, queries)
     p.machine.launch(
         Launch(row_constants_kernel, (batch * heads, blocks), arguments, constants, triton_config.CONSTANT_WARPS)
     )
-    return log_sums, delta
+    return RowConstants(log_sums, delta, None if half else factors[0])
 
 
 def differentiate(
     p: Problem,
     v: torch.Tensor,
     grad: torch.Tensor,
-    constants: tuple[torch.Tensor, torch.Tensor],
+    constants: RowConstants,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     """The backward pass into `grads`, the gradients of q, k and v; `constants` from `row_constants`."""
@@ -263,7 +283,7 @@ def differentiate(
         packed(p, p.q, turn=True, finite=True),
         packed(p, p.k, turn=True, finite=True),
         packed(p, v, turn=False),
-        packed(p, grad, turn=False, finite=True),
+        packed(p, grad, turn=False, finite=True, factors=constants.factors),
     )
     batch, queries, heads, _ = p.q.shape
     _, keys, kv_heads, _ = p.k.shape
@@ -283,16 +303,16 @@ def _backward(
     grid: tuple[int, int],
     tile: Tile,
     rows: tuple[Rows, Rows, Rows, Rows],
-    row_constants: tuple[torch.Tensor, torch.Tensor],
+    constants_of_rows: RowConstants,
     grads: tuple[torch.Tensor, ...],
     tokens: int,
 ) -> Launch:
     """Both backward kernels take the same numbers; `tokens`: rows of `grads`, which are turned back."""
     arguments = (
         *(r.data for r in rows),
-        *(*row_constants, p.cos, p.sin, p.starts, p.ends, *grads),
+        *(*constants_of_rows[:2], p.cos, p.sin, p.starts, p.ends, *grads),
         *(stride for r in rows for stride in r.strides),
-        *(p.q.shape[2], p.group, p.q.shape[1], row_constants[0].shape[-1], p.k.shape[1], *p.angle_rows(tokens)),
+        *(p.q.shape[2], p.group, p.q.shape[1], constants_of_rows.delta.shape[-1], p.k.shape[1], *p.angle_rows(tokens)),
         *(*p.scales, p.options.scale, p.options.window),
     )
     reading = {f"{name}_WIDTH": r.width for name, r in zip("QKVG", rows)}
