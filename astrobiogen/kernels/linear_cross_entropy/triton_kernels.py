@@ -26,10 +26,10 @@ MIN_COLUMNS = 2048
 # Columns are a multiple of 64, so that every row of a slab starts on a 128-byte line whatever the vocabulary (50257 has
 # odd rows in eager).
 COLUMN_MULTIPLE = 64
-# Columns a program handles at once: 16 logits per thread, two 16-byte loads in half precision. The narrower one serves
-# the narrowest slab, which fills it.
-BLOCKS = (MIN_COLUMNS, 2 * MIN_COLUMNS)
-LOGITS_PER_WARP = 512
+# Columns a program handles at once: 2048 logits over 4 warps are 16 per thread, two 16-byte loads in half precision. A
+# slab of MIN_COLUMNS leaves no lane idle.
+BLOCK = 2048
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def _statistics_kernel(
     z_loss,
     softcap,
     HAS_CAP: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One token per program: fold one slab into its running sums; after the last slab, its loss.
@@ -100,7 +101,7 @@ def _statistics_kernel(
         # The target is compared with each column, never used as an address: out of range, it reads nothing.
         target_logit += tl.sum(tl.where(live & (cols + first == target), z, 0.0), 0).to(tl.float64)
         maximum = raised
-    if first + columns == vocabulary:
+    if LAST:
         lse = maximum.to(tl.float64) + tl.log(sum_exp.to(tl.float32)).to(tl.float64)
         loss = (1.0 - label_smoothing) * (lse - target_logit) + label_smoothing * (lse - total / vocabulary)
         loss += z_loss * lse * lse
@@ -164,11 +165,6 @@ def slab_columns(tokens: int, vocabulary: int) -> int:
     return min(wanted, _padded(vocabulary))
 
 
-def block_of(columns: int) -> int:
-    """Columns of one program's tile for slabs of `columns`: no lane is idle in a full slab of either size."""
-    return BLOCKS[0] if columns <= BLOCKS[0] else BLOCKS[1]
-
-
 def _padded(columns: int) -> int:
     return triton.cdiv(columns, COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
@@ -195,7 +191,6 @@ def linear_cross_entropy(
     target = target.contiguous()
     running = x.new_empty((4, tokens), dtype=torch.float64)
     columns = slab_columns(tokens, vocabulary)
-    block = block_of(columns)
     buffer = x.new_empty((tokens, columns))
     for first in range(0, vocabulary, columns):
         count = min(columns, vocabulary - first)
@@ -203,7 +198,8 @@ def linear_cross_entropy(
         launch(_statistics_kernel, (tokens,))(
             buffer, target, running, loss, lse, tokens, columns, first, count, _padded(count), vocabulary,
             ignore_index, label_smoothing, z_loss, softcap,
-            HAS_CAP=softcap > 0.0, BLOCK=block, num_warps=block // LOGITS_PER_WARP,
+            HAS_CAP=softcap > 0.0, LAST=first + count == vocabulary, BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
     return loss, lse
 
@@ -234,17 +230,16 @@ def linear_cross_entropy_backward(
     kept = target != ignore_index
     x = reference.only_kept(kept, x)
     columns = slab_columns(tokens, vocabulary)
-    block = block_of(columns)
     buffer = x.new_empty((tokens, columns))
     total_x = x.new_zeros((tokens, hidden) if need_x else 0, dtype=torch.float32)
     for first in range(0, vocabulary, columns):
         count = min(columns, vocabulary - first)
         slab, rows = buffer[:, :count], weight[first : first + count]
         torch.mm(x, rows.t(), out=slab)
-        launch(_slope_kernel, (tokens, triton.cdiv(count, block)))(
+        launch(_slope_kernel, (tokens, triton.cdiv(count, BLOCK)))(
             buffer, target, lse, grad, columns, grad.stride(0), first, count, _padded(count), vocabulary,
             ignore_index, label_smoothing, z_loss, softcap,
-            HAS_CAP=softcap > 0.0, BLOCK=block, num_warps=block // LOGITS_PER_WARP,
+            HAS_CAP=softcap > 0.0, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
         if need_x:
             _accumulate(total_x, slab, rows)
@@ -282,13 +277,13 @@ def compile_cases() -> tuple[CompileCase, ...]:
         statistics = logits | {"running_ptr": "*fp64", "loss_ptr": "*fp32", "lse_ptr": "*fp64"}
         slope = logits | {"lse_ptr": "*fp64", "grad_ptr": "*fp32"}
         for cap, suffix in ((False, dtype), (True, f"{dtype}/softcap")):
-            for block in BLOCKS:
-                constants, warps = {"HAS_CAP": cap, "BLOCK": block}, block // LOGITS_PER_WARP
-                for label, kernel, pointers, integer in (
-                    ("statistics", _statistics_kernel, statistics, "tokens"),
-                    ("slope", _slope_kernel, slope, "grad_stride"),
-                ):
-                    signature = pointers | {integer: "i32"} | scalars
-                    name = f"{label}/{block}/{suffix}"
-                    cases.append(CompileCase(name, kernel, signature, constants, (*pointers, *whole), warps))
+            for label, kernel, pointers, integer, flags in (
+                ("statistics/a slab", _statistics_kernel, statistics, "tokens", {"LAST": False}),
+                ("statistics/last slab", _statistics_kernel, statistics, "tokens", {"LAST": True}),
+                ("slope", _slope_kernel, slope, "grad_stride", {}),
+            ):
+                signature = pointers | {integer: "i32"} | scalars
+                constants = {"HAS_CAP": cap, "BLOCK": BLOCK} | flags
+                name = f"{label}/{suffix}"
+                cases.append(CompileCase(name, kernel, signature, constants, (*pointers, *whole), NUM_WARPS))
     return tuple(cases)
