@@ -3,6 +3,8 @@ is one.
 
 A check takes the public function, its plain reference and a `Case` (see `astrobiogen.kernels.cases`) and raises
 `AssertionError` with the op, case, dtype, and the measured and the allowed error. `check_battery` runs them all.
+
+`emulate` runs anybody's Triton kernels, compiled, on the CPU.
 """
 
 from astrobiogen.testing._battery import check_battery as check_battery
@@ -18,4 +20,4 @@ from astrobiogen.testing._routes import route as route
 from astrobiogen.testing._transforms import check_transforms as check_transforms
 from astrobiogen.testing._values import check_op as check_op
 from astrobiogen.testing._visibility import check_visibility as check_visibility
-from astrobiogen.testing.tolerance import Measurement as Measurement
+from astrobiogen.testing.ptx import emulate as emulate

@@ -12,13 +12,16 @@ import torch
 
 from astrobiogen.kernels import registry
 
-Implementation = Literal["default", "cpu", "triton"]
+Implementation = Literal["default", "cpu", "triton", "sm_80", "sm_86", "sm_89"]
+EMULATED = ("sm_80", "sm_86", "sm_89")
 
 
 def device_of(implementation: Implementation, device: str | torch.device) -> torch.device:
     """Where the check runs: Triton kernels on the GPU if there is one, else on CPU tensors under Triton's
-    interpreter.
+    interpreter; compiled code is emulated on CPU tensors.
     """
+    if implementation in EMULATED:
+        return torch.device("cpu")
     if implementation == "triton":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
@@ -32,13 +35,14 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
         ops: op names without the namespace.
         implementation: ``"default"`` leaves the dispatcher alone; ``"cpu"`` demands that the C++ extension has a
             kernel for every op; ``"triton"`` puts the Triton launchers on the CPU key, to run under the interpreter,
-            unless a CUDA device exists.
+            unless a CUDA device exists; ``"sm_86"`` and its like do so to run the compiled kernels on the emulator of
+            `astrobiogen.testing.ptx`.
 
     Yields:
         The names of the ops that reached a Triton launcher through this route, in order (stays empty for the others).
 
     Raises:
-        AssertionError: a kernel that should be tested does not exist.
+        AssertionError: a kernel that should be tested does not exist, or the emulator has found a race or the like.
         RuntimeError: the Triton route without a GPU needs ``TRITON_INTERPRET=1`` before Triton's first import.
     """
     calls: list[str] = []
@@ -51,6 +55,14 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
             raise AssertionError(
                 f"no C++ kernel for {absent}: build the extension with `python setup.py build_ext --inplace`"
             )
+    if implementation in EMULATED:
+        launching = importlib.import_module("astrobiogen.testing.ptx.launch")  # Triton is not on every machine
+        arch = int(implementation.removeprefix("sm_"))
+        with launching.emulated_launches(arch) as emulator, _on_cpu(ops, calls):
+            yield calls
+        findings = [f"{run.kernel} {run.grid}: {finding}" for run in emulator.runs for finding in run.findings]
+        assert not findings, "\n".join(findings)
+        return
     if implementation != "triton" or torch.cuda.is_available():
         yield calls
         return
@@ -58,6 +70,13 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
         raise RuntimeError(
             "without a CUDA device the Triton route needs TRITON_INTERPRET=1 in the environment before Triton's import"
         )
+    with _on_cpu(ops, calls):
+        yield calls
+
+
+@contextlib.contextmanager
+def _on_cpu(ops: Sequence[str], calls: list[str]) -> Iterator[None]:
+    """Put the ops' Triton launchers on the CPU key inside the block; they add their names to `calls`."""
     library = torch.library.Library(registry.NAMESPACE, "IMPL")
     try:
         with warnings.catch_warnings():
@@ -68,7 +87,7 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
         # The interpreter computes in NumPy, which warns where a GPU is silent: of infinities, and of leftovers in lanes
         # that the kernel then masks (signalling NaN bits among them, so only on some runs).
         with np.errstate(all="ignore"):
-            yield calls
+            yield
     finally:
         library._destroy()
 

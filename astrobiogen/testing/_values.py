@@ -47,7 +47,7 @@ def check_op(
         device: where to run; `implementation="triton"` decides for itself.
         ops: names of the registered ops that `function` calls, forward and backward; needed for "cpu" and "triton".
         implementation: "default" the dispatcher's choice, "cpu" the C++ kernels, "triton" the Triton kernels, on the
-            GPU or under the interpreter.
+            GPU or under the interpreter, "sm_80", "sm_86" or "sm_89" the compiled ones on the emulator.
         seed: of the case's random numbers.
         absolute_floor: added to every allowed error; state the reason where you use it.
 
@@ -58,10 +58,10 @@ def check_op(
         AssertionError: a check failed; the message has op, case, dtype, and measured against allowed.
     """
     where = _routes.device_of(implementation, device)
-    subject = Subject(f"{inputs.name_of(function)} [{implementation}, {where.type}]", case.name, dtype)
-    arguments = inputs.build(case, dtype, where, seed)
-    interpreted = implementation == "triton" and where.type == "cpu"
-    truncates = interpreted and dtype == torch.bfloat16
+    subject = Subject(f"{_inputs.name_of(function)} [{implementation}, {where.type}]", case.name, dtype)
+    arguments = _inputs.build(case, dtype, where, seed)
+    stood_in = implementation in ("triton", *_routes.EMULATED) and where.type == "cpu"
+    truncates = stood_in and implementation == "triton" and dtype == torch.bfloat16
     judge = _Judge(subject, reference, arguments, case, absolute_floor, truncates, where, seed)
     plain = judge.reference_outputs()
     with _routes.route(ops, implementation) as calls:
@@ -74,7 +74,7 @@ def check_op(
             got, guards = _run(function, arguments, case, upstream, inputs.UNALIGNED_MARGIN)
             _check_pure(subject, guards)
             judge.compare(got, upstream, f", unaligned, only output {only} used" if len(outputs) > 1 else ", unaligned")
-        if interpreted and not calls and any(o.numel() for o in plain):
+        if stood_in and not calls and any(o.numel() for o in plain):
             raise AssertionError(f"{subject}: no Triton launcher was reached; `ops` names {tuple(ops)}")
     return measurements
 
