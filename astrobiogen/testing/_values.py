@@ -58,8 +58,8 @@ def check_op(
         AssertionError: a check failed; the message has op, case, dtype, and measured against allowed.
     """
     where = _routes.device_of(implementation, device)
-    subject = Subject(f"{_inputs.name_of(function)} [{implementation}, {where.type}]", case.name, dtype)
-    arguments = _inputs.build(case, dtype, where, seed)
+    subject = Subject(f"{inputs.name_of(function)} [{implementation}, {where.type}]", case.name, dtype)
+    arguments = inputs.build(case, dtype, where, seed)
     stood_in = implementation in ("triton", *_routes.EMULATED) and where.type == "cpu"
     truncates = stood_in and implementation == "triton" and dtype == torch.bfloat16
     judge = _Judge(subject, reference, arguments, case, absolute_floor, truncates, where, seed)

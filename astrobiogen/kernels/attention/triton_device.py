@@ -14,6 +14,10 @@ wide it may load.
 import triton
 import triton.language as tl
 
+# Integers of which no code depends on whether 16 divides them: strides come in units that are compiled in.
+SIZES = [f"{tensor}_{axis}" for tensor in "xqkvgo" for axis in ("batch", "token", "head")]
+SIZES += ["heads", "group", "tokens", "queries", "keys", "angle_first", "key_first", "chunk", "splits", "window"]
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 

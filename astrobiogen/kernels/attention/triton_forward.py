@@ -5,6 +5,7 @@ import triton.language as tl
 
 from astrobiogen.kernels.attention.triton_device import (
     LOG2E,
+    SIZES,
     clamped,
     finite,
     key_range,
@@ -22,7 +23,7 @@ from astrobiogen.kernels.attention.triton_device import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SIZES)
 def pack_kernel(
     x, cos, sin, factors, out,
     x_batch, x_token, x_head, tokens, heads, padded, angle_batch, angle_first,
@@ -30,8 +31,8 @@ def pack_kernel(
     INTERLEAVED: tl.constexpr, FACTORS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [B, heads, S, MAIN + TAIL] = x [B, S, heads, DIM], rotated, in the internal column order, zero behind DIM;
-    with FACTORS times `factors` [B, heads, padded]; made finite with LARGEST > 0, the dtype's largest number. Grid
-    (B heads, blocks).
+    with FACTORS times `factors` [B, heads, padded]; made finite with LARGEST > 0, the dtype's largest number. Program
+    p: rows of block p // (B heads).
     """
     pairs = tl.num_programs(0) // tl.cdiv(tokens, BLOCK)
     pair = tl.program_id(0) % pairs
@@ -120,7 +121,7 @@ def hear(acc, v_base, v_token, begin, end, low, high, column, V_WIDTH: tl.conste
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SIZES)
 def forward_kernel(
     q, k, v, cos, sin, starts, ends, sinks, out, lse, totals, rest,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
@@ -224,7 +225,7 @@ def forward_kernel(
             tl.store(rest + row, correction, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SIZES)
 def combine_kernel(
     partial, tops, totals, sinks, out, lse, rest, heads, queries, splits,
     DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr, REST: tl.constexpr,

@@ -170,7 +170,7 @@ def packed(
     p.machine.launch(
         Launch(
             pack_kernel,
-            (batch * heads, triton.cdiv(tokens, triton_config.PACK_ROWS)),
+            (batch * heads * triton.cdiv(tokens, triton_config.PACK_ROWS),),
             (rows.data, p.cos, p.sin, factors, result, *rows.strides, tokens, heads, padded, *p.angle_rows(tokens)),
             p.head | rotation | constants,
             triton_config.PACK_WARPS,
