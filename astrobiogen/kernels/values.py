@@ -1,16 +1,43 @@
-"""Whether the values of a tensor can be looked at."""
+"""Whether the values of a tensor can be looked at, and checks of them that wait for no device."""
+
+from collections.abc import Callable
 
 import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensor
 
+WITHOUT_VALUES = ("meta",)  # device types
+
 
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether there are values of `tensor` to look at: not on the meta device, nor inside a vmap, nor while PyTorch
     traces or compiles, where reading one would break the graph."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+    if torch.compiler.is_compiling() or tensor.device.type in WITHOUT_VALUES or isinstance(tensor, FakeTensor):
         return False
     return not is_batched(tensor)
+
+
+def require_values(valid: torch.Tensor, message: str) -> None:
+    """ValueError with `message` unless all of `valid` (bool) are true. On a GPU the device stops with it instead, later:
+    asking would wait for all that is queued there. Nothing is checked where there are no values."""
+    if not has_values(valid):
+        return
+    if valid.device.type != "cpu":
+        torch._assert_async(valid.all(), message)
+    elif not bool(valid.all()):
+        raise ValueError(message)
+
+
+def require_range(index: torch.Tensor, count: int, message: Callable[[str], str]) -> None:
+    """`require_values` for integers that must lie in [0, count); `message` is told what was found."""
+    if index.numel() == 0 or not has_values(index):
+        return
+    if index.device.type != "cpu":
+        require_values((index >= 0) & (index < count), message("at least one that is outside"))
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index))
+    if low < 0 or high >= count:
+        raise ValueError(message(f"values from {low} to {high}"))
 
 
 def is_batched(tensor: torch.Tensor) -> bool:

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels.values import has_values
-from astrobiogen.models._common import check_axes, require
+from astrobiogen.kernels.values import has_values, require_range
+from astrobiogen.models._common import check_axes
 
 METABOLITE, REACTION = 0, 1
 N_ELEMENTS = 8  # C H N O P S Fe Mg
@@ -105,12 +105,10 @@ def graph_tensors(data: Any, node_features: int, laplacian_dim: int, random_walk
         n_graphs=n_graphs,
     )
     if has_values(edge_index):
-        checked = (("edge_index: nodes", edge_index, nodes), ("node_type: values", graph.node_type, 2))
+        checked = (("edge_index", edge_index, nodes), ("node_type", graph.node_type, 2))
         for name, index, count in checked:
-            low, high = (int(bound) for bound in torch.aminmax(index)) if index.numel() else (0, 0)
-            require(
-                index.numel() == 0 or (low >= 0 and high < count),
-                f"metabolic_graph.{name} {low} to {high}, expected 0 to {count - 1}",
+            require_range(
+                index, count, lambda got, n=name, c=count: f"metabolic_graph.{n}: got {got}, expected 0 to {c - 1}"
             )
     return graph
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen import ops
-from astrobiogen.kernels.values import has_values
+from astrobiogen.kernels.values import has_values, require_values
 from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from astrobiogen.layers.children import globally_hooked, is_plain
 from astrobiogen.layers.linear import LINEAR
@@ -113,8 +113,8 @@ class RebuiltLLMIntegration(nn.Module):
         check_axes("attention_mask", attention_mask, ("batch", "sequence"), {"batch": batch, "sequence": length})
         if has_values(attention_mask):
             mask = attention_mask.bool()
-            require(
-                not bool((mask[:, 1:] & ~mask[:, :-1]).any()),
+            require_values(
+                mask[:, :-1] | ~mask[:, 1:],
                 "attention_mask: a real token follows padding, expected padding on the right only",
             )
         prefix = self._prefix(batch, input_ids.device, modality_features or {}, modality_present or {}, domain)

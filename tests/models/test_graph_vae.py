@@ -196,7 +196,7 @@ def test_checkpointing_changes_nothing(make_graph: MakeGraph) -> None:
     [
         ({"x": torch.zeros(16, 3)}, "axis 'feature' has size 3, expected 64"),
         ({"laplacian_pe": torch.zeros(16, 2)}, "axis 'eigenvector'"),
-        ({"edge_index": torch.tensor([[0], [99]]), "edge_attr": None, "stoichiometry": None}, "nodes 0 to 99"),
+        ({"edge_index": torch.tensor([[0], [99]]), "edge_attr": None, "stoichiometry": None}, "values from 0 to 99"),
         ({"stoichiometry": torch.zeros(3)}, "axis 'edge'"),
     ],
 )

@@ -16,7 +16,7 @@ from astrobiogen.kernels.checks import (
     check_tensor,
 )
 from astrobiogen.kernels.edge_attention import reference
-from astrobiogen.kernels.values import has_values
+from astrobiogen.kernels.values import has_values, require_range
 
 _TRITON = "astrobiogen.kernels.edge_attention.triton_kernels"
 
@@ -56,7 +56,7 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
     Raises:
         TypeError: an index tensor is not int64, or a number of nodes no integer.
         ValueError: the shapes do not fit, a number of nodes is out of its range, or an index is outside its nodes (not
-            checked inside `torch.compile` and `vmap`).
+            checked inside `torch.compile` and `vmap`; on a GPU the device stops, and is not waited for).
     """
     receivers = check_int("receivers", receivers, 0, INT32_SAFE)
     senders = receivers if senders is None else check_int("senders", senders, 0, INT32_SAFE)
@@ -65,11 +65,9 @@ def edge_lists(receiver: torch.Tensor, sender: torch.Tensor, receivers: int, sen
             raise TypeError(f"{name} must be int64, got {index.dtype}")
         check_shape(name, index, (receiver.numel(),), "[E], one entry per edge")
     check_same_device(receiver=receiver, sender=sender)
-    if has_values(receiver) and has_values(sender) and receiver.numel():
+    if has_values(receiver) and has_values(sender):
         for name, index, count in (("receiver", receiver, receivers), ("sender", sender, senders)):
-            low, high = (int(bound) for bound in torch.aminmax(index))
-            if low < 0 or high >= count:
-                raise ValueError(f"{name} must be in [0, {count}), got values from {low} to {high}; {name}s = {count}")
+            require_range(index, count, lambda got, n=name, c=count: f"{n} must be in [0, {c}), got {got}; {n}s = {c}")
     return EdgeLists(receiver, sender, *_sorted(receiver, receivers), *_sorted(sender, senders))
 
 
