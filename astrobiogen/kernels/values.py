@@ -18,8 +18,8 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 
 def require_values(valid: torch.Tensor, message: str) -> None:
-    """ValueError with `message` unless all of `valid` (bool) are true. On a GPU the device stops with it instead, later:
-    asking would wait for all that is queued there. Nothing is checked where there are no values."""
+    """ValueError with `message` unless all of `valid` (bool) are true. On a GPU the device stops with it, later: asking
+    would wait for all that is queued there. Nothing is checked where there are no values."""
     if not has_values(valid):
         return
     if valid.device.type != "cpu":

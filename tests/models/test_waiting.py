@@ -1,5 +1,5 @@
-"""A training step on a GPU waits for it nowhere. The device "meta" stands in for it: whoever asks for a value there gets
-an error, and the library is told that values are there."""
+"""A training step on a GPU waits for it nowhere. The device "meta" stands in for it: whoever asks for a value there
+gets an error, and the library is told that values are there."""
 
 from collections.abc import Callable
 from typing import Any

@@ -180,7 +180,18 @@ def _elect(lanes: Lanes, step: Instruction, mask: Mask) -> None:
     lanes.put(step.operands[0], np.repeat(result, WARP), mask)
 
 
+def _reduce_warp(lanes: Lanes, step: Instruction, mask: Mask) -> None:
+    """redux.sync: one integer operation over a warp."""
+    lanes.whole_warps(mask, "redux")
+    operations = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+                  "xor": np.bitwise_xor}  # fmt: skip
+    operation = operations[step.modifiers[1]]
+    values = lanes.value(step.operands[1], step.type).reshape(-1, WARP)
+    lanes.put(step.operands[0], np.repeat(operation.reduce(values, 1, dtype=values.dtype), WARP), mask)
+
+
 HANDLERS = {
     "mov": _move, "cvta": _to_address_space, "cvt": _convert, "ld": _load, "st": _store, "cp": _copy, "bar": _barrier,
     "barrier": _barrier, "fence": _nothing, "membar": _nothing, "shfl": _shuffle, "vote": _elect,
+    "redux": _reduce_warp,
 }  # fmt: skip
