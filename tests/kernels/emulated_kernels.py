@@ -126,7 +126,7 @@ def without(pattern: str, which: int, replacement: str = "") -> Callable[[str], 
 
 def loop_barrier(ptx: str) -> str:
     """Drops the barrier behind the wait inside the loop."""
-    wait = [place.end() for place in re.finditer(r"cp\.async\.wait_group", ptx)][0]
+    wait = next(place.end() for place in re.finditer(r"cp\.async\.wait_group", ptx))
     start = ptx.index("bar.sync", wait)
     return ptx[:start] + ptx[ptx.index("\n", start) :]
 

@@ -130,5 +130,5 @@ def test_a_program_is_read() -> None:
     assert store.where == "kernel.py:5:3"
     assert program.labels == {"$L__BB0_1": 1}
     assert program.granule("global") == 2
-    with pytest.raises(ValueError, match="one .visible .entry"):
+    with pytest.raises(ValueError, match=r"one \.visible \.entry"):
         parse("// nothing")

@@ -9,6 +9,7 @@ import torch
 from torch_geometric.data import Batch
 
 from astrobiogen import ops
+from astrobiogen.kernels import values
 from astrobiogen.models import MultiModalTrainingConfig, UnifiedMultiModalSystem, compute_multimodal_loss, presets
 
 
@@ -22,7 +23,7 @@ def on_device(value: Any) -> Any:
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose tensors pass for having values."""
-    monkeypatch.setattr(_values, "WITHOUT_VALUES", ())
+    monkeypatch.setattr(values, "WITHOUT_VALUES", ())
 
 
 @pytest.mark.usefixtures("pretend")

@@ -47,7 +47,7 @@ def pack_kernel(
         row_pointers(sin + angles, angle_first + first, local, ROTARY, 1), live, DIM, MAIN, TAIL, ROTARY, INTERLEAVED,
     )  # fmt: skip
     if FACTORS:
-        factor = tl.load(factors + tl.program_id(0).to(tl.int64) * padded + first + local)[:, None]
+        factor = tl.load(factors + pair.to(tl.int64) * padded + first + local)[:, None]
         a, b, tail = a * factor, b * factor, tail * factor
     if LARGEST > 0:
         a, b, tail = clamped(a, LARGEST), clamped(b, LARGEST), clamped(tail, LARGEST)
