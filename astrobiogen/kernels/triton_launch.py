@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
 
 
 @triton.jit
@@ -29,18 +31,20 @@ def capability(device: torch.device) -> int:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return 10 * major + minor
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return INTERPRETER
-    return int(triton.runtime.driver.active.get_current_target().arch)
+    target: Any = driver.active.get_current_target()
+    return int(target.arch)
 
 
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device that `capability` describes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return INTERPRETED_MULTIPROCESSORS
-    return triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"]
+    active: Any = driver.active
+    return active.utils.get_device_properties(0)["multiprocessor_count"]
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:

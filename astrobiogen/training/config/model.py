@@ -24,15 +24,15 @@ def _changes(owner: type[Any], name: str) -> type[Any]:
     kinds = typing.get_type_hints(owner)
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(owner):
-        kind = kinds[field.name]
-        part: type | None = None
-        if dataclasses.is_dataclass(kind):
-            part = _changes(typing.cast(type, kind), f"{name}_{field.name}")
+        kind: typing.Any = kinds[field.name]
+        part: typing.Any = None
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            part = _changes(kind, f"{name}_{field.name}")
         elif typing.get_origin(kind) is dict:
             part = _by_modality(f"{name}_{field.name}", typing.get_args(kind)[1])
         if field.name not in _FILLED_IN:
             default = part() if part else None
-            fields.append((field.name, part or kind | None, dataclasses.field(default=default)))
+            fields.append((field.name, part or (kind | None), dataclasses.field(default=default)))
     made = dataclasses.make_dataclass(name, fields, frozen=True)
     made.__doc__ = owner.__doc__
     return made

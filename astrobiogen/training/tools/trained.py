@@ -9,7 +9,7 @@ from astrobiogen.training import checkpoint
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import chosen, saving
 from astrobiogen.training.config import TrainConfig, run_folder
-from astrobiogen.training.config.as_dict import from_dict
+from astrobiogen.training.config.parser import from_dict
 from astrobiogen.training.errors import CheckpointError, UserError
 
 
