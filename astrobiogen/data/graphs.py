@@ -30,7 +30,7 @@ def pack_graph(
     """Arrays of a container file for one network.
 
     Args:
-        columns, metabolites, edge_index, stoichiometry: As in ``builders.sbml.Network``; edges must be grouped by
+        columns, metabolites, edge_index, stoichiometry: Those of a network; edges must be grouped by
             reaction in ascending order.
         laplacian: [N, 16] in [-1, 1]; kept in steps of 1/127.
         random_walk: [N, 8], return probabilities in [0, 1]; kept in steps of 1/255.

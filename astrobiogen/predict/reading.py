@@ -25,7 +25,8 @@ from astrobiogen.datatools.networks.network import encode_network
 from astrobiogen.datatools.progress import say, track
 from astrobiogen.datatools.workers import map_isolated
 
-CLIMATE_SUFFIXES, NETWORK_SUFFIXES = (".nc", ".zarr"), (".gz", ".xml", ".sbml", ".json")
+NETWORK_SUFFIXES = (".gz", ".xml", ".sbml", ".json")
+_CLIMATE = re.compile(r".*\.(nc4?|zarr|nc4?\..*)", re.IGNORECASE)  # `.nc.gz` too, to be refused by name
 # <planet>_g<epoch>, as data sets name their climates: earlier epochs of a planet are then the history of later ones.
 _NAMED = re.compile(r"(?P<planet>[A-Za-z0-9-]+)_g(?P<epoch>\d)(_.*)?")
 _CACHE_BYTES = 256 * 2**20
@@ -59,7 +60,7 @@ def climate_files(paths: Iterable[Path]) -> list[Path]:
     variables of one climate."""
     found: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.iterdir() if p.suffix in CLIMATE_SUFFIXES) if _plain_folder(path) else []
+        inside = sorted(p for p in path.iterdir() if _is_climate(p)) if _plain_folder(path) else []
         whole = [p for p in inside if p.suffix == ".zarr" or _holds_all(p)]
         found += inside if len(whole) == len(inside) > 0 or len(whole) > 1 else [path]
     return list(dict.fromkeys(found))
@@ -72,6 +73,10 @@ def network_files(paths: Iterable[Path]) -> list[Path]:
         inside = sorted(p for p in path.iterdir() if p.suffix in NETWORK_SUFFIXES) if path.is_dir() else []
         found += inside or [path]
     return list(dict.fromkeys(found))
+
+
+def _is_climate(path: Path) -> bool:
+    return _CLIMATE.fullmatch(path.name) is not None and not path.name.endswith(".json")
 
 
 def _plain_folder(path: Path) -> bool:
@@ -141,7 +146,7 @@ def _tolerated(refused: dict[str, str], path: Path, make: Any) -> Any:
 def _climate(path: Path, spec: DataSpec, catalogue: dict[str, dict[str, str]]) -> _Climate:
     target = Grid(np.array(spec.levels), np.array(spec.latitudes), np.array(spec.longitudes), spec.months)
     found = climate.read_climate(path, cubes.VARIABLES, target)
-    named = _NAMED.fullmatch(path.name.removesuffix(path.suffix) if path.suffix in CLIMATE_SUFFIXES else path.name)
+    named = _NAMED.fullmatch(path.stem if _is_climate(path) else path.name)
     prefix = named["planet"] if named else path.stem
     body = planets.CATALOGUE.get(prefix, planets.Body(prefix, prefix))
     params = planets.parameters(path, prefix, body, found.parameters, catalogue, lambda error: say(f"masked: {error}"))

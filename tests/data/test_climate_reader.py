@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astrobiogen import data
-from astrobiogen.datatools.climates import climate, grids, variables
+from astrobiogen.datatools.climates import climate, grids, planets, variables
 
 RNG = np.random.default_rng(0)
 
@@ -232,3 +232,75 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "empty.zarr").mkdir()
     with pytest.raises(data.DataError, match=r"empty\.zarr"):
         climate.read_climate(tmp_path / "empty.zarr", ("ta",))
+
+
+# ---- the same levels in other words ----------------------------------------------------------------------------------
+def sloped() -> xr.Dataset:
+    """ExoCAM's file with a temperature that falls with height, so that a wrong level shows."""
+    dataset = build("ExoCAM")
+    profile = xr.DataArray([210.0, 235.0, 260.0, 290.0], dims="lev")
+    return dataset.assign(T=(dataset["T"] * 0.0 + profile).assign_attrs(units="K"))
+
+
+def of_echam(dataset: xr.Dataset) -> xr.Dataset:
+    pressure = xr.Variable("nhym", dataset["hyam"].values * 1e5, {"units": "Pa"})
+    return dataset.drop_vars(["P0", "hyam", "hybm"]).assign(
+        hyam=pressure, hybm=xr.Variable("nhym", dataset["hybm"].values, {"units": "1"})
+    )
+
+
+def on_pressure(dataset: xr.Dataset) -> xr.Dataset:
+    """On levels of air pressure, those of the hybrid ones at 1000 hPa, with the coefficients of 26 model levels kept."""
+    levels = (dataset["hyam"].values + dataset["hybm"].values) * 1e5
+    kept = {name: ("ilev", np.linspace(0.0, 1.0, 26)) for name in ("hyam", "hybm")}
+    named = {"units": "Pa", "standard_name": "air_pressure"}
+    return dataset.drop_vars(["hyam", "hybm"]).assign_coords(lev=("lev", levels, named)).assign(kept)
+
+
+@pytest.mark.parametrize(
+    ("write", "tolerance"),
+    [
+        (of_echam, 0.0),
+        (lambda d: d.assign(P0=((), 1000.0, {"units": "hPa"})), 0.0),
+        (lambda d: d.drop_vars("P0"), 0.0),
+        (on_pressure, 1e-9),  # p / ps is divided once more
+    ],
+    ids=["hyam in Pa", "P0 in hPa", "no P0", "pressure levels that keep hyam"],
+)
+def test_the_same_levels_in_other_words_are_the_same_temperatures(tmp_path: Path, write: Any, tolerance: float) -> None:
+    target = grids.standard_grid()
+    sloped().to_netcdf(tmp_path / "base.nc", engine="netcdf4")
+    write(sloped()).to_netcdf(tmp_path / "other.nc", engine="netcdf4")
+    base, other = (climate.read_climate(tmp_path / n, ("ta",), target).fields["ta"] for n in ("base.nc", "other.nc"))
+    assert np.ptp(base[:, :, 10, 10]) > 30.0
+    np.testing.assert_allclose(other, base, rtol=0.0, atol=max(tolerance, 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.isel(lev=[3]), r"\[ta\]: 1 levels, expected at least 4"),
+        (lambda d: on_pressure(d).isel(lev=[1, 2, 3]), r"\[ta\]: 3 levels"),
+        (lambda d: on_pressure(d).assign_coords(lev=on_pressure(d)["lev"] / 100.0).assign_coords(
+            lev=lambda e: e["lev"].assign_attrs(units="Pa", standard_name="air_pressure")),
+         r"\[lev\]: the lowest level has p / p_surface 0.009"),
+        (lambda d: d.assign(hyam=d["hyam"] * 1e5), r"\[hyam\]: values up to 1e\+04 with units ''"),
+        (lambda d: d.assign(P0=((), 1000.0)), r"\[P0\]: is 1000 with units ''"),
+    ],
+)  # fmt: skip
+def test_levels_that_would_be_made_up_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    change(sloped()).to_netcdf(tmp_path / "bad.nc", engine="netcdf4")
+    with pytest.raises(data.DataError, match=message):
+        climate.read_climate(tmp_path / "bad.nc", ("ta",), grids.standard_grid())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("flux", 1.0), ("radius", 6371.0), ("gravity", 980.0), ("pCO2", 400.0), ("startemp", 5.772)]
+)
+def test_parameters_in_other_units_are_refused(name: str, value: float) -> None:
+    run = {"flux": 1361.0, "startemp": 5772.0, "radius": 1.0, "gravity": 9.8, "rotationperiod": 1.0, "aquaplanet": True,
+           "pCO2": 4e-4}  # fmt: skip
+    body = planets.Body("Earth", "Sun")
+    assert planets.parameters(Path("x.nc"), "earth", body, run, {}, print)["gravity"] == 9.8
+    with pytest.raises(data.DataError, match=rf"parameters.{name}\]: is {value}, expected"):
+        planets.parameters(Path("x.nc"), "earth", body, run | {name: value}, {}, print)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from astrobiogen import data
 from astrobiogen.data.__main__ import main
@@ -19,49 +18,12 @@ from astrobiogen.data.pack import Pack, open_pack
 from astrobiogen.datatools.build.recompute import recomputed
 from astrobiogen.datatools.build.run import build
 from astrobiogen.datatools.check import check
-from astrobiogen.datatools.climates import grids
+from tests.data.raw_files import GRID, climate, network
 
 RECORDED = Path(__file__).parent / "recorded"
-GRID = grids.standard_grid()
-VOLUME, SURFACE = ("time", "lev", "lat", "lon"), ("time", "lat", "lon")
 SYSTEMS = 7  # by their names two for the test, one for validation, four for training
 GENERA = ("Aa", "Bb", "Cc", "Dd", "Ee", "Ff", "Gg")
 PAGE = "<html><title>503 Service Unavailable</title></html>\n"
-
-
-def climate(warmth: float, segment: int) -> xr.Dataset:
-    """A planet that is warm at the equator and a little warmer in the second segment."""
-    lat, lon = np.radians(GRID.latitudes)[:, None], np.radians(GRID.longitudes)[None]
-    season = np.sin(2 * np.pi * np.arange(12) / 12)[:, None, None]
-    ts = 290.0 + warmth + segment - 45.0 * np.sin(lat) ** 2 + 5.0 * season * np.sin(lat) + 2.0 * np.cos(lon)
-    ta = ts[:, None] - 70.0 * (1.0 - GRID.levels)[None, :, None, None]
-    hus = 0.01 * np.exp((ta - 290.0) / 15.0)
-    fields = {
-        "ta": (VOLUME, ta, {"units": "K"}),
-        "hus": (VOLUME, hus, {"units": "1"}),
-        "ts": (SURFACE, ts, {"units": "K"}),
-        "sic": (SURFACE, (ts < 271.0) * 0.9, {"units": "1"}),
-        "rst": (SURFACE, np.full_like(ts, 240.0), {"units": "W m-2"}),
-        "rlut": (SURFACE, np.full_like(ts, -241.0), {"units": "W m-2"}),
-    }
-    coords = {"time": np.arange(12.0), "lev": ("lev", GRID.levels, {"units": "1"}), "lat": GRID.latitudes,
-              "lon": GRID.longitudes}  # fmt: skip
-    parameters = {"flux": 900.0 + 20.0 * warmth, "startemp": 3000.0, "radius": 1.0, "gravity": 9.8,
-                  "rotationperiod": 6.0, "aquaplanet": True, "synchronous": True, "pCO2": 0.01,
-                  "pO2": 0.2 * (warmth > 0)}  # fmt: skip
-    return xr.Dataset(fields, coords, {"parameters": json.dumps(parameters)})
-
-
-def network(reactions: int, oxygen: bool, **changes: object) -> bytes:
-    """A chain of reactions from a taken-up substance to a drained product, in cobra's JSON."""
-    names = ["o2_e" if oxygen else "glc_e", *(f"m{k}_c" for k in range(reactions))]
-    metabolites = [{"id": n, "name": n.split("_")[0], "compartment": n[-1], "formula": "C6H12O6"} for n in names]
-    steps = [{"id": f"R{k}", "metabolites": {names[k]: -1.0, names[k + 1]: 1.0}, "lower_bound": 0.0,
-              "upper_bound": 1000.0} for k in range(reactions)]  # fmt: skip
-    steps.append({"id": "EX", "metabolites": {names[0]: -1.0}, "lower_bound": -10.0, "upper_bound": 1000.0})
-    steps.append({"id": "out", "metabolites": {names[-1]: -1.0}, "lower_bound": 0.0, "upper_bound": 1000.0,
-                  "objective_coefficient": 1.0})  # fmt: skip
-    return json.dumps({"metabolites": metabolites, "reactions": steps, **changes}).encode()
 
 
 def write_climates(folder: Path) -> None:
@@ -324,3 +286,40 @@ def test_commands_tell_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "make-climate" in capsys.readouterr().out
     assert main(["bild"]) == 2
     assert "unknown command 'bild'" in capsys.readouterr().err
+
+
+def test_a_pack_may_be_all_test(raw: Path, tmp_path: Path) -> None:
+    """One planet and two organisms, all placed in the test part; and what lies outside the raw folder stays there."""
+    own = tmp_path / "raw"
+    for name in ("tables", "text", "spectra/psg", "spectra/vpl", "climate", "metabolic/sbml"):
+        (own / name).mkdir(parents=True)
+    for segment in (1, 2):
+        shutil.copy(raw / f"climate/p0_g0_test_seg{segment}.nc", own / "climate")
+    (own / "climate/p0_g1_test_seg1.nc.gz").write_bytes(b"")
+    (own / "tables/planets.csv").write_text("prefix,name,star_system\np0,Planet 0,Star 0\n")
+    (own / "tables/split.csv").write_text(
+        "kind,name,part\nstar_system,Star 0,test\ngenus,Aa,test\ngenus,Bb,test\n"
+    )  # fmt: skip
+    outside = tmp_path / "outside.json"
+    outside.write_bytes(network(12, True))
+    for genus in ("Aa", "Bb"):
+        shutil.copy(raw / f"metabolic/sbml/{genus}.json", own / "metabolic/sbml")
+    rows = ["Aa.json,Aa species,B,20,,,", "Bb.json,Bb species,B,310.15,,,", "Bb.json,Bb species,B,25,,,",
+            "../../../outside.json,Oo species,B,25,,,", f"{outside},Oo species,B,25,,,", "Short"]  # fmt: skip
+    header = "file_gz,species,domain,ogt_c,corkrey_obs,corkrey_tmin,corkrey_tmax"
+    (own / "metabolic/organisms.csv").write_text("\n".join([header, *rows]) + "\n")
+    problems = "\n".join(build(own, tmp_path / "pack", workers=1))
+    for said in (
+        "no training pair",
+        "p0_g1_test_seg1.nc.gz",
+        "ogt_c]: is 310.15, expected -50 to 150 degrees C",
+        "[../../../outside.json]: is no name of a file",
+        f"[{outside}]: is no name",
+        "[Short]: says nothing",
+    ):
+        assert said in problems, (said, problems)  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside.json", "pack", "raw"]
+    bundle = data.load(tmp_path / "pack")
+    assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (0, 0, 2)
+    assert bundle.spec.cube_mean == open_pack(SAMPLE_FOLDER).spec.cube_mean
+    assert [problem for problem in check(tmp_path / "pack") if "text" not in problem] == []

@@ -16,7 +16,7 @@ from astrobiogen.datatools.progress import track
 from astrobiogen.data.tables import ClimateRow
 
 # <planet>_g<epoch>_<setting>_seg1, a netCDF file, a Zarr store or a folder of netCDF files
-_NAME = re.compile(r"(?P<planet>[A-Za-z0-9-]+)_g(?P<epoch>\d)_(?P<setting>.+)_seg1(?P<suffix>\.nc|\.zarr|)")
+_NAME = re.compile(r"(?P<planet>[A-Za-z0-9-]+)_g(?P<epoch>\d)_(?P<setting>.+)_seg1(?P<suffix>\.(?i:nc4?|zarr)|)")
 _INPUT, _LABEL = ("ta", "hus"), ("ts", "sic")
 
 
@@ -111,7 +111,7 @@ def build_climates(work: Work) -> list[ClimateRow]:
             else:
                 work.blame(DataError(path, f"line {k + 1}, text", "holds no words"), "text masked")
     done: list[ClimateRow] = []
-    files = sorted(p for p in (work.raw / "climate").glob("*_seg1*") if p.suffix in (".nc", ".zarr") or p.is_dir())
+    files = sorted(p for p in (work.raw / "climate").glob("*_seg1*") if p.suffix != ".json")  # those are parameters
     for path in track(files, "climates", len(files), lambda p: p.name):
         with work.tolerated("climate left out"):
             done.append(_one(work, path, len(done), bodies, catalogue, notes))

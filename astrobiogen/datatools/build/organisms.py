@@ -20,6 +20,7 @@ from astrobiogen.data.tables import OrganismRow
 
 TABLE, FOLDER = "metabolic/organisms.csv", "metabolic/sbml"
 _COLUMNS = ("file_gz", "species", "domain", "ogt_c", "corkrey_obs", "corkrey_tmin", "corkrey_tmax")
+_COLDEST, _HOTTEST = -50.0, 150.0  # of any life, in degrees C: kelvins lie outside
 SUFFIXES = (".gz", ".xml", ".sbml", ".json")
 
 
@@ -41,6 +42,10 @@ def niche(path: Path, row: dict[str, str]) -> tuple[float, float, str]:
         DataError: A value that is no number, or an organism without a known growth range.
     """
     ogt, observed, tmin, tmax = (_number(path, row, c) for c in _COLUMNS[3:])
+    for column, value in (("ogt_c", ogt), ("corkrey_tmin", tmin), ("corkrey_tmax", tmax)):
+        if not math.isnan(value) and not _COLDEST <= value <= _HOTTEST:
+            text = f"is {value:g}, expected {_COLDEST:g} to {_HOTTEST:g} degrees C"
+            raise DataError(path, f"{row['file_gz']}, {column}", text)
     count = 0 if math.isnan(observed) else int(observed)
     found = labels.growth_range(ogt, count, tmin, tmax)
     if found is None:
@@ -84,6 +89,8 @@ def _complete(work: Work, rows: list[dict[str, str]]) -> list[dict[str, str]]:
             if empty := [c for c in _COLUMNS[:3] if not (row[c] or "").strip()]:
                 where = row["file_gz"] or f"row {k + 1} by file name"
                 raise DataError(work.raw / TABLE, where, f"says nothing in {', '.join(empty)}")
+            if Path(row["file_gz"]).name != row["file_gz"] or row["file_gz"] in (".", ".."):
+                raise DataError(work.raw / TABLE, row["file_gz"], f"is no name of a file in {FOLDER}")
             kept.append(row)
     return kept
 

@@ -27,6 +27,8 @@ from astrobiogen.datatools.climates.grids import Floats, Grid
 
 _PRESSURE_UNITS = variables.PASCAL
 _SIGMA_UNITS = ("1", "", "nondimensional", "nondimen", "sigma", "sigma_level", "level", "layer")
+_FEWEST_LEVELS, _LOWEST_SIGMA, _HIGHEST_SIGMA = 4, 0.8, 1.2
+_LEAST_P0 = 5000.0  # a reference pressure without a unit below this is more likely in hPa than of a thin atmosphere
 _CALENDAR = "since"  # "days since 1850-01-01": time steps have dates
 _PARAMETERS = "parameters"
 _LARGEST_GAP = 2.5  # of the median step of a coordinate, between neighbours or to the pole: more is no global grid
@@ -131,15 +133,17 @@ def _sigma(dataset: xr.Dataset, array: xr.DataArray, path: Path) -> tuple[Floats
     """Sigma of each level, [L] or, where it depends on surface pressure, [T, L, lat, lon]; and whether levels may lie
     below the ground.
     """
-    if "hyam" in dataset and "hybm" in dataset:
-        reference = float(dataset["P0"]) if "P0" in dataset else 1e5
-        surface = _surface_pressure(dataset, path)
-        a, b = (np.asarray(dataset[n].values, np.float64)[None, :, None, None] for n in ("hyam", "hybm"))
-        return a * reference / surface[:, None] + b, False
+    attributes = array["lev"].attrs if "lev" in array.coords else {}
+    in_pressure = attributes.get("standard_name") == "air_pressure"
+    # a file on pressure levels may keep the coefficients of the levels that it was interpolated from
+    if not in_pressure and all(n in dataset and dataset[n].size == array.sizes["lev"] for n in ("hyam", "hybm")):
+        a = _hybrid_pressure(dataset, path)[None, :, None, None]
+        b = np.asarray(dataset["hybm"].values, np.float64).reshape(-1)[None, :, None, None]
+        return a / _surface_pressure(dataset, path)[:, None] + b, False
     if "lev" not in array.coords:
         raise DataError(path, "lev", "levels have no coordinate values")
     levels = np.asarray(array["lev"].values, np.float64)
-    unit = str(array["lev"].attrs.get("units", ""))
+    unit = str(attributes.get("units", ""))
     if unit in _PRESSURE_UNITS:
         scale = _PRESSURE_UNITS[unit][0]
         return levels[None, :, None, None] * scale / _surface_pressure(dataset, path)[:, None], True
@@ -151,6 +155,41 @@ def _sigma(dataset: xr.Dataset, array: xr.DataArray, path: Path) -> tuple[Floats
         f"levels {levels.min():.4g} to {levels.max():.4g} with units {unit!r}: expected sigma in (0, 1], "
         f"a pressure unit {sorted(_PRESSURE_UNITS)}, or hyam and hybm",
     )
+
+
+def _hybrid_pressure(dataset: xr.Dataset, path: Path) -> Floats:
+    """The pressure part [L] of hybrid levels in Pa: `hyam` itself where it has a unit of pressure (ECHAM, ICON, IFS),
+    else `hyam` times the reference pressure `P0` (CESM), 1e5 Pa where the file has none.
+    """
+    values = np.asarray(dataset["hyam"].values, np.float64).reshape(-1)
+    unit = str(dataset["hyam"].attrs.get("units", ""))
+    if unit in _PRESSURE_UNITS:
+        return values * _PRESSURE_UNITS[unit][0]
+    if unit not in _SIGMA_UNITS or not np.abs(values).max() <= 1.0:
+        text = f"values up to {np.abs(values).max():.4g} with units {unit!r}: expected at most 1 without a unit, or a"
+        raise DataError(path, "hyam", f"{text} pressure unit {sorted(_PRESSURE_UNITS)}")
+    if "P0" not in dataset:
+        return values * 1e5
+    reference, unit = float(dataset["P0"]), str(dataset["P0"].attrs.get("units", ""))
+    if unit not in _PRESSURE_UNITS and not (unit == "" and reference >= _LEAST_P0):
+        text = f"is {reference:.4g} with units {unit!r}: expected a pressure unit {sorted(_PRESSURE_UNITS)}"
+        raise DataError(path, "P0", text)
+    return values * reference * _PRESSURE_UNITS.get(unit, (1.0, 0.0))[0]
+
+
+def _require_levels(path: Path, name: str, sigma: Floats) -> None:
+    """Refuse levels (ascending, axis 0 of [L], axis 1 of [T, L, lat, lon]) from which a profile down to the ground
+    would be made up: too few, or none near the surface, as where hPa are called Pa.
+    """
+    count = sigma.shape[0 if sigma.ndim == 1 else 1]
+    if count < _FEWEST_LEVELS:
+        raise DataError(path, name, f"{count} levels, expected at least {_FEWEST_LEVELS}")
+    lowest = float(np.nanmean(sigma[-1] if sigma.ndim == 1 else sigma[:, -1]))
+    if not _LOWEST_SIGMA <= lowest <= _HIGHEST_SIGMA:
+        text = f"the lowest level has p / p_surface {lowest:.3g} on average, expected {_LOWEST_SIGMA} to"
+        raise DataError(
+            path, "lev", f"{text} {_HIGHEST_SIGMA}: levels and surface pressure do not fit, or units are wrong"
+        )
 
 
 def _surface_pressure(dataset: xr.Dataset, path: Path) -> Floats:
@@ -199,6 +238,7 @@ def _field(dataset: xr.Dataset, path: Path, name: str, target: Grid | None) -> t
         order = np.argsort(sigma if sigma.ndim == 1 else sigma.mean(axis=(0, 2, 3)), kind="stable")
         values = _checked(np.asarray(array.values)[:, order], path, name, below_ground)
         sigma = sigma[order] if sigma.ndim == 1 else sigma[:, order]
+        _require_levels(path, name, sigma)
         own = replace(own, levels=sigma if sigma.ndim == 1 else np.array(grids.STANDARD_SIGMA))
         wanted = target.levels if target is not None else own.levels
         if sigma.ndim == 4 or not (target is None or own.same_levels(target)):

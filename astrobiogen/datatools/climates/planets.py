@@ -75,6 +75,20 @@ PARAM_UNITS = (
 )
 
 
+# What a run's parameter may be, in its unit: wider than any rocky planet that climate models run, narrower than the
+# same number in another unit (a flux in solar constants, a radius in km, a gravity in cm s-2, CO2 in ppm).
+RANGES: dict[str, tuple[float, float, str]] = {
+    "flux": (10.0, 1e5, "W m-2"),
+    "startemp": (1000.0, 60000.0, "K"),
+    "radius": (0.1, 10.0, "Earth radii"),
+    "gravity": (0.1, 100.0, "m s-2"),
+    "rotationperiod": (0.01, 1e5, "d"),
+    "pCO2": (1e-12, 200.0, "bar"),
+    "pO2": (0.0, 200.0, "bar"),
+    "geological_age_gyr": (0.0, 14.0, "Gyr"),
+}
+
+
 def _rows(path: Path, columns: set[str], what: str) -> list[dict[str, str]]:
     """Rows of a CSV (``.gz`` too) that must have ``columns``."""
     body = unpacked(path)
@@ -117,13 +131,14 @@ def _catalogued(path: Path, row: Mapping[str, Any], column: str, masked: Callabl
 
 
 def _given(path: Path, run: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """Number of the climate model's parameters: positive, or, where there is a default, not negative."""
+    """Number of the climate model's parameters, within `RANGES`; where there is a default it may be absent."""
     if default is not None and name not in run:
         return default
     value = run.get(name)
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not math.isfinite(number) or number < 0 or (number == 0 and default is None):
-        raise DataError(path, f"parameters.{name}", f"is {value!r}, expected a positive number")
+    low, high, unit = RANGES[name]
+    if not low <= number <= high:
+        raise DataError(path, f"parameters.{name}", f"is {value!r}, expected {low:g} to {high:g} {unit}")
     return number
 
 
@@ -154,7 +169,7 @@ def parameters(
         masked: Told of a value of the catalogue that is no possible number.
 
     Raises:
-        DataError: A parameter of the run is absent or no positive number (pO2 and geological_age_gyr may be 0).
+        DataError: A parameter of the run is absent, no number, or outside `RANGES`.
     """
 
     given, told = partial(_given, path, run), partial(_told, path, run)
