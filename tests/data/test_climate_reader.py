@@ -250,7 +250,7 @@ def of_echam(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def on_pressure(dataset: xr.Dataset) -> xr.Dataset:
-    """On levels of air pressure, those of the hybrid ones at 1000 hPa, with the coefficients of 26 model levels kept."""
+    """On levels of air pressure, those of the hybrid ones at 1000 hPa; the coefficients of 26 model levels are kept."""
     levels = (dataset["hyam"].values + dataset["hybm"].values) * 1e5
     kept = {name: ("ilev", np.linspace(0.0, 1.0, 26)) for name in ("hyam", "hybm")}
     named = {"units": "Pa", "standard_name": "air_pressure"}

@@ -17,8 +17,9 @@ from tests.data.raw_files import climate, network
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two checkpoints as a run's best ones are: other weights, the same data."""
-    small = {"llm_config.num_layers": 1, "graph_config.num_layers": 1}
-    config = dataclasses.replace(preset("tiny"), data=DataConfig(limit=8), model=small)
+    wanted = as_dict.to_dict(dataclasses.replace(preset("tiny"), data=DataConfig(limit=8)))
+    one_layer = {part: {"num_layers": 1} for part in ("llm_config", "graph_config")}
+    config = as_dict.from_dict(wanted | {"model": one_layer})
     bundle = assemble.load_bundle(config)
     folders = []
     for seed in (0, 1):
