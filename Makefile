@@ -10,7 +10,7 @@ WORKERS ?= 2
 # Leaks are the interpreter's own; what is too large fails as without the sanitizer; the exit code is astrobiogen.testing.fuzz's SANITIZER_CODE.
 ASAN := detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024:exitcode=77:max_malloc_fill_size=4096:malloc_fill_byte=165
 
-.PHONY: train test bench lint types doctor fuzz fuzz-asan clean help
+.PHONY: train test bench lint types doctor emulate fuzz fuzz-asan clean help
 
 help:
 	@echo "make train   set up, then train the tiny preset on the bundled real data (ARGS='--smoke' for less than a minute)"
@@ -19,6 +19,7 @@ help:
 	@echo "make doctor  versions, devices, and which kernel serves which operator"
 	@echo "make fuzz   10,000 raw calls of every operator with wrong arguments  (ARGS='--calls N --seed S --op NAME')"
 	@echo "make fuzz-asan   the same under AddressSanitizer, with a build of its own"
+	@echo "make emulate   every operator's cases on the compiled kernels of sm_86, without a GPU; hours  (ARGS='attention --case window --arch 80')"
 	@echo "make lint types   ruff and pyright"
 
 train: $(VENV)/.installed
@@ -32,6 +33,9 @@ bench: $(VENV)/.tools
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m astrobiogen.doctor $(ARGS)
+
+emulate: $(VENV)/.tools
+	$(BIN)/python -m astrobiogen.testing.ptx $(ARGS)
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m astrobiogen.testing.fuzz $(ARGS)

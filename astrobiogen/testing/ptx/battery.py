@@ -51,34 +51,37 @@ def batteries() -> dict[str, Battery]:
     """All of them by name."""
     return {
         "rms_norm": Battery(
-            ops.rms_norm, ("rms_norm", "rms_norm_backward"), tuple(rms_norm.CASES), ("three_rows",)
+            ops.rms_norm, ("rms_norm", "rms_norm_backward"), tuple(rms_norm.CASES), ("odd",)
         ),
         "add_rms_norm": Battery(
             ops.add_rms_norm, ("add_rms_norm", "rms_norm_backward"),
-            tuple(rms_norm.with_residual(case) for case in rms_norm.CASES), (),
+            tuple(rms_norm.with_residual(case) for case in rms_norm.CASES), ("two_tiles",),
         ),
         "swiglu": Battery(
-            ops.swiglu, ("swiglu", "swiglu_backward"), tuple(swiglu.CASES), (),
+            ops.swiglu, ("swiglu", "swiglu_backward"), tuple(swiglu.CASES), ("packed_halves",),
         ),
-        "rope": Battery(ops.rope, ("rope",), tuple(rope.CASES), ()),
+        "rope": Battery(ops.rope, ("rope",), tuple(rope.CASES), ("half_34",)),
         "attention": Battery(
-            ops.attention, ("attention", "attention_backward"), (*attention.CASES, *_steady_attention()), ("steady_68",)
+            ops.attention, ("attention", "attention_backward"), (*attention.CASES, *_steady_attention()),
+            ("everything", "steady_forward"),
         ),
-        "conv_nd": Battery(ops.conv_nd, CONVOLUTION, (*conv_nd.CASES, *_steady_convolutions()), ()),
-        "conv_transpose_nd": Battery(ops.conv_transpose_nd, CONVOLUTION, tuple(conv_nd.TRANSPOSED_CASES), ()),
+        "conv_nd": Battery(ops.conv_nd, CONVOLUTION, (*conv_nd.CASES, *_steady_convolutions()), ("channel-last",)),
+        "conv_transpose_nd": Battery(
+            ops.conv_transpose_nd, CONVOLUTION, tuple(conv_nd.TRANSPOSED_CASES), ("stride-1d",)
+        ),
         "conv_nd_norm": Battery(
             ops.conv_nd_norm, ("conv_nd_norm", "conv_nd_norm_backward", *CONVOLUTION),
             tuple(
                 conv_nd.norm_case(norm, *shape) for norm in conv_nd.NORM_GROUPS for shape in conv_nd.NORM_SHAPES[:4]
-            ), (),
+            ), ("group-5-33",),
         ),
         "linear_cross_entropy": Battery(
             _loss, ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_cross_entropy_gradients"),
-            tuple(linear_cross_entropy.CASES), (),
+            tuple(linear_cross_entropy.CASES), ("slabs",),
         ),
         "edge_attention": Battery(
             edge_attention.edge_attention, ("edge_attention", "edge_attention_backward"),
-            tuple(edge_attention.CASES), (),
+            tuple(edge_attention.CASES), ("odd",),
         ),
     }  # fmt: skip
 
@@ -92,6 +95,7 @@ def _steady_attention() -> tuple[Case, ...]:
     """Four tiles of keys at the heads that the compile gate knows: more than a pipeline has stages."""
     build = attention.plain
     return (
+        Case("steady_forward", build(1, 200, 200, 2, 1, 68, rotary=34), ()),
         Case("steady_68", build(1, 200, 200, 2, 1, 68, rotary=34), ("q", "k", "v")),
         Case("steady_128", build(1, 200, 200, 2, 1, 128, rotary=64), ("q", "k", "v")),
         Case("steady_256", build(1, 130, 130, 1, 1, 256), ("q", "k", "v")),
