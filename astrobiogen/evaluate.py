@@ -17,6 +17,7 @@ from astrobiogen.system import console
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import chosen
 from astrobiogen.training.config import TrainConfig, claim
+from astrobiogen.training.context import Setting
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.evaluation import ensemble, examination, metrics, passes, publication
@@ -119,7 +120,7 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
 
         def examine(model: nn.Module, settings: TrainConfig) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
             examined = examination.examine(
-                *(assembly, model, settings, device, dtype), lambda: bool(interrupt.received), seen=passed.append
+                assembly, model, Setting(settings, device, dtype), lambda: bool(interrupt.received), passed.append
             )
             if examined is None:
                 raise UserError(f"stopped by {interrupt.received}: nothing was written", exit_code=1)

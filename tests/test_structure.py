@@ -53,8 +53,8 @@ ALLOWED: dict[str, frozenset[str]] = {
 }
 # The rooms and files of the trainer, from the bottom up: each may import from those before it, and from itself.
 TRAINING_ORDER = (
-    "errors", "launch", "types", "config", "observe", "monitor", "distributed", "batches", "optim", "update",
-    "evaluation", "checkpoint", "tools", "trainer", "run",
+    "errors", "launch", "types", "config", "observe", "monitor", "distributed", "context", "batches", "optim",
+    "update", "evaluation", "checkpoint", "tools", "trainer", "run",
 )  # fmt: skip
 MAX_FOLDER_FILES = 15
 # Above the kernels nobody picks an implementation: that is the dispatcher's choice.

@@ -10,12 +10,12 @@ from typing import Any
 import rich.box
 import rich.console
 import rich.table
-import torch
 
 import astrobiogen
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import chosen
 from astrobiogen.training.config import TrainConfig, run_config, run_folder
+from astrobiogen.training.context import Run
 from astrobiogen.training.distributed import World, agreement, ending, roles, runtime
 from astrobiogen.training.errors import NumericalError, UserError
 from astrobiogen.training.evaluation import comparison, examination, publication, undefined
@@ -63,26 +63,18 @@ def train(config: TrainConfig, folder: Path, resume: bool, world: World | None =
         roles.announce(world, config)
         how = f"{device}; {dtype} ({reason}); seed {config.seed}; {done['threads']} threads"
         _LOG.info("run folder %s; %s", folder, how)
-        result = _train(config, folder, resume, monitor, interrupt, device, dtype, world, watchdog)
+        run = Run(config, device, dtype, folder, monitor, world=world)
+        result = _train(run, resume, interrupt, watchdog)
     if result is not None:
         publication.show(result, folder)
     return PREEMPTED if interrupt.received else ENDED
 
 
-def _train(
-    config: TrainConfig,
-    folder: Path,
-    resume: bool,
-    monitor: Monitor,
-    interrupt: runtime.Interrupt,
-    device: torch.device,
-    dtype: torch.dtype,
-    world: World,
-    watchdog: Watchdog,
-) -> dict[str, Any] | None:
+def _train(run: Run, resume: bool, interrupt: runtime.Interrupt, watchdog: Watchdog) -> dict[str, Any] | None:
     """Train, examine the best model, publish; what metrics.json holds, or None if a signal came, and in every process
     but the first.
     """
+    config, folder, world, monitor = run.config, run.folder, run.world, run.monitor
     with watchdog.section("setup"):
         assembly = assemble.assemble(config, assemble.load_bundle(config))
         _LOG.info("data: %s", assembly.task.fingerprint)
@@ -90,17 +82,17 @@ def _train(
         if world.main:
             undefined.tell(assembly.bundle, config.stop)
         if not roles.sharded(world, config):  # a sharded model may not fit on the device as a whole
-            assembly.task.model.to(device)
-        measured = world.on_main(lambda: throughput.measure(assembly.task, device, dtype))
+            assembly.task.model.to(run.device)
+        measured = world.on_main(lambda: throughput.measure(assembly.task, run.device, run.dtype))
         speed = dataclasses.replace(measured, peak=measured.peak * world.size)
-        rates = (speed.flops_per_sample / 1e9, speed.peak / 1e9, dtype)
+        rates = (speed.flops_per_sample / 1e9, speed.peak / 1e9, run.dtype)
         _LOG.info("%.3g GFLOP per sample; matrix products reach %.3g GFLOP/s in %s", *rates)
-        parts = (assembly.task, config, folder, monitor, interrupt)
-        trainer = Trainer(*parts, device=device, dtype=dtype, throughput=speed, world=world, watchdog=watchdog)
+        trainer = Trainer(assembly.task, run, interrupt, throughput=speed, watchdog=watchdog)
         if resume:
             trainer.saver.resume()
-    monitor.record("start", step=trainer.progress.step, seed=config.seed, device=str(device), dtype=str(dtype))
-    if not _fit(trainer, folder, config, device):
+    machine = {"device": str(run.device), "dtype": str(run.dtype)}
+    monitor.record("start", step=trainer.progress.step, seed=config.seed, **machine)
+    if not _fit(trainer):
         where = (interrupt.received, trainer.progress.step, folder)
         _LOG.warning("stopped by %s at step %d; go on with: --resume %s", *where)
         if world.main:
@@ -114,7 +106,7 @@ def _train(
             section.beat()
             return bool(interrupt.received)
 
-        examined = examination.examine(assembly, trainer.model, config, device, dtype, should_stop, world)
+        examined = examination.examine(assembly, trainer.model, run, should_stop)
     if not world.main:
         return None
     if examined is None:
@@ -131,17 +123,17 @@ def _train(
     return result
 
 
-def _fit(trainer: Trainer, folder: Path, config: TrainConfig, device: torch.device) -> bool:
+def _fit(trainer: Trainer) -> bool:
     """`trainer.fit()`; what ends it for want of memory or of finite numbers is written down."""
     try:
-        with _numbers_written_down(folder, trainer):
+        with _numbers_written_down(trainer.run.folder, trainer):
             return trainer.fit()
     except (RuntimeError, MemoryError) as error:
         if not failure.is_out_of_memory(error):
             raise
-        report = memory.examine(error, trainer.updater, config, device)
-        report.write(folder)
-        raise UserError(report.line(folder), exit_code=1) from error
+        report = memory.examine(error, trainer.run, trainer.updater)
+        report.write(trainer.run.folder)
+        raise UserError(report.line(trainer.run.folder), exit_code=1) from error
 
 
 @contextlib.contextmanager

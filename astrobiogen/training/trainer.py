@@ -6,9 +6,6 @@ import functools
 import logging
 import math
 import time
-from pathlib import Path
-
-import torch
 
 from astrobiogen.training import evaluation
 from astrobiogen.training.batches import loading
@@ -16,14 +13,13 @@ from astrobiogen.training.batches.task import Task
 from astrobiogen.training.batches.weighting import Weighting
 from astrobiogen.training.checkpoint import Observer, process_state
 from astrobiogen.training.checkpoint.saving import Saver
-from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.distributed import World, runtime
+from astrobiogen.training.context import Run
+from astrobiogen.training.distributed import runtime
 from astrobiogen.training.distributed.model import Parallel
 from astrobiogen.training.distributed.share import rounds
 from astrobiogen.training.errors import NumericalError
 from astrobiogen.training.evaluation import metrics, nonfinite, stopping
 from astrobiogen.training.evaluation.progress import Progress
-from astrobiogen.training.observe.monitor import Monitor
 from astrobiogen.training.observe.watchdog import Watchdog
 from astrobiogen.training.optim import precision
 from astrobiogen.training.optim.optimizer import build_optimizer
@@ -39,12 +35,11 @@ _UNITS = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s", "m
 
 
 class Trainer:
-    """Trains `task` in the run folder `folder`.
+    """Trains `task` as `run` says.
 
     Args:
         interrupt: its flag, in any process, ends the run at the next micro-batch, after a save.
         throughput: turns seconds into the rates of the log.
-        world: the processes that train together; default: this one alone.
         watchdog: ends the process if a section of the run hangs; default: nothing does.
         observer: passed on to the checkpoint stores (tests).
 
@@ -55,43 +50,38 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        config: TrainConfig,
-        folder: Path,
-        monitor: Monitor,
+        run: Run,
         interrupt: runtime.Interrupt,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
         throughput: Throughput | None = None,
         observer: Observer | None = None,
-        world: World | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
+        config, world = run.config, run.world
         self.task = task
+        self.run = run
         self.config = config
         self.progress = Progress()
-        self._monitor = monitor
+        self._monitor = run.monitor
         self._interrupt = interrupt
-        self._device = device
-        self._dtype = dtype
-        self._world = world or World()
+        self._world = world
         self._watchdog = watchdog or Watchdog(None, {})
         self._throughput = throughput or Throughput()
         self._clock = self._window_clock = time.monotonic()
         self._batches = task.sampler.batches_per_epoch
         updates = math.ceil(self._batches / config.data.accumulation) * config.epochs
         # FSDP2 moves each block itself, once it is sharded: the whole model need not fit on the device.
-        sharded = self._world.distributed and config.distributed.strategy == "fsdp2"
-        self.model = task.model if sharded else task.model.to(device)
-        settings = config.distributed
-        parallel = Parallel(self.model, task.loss_function, self._world, settings, device, dtype, task.every_parameter)
+        sharded = world.distributed and config.distributed.strategy == "fsdp2"
+        self.model = task.model if sharded else task.model.to(run.device)
+        places = (world, config.distributed, run.device, run.dtype)
+        parallel = Parallel(self.model, task.loss_function, *places, task.every_parameter)
         optimizer = build_optimizer(self.model, config.optimizer)
-        process_state.seed_process(config.seed, self._world)
-        self.updater = Updater(parallel, optimizer, config, updates, device, dtype)
-        self._rerun = Rerun(self.updater, config, monitor)
+        process_state.seed_process(config.seed, world)
+        self.updater = Updater(parallel, optimizer, config, updates, run.device, run.dtype)
+        self._rerun = Rerun(run, self.updater)
         self._weighting = Weighting(task.counts, task.text_share, config.seed)
-        self._probe = MemoryProbe(folder, self.updater, config, device, dtype)
-        self.saver = Saver(folder, task, config, self.updater, self.progress, monitor, observer, self._watchdog)
+        self._probe = MemoryProbe(run, self.updater)
+        self.saver = Saver(run, task, self.updater, self.progress, observer, self._watchdog)
 
     def fit(self) -> bool:
         """Train until an end is reached; False if a signal stopped it (a checkpoint has then been saved, if the disk
@@ -124,7 +114,8 @@ class Trainer:
     def origin(self, error: NumericalError) -> str:
         """Where the NaN or Inf in the last of the skipped updates of `error` comes from, in one line."""
         indices = [index for part in error.windows[-1]["batches"] for index in part] if error.windows else []
-        alone = None if self._world.distributed else functools.partial(precision.autocast, self._device, self._dtype)
+        autocast = functools.partial(precision.autocast, self.run.device, self.run.dtype)
+        alone = None if self._world.distributed else autocast
         return nonfinite.origin(self.model, self.task.train, self.task.collate, indices, alone)
 
     def _train_epoch(self) -> bool:
@@ -135,7 +126,7 @@ class Trainer:
         todo = rounds(order, progress.batch, self.config.data.accumulation, world.size)
         shares = [shared.share(world.rank) for shared in todo]
         loaded = loading.load_batches(
-            self.task.train, self.task.collate, shares, self._device, self.config.data.workers
+            self.task.train, self.task.collate, shares, self.run.device, self.config.data.workers
         )
         for shared, (indices, batch) in zip(todo, self._watchdog.each("data", loaded), strict=True):
             if self.task.augment is not None:
@@ -247,8 +238,8 @@ class Trainer:
                 self.task.validation,
                 self.task.collate,
                 batch_size=self.config.evaluation.batch_size,
-                device=self._device,
-                dtype=self._dtype,
+                device=self.run.device,
+                dtype=self.run.dtype,
                 order=self.task.validation_order,
                 counts=self.task.validation_counts,
                 should_stop=should_stop,

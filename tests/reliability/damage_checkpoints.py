@@ -23,6 +23,7 @@ import torch
 
 from astrobiogen.training.checkpoint import CheckpointStore, verify
 from astrobiogen.training.config import CheckpointConfig
+from astrobiogen.training.context import Run
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError
 from astrobiogen.training.observe.monitor import Monitor
@@ -57,8 +58,8 @@ def stopped_run(folder: Path) -> CheckpointStore:
                 interrupt.received = "SIGTERM"
 
     with Monitor(folder, config.monitor) as monitor:
-        places = {"device": torch.device("cpu"), "dtype": torch.float32}
-        trainer = Trainer(task, config, folder, monitor, interrupt, observer=observer, **places)
+        run = Run(config, torch.device("cpu"), torch.float32, folder, monitor)
+        trainer = Trainer(task, run, interrupt, observer=observer)
         if trainer.fit():
             raise SystemExit("the run was not stopped")
     return trainer.saver.store

@@ -21,6 +21,7 @@ import torch
 
 from astrobiogen.training.checkpoint import CheckpointStore, Content
 from astrobiogen.training.config import CheckpointConfig
+from astrobiogen.training.context import Run
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.observe.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
@@ -35,8 +36,8 @@ def trained(folder: Path, at_step: Callable[[Trainer, int], None]) -> Trainer:
     config = toy.toy_config(checkpoint=CheckpointConfig(every_minutes=1e-9))
     folder.mkdir()
     with Monitor(folder, config.monitor) as monitor:
-        places = {"device": torch.device("cpu"), "dtype": torch.float32}
-        trainer = Trainer(toy.toy_task(config), config, folder, monitor, runtime.Interrupt(), **places)
+        run = Run(config, torch.device("cpu"), torch.float32, folder, monitor)
+        trainer = Trainer(toy.toy_task(config), run, runtime.Interrupt())
         save = trainer.saver.save
 
         def watched(why: str) -> bool:

@@ -28,6 +28,7 @@ from torch import nn
 
 from astrobiogen.training.checkpoint import CheckpointStore
 from astrobiogen.training.config import CheckpointConfig, ScheduleConfig, StopConfig
+from astrobiogen.training.context import Run
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError
 from astrobiogen.training.observe.monitor import Monitor, read_log
@@ -52,9 +53,9 @@ def trained(
     )
     folder.mkdir(exist_ok=True)
     with Monitor(folder, config.monitor) as monitor:
-        places = {"device": torch.device("cpu"), "dtype": torch.float32}
+        run = Run(config, torch.device("cpu"), torch.float32, folder, monitor)
         interrupt = runtime.Interrupt()
-        trainer = Trainer(toy.toy_task(config), config, folder, monitor, interrupt, observer=observer, **places)
+        trainer = Trainer(toy.toy_task(config), run, interrupt, observer=observer)
         trainer.saver.resume()
 
         def signalled(model: nn.Module, _inputs: object, _output: object) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from astrobiogen.training import context
 from astrobiogen.training.batches.task import Task
 from astrobiogen.training.config import (
     CheckpointConfig,
@@ -160,12 +161,8 @@ def make_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         interrupt = runtime.Interrupt()
         trainer = Trainer(
             task or toy_task(config),
-            config,
-            folder,
-            monitor,
+            context.Run(config, torch.device("cpu"), dtype, folder, monitor),
             interrupt,
-            device=torch.device("cpu"),
-            dtype=dtype,
             observer=observer,
         )
         return Run(trainer, interrupt, monitor)

@@ -26,6 +26,7 @@ from astrobiogen.training.config import (
 )
 from astrobiogen.training.config.run_folder import MEMORY
 from astrobiogen.training.config.watch import SpikeConfig
+from astrobiogen.training.context import Run
 from astrobiogen.training.distributed import World, runtime
 from astrobiogen.training.observe.monitor import Monitor, read_log
 from astrobiogen.training.trainer import Trainer
@@ -113,10 +114,8 @@ def trained(
     own.mkdir(parents=True, exist_ok=True)
     interrupt = runtime.Interrupt()
     with Monitor(own, settings.monitor) as monitor:
-        trainer = Trainer(
-            task_of(settings, dropout), settings, folder, monitor, interrupt,
-            device=torch.device("cpu"), dtype=dtype, observer=observer, world=world,
-        )  # fmt: skip
+        run = Run(settings, torch.device("cpu"), dtype, folder, monitor, world=world)
+        trainer = Trainer(task_of(settings, dropout), run, interrupt, observer=observer)
         trainer.saver.resume()
         before(trainer, interrupt)
         trainer.fit()

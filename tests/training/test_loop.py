@@ -225,9 +225,9 @@ def test_a_numerical_stop_writes_the_samples_down(make_run: MakeRun, tmp_path: P
     with pytest.raises(
         UserError, match=r"2 updates in a row had NaN or Inf gradients.*nonfinite_report\.json"
     ) as caught:
-        whole_run._fit(run.trainer, tmp_path, config, CPU)
+        whole_run._fit(run.trainer)
     assert caught.value.exit_code == 1
-    report = json.loads((tmp_path / "nonfinite_report.json").read_text())
+    report = json.loads((tmp_path / "run" / "nonfinite_report.json").read_text())
     assert [update["batches"] for update in report["updates"]] == [order[:4], order[4:]]
     assert report["updates"][0]["means"]["loss"] == "nan"
 

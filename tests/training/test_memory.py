@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from astrobiogen.training import run as whole_run
-from astrobiogen.training.config import DataConfig, OptimizerConfig, TrainConfig, run_folder
+from astrobiogen.training.config import DataConfig, OptimizerConfig, TrainConfig, as_dict, parser, run_folder
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.observe import failure
 from astrobiogen.training.tools import memory, plan
@@ -68,7 +68,7 @@ def test_out_of_memory_is_a_report_with_settings(make_run: MakeRun, tmp_path: Pa
     )
     run = make_run(config, task=dataclasses.replace(toy_task(config), loss_function=hungry_loss))
     with pytest.raises(UserError) as caught:
-        whole_run._fit(run.trainer, tmp_path, config, torch.device("cpu"))
+        whole_run._fit(run.trainer)
     assert caught.value.exit_code == 1
     line = str(caught.value)
     assert line.startswith("out of memory on cpu: ")
@@ -77,7 +77,7 @@ def test_out_of_memory_is_a_report_with_settings(make_run: MakeRun, tmp_path: Pa
     assert "--model.llm_config.use_gradient_checkpointing true" in line
     assert ("--optimizer.name adamw8bit" in line) == (optimizer == "adamw")
     assert "--optimizer.ema_decay 0" in line
-    report = json.loads((tmp_path / memory.OUT_OF_MEMORY).read_text())
+    report = json.loads((tmp_path / "run" / memory.OUT_OF_MEMORY).read_text())
     assert report["bytes_held"]["weights"] == 4 * sum(value.numel() for value in run.trainer.model.parameters())
     assert report["peak"] > 2**20
     assert report["settings"]
@@ -87,15 +87,9 @@ def test_out_of_memory_is_a_report_with_settings(make_run: MakeRun, tmp_path: Pa
 
 
 def test_advice_names_only_what_helps() -> None:
-    lean = TrainConfig(
-        data=DataConfig(batch_size=1),
-        model={
-            "cnn_config.use_gradient_checkpointing": True,
-            "graph_config": {"use_gradient_checkpointing": True},
-            "llm_config.use_gradient_checkpointing": True,
-        },
-        optimizer=OptimizerConfig(name="adamw8bit"),
-    )
+    lean = TrainConfig(data=DataConfig(batch_size=1), optimizer=OptimizerConfig(name="adamw8bit"))
+    changes = {f"{part}_config": {"use_gradient_checkpointing": True} for part in ("cnn", "graph", "llm")}
+    lean = parser.from_dict(as_dict.to_dict(lean) | {"model": changes})
     lean = dataclasses.replace(lean, precision=dataclasses.replace(lean.precision, dtype="bf16"))
     assert memory.advice(lean, {}) == []
 

@@ -87,9 +87,9 @@ def test_a_learning_rate_without_bounds_ends_in_a_report(make_run: MakeRun, tmp_
     with pytest.raises(
         UserError, match=r"^validation after epoch 1: .* are NaN or Inf.*nonfinite_report\.json"
     ) as caught:
-        whole_run._fit(run.trainer, tmp_path, config, CPU)
+        whole_run._fit(run.trainer)
     assert caught.value.exit_code == 1
-    report = json.loads((tmp_path / "nonfinite_report.json").read_text())
+    report = json.loads((tmp_path / "run" / "nonfinite_report.json").read_text())
     assert report["not_finite"]["pass"] == "validation after epoch 1"
     assert report["not_finite"]["origin"]
     assert run.trainer.saver.best_store.candidates() == run.trainer.saver.store.candidates() == []
@@ -102,8 +102,8 @@ def test_the_report_of_skipped_updates_says_where_the_nan_comes_from(make_run: M
     task.train.x[bad, 5] = math.nan  # type: ignore[attr-defined]
     run = make_run(config, task=task)
     with pytest.raises(UserError, match=rf"1 updates in a row.*planet_params \(1 of 6 values\) of sample {bad} "):
-        whole_run._fit(run.trainer, tmp_path, config, CPU)
-    assert f"sample {bad} " in json.loads((tmp_path / "nonfinite_report.json").read_text())["origin"]
+        whole_run._fit(run.trainer)
+    assert f"sample {bad} " in json.loads((tmp_path / "run" / "nonfinite_report.json").read_text())["origin"]
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_run: MakeRun) -> None:

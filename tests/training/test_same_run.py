@@ -16,6 +16,7 @@ from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.pack import MANIFEST, verified_bytes
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.config import DataConfig, OptimizerConfig, RuntimeConfig, StopConfig, TrainConfig
+from astrobiogen.training.config.model import ModelChanges
 from astrobiogen.training.errors import CheckpointError
 from tests.training.conftest import Run, toy_config, toy_task
 
@@ -48,7 +49,7 @@ OTHER_COURSES = {
     "seed": (3, 4, {"seed": 4}),
     "epochs": (3, 5, {"epochs": 5}),
     "stop.metric": ("loss", "auroc", {"stop": StopConfig(metric="auroc")}),
-    "model.depth": (None, 3, {"model": {"depth": 3}}),
+    "model.kernels": (None, "reference", {"model": ModelChanges(kernels="reference")}),
 }
 SAME_COURSE = {
     "data.workers": {"data": dataclasses.replace(base.data, workers=1)},

@@ -55,8 +55,8 @@ def arrange(name):
 def command():
     config = toy.toy_config(epochs=2)
     with Monitor(folder, toy.dataclasses.replace(config.monitor, level="INFO")) as monitor:
-        places = {"device": torch.device("cpu"), "dtype": torch.float32}
-        assert Trainer(toy.toy_task(config), config, folder, monitor, runtime.Interrupt(), **places).fit()
+        run = Run(config, torch.device("cpu"), torch.float32, folder, monitor)
+        assert Trainer(toy.toy_task(config), run, runtime.Interrupt()).fit()
     for line in range(1000):
         print("a closing table of many lines", line)
     (folder / "done").touch()

@@ -15,6 +15,7 @@ import torch
 from astrobiogen.training.checkpoint import CheckpointStore
 from astrobiogen.training.config import CheckpointConfig, DataConfig
 from astrobiogen.training.config.watch import HangConfig, SpikeConfig
+from astrobiogen.training.context import Run
 from astrobiogen.training.distributed import PeerError, World, runtime
 from astrobiogen.training.observe import watchdog
 from astrobiogen.training.observe.monitor import Monitor
@@ -157,8 +158,8 @@ def trained(folder: Path, limits: dict[str, float], workers: int, observer: Any 
     if workers:
         task = type(task)(**{**vars(task), "train": Stuck(23, seed=1)})
     with Monitor(folder, config.monitor) as monitor, Watchdog(folder, limits) as dog:
-        places = {"device": torch.device("cpu"), "dtype": torch.float32}
-        Trainer(task, config, folder, monitor, runtime.Interrupt(), observer=observer, watchdog=dog, **places).fit()
+        run = Run(config, torch.device("cpu"), torch.float32, folder, monitor)
+        Trainer(task, run, runtime.Interrupt(), observer=observer, watchdog=dog).fit()
 
 
 def test_a_hung_data_worker_is_named_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

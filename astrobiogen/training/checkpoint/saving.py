@@ -14,13 +14,13 @@ from astrobiogen.training.batches.task import Task
 from astrobiogen.training.checkpoint import chosen, packing, process_state
 from astrobiogen.training.checkpoint.background import Background, HostCopy, Job
 from astrobiogen.training.checkpoint.store import PROCESS, CheckpointStore, Content, Observer
-from astrobiogen.training.config import TrainConfig, resume_rules
+from astrobiogen.training.config import resume_rules
 from astrobiogen.training.config.as_dict import changed_on_resume, differences, refusal, to_dict
+from astrobiogen.training.context import Run
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import CheckpointError, NumericalError
 from astrobiogen.training.evaluation import nonfinite
 from astrobiogen.training.evaluation.progress import Progress
-from astrobiogen.training.observe.monitor import Monitor
 from astrobiogen.training.observe.watchdog import Watchdog
 from astrobiogen.training.update import Updater
 
@@ -35,7 +35,7 @@ class Saver:
     """Saves and restores the run that consists of `updater` (with its model), `progress` and every random generator.
 
     Args:
-        folder: the run folder; checkpoints go to `checkpoints/` in it, the best model to `best/`.
+        run: checkpoints go to `checkpoints/` in its folder, the best model to `best/`.
         observer: passed on to the checkpoint stores (tests).
         watchdog: its section "save" limits a save; default: nothing does.
 
@@ -47,17 +47,16 @@ class Saver:
 
     def __init__(
         self,
-        folder: Path,
+        run: Run,
         task: Task,
-        config: TrainConfig,
         updater: Updater,
         progress: Progress,
-        monitor: Monitor,
         observer: Observer | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
         self._watchdog = watchdog or Watchdog(None, {})
-        self._world = updater.parallel.world
+        self._world = run.world
+        config, folder = run.config, run.folder
         asynchronous = config.checkpoint.asynchronous
         self._background = Background() if asynchronous else None
         self._copy = HostCopy() if asynchronous else None
@@ -69,7 +68,7 @@ class Saver:
         self._updater = updater
         self._model = updater.model
         self._progress = progress
-        self._monitor = monitor
+        self._monitor = run.monitor
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:

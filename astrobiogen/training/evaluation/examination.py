@@ -12,7 +12,7 @@ import torch
 from astrobiogen import data
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.distributed import World
+from astrobiogen.training.context import Setting
 from astrobiogen.training.errors import NumericalError, UserError
 from astrobiogen.training.evaluation import baselines, comparison, metrics, passes
 
@@ -38,16 +38,13 @@ def _baseline_probabilities(bundle: data.DatasetBundle, seed: int) -> dict[str, 
 def examine(
     assembly: assemble.Assembly,
     model: torch.nn.Module,
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
+    setting: Setting,
     should_stop: Callable[[], bool] = lambda: False,
-    world: World | None = None,
     seen: Callable[[passes.Evaluation], None] = lambda _: None,
 ) -> tuple[dict[str, Any], dict[str, metrics.Predictions]] | None:
     """Test figures of `model` with intervals, baselines and ablation as JSON data, and the predictions behind them;
-    None if `should_stop`, polled before each batch, said so, and in every process of `world` but the first: all share
-    the passes over the data, the first draws the conclusions.
+    None if `should_stop`, polled before each batch, said so, and in every process of the setting but the first: all
+    share the passes over the data, the first draws the conclusions.
 
     Args:
         seen: told of the pass over the whole test set.
@@ -58,14 +55,15 @@ def examine(
     test = assembly.bundle.test
     if not len(test):
         raise UserError("data: got 0 test samples, expected at least one", exit_code=1)
+    config, world = setting.config, setting.world
     task, settings, seed = assembly.task, config.evaluation, config.seed
     run = functools.partial(
         passes.evaluate,
         *(model, task.loss_function),
         collate=task.collate,
         batch_size=settings.batch_size,
-        device=device,
-        dtype=dtype,
+        device=setting.device,
+        dtype=setting.dtype,
         should_stop=should_stop,
         world=world,
         what="test",
@@ -76,7 +74,7 @@ def examine(
     limit = settings.ablation_limit or len(test)
     # All passes over the data come first: the other processes take part in them and are then done.
     hidden = _hidden(run, test, limit, config) if settings.ablation else {}
-    if None in hidden.values() or (world is not None and not world.main):
+    if None in hidden.values() or not world.main:
         return None
     seen(whole)
     predictions = {"model": whole.predictions}

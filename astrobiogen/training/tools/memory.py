@@ -15,6 +15,7 @@ from astrobiogen.system import console
 from astrobiogen.training import evaluation
 from astrobiogen.training.batches import loading
 from astrobiogen.training.config import TrainConfig, run_folder
+from astrobiogen.training.context import Run
 from astrobiogen.training.optim import precision
 from astrobiogen.training.optim.optimizer import inner_of
 from astrobiogen.training.tools import plan
@@ -51,15 +52,13 @@ class MemoryProbe:
     the CUDA context and libraries, Python, and what libraries allocate by themselves.
 
     Args:
-        folder: where process 0 writes memory_report.json, the report of the process that needed most, with all of them.
+        run: in its folder process 0 writes memory_report.json, the report of the process that needed most, with all of
+            them.
     """
 
-    def __init__(self, folder: Path, updater: Updater, config: TrainConfig, device: torch.device, dtype: Any) -> None:
-        self._folder = folder
+    def __init__(self, run: Run, updater: Updater) -> None:
+        self._run = run
         self._updater = updater
-        self._config = config
-        self._device = device
-        self._dtype = dtype
         self._done = False
 
     def due(self, closes: bool) -> bool:
@@ -81,10 +80,10 @@ class MemoryProbe:
     def _planned(self, before: Mapping[str, int], batch: loading.Batch) -> dict[str, int]:
         """Counted states and the bytes that a forward pass over `batch` saves; nothing of the run is touched."""
         updater = self._updater
-        counted = plan.state_plan(updater.model, self._config)
+        counted = plan.state_plan(updater.model, self._run.config)
 
         def run() -> torch.Tensor:
-            with precision.autocast(self._device, self._dtype):
+            with precision.autocast(self._run.device, self._run.dtype):
                 return updater.parallel.whole_objective(batch, None)[0]
 
         with evaluation.untouched(updater.model):
@@ -97,23 +96,23 @@ class MemoryProbe:
             "averaged weights": counted.average,
             "batch": plan.tensor_bytes(batch),
             **self._exchanged(),
-            "activations and temporaries": saved + updater.parallel.gathered_bytes(self._dtype),
+            "activations and temporaries": saved + updater.parallel.gathered_bytes(self._run.dtype),
         }
 
     def _exchanged(self) -> dict[str, int]:
         """What the processes keep for each other: DDP holds the gradients once more, in the buckets that it sends."""
         if self._updater.parallel.strategy != "ddp":
             return {}
-        return {"gradient buckets": plan.state_plan(self._updater.model, self._config).gradients}
+        return {"gradient buckets": plan.state_plan(self._updater.model, self._run.config).gradients}
 
     @contextlib.contextmanager
     def _peak(self, start: int) -> Iterator[list[int]]:
         """Yields a list that holds the peak in bytes afterwards."""
         result = [0]
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._run.device)
             yield result
-            result[0] = torch.cuda.max_memory_allocated(self._device)
+            result[0] = torch.cuda.max_memory_allocated(self._run.device)
             return
         recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         with console.without_native_lines(_NATIVE_MESSAGES), recorded:
@@ -126,7 +125,7 @@ class MemoryProbe:
         result[0] = highest
 
     def _write(self, planned: dict[str, int], measured: dict[str, int]) -> None:
-        device, world = self._device, self._updater.parallel.world
+        device, world = self._run.device, self._run.world
         total_planned, total = sum(planned.values()), sum(measured.values())
         report: dict[str, Any] = {
             "planned_bytes": planned | {"total": total_planned},
@@ -146,9 +145,9 @@ class MemoryProbe:
         if world.distributed:
             report = report | {"processes": reports}
         try:
-            run_folder.write_json(self._folder / run_folder.MEMORY, report)
+            run_folder.write_json(self._run.folder / run_folder.MEMORY, report)
         except OSError as error:  # a full disk may have room again when something must be saved
-            _LOG.error("%s could not be written (%s)", self._folder / run_folder.MEMORY, error.strerror or error)
+            _LOG.error("%s could not be written (%s)", self._run.folder / run_folder.MEMORY, error.strerror or error)
         self._say(report, world.size)
 
     def _say(self, report: dict[str, Any], processes: int) -> None:
@@ -159,7 +158,7 @@ class MemoryProbe:
         if _BAND[0] <= ratio <= _BAND[1]:
             _LOG.info(text)
         else:
-            _LOG.warning("%s; see %s", text, self._folder / run_folder.MEMORY)
+            _LOG.warning("%s; see %s", text, self._run.folder / run_folder.MEMORY)
 
 
 def advice(config: TrainConfig, bytes_held: Mapping[str, int]) -> list[str]:
@@ -226,12 +225,12 @@ class OutOfMemory:
         )
 
 
-def examine(error: BaseException, updater: Updater, config: TrainConfig, device: torch.device) -> OutOfMemory:
+def examine(error: BaseException, run: Run, updater: Updater) -> OutOfMemory:
     """The report on `error`, which `is_out_of_memory`."""
-    kept = held(updater)
+    kept, device = held(updater), run.device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_peak()
     kept["activations and temporaries" if device.type == "cuda" else "activations, libraries and data"] = max(
         peak - sum(kept.values()), 0
     )
     message = " ".join(str(error).split())[:200]
-    return OutOfMemory(message, kept, peak, str(device), advice(config, kept))
+    return OutOfMemory(message, kept, peak, str(device), advice(run.config, kept))

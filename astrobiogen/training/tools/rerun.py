@@ -19,11 +19,10 @@ from typing import Any
 import torch
 
 from astrobiogen.training.batches import loading
-from astrobiogen.training.config import TrainConfig
+from astrobiogen.training.context import Run
 from astrobiogen.training.distributed import local_part, runtime
 from astrobiogen.training.distributed.model import total_norm
 from astrobiogen.training.distributed.share import Round
-from astrobiogen.training.observe.monitor import Monitor
 from astrobiogen.training.update import Updater, Window
 
 _LOG = logging.getLogger("astrobiogen")
@@ -42,8 +41,9 @@ class _Kept:
 class Rerun:
     """Watches over the updates of `updater`; does nothing unless `spike.rerun` is on."""
 
-    def __init__(self, updater: Updater, config: TrainConfig, monitor: Monitor) -> None:
-        self._updater, self._monitor = updater, monitor
+    def __init__(self, run: Run, updater: Updater) -> None:
+        self._updater, self._monitor = updater, run.monitor
+        config = run.config
         self._on = config.spike.rerun
         self._factor, self._window = config.spike.factor, config.spike.window
         self._deterministic = config.runtime.deterministic
