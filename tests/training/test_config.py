@@ -192,7 +192,7 @@ def test_keys_that_a_saved_configuration_lacks_have_their_default() -> None:
     changed = dataclasses.replace(config.TrainConfig(), data=config.DataConfig(roll_longitude=True))
     assert as_dict.changed_on_resume(saved, as_dict.to_dict(changed)) == {"data.roll_longitude": (False, True)}
     model = dataclasses.replace(config.TrainConfig(), model=ModelChanges(modalities=["climate", "text"]))
-    assert as_dict.changed_on_resume(saved, as_dict.to_dict(model)) == {"model.weights": (None, [1, 2])}
+    assert as_dict.changed_on_resume(saved, as_dict.to_dict(model)) == {"model.modalities": (None, ["climate", "text"])}
     tuples = dataclasses.replace(config.TrainConfig(), model=ModelChanges(modalities=("climate", "text")))
     assert as_dict.changed_on_resume(as_dict.to_dict(tuples), as_dict.to_dict(model)) == {}
 

@@ -34,6 +34,7 @@ from astrobiogen.system import console
 from astrobiogen.training.observe import failure
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.observe.monitor import Monitor
+from astrobiogen.training.context import Run
 from astrobiogen.training.trainer import Trainer
 from tests.training import conftest as toy
 
