@@ -39,7 +39,7 @@ _load_sharding_rules._dynamo_marked_constant = True  # pyright: ignore[reportFun
 
 def check_float(name: str, value: object) -> torch.Tensor:
     """`value` if it is a floating-point tensor of a supported dtype, else TypeError."""
-    tensor = check_tensor(name, value)
+    tensor: Any = value if type(value) is torch.Tensor else check_tensor(name, value)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
     return tensor
@@ -73,7 +73,10 @@ def check_ints(name: str, value: Any, axes: int, lowest: int = INT64_MIN) -> tup
     Raises:
         TypeError, ValueError: as `check_int`, naming the axis; or the sequence has another length.
     """
-    if type(value) is int or (hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0):  # arrays have it too
+    if type(value) is tuple and len(value) == axes:  # a layer's, checked when it was made: no names are put together
+        if all([type(n) is int and lowest <= n <= INT64_MAX for n in value]):  # noqa: C419  (a generator takes longer)
+            return value
+    elif type(value) is int or (hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0):  # arrays have it too
         return (check_int(name, value, lowest),) * axes
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
         raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}")
@@ -95,23 +98,34 @@ def _index(name: str, value: SupportsIndex) -> int:
 
 def check_same_device(**tensors: torch.Tensor) -> None:
     """ValueError unless all tensors are on the device of the first."""
-    (first_name, first), *rest = tensors.items()
-    device = first.device
-    for name, tensor in rest:
-        if tensor.device != device:
+    first_name, device = "", None
+    for name, tensor in tensors.items():
+        if device is None:
+            first_name, device = name, tensor.device
+        elif tensor.device != device:
             raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {tensor.device}")
 
 
 def check_same_dtype(**tensors: torch.Tensor) -> None:
     """TypeError unless all tensors have the dtype of the first."""
-    (first_name, first), *rest = tensors.items()
-    for name, tensor in rest:
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+    first_name, dtype = "", None
+    for name, tensor in tensors.items():
+        if dtype is None:
+            first_name, dtype = name, tensor.dtype
+        elif tensor.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {dtype}, got {tensor.dtype}")
+
+
+def check_alike(first_name: str, first: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """`check_same_dtype` and `check_same_device` of two tensors."""
+    if tensor.dtype != first.dtype:
+        check_same_dtype(**{first_name: first, name: tensor})
+    if tensor.device != first.device:
+        check_same_device(**{first_name: first, name: tensor})
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """ValueError unless `tensor` has shape `expected`; `meaning` says where that shape comes from, e.g. "[H], H the
     last axis of x"."""
-    if tuple(tensor.shape) != tuple(expected):
+    if tensor.shape != expected and tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}), got {tuple(tensor.shape)}")

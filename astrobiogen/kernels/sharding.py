@@ -99,15 +99,20 @@ def _attention_places(q: Any, k: Any, v: Any, cos: Any) -> list[tuple[Placement,
     return [*places, (Shard(2), Shard(1), R, Shard(0))] if k.shape[2] % parts == 0 else places
 
 
-def _rest(at: Placement, of_rows: Placement, q: Any) -> Placement:
-    """Of what rounding took: from the output in half precision, else from the log-sum-exp."""
+def _rest(at: Placement, of_rows: Placement, q: Any, keep: bool = True) -> Placement:
+    """Of what rounding took: from the output in half precision, else from the log-sum-exp; empty without `keep`."""
+    if not keep:
+        return R
     return at if q.tensor_meta.dtype in (torch.float16, torch.bfloat16) else of_rows
 
 
 def _attention(*arguments: Any) -> list[Rule]:
     q, k, v, cos = arguments[:4]
     return [
-        ([at, of_rows, _rest(at, of_rows, q)], _present(arguments, (at, at, at, angles, angles, R, at_sinks)))
+        (
+            [at, of_rows, _rest(at, of_rows, q, arguments[-1])],
+            _present(arguments, (at, at, at, angles, angles, R, at_sinks)),
+        )
         for at, of_rows, angles, at_sinks in _attention_places(q, k, v, cos)
     ]
 

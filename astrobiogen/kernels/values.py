@@ -1,4 +1,4 @@
-"""Whether the values of a tensor can be looked at, and checks of them that wait for no device."""
+"""What may be asked of a tensor: its values, whether it needs a gradient; checks of values that wait for no device."""
 
 from collections.abc import Callable
 
@@ -46,3 +46,8 @@ def is_batched(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """True where autograd will ask for the gradient of one of `tensors`."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -84,17 +84,19 @@ void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, cons
     const int64_t place = ((t.batch * g.queries + token) * g.heads + head) * g.dim;
     if (low[i] >= high[i]) {  // sees nothing: 0, also where the sink is not finite
       std::fill_n(to, g.dim, T(0.0f));
-      if constexpr (!std::is_same_v<T, float>) std::fill_n(rest + place, g.dim, Rest<T>{0});
-    } else if constexpr (std::is_same_v<T, float>) {
-      for (int64_t d = 0; d < g.dim; ++d) to[d] = from[d * width] * inverse;
-    } else {
+      if constexpr (!std::is_same_v<T, float>)
+        if (rest != nullptr) std::fill_n(rest + place, g.dim, Rest<T>{0});
+    } else if (rest == nullptr || std::is_same_v<T, float>) {
+      for (int64_t d = 0; d < g.dim; ++d) to[d] = static_cast<T>(from[d * width] * inverse);
+    } else if constexpr (!std::is_same_v<T, float>) {
       float row[kMaxHeadDim];
       for (int64_t d = 0; d < g.dim; ++d) row[d] = from[d * width] * inverse;
       round_row(row, g.dim, to, rest + place);
     }
     const int64_t index = (t.batch * g.heads + head) * g.queries + token;
     lse[index] = total[i] == 0.0f ? -std::numeric_limits<float>::infinity() : (maximum[i] + std::log2(total[i])) * kLn2;
-    if constexpr (std::is_same_v<T, float>) rest[index] = correction_of(lse[index], maximum[i], total[i]);
+    if constexpr (std::is_same_v<T, float>)
+      if (rest != nullptr) rest[index] = correction_of(lse[index], maximum[i], total[i]);
   }
 }
 
@@ -172,7 +174,7 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   const Rows<const T> q = rows_of<T>(in.q);
   const Rows<T> result = mutable_rows_of<T>(out);
   float* lse_data = lse.mutable_data_ptr<float>();
-  Rest<T>* rest_data = rest.mutable_data_ptr<Rest<T>>();
+  Rest<T>* rest_data = rest.numel() > 0 ? rest.mutable_data_ptr<Rest<T>>() : nullptr;
   const float factor = g.softcap > 0.0f ? g.scale / g.softcap : g.scale * kLog2E;
   const int64_t panel_floats = kTaskRows * g.dim;
   run_tasks(pairs * blocks, 2 * panel_floats + 4 * kTaskRows + kScratch, [&](int64_t task, float* scratch) {
@@ -198,7 +200,8 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
 }
 
 ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
-                        const Optional& sinks, bool causal, double scale, int64_t window, double softcap, bool interleaved) {
+                        const Optional& sinks, bool causal, double scale, int64_t window, double softcap, bool interleaved,
+                        bool keep) {
   constexpr check::Op op("astrobiogen::attention");
   check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
   const Inputs in{unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved}};
@@ -206,7 +209,8 @@ ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide ? at::kDouble : at::kFloat));
   const bool half = !wide && q.scalar_type() != at::kFloat;
-  Tensor rest = half ? at::empty(q.sizes(), q.options().dtype(at::kShort)) : at::empty(lse.sizes(), lse.options());
+  const auto kept = half ? q.options().dtype(at::kShort) : lse.options();
+  Tensor rest = at::empty(keep ? (half ? q : lse).sizes() : at::IntArrayRef({0}), kept);
   if (out.numel() == 0) return {out, lse, rest};
   if (wide) forward_double(in, out, lse, rest);
   else if (q.scalar_type() == at::kFloat) forward_typed<float>(in, out, lse, rest);

@@ -52,7 +52,7 @@ void forward_double(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   const Packed p = make_packed(in);
   const Geometry<double>& g = p.g;
   const Rows<double> result = mutable_rows_of<double>(out);
-  double *lse_data = lse.mutable_data_ptr<double>(), *rest_data = rest.mutable_data_ptr<double>();
+  double *lse_data = lse.mutable_data_ptr<double>(), *rest_data = rest.numel() > 0 ? rest.mutable_data_ptr<double>() : nullptr;
   run_tasks(g.batch * g.heads, 0, [&](int64_t task, float*) {
     const int64_t b = task / g.heads, h = task % g.heads;
     std::vector<double> scores(g.keys);
@@ -76,7 +76,7 @@ void forward_double(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
       const int64_t index = (b * g.heads + h) * g.queries + i;
       lse_data[index] = total == 0.0 ? -kInfinity : shift + std::log(total);
       const double correction = std::exp(lse_data[index] - shift) / total;
-      rest_data[index] = std::isfinite(correction) ? correction : 1.0;
+      if (rest_data != nullptr) rest_data[index] = std::isfinite(correction) ? correction : 1.0;
     }
   });
 }

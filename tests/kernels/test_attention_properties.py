@@ -74,10 +74,10 @@ def test_a_window_beyond_every_key_hides_nothing(causal: bool) -> None:
     options = reference.Options(None, None, None, None, causal, 8**-0.5, 0, 0.0, False)
     for window in (2**31 - 2, 2**31 - 1, 2**63 - 1):
         wide = options._replace(window=window)
-        assert torch.equal(torch.ops.astrobiogen.attention(q, k, v, *wide)[0], plain)
+        assert torch.equal(torch.ops.astrobiogen.attention(q, k, v, *wide, True)[0], plain)
         torch.testing.assert_close(reference.attention(q, k, v, *wide)[0], plain, rtol=1e-5, atol=1e-6)
         with route(("attention",), "triton"):
-            out = torch.ops.astrobiogen.attention(q, k, v, *wide)[0]
+            out = torch.ops.astrobiogen.attention(q, k, v, *wide, True)[0]
         torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -92,8 +92,8 @@ def test_the_reference_refuses_sequence_bounds_beyond_the_tokens() -> None:
 def test_the_rest_gives_the_unrounded_output_back(dtype: torch.dtype) -> None:
     q, k, v = (t.to(dtype) for t in _tensors(33, 40, dim=24))
     options = reference.Options(None, None, None, None, True, 0.2, 0, 0.0, False)
-    rounded, _, rest = torch.ops.astrobiogen.attention(q, k, v, *options)
-    exact = torch.ops.astrobiogen.attention(q.float(), k.float(), v.float(), *options)[0]
+    rounded, _, rest = torch.ops.astrobiogen.attention(q, k, v, *options, True)
+    exact = torch.ops.astrobiogen.attention(q.float(), k.float(), v.float(), *options, False)[0]
     assert torch.equal(exact.to(dtype), rounded)
     assert torch.equal(reference.unrounded(rounded, rest), exact)
     assert torch.equal(reference.remainder(exact, rounded), rest)
@@ -207,7 +207,7 @@ def test_triton_few_queries_equal_the_reference(queries: int, dim: int) -> None:
     q, k, v = torch.randn(2, queries, 6, dim), *torch.randn(2, 2, 90, 2, dim + 1)[..., 1:]
     options = reference.Options(None, None, None, torch.randn(6), True, 0.3, 40, 0.0, False)
     with route(("attention",), "triton") as calls:
-        out, lse, _ = torch.ops.astrobiogen.attention(q, k, v, *options)
+        out, lse, _ = torch.ops.astrobiogen.attention(q, k, v, *options, False)
     assert calls == ["attention"]
     expected, expected_lse = reference.attention(q, k, v, *options)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

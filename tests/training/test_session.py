@@ -233,7 +233,9 @@ def test_errors_are_one_line(
     check(2, "no such folder", ["--resume", str(tmp_path / "nowhere")])
     check(2, "so this is not the folder of a run", ["--resume", str(tmp_path)])
     check(1, "data: ", ["--data.path", str(tmp_path / "nowhere"), "--output", str(tmp_path / "a")])
-    check(2, "unrecognized arguments: --model.no_such_key", ["--model.no_such_key", "1", "--output", str(tmp_path / "b")])
+    check(
+        2, "unrecognized arguments: --model.no_such_key", ["--model.no_such_key", "1", "--output", str(tmp_path / "b")]
+    )
     file = _write(tmp_path / "file", "x")
     check(2, "cannot be written", ["--output", str(file / "inside")])
     check(2, "no such folder", [str(tmp_path / "nowhere")], evaluate.main)

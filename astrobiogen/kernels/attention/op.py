@@ -16,6 +16,7 @@ from astrobiogen.kernels.checks import (
     check_shape,
     check_tensor,
 )
+from astrobiogen.kernels.values import needs_gradient
 
 _TRITON = "astrobiogen.kernels.attention.triton_kernels"
 MAX_HEAD_DIM = 256
@@ -137,7 +138,8 @@ def attention(
     if registry.reference_selected():
         out, lse = autocast.reference(reference.attention, q, k, v, *options)
     else:
-        out, lse, _ = torch.ops.astrobiogen.attention(q, k, v, *options)
+        keep = needs_gradient(q, k, v, sinks)
+        out, lse, _ = torch.ops.astrobiogen.attention(q, k, v, *options, keep)
     return (out, lse) if return_lse else out
 
 
@@ -212,11 +214,10 @@ def _check_rotary(
 
 
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    del k, others
+    del k
     batch, queries, heads, _ = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=torch.promote_types(q.dtype, torch.float32))
-    rest = q.new_empty(q.shape, dtype=torch.int16) if reference.is_half(q.dtype) else torch.empty_like(lse)
-    return q.new_empty(q.shape), lse, rest
+    return q.new_empty(q.shape), lse, reference.empty_rest(q, lse, others[-1])
 
 
 def _fake_backward(
@@ -237,7 +238,7 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    q, k, v, cos, sin, cu_seqlens, sinks, *ctx.options = inputs
+    q, k, v, cos, sin, cu_seqlens, sinks, *ctx.options, ctx.keep = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, cos, sin, cu_seqlens, sinks)
 
@@ -246,12 +247,14 @@ def _backward(
     ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, _grad_rest: None
 ) -> tuple[torch.Tensor | None, ...]:
     if grad_out is None and grad_lse is None:
-        return (None,) * 12
+        return (None,) * 13
+    if not ctx.keep:
+        raise RuntimeError("astrobiogen::attention was called with keep=False, so it has no gradient")
     saved = ctx.saved_tensors  # read once: checkpointing frees them at the first access
     grad_q, grad_k, grad_v, grad_sinks = torch.ops.astrobiogen.attention_backward(
         grad_out, grad_lse, *saved, *ctx.options
     )
-    return grad_q, grad_k, grad_v, None, None, None, None if saved[-1] is None else grad_sinks, *((None,) * 5)
+    return grad_q, grad_k, grad_v, None, None, None, None if saved[-1] is None else grad_sinks, *((None,) * 6)
 
 
 _OPTIONS = (
@@ -259,7 +262,7 @@ _OPTIONS = (
     "bool causal, float scale, int window, float softcap, bool interleaved"
 )
 registry.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_forward,
     fake=_fake_forward,
     triton=f"{_TRITON}:attention",

@@ -152,12 +152,22 @@ def correction(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(total), 1.0 / total, 1.0).reshape(lse.shape)
 
 
-def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> OpForward:
-    """The op's default kernel: `attention` with outputs in contiguous memory of their own, as an op promises, and what
-    the backward pass needs against rounding: the `remainder` of `out` in half precision, else the `correction`.
+def empty_rest(q: torch.Tensor, lse: torch.Tensor, keep: bool) -> torch.Tensor:
+    """Memory for what `attention_forward` returns as its third tensor."""
+    like, dtype = (q, torch.int16) if is_half(q.dtype) else (lse, lse.dtype)
+    return like.new_empty(like.shape if keep else (0,), dtype=dtype)
+
+
+def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options_and_keep: Any) -> OpForward:
+    """The op's default kernel: `attention` with outputs in contiguous memory of their own, as an op promises, and with
+    `keep` what the backward pass needs against rounding: the `remainder` of `out` in half precision, else the
+    `correction`.
     """
+    *options, keep = options_and_keep
     exact, lse, scores = _attend(q, k, v, Options(*options))
     out = exact.to(q.dtype)
+    if not keep:
+        return out.contiguous(), lse.contiguous(), empty_rest(q, lse, keep)
     rest = remainder(exact, out) if is_half(q.dtype) else correction(scores, lse)
     return out.contiguous(), lse.contiguous(), rest
 

@@ -86,9 +86,11 @@ def store_columns(rows, value, live, column, DIM: tl.constexpr):
 
 @triton.jit
 def store_rounded(rows, rest, value, live, column, DIM: tl.constexpr, REST: tl.constexpr):
-    """`store_columns`, and with REST what rounding took away (`reference.remainder`) at the same places of `rest`."""
+    """`store_columns`, and with REST in half precision what rounding took away (`reference.remainder`) at the same
+    places of `rest`.
+    """
     store_columns(rows, value, live, column, DIM)
-    if REST:
+    if REST and rest.dtype.element_ty == tl.int16:
         rounded = value.to(rows.dtype.element_ty).to(tl.float32)
         difference = value.to(tl.int32, bitcast=True) - rounded.to(tl.int32, bitcast=True)
         difference = tl.minimum(tl.maximum(difference, -32768), 32767)

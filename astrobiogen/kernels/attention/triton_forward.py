@@ -221,7 +221,7 @@ def forward_kernel(
             store_rounded(to, left, tl.where(sees, acc_tail * inverse, 0.0), live, tails, DIM, REST)
         value, correction = log_sum_of(top, total)
         tl.store(lse + row, value, mask=live)
-        if not REST:
+        if REST and rest.dtype.element_ty == tl.float32:
             tl.store(rest + row, correction, mask=live)
 
 
@@ -257,5 +257,5 @@ def combine_kernel(
     store_rounded(out + row_of_one, rest + row_of_one, result[None, :], tl.full([1], True, tl.int1), column, DIM, REST)
     value, correction = log_sum_of(top, total)
     tl.store(lse + row, value)
-    if not REST:
+    if REST and rest.dtype.element_ty == tl.float32:
         tl.store(rest + row, correction)

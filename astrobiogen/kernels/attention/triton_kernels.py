@@ -10,16 +10,17 @@ from astrobiogen.kernels.attention.triton_cases import cases
 from astrobiogen.kernels.cases import CompileCase
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> reference.OpForward:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options_and_keep: Any) -> reference.OpForward:
     """The op `attention` on CUDA."""
+    *options, keep = options_and_keep
     batch, queries, heads, _dim = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out, lse = q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=wide)
-    rest = q.new_empty(q.shape, dtype=torch.int16) if reference.is_half(q.dtype) else torch.empty_like(lse)
+    rest = reference.empty_rest(q, lse, keep)
     if out.numel() == 0:
         return out, lse, rest
     if q.dtype == torch.float64:  # gradient checks only: no tensor-core path and no fp64 tiles
-        return reference.attention_forward(q, k, v, *options)
+        return reference.attention_forward(q, k, v, *options_and_keep)
     p = triton_launch.make_problem(triton_launch.machine_of(q.device), q, k, Options(*options))
     few = queries <= triton_config.FEW_QUERIES and p.options.cu_seqlens is None
     (triton_launch.attend_few if few else triton_launch.attend)(p, v, out, lse, rest)

@@ -211,7 +211,7 @@ def attend_few(p: Problem, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     )
     sinks = p.options.sinks
     shape = {"DIM": dim, "WIDTH": p.width, "COLUMNS": triton.next_power_of_2(p.width), "SINKS": sinks is not None}
-    shape |= {"REST": reference.is_half(out.dtype)}
+    shape |= {"REST": rest.numel() > 0}
     arguments = (partial, tops, totals, p.q if sinks is None else sinks, out, lse, rest, heads, queries, splits)
     p.machine.launch(Launch(combine_kernel, (batch * heads * queries,), arguments, shape, 1))
 
@@ -238,7 +238,7 @@ def _forward(
     reading = {"K_WIDTH": keys.width, "V_WIDTH": values.width}
     reading |= {"Q_UNIT": rows.unit, "K_UNIT": keys.unit, "V_UNIT": values.unit}
     options = {"SOFTCAP": p.options.softcap > 0, "SINKS": sinks is not None, "HEADS": heads, "SPLIT": chunk is not None}
-    options |= {"REST": chunk is None and reference.is_half(p.q.dtype)}
+    options |= {"REST": chunk is None and results[3].numel() > 0}
     options |= {"PRECISION": p.precision, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     constants = {**p.head, **p.masks, **reading, **options}
     return Launch(forward_kernel, grid, arguments, constants, tile.warps, tile.stages)

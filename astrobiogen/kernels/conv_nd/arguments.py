@@ -8,11 +8,10 @@ import torch
 
 from astrobiogen.kernels.checks import (
     INT32_SAFE,
+    check_alike,
     check_float,
     check_int,
     check_ints,
-    check_same_device,
-    check_same_dtype,
     check_shape,
 )
 from astrobiogen.kernels.conv_nd.geometry import (
@@ -120,8 +119,7 @@ def check_norm(
         if tensor is not None:
             check_float(name, tensor)
             check_shape(name, tensor, (channels,), "[O], one per output channel")
-            check_same_dtype(x=x, **{name: tensor})
-            check_same_device(x=x, **{name: tensor})
+            check_alike("x", x, name, tensor)
     return Norm(kind, groups, float(eps))
 
 
@@ -147,8 +145,7 @@ def _check_common(
             f"weight must have one kernel size for each of the {axes} spatial axes of x, "
             f"got shape {tuple(weight.shape)}"
         )
-    check_same_dtype(x=x, weight=weight)
-    check_same_device(x=x, weight=weight)
+    check_alike("x", x, "weight", weight)
     groups = check_int("groups", groups, 1)
     if x.shape[1] < 1 or weight.shape[0] < 1 or weight.shape[1] < 1:
         raise ValueError(
@@ -171,8 +168,7 @@ def _check_bias(x: torch.Tensor, bias: torch.Tensor | None, channels: int) -> No
         return
     check_float("bias", bias)
     check_shape("bias", bias, (channels,), "[O], one per output channel")
-    check_same_dtype(x=x, bias=bias)
-    check_same_device(x=x, bias=bias)
+    check_alike("x", x, "bias", bias)
 
 
 def _check_axes(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) -> None:
@@ -233,6 +229,8 @@ def _check_transposed_size(
 
 
 def _modes(value: str | Sequence[str], axes: int) -> tuple[int, ...]:
+    if type(value) is str and value in MODES:
+        return (MODES.index(value),) * axes
     words = (value,) * axes if isinstance(value, str) else tuple(value)
     if len(words) != axes:
         raise ValueError(f"padding_mode must be one word or one per spatial axis ({axes}), got {value!r}")

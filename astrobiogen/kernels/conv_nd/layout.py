@@ -30,7 +30,7 @@ def arrange(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, memory_forma
 
 def is_channel_last(tensor: torch.Tensor) -> bool:
     """Whether channels are innermost in memory, and not merely because every other order is the same."""
-    return tensor.stride(1) == 1 and tensor.shape[1] > 1 and not tensor.is_contiguous()
+    return not tensor.is_contiguous() and tensor.stride(1) == 1 and tensor.shape[1] > 1
 
 
 def numbers(

@@ -20,10 +20,10 @@ from astrobiogen.kernels.conv_nd.op import (
     PaddingMode,
     conv_gradients,
     empty_channel_last,
-    needs_gradient,
     schema_lists,
     unbatched,
 )
+from astrobiogen.kernels.values import needs_gradient
 
 _TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
 

@@ -15,6 +15,7 @@ from astrobiogen.kernels.conv_nd import reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_transposed_arguments
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, channel_last
 from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, same_size
+from astrobiogen.kernels.values import needs_gradient
 
 _TRITON = "astrobiogen.kernels.conv_nd.triton_kernels"
 
@@ -159,11 +160,6 @@ def conv_transpose_nd(
 def unbatched(x: object, weight: object) -> bool:
     """True for x [C, *spatial], one axis less than `weight`; what is no tensor is refused later, by name."""
     return isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and x.dim() == weight.dim() - 1 >= 2
-
-
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """True where autograd will ask for the gradient of one of `tensors`."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def schema_lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], list[int], int]:
