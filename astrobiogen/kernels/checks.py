@@ -53,7 +53,7 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def check_int(name: str, value: SupportsIndex, lowest: int = INT64_MIN, highest: int = INT64_MAX) -> int:
+def check_int(name: str, value: Any, lowest: int = INT64_MIN, highest: int = INT64_MAX) -> int:
     """`value` as an int: an int, a symbolic one, or whatever else says by `__index__` that it is an integer (numpy's).
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 
 from astrobiogen.training import checkpoint
 from astrobiogen.training.batches import assemble
-from astrobiogen.training.config import DataConfig, as_dict, preset
+from astrobiogen.training.config import DataConfig, as_dict, parser, preset
 from tests.data.raw_files import climate, network
 
 
@@ -19,7 +19,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two checkpoints as a run's best ones are: other weights, the same data."""
     wanted = as_dict.to_dict(dataclasses.replace(preset("tiny"), data=DataConfig(limit=8)))
     one_layer = {part: {"num_layers": 1} for part in ("llm_config", "graph_config")}
-    config = as_dict.from_dict(wanted | {"model": one_layer})
+    config = parser.from_dict(wanted | {"model": one_layer})
     bundle = assemble.load_bundle(config)
     folders = []
     for seed in (0, 1):
