@@ -284,25 +284,43 @@ def _collect(part: Callable[[], Iterator[str]]) -> list[str]:
     return found
 
 
+def _raw(raw: Path) -> int:
+    """Print what a build would leave out of ``raw``; 1 if there is anything."""
+    found = importlib.import_module("astrobiogen.datatools.build.raw_check").inspect(raw)  # needs astrobiogen[data]
+    for problem in found.problems:
+        sys.stdout.write(f"PROBLEM {problem}\n")
+    count = len(found.problems)
+    sys.stdout.write(
+        f"{raw}: {found.climates} climates and {found.networks} networks can be used; "
+        f"{count} problem{'' if count == 1 else 's'}; nothing was built\n"
+    )
+    return 1 if found.problems else 0
+
+
 def main(arguments: list[str]) -> int:
     """Command line of ``check``: prints the problems; 1 if there are any, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m astrobiogen.data check",
-        description="Verify a packed dataset: digests, shapes, units, ranges, leakage, labels, statistics, texts. "
-        "Every problem is a line; the exit status is 1 if there is one.",
+        description="Verify a packed dataset: digests, shapes, units, ranges, leakage, labels, statistics, texts. With "
+        "--raw alone: read raw files as build does, and build nothing. Every problem is a line; the exit status is 1 if "
+        "there is one.",
     )
     parser.add_argument(
-        "folder", type=Path, nargs="?", default=SAMPLE_FOLDER, help="folder of the pack (default: the bundled one)"
+        "folder", type=Path, nargs="?", help="folder of the pack (default: the bundled one, or none with --raw)"
     )
     parser.add_argument(
-        "--raw", type=Path, help="raw files of the pack: recompute the labels of random pairs from them as well"
+        "--raw",
+        type=Path,
+        help="folder of raw files: what would build leave out, and why? With a pack: recompute its labels from them",
     )
-    parser.add_argument("--pairs", type=int, default=20, help="how many pairs with --raw (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="which pairs with --raw (default 0)")
+    parser.add_argument("--pairs", type=int, default=20, help="how many pairs to recompute (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="which pairs to recompute (default 0)")
     options = parser.parse_args(arguments)
     if options.pairs < 1:
         parser.error(f"--pairs: got {options.pairs}, expected at least 1")
-    root = options.folder
+    if options.folder is None and options.raw is not None:
+        return _raw(options.raw)
+    root = options.folder or SAMPLE_FOLDER
     if not root.is_dir():
         raise DataError(root, "", "dataset folder is missing")
     problems = check(root)

@@ -81,7 +81,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _complete(work: Work, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+def complete(work: Work, rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Rows that name a file, a species and a domain; the others are left out."""
     kept: list[dict[str, str]] = []
     for k, row in enumerate(rows):
@@ -126,7 +126,7 @@ def _row(work: Work, row: dict[str, str], made: PackedNetwork, note: str) -> Org
     )
 
 
-def _notes(work: Work) -> dict[str, dict[str, str]]:
+def read_notes(work: Work) -> dict[str, dict[str, str]]:
     path = work.raw / "text/organism_notes.jsonl.gz"
     found: dict[str, dict[str, str]] = {}
     with work.tolerated("notes of organisms are masked"):
@@ -139,8 +139,8 @@ def build_networks(work: Work) -> list[OrganismRow]:
     """Pack every network whose organism has a growth range and whose model grows; files are read in worker processes,
     and one that is bad, or ends its process, costs its organism.
     """
-    table = _complete(work, read_table(work.raw / TABLE))
-    notes = _notes(work)
+    table = complete(work, read_table(work.raw / TABLE))
+    notes = read_notes(work)
     everyone = sorted({row["species"] for row in table})
     paths = [work.raw / FOLDER / row["file_gz"] for row in table]
     results: Iterator[PackedNetwork | DataError] = map_isolated(pack_network, paths, work.workers)
