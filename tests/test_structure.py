@@ -20,10 +20,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": frozenset({"system"}),
     "datatools": frozenset({"data", "system"}),
     "predict": frozenset({"kernels", "data", "datatools", "system", "training"}),
-    "__main__": frozenset({"data", "datatools", "predict", "system", "training"}),  # entries like `train`
+    "__main__": frozenset({"data", "datatools", "predict", "system", "testing", "training"}),  # entries like `train`
     "extension": frozenset({"_C"}),
     "ops": frozenset({"kernels"}),
-    "testing": frozenset({"kernels"}),
+    "testing": frozenset({"kernels", "ops"}),
     "layers": frozenset({"kernels", "ops"}),
     "integrations": frozenset({"kernels", "ops", "layers"}),
     "models": frozenset({"kernels", "ops", "layers"}),

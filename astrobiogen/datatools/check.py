@@ -302,8 +302,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m astrobiogen.data check",
         description="Verify a packed dataset: digests, shapes, units, ranges, leakage, labels, statistics, texts. With "
-        "--raw alone: read raw files as build does, and build nothing. Every problem is a line; the exit status is 1 if "
-        "there is one.",
+        "--raw alone: read raw files as build does, and build nothing. Every problem is a line; the exit status is 1 "
+        "if there is one.",
     )
     parser.add_argument(
         "folder", type=Path, nargs="?", help="folder of the pack (default: the bundled one, or none with --raw)"

@@ -323,3 +323,20 @@ def test_a_pack_may_be_all_test(raw: Path, tmp_path: Path) -> None:
     assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (0, 0, 2)
     assert bundle.spec.cube_mean == open_pack(SAMPLE_FOLDER).spec.cube_mean
     assert [problem for problem in check(tmp_path / "pack") if "text" not in problem] == []
+
+
+def test_raw_files_are_checked_without_a_build(
+    raw: Path, built: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the check says of climates and networks is what the build then says, but for growth, which it computes."""
+    before = sorted(path for path in raw.rglob("*"))
+    assert main(["check", "--raw", str(raw)]) == 1
+    said = capsys.readouterr().out
+    assert sorted(path for path in raw.rglob("*")) == before, "nothing is written"
+    kinds = ("climate left out", "organism left out")
+    expected = [line for line in built[1] if line.endswith(kinds) and "does not grow" not in line]
+    assert len(expected) > 15
+    found = [line.removeprefix("PROBLEM ") for line in said.splitlines() if line.endswith(kinds)]
+    assert sorted(found) == sorted(expected)
+    assert "7 climates and 9 networks can be used" in said
+    assert main(["check", "--raw", str(raw / "climate")]) == 2

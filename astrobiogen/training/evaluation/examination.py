@@ -91,19 +91,30 @@ def examine(
         "modality_weights": whole.modality_weights,
     }
     if settings.baselines:
-        _LOG.info("fitting the baselines")
-        probabilities = _baseline_probabilities(assembly.bundle, seed)
-        result["baselines"] = comparison.compare(whole.predictions, probabilities, settings.bootstrap, seed)
-        result["against_majority_class"] = comparison.against_majority(result["baselines"])
-        result["against_additive_new_planet"] = comparison.against_additive(result["baselines"])
-        for name, probability in probabilities.items():
-            predictions[name] = dataclasses.replace(whole.predictions, probability=probability)
+        compared, others = _against_baselines(assembly.bundle, whole.predictions, config)
+        result |= compared
+        predictions |= others
     if settings.ablation:
         keep = np.isin(np.arange(len(test)), assemble.spread(len(test), limit))
         control = hidden.pop(_CONTROL)
         result["ablation"] = comparison.ablate(hidden, whole.predictions.select(keep), settings.bootstrap, seed)
         result["control"] = comparison.control(control.predictions, whole.predictions, settings.bootstrap, seed)
     return None if should_stop() else (result, predictions)
+
+
+def _against_baselines(
+    bundle: data.DatasetBundle, ours: metrics.Predictions, config: TrainConfig
+) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
+    """What the baselines reach on the test set and how `ours` differ from them; and their predictions."""
+    _LOG.info("fitting the baselines")
+    probabilities = _baseline_probabilities(bundle, config.seed)
+    compared = comparison.compare(ours, probabilities, config.evaluation.bootstrap, config.seed)
+    result = {
+        "baselines": compared,
+        "against_majority_class": comparison.against_majority(compared),
+        "against_additive_new_planet": comparison.against_additive(compared),
+    }
+    return result, {name: dataclasses.replace(ours, probability=p) for name, p in probabilities.items()}
 
 
 def _hidden(
