@@ -9,12 +9,14 @@ Flops: a causal forward is two products over half of the Sq x Sk pairs, 4 Sq Sk 
 kernel adds for a padded head dimension is not counted.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from astrobiogen import ops
@@ -28,6 +30,8 @@ Tensor = torch.Tensor
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SIZES = samples.BENCHMARK_SIZES + (samples.GPU_BENCHMARK_SIZES if torch.cuda.is_available() else ())
+# fp64 truth of 16,384 tokens would take minutes on a GPU with few fp64 units.
+TRUTH_TOKENS = 4096
 DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, torch.bfloat16)
 
 
@@ -53,19 +57,24 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*heads_first, is_causal=q.shape[1] > 1, enable_gqa=True).transpose(1, 2)
 
 
-def flex(device: torch.device, queries: int, keys: int) -> Callable[..., Tensor]:
+def flex(device: torch.device) -> Callable[..., Tensor]:
     """FlexAttention compiled, with a causal block mask aligned at the end."""
-    offset = keys - queries
 
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        del batch, head
-        return key <= query + offset
+    @functools.cache
+    def mask_of(queries: int, keys: int) -> BlockMask:
+        offset = keys - queries
 
-    mask = create_block_mask(visible, None, None, queries, keys, device=str(device))
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            del batch, head
+            return key <= query + offset
+
+        return create_block_mask(visible, None, None, queries, keys, device=str(device))
+
     compiled = torch.compile(flex_attention)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, enable_gqa=True).transpose(1, 2)
+        mask, heads_first = mask_of(q.shape[1], k.shape[1]), (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(*heads_first, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
     return rotated(attend)
 
@@ -124,6 +133,13 @@ def problem(maker: TensorMaker, size: samples.Size, device: torch.device) -> tup
     return arguments, Work(moved, 2 * moved, flops, 2.5 * flops)
 
 
+def shorter(maker: TensorMaker, size: samples.Size, device: torch.device) -> dict[str, Tensor] | None:
+    """The problem at `TRUTH_TOKENS`, to verify on, if it is longer; else None."""
+    if size.tokens <= TRUTH_TOKENS or size.queries is not None:
+        return None
+    return problem(maker, dataclasses.replace(size, tokens=TRUTH_TOKENS), device)[0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=name_of)
 def test_attention(
@@ -133,11 +149,7 @@ def test_attention(
     queries = size.queries or size.tokens
     others = [] if queries == 1 else peers.attention(device)
     candidates = [Candidate(c.name, c.function and rotated(c.function), c.absent) for c in others]
-    flexed = (
-        Candidate("flex", None, "left out by --quick")
-        if quick
-        else Candidate("flex", flex(device, queries, size.tokens))
-    )
+    flexed = Candidate("flex", None, "left out by --quick") if quick else Candidate("flex", flex(device))
     modes: tuple[Mode, ...] = ("forward",) if queries == 1 else ("forward", "backward")
     rows = bench(
         op="attention",
@@ -151,6 +163,7 @@ def test_attention(
         peers=[*candidates, flexed],
         modes=modes,
         truth=truth,
+        verified=shorter(make(dtype), size, device),
     )
     assert verified_modes(rows) == set(modes)
 
@@ -161,6 +174,9 @@ def test_attention_step(bench: Bench, make, device: torch.device, size: samples.
     """Forward + backward, and the memory of both together; the column "added" includes the returned gradients."""
     maker: TensorMaker = make(dtype)
     arguments, work = problem(maker, size, device)
+    verified = shorter(maker, size, device)
+    if verified is not None:
+        verified["upstream"] = maker.randn(*verified["q"].shape)
     rows = bench(
         op="attention_step",
         size=name_of(size),
@@ -176,5 +192,6 @@ def test_attention_step(bench: Bench, make, device: torch.device, size: samples.
         ],
         modes=("forward",),
         truth=step(truth),
+        verified=verified,
     )
     assert verified_modes(rows) == {"forward"}

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 from collections import defaultdict
@@ -16,7 +17,7 @@ import torch._functorch.config
 
 from astrobiogen.testing import inputs
 from benchmarks import environment, runner
-from benchmarks.harness import Row, keep_freed_pages
+from benchmarks.harness import Row, keep_freed_pages, side_stream
 
 RESULTS = Path(__file__).parent / "results"
 # What a run adds to each of its rows.
@@ -34,8 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--set",
         action="append",
         default=[],
-        metavar="OP.NAME=INT",
-        help="give a named constant of an op's triton_kernels another value, for tuning; repeatable",
+        metavar="OP.NAME=VALUE",
+        help="give a named constant of an op another value, for tuning; repeatable: rms_norm.MOST_STEPS=64, or a tile, "
+        "conv_nd.triton_launch.SMALL_SHARED.taps=128,128,64,8,3, attention.triton_config.TILES.86.80.forward=64,64,4,3",
     )
     group.addoption(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (default: a GPU if present)"
@@ -77,15 +79,45 @@ def set_cpu_level(level: str) -> None:
 
 
 def set_constant(setting: str) -> None:
-    """Apply one ``--set OP.NAME=INT``; refuses a constant that does not exist, so that no sweep times the same thing
-    twice.
+    """Apply one ``--set OP.NAME=VALUE`` or ``--set OP.MODULE.NAME.KEY...=VALUE``; refuses a constant that does not
+    exist, so that no sweep times the same thing twice.
     """
-    target, _, value = setting.partition("=")
-    op, _, name = target.partition(".")
-    module = importlib.import_module(f"astrobiogen.kernels.{op}.triton_kernels")
-    if not isinstance(getattr(module, name, None), int):
-        raise pytest.UsageError(f"--set {setting}: {module.__name__} has no integer constant {name!r}")
-    setattr(module, name, int(value))
+    target, _, text = setting.partition("=")
+    op, *path = target.split(".")
+    folder = f"astrobiogen.kernels.{op}"
+    chosen = path.pop(0) if len(path) > 1 and importlib.util.find_spec(f"{folder}.{path[0]}") else "triton_kernels"
+    module = importlib.import_module(f"{folder}.{chosen}")
+    name, *steps = path or [""]
+    try:
+        values = [int(part) for part in text.split(",")]
+        changed = replaced(getattr(module, name), steps, values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise pytest.UsageError(f"--set {setting}: {module.__name__} has no such constant ({error!r})") from error
+    setattr(module, name, changed)
+
+
+def replaced(value: Any, steps: Sequence[str], new: Sequence[int]) -> Any:
+    """`value` with what lies at `steps` set to `new`: keys of a dict, first elements of the pairs of a tuple, fields of
+    a dataclass. An integer takes one number, a dataclass its first fields.
+
+    Raises:
+        KeyError, AttributeError, TypeError: nothing lies there, or it is of another kind.
+    """
+    if steps:
+        step, *rest = steps
+        if isinstance(value, dict):
+            key = next((key for key in value if str(key) == step), step)
+            return {**value, key: replaced(value[key], rest, new)}
+        if isinstance(value, tuple):
+            if step not in {str(key) for key, _ in value}:
+                raise KeyError(step)
+            return tuple((key, replaced(one, rest, new) if str(key) == step else one) for key, one in value)
+        return dataclasses.replace(value, **{step: replaced(getattr(value, step), rest, new)})
+    if isinstance(value, int):
+        (number,) = new
+        return number
+    names = [field.name for field in dataclasses.fields(value)]
+    return dataclasses.replace(value, **dict(zip(names, new, strict=False)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -132,12 +164,20 @@ def make(device: torch.device) -> Iterator[Any]:
 
 
 @pytest.fixture
-def bench(pytestconfig: pytest.Config, device: torch.device, quick: bool) -> runner.Bench:
-    """Measures all candidates of one op at one size; see `runner.Bench.__call__`."""
-    made = runner.Bench(device, quick, pytestconfig.stash[ROWS])
+def bench(pytestconfig: pytest.Config, device: torch.device, quick: bool) -> Iterator[runner.Bench]:
+    """Measures all candidates of one op at one size; see `runner.Bench.__call__`. With --save rows are written as they
+    come: a run that is ended by a time limit keeps what it has measured."""
+    rows = pytestconfig.stash[ROWS]
+
+    def keep() -> None:
+        if pytestconfig.getoption("--save"):
+            save(rows, _facts(pytestconfig), pytestconfig.getoption("--results"))
+
+    made = runner.Bench(device, quick, rows, keep)
     if pytestconfig.getoption("--fresh-pages"):
         made.settings = dataclasses.replace(made.settings, lead=1)
-    return made
+    with side_stream(device):
+        yield made
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -149,8 +189,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"{op}, {mode}")
         for line in table(group):
             terminalreporter.write_line(line)
-    heap = "fresh" if config.getoption("--fresh-pages") else "warm"
-    facts = environment.facts(_device_of(config)) | {"set": config.getoption("--set"), "heap": heap}
+    facts = _facts(config)
     terminalreporter.write_line(
         f"contention: a busy loop got {facts['core_share']:.0%} of a core at the end of the run"
     )
@@ -221,6 +260,12 @@ def row_key(line: dict[str, Any]) -> tuple[str, ...]:
     """What makes a row another one; rows from before there was a column "heap" are "warm"."""
     named = tuple(str(line[name]) for name in ("op", "size", "dtype", "mode", "candidate", "threads"))
     return (*named, line.get("heap") or "warm")
+
+
+def _facts(config: pytest.Config) -> dict[str, Any]:
+    """The environment, with the share of a core that is to be had now."""
+    heap = "fresh" if config.getoption("--fresh-pages") else "warm"
+    return environment.facts(_device_of(config)) | {"set": config.getoption("--set"), "heap": heap}
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

@@ -9,10 +9,11 @@
 * CPU, ops bound by memory: each candidate, and the copy, is timed on several sets of tensors at other addresses
   (`placement.py`).
 * GPU: time between CUDA events of one call ("median"), and of one replay of a CUDA graph of that call ("device"),
-  which leaves the host out. The L2 cache is overwritten before each call.
+  which leaves the host out. The L2 cache is overwritten before each call, and the host issues the call meanwhile.
 * Limits: a `copy_` that moves the same number of bytes and a matrix product, timed in the same rounds.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -20,7 +21,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -318,18 +319,30 @@ def time_in_turns(
     return found
 
 
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Inside, a CUDA stream of its own is the current one: the default stream cannot be captured."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
 def graphed(call: Call) -> Call | None:
     """A replay of `call` as a CUDA graph, or None if it cannot be captured (it synchronises or allocates outside the
     pool).
+
+    Captured on the current stream, which must be that of `side_stream`: a backward runs on the streams of its forward,
+    and a capture on another stream would not see it.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
+        call()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             call()
     except RuntimeError:
         torch.cuda.synchronize()
@@ -390,8 +403,7 @@ def _time_cpu(call: Call, flush: torch.Tensor | None) -> tuple[float, float]:
 def _time_cuda(call: Call, flush: torch.Tensor | None) -> tuple[float, float]:
     assert flush is not None
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
-    torch.cuda.synchronize()
+    flush.zero_()  # still under way when the call is issued: what issuing takes stands in no short kernel's time
     start.record()
     call()
     end.record()

@@ -173,7 +173,12 @@ def attention(device: torch.device) -> list[Candidate]:
 
     def flash(module: ModuleType) -> Callable[..., Any]:
         function = module.flash_attn_func
-        return lambda q, k, v, causal=True: function(q, k, v, causal=causal)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+            out = function(q, k, v, causal=causal)
+            return out[0] if isinstance(out, tuple) else out  # version 3 returned the log-sum-exp too for a while
+
+        return call
 
     def xformers(module: ModuleType) -> Callable[..., Any]:
         def call(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
@@ -186,14 +191,18 @@ def attention(device: torch.device) -> list[Candidate]:
 
         return call
 
-    cuda_only = Candidate("sdpa efficient", None, "needs a CUDA device")
+    def cuda_only(name: str, backend: SDPBackend, expand: bool) -> Candidate:
+        if device.type != "cuda":
+            return Candidate(name, None, "needs a CUDA device")
+        return Candidate(name, sdpa(backend, expand))
+
     return [
         Candidate("sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION, expand=device.type == "cpu")),
-        Candidate("sdpa efficient", sdpa(SDPBackend.EFFICIENT_ATTENTION, expand=True))
-        if device.type == "cuda"
-        else cuda_only,
+        cuda_only("sdpa efficient", SDPBackend.EFFICIENT_ATTENTION, expand=True),
+        cuda_only("sdpa cudnn", SDPBackend.CUDNN_ATTENTION, expand=False),
         Candidate("sdpa math", sdpa(SDPBackend.MATH, expand=False)),
         peer("flash-attn", "flash_attn", device, flash),
+        peer("flash-attn 3", "flash_attn_interface", device, flash),
         peer("xformers", "xformers.ops", device, xformers),
     ]
 

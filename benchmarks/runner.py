@@ -37,7 +37,11 @@ class Run:
 class Bench:
     """Measures an op on one device and appends its rows to the session's table."""
 
-    def __init__(self, device: torch.device, quick: bool, rows: list[Row]) -> None:
+    def __init__(
+        self, device: torch.device, quick: bool, rows: list[Row], keep: Callable[[], None] = lambda: None
+    ) -> None:
+        """`keep` is called whenever rows were added."""
+        self.keep = keep
         self.device = device
         self.settings = harness.QUICK if quick else harness.Settings()
         self.quick = quick
@@ -58,6 +62,7 @@ class Bench:
         modes: Sequence[Mode] = ("forward", "backward"),
         truth: Callable[..., Any] | None = None,
         without_compile: str = "",
+        verified: dict[str, Any] | None = None,
     ) -> list[Row]:
         """Verify every candidate against fp64, then time all of them in turns.
 
@@ -75,6 +80,8 @@ class Bench:
             modes: what to time.
             truth: fp64 definition, where the timed `reference` cannot serve as one; default: `reference`.
             without_compile: why the compiled reference is left out, if it is.
+            verified: arguments to verify on instead, smaller ones where the fp64 truth of the timed ones would take
+                minutes.
 
         Returns:
             The rows that were added.
@@ -89,13 +96,13 @@ class Bench:
             *peers,
         ]
         subject = tolerance.Subject(op, size, dtype)
-        outputs = inputs.as_tuple(reference(**arguments))
-        problem = Problem(arguments, differentiable, [torch.randn_like(output) for output in outputs])
-        expected = harness.Expected.of(truth or reference, problem, modes)
+        problem = self._problem(arguments, differentiable, reference)
+        small = problem if verified is None else self._problem(verified, differentiable, reference)
+        expected = harness.Expected.of(truth or reference, small, modes)
         # an eager that is not the definition, such as a fused kernel of PyTorch's, rounds in its own way
         strict = ("ours",) if truth else OWN
-        checked, status = self._verified(candidates, strict, expected, problem, subject)
-        del expected  # fp64 values and gradients, whose memory the placements need
+        checked, status = self._verified(candidates, strict, expected, small, subject)
+        del expected, small  # fp64 values and gradients, whose memory the placements need
         right = [candidate for candidate in candidates if candidate.function is not None and candidate.name in checked]
         added: list[Row] = []
         for mode in modes:
@@ -114,7 +121,14 @@ class Bench:
             added += self._rows(subject, mode, runs, flops, checked, memory)
             added += [Row(op, size, short_name(dtype), mode, name, text) for name, text in failed.items()]
         self.rows += added
+        self.keep()
         return added
+
+    def _problem(
+        self, arguments: dict[str, Any], differentiable: Sequence[str], reference: Callable[..., Any]
+    ) -> Problem:
+        outputs = inputs.as_tuple(reference(**arguments))
+        return Problem(arguments, differentiable, [torch.randn_like(output) for output in outputs])
 
     def _prepared(
         self, candidates: Sequence[Candidate], problem: Problem, mode: Mode, failed: dict[str, str]

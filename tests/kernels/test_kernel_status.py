@@ -1,7 +1,7 @@
 """`kernel_status` tells the truth for every kind of device, and what a GPU cannot run goes to the reference."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ Pretend = Callable[..., None]
 
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     """A machine with GPUs of the given capabilities, as far as PyTorch answers."""
 
     def pretend(*capabilities: tuple[int, int], hip: str | None = None) -> None:

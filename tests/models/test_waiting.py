@@ -17,7 +17,8 @@ def on_device(value: Any) -> Any:
     """Tensors of the same shapes without values."""
     if isinstance(value, dict):
         return {name: on_device(one) for name, one in value.items()}
-    return value.to("meta") if isinstance(value, torch.Tensor | Batch) else value
+    movable: Any = value
+    return movable.to("meta") if isinstance(value, torch.Tensor | Batch) else value
 
 
 @pytest.fixture

@@ -22,11 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", help="only cases with this name; may be repeated")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one; may be repeated")
     parser.add_argument("--arch", type=int, default=86, choices=ARCHITECTURES)
+    parser.add_argument("--card", action="store_true", help="run on this machine's GPU instead of the emulator")
     parser.add_argument("--short", action="store_true", help="few cases, at least one per kernel, in fp16")
     options = parser.parse_args(arguments)
     unknown = set(options.ops) - set(known)
     if unknown:
         parser.error(f"unknown operators: {', '.join(sorted(unknown))}")
+    if options.card and not torch.cuda.is_available():
+        parser.error("--card: PyTorch finds no CUDA device")
+    implementation = "triton" if options.card else f"sm_{options.arch}"
     torch.set_num_threads(1)
     ran = failed = 0
     for name in options.ops or known:
@@ -39,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 try:
                     check_op(
                         one.function, one.reference, case, DTYPES[kind], ops=one.names,
-                        implementation=f"sm_{options.arch}",  # type: ignore[arg-type]
+                        implementation=implementation,  # type: ignore[arg-type]
                     )  # fmt: skip
                     verdict = "ok"
                 except Exception as error:  # every case is reported, whatever one of them does
                     verdict = f"{type(error).__name__}: {error}"
                 ran, failed = ran + 1, failed + (verdict != "ok")
                 seconds = time.perf_counter() - start
-                sys.stdout.write(f"{name}/{case.name}/{kind} sm_{options.arch}: {verdict} ({seconds:.1f} s)\n")
+                sys.stdout.write(f"{name}/{case.name}/{kind} {implementation}: {verdict} ({seconds:.1f} s)\n")
                 sys.stdout.flush()
     sys.stdout.write(f"{ran} cases, {failed} failed\n")
     return int(failed > 0 or ran == 0)
