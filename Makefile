@@ -35,7 +35,7 @@ doctor: $(VENV)/.installed
 	$(BIN)/python -m astrobiogen.doctor $(ARGS)
 
 emulate: $(VENV)/.tools
-	$(BIN)/python -m astrobiogen.testing.ptx $(ARGS)
+	$(BIN)/python -m astrobiogen.testing.ptx.run $(ARGS)
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m astrobiogen.testing.fuzz $(ARGS)

@@ -17,7 +17,8 @@ import torch._functorch.config
 
 from astrobiogen.testing import inputs
 from benchmarks import environment, runner
-from benchmarks.harness import Row, keep_freed_pages, side_stream
+from benchmarks.graphs import side_stream
+from benchmarks.harness import Row, keep_freed_pages
 
 RESULTS = Path(__file__).parent / "results"
 # What a run adds to each of its rows.

@@ -77,7 +77,7 @@ fi
 share 40
 for op in "${OPS[@]}"; do
   # shellcheck disable=SC2086
-  step "correctness-$op" "$PYTHON" -m astrobiogen.testing.ptx --card "$op" ${BESIDE[$op]:-}
+  step "correctness-$op" "$PYTHON" -m astrobiogen.testing.ptx.run --card "$op" ${BESIDE[$op]:-}
 done
 step correctness-properties "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_attention_properties.py \
   tests/kernels/test_conv_nd_properties.py tests/kernels/test_large_tensors.py

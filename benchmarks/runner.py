@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from astrobiogen.testing import inputs, tolerance
-from benchmarks import harness
+from benchmarks import graphs, harness
 from benchmarks.harness import Call, Candidate, Mode, Problem, Row, Samples, Work
 from benchmarks.placement import Placement
 
@@ -253,7 +253,7 @@ class Bench:
     def _device_times(self, calls: dict[str, Call], times: dict[str, Samples]) -> dict[str, float]:
         if self.device.type != "cuda":
             return {name: sample.processor() for name, sample in times.items()}
-        replays = {name: harness.graphed(call) for name, call in calls.items()}
+        replays = {name: graphs.graphed(call) for name, call in calls.items()}
         replayed = harness.time_in_turns(
             {n: r for n, r in replays.items() if r is not None}, self.settings, self.device
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from astrobiogen.kernels.attention import triton_config
-from benchmarks import conftest, harness, runner
+from benchmarks import conftest, graphs, harness, runner
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "run_gpu.sh"
 # Writes down what it is asked for; two commands go wrong.
@@ -159,7 +159,7 @@ def test_a_graph_is_captured_on_the_stream_of_its_tensors(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": "replay"})())
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the benchmark's")
-    assert harness.graphed(lambda: captured.append("call")) == "replay"
+    assert graphs.graphed(lambda: captured.append("call")) == "replay"
     assert captured == ["call", "the benchmark's", "begin", "call", "end"]
 
 

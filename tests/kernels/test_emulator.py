@@ -81,7 +81,7 @@ def test_what_is_not_emulated_is_refused(seen: dict[str, Any]) -> None:
 
 
 def test_the_kernels_pass_on_compiled_code() -> None:
-    report = run("-m", "astrobiogen.testing.ptx", "--short")
+    report = run("-m", "astrobiogen.testing.ptx.run", "--short")
     assert report.splitlines()[-1].endswith(" 0 failed"), report
 
 

@@ -1,8 +1,8 @@
 """Every operator's cases on the emulator, under the rule that a GPU has: no allowance for the interpreter's bf16.
 
-python -m astrobiogen.testing.ptx                      # all operators, cases and dtypes, compiled for sm_86
-python -m astrobiogen.testing.ptx attention --case window --dtype bf16 --arch 80
-python -m astrobiogen.testing.ptx --short              # one case per kernel
+python -m astrobiogen.testing.ptx.run                      # all operators, cases and dtypes, compiled for sm_86
+python -m astrobiogen.testing.ptx.run attention --case window --dtype bf16 --arch 80
+python -m astrobiogen.testing.ptx.run --short              # one case per kernel
 """
 
 import dataclasses
@@ -12,14 +12,21 @@ from typing import Any
 
 import torch
 
-from astrobiogen import ops, use_kernels
+from astrobiogen.kernels.attention import op as attention_op
 from astrobiogen.kernels.attention import samples as attention
 from astrobiogen.kernels.cases import Case
+from astrobiogen.kernels.conv_nd import norm as conv_nd_norm
+from astrobiogen.kernels.conv_nd import op as conv_nd_op
 from astrobiogen.kernels.conv_nd import samples as conv_nd
 from astrobiogen.kernels.edge_attention import samples as edge_attention
+from astrobiogen.kernels.linear_cross_entropy import op as linear_cross_entropy_op
 from astrobiogen.kernels.linear_cross_entropy import samples as linear_cross_entropy
+from astrobiogen.kernels.registry import use_kernels
+from astrobiogen.kernels.rms_norm import op as rms_norm_op
 from astrobiogen.kernels.rms_norm import samples as rms_norm
+from astrobiogen.kernels.rope import op as rope_op
 from astrobiogen.kernels.rope import samples as rope
+from astrobiogen.kernels.swiglu import op as swiglu_op
 from astrobiogen.kernels.swiglu import samples as swiglu
 
 CONVOLUTION = ("conv_nd", "conv_transpose_nd", "conv_nd_weight_grad", "conv_nd_bias_grad")
@@ -51,26 +58,28 @@ def batteries() -> dict[str, Battery]:
     """All of them by name."""
     return {
         "rms_norm": Battery(
-            ops.rms_norm, ("rms_norm", "rms_norm_backward"), tuple(rms_norm.CASES), ("odd",)
+            rms_norm_op.rms_norm, ("rms_norm", "rms_norm_backward"), tuple(rms_norm.CASES), ("odd",)
         ),
         "add_rms_norm": Battery(
-            ops.add_rms_norm, ("add_rms_norm", "rms_norm_backward"),
+            rms_norm_op.add_rms_norm, ("add_rms_norm", "rms_norm_backward"),
             tuple(rms_norm.with_residual(case) for case in rms_norm.CASES), ("two_tiles",),
         ),
         "swiglu": Battery(
-            ops.swiglu, ("swiglu", "swiglu_backward"), tuple(swiglu.CASES), ("packed_halves",),
+            swiglu_op.swiglu, ("swiglu", "swiglu_backward"), tuple(swiglu.CASES), ("packed_halves",),
         ),
-        "rope": Battery(ops.rope, ("rope",), tuple(rope.CASES), ("half_34",)),
+        "rope": Battery(rope_op.rope, ("rope",), tuple(rope.CASES), ("half_34",)),
         "attention": Battery(
-            ops.attention, ("attention", "attention_backward"), (*attention.CASES, *_steady_attention()),
+            attention_op.attention, ("attention", "attention_backward"), (*attention.CASES, *_steady_attention()),
             ("everything", "steady_forward"),
         ),
-        "conv_nd": Battery(ops.conv_nd, CONVOLUTION, (*conv_nd.CASES, *_steady_convolutions()), ("channel-last",)),
+        "conv_nd": Battery(
+            conv_nd_op.conv_nd, CONVOLUTION, (*conv_nd.CASES, *_steady_convolutions()), ("channel-last",)
+        ),
         "conv_transpose_nd": Battery(
-            ops.conv_transpose_nd, CONVOLUTION, tuple(conv_nd.TRANSPOSED_CASES), ("stride-1d",)
+            conv_nd_op.conv_transpose_nd, CONVOLUTION, tuple(conv_nd.TRANSPOSED_CASES), ("stride-1d",)
         ),
         "conv_nd_norm": Battery(
-            ops.conv_nd_norm, ("conv_nd_norm", "conv_nd_norm_backward", *CONVOLUTION),
+            conv_nd_norm.conv_nd_norm, ("conv_nd_norm", "conv_nd_norm_backward", *CONVOLUTION),
             tuple(
                 conv_nd.norm_case(norm, *shape) for norm in conv_nd.NORM_GROUPS for shape in conv_nd.NORM_SHAPES[:4]
             ), ("group-5-33",),
@@ -88,7 +97,7 @@ def batteries() -> dict[str, Battery]:
 
 def _loss(**arguments: Any) -> torch.Tensor:
     """A scalar loss as [1]: the battery draws upstream gradients of at least one axis."""
-    return torch.atleast_1d(ops.linear_cross_entropy(**arguments))
+    return torch.atleast_1d(linear_cross_entropy_op.linear_cross_entropy(**arguments))
 
 
 def _steady_attention() -> tuple[Case, ...]:

@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for; returns 1 if anything failed."""
     known = battery.batteries()
-    parser = argparse.ArgumentParser(prog="python -m astrobiogen.testing.ptx", description=battery.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m astrobiogen.testing.ptx.run", description=battery.__doc__)
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(known)}; all of them if none is named")
     parser.add_argument("--case", action="append", help="only cases with this name; may be repeated")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one; may be repeated")
