@@ -1,6 +1,7 @@
 """Checkpoints that someone else has made, moved or linked: nothing outside is read, nothing hangs, nothing is lost."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -137,6 +138,51 @@ def test_a_state_that_lacks_something_falls_back(make_run: Any, tmp_path: Path) 
     run = make_run(config)
     run.trainer.saver.resume()
     assert run.trainer.progress.epoch == 1
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all keys and elements below a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, item in inner for found in ((*path, key), *places(item, (*path, key)))]
+
+
+def changed(path: Path, place: tuple[Any, ...], new: Any) -> None:
+    """Take out what is at `place` in a JSON file of a checkpoint (`new` None), or put `new` there; reseal."""
+    document = json.loads(path.read_text())
+    *before, last = place
+    inner = functools.reduce(lambda value, key: value[key], before, document)
+    if new is None:
+        del inner[last]
+    else:
+        inner[last] = new
+    path.write_text(json.dumps(document))
+    reseal(path.parent, lambda body: body["files"].update({"training.json": entry(path)}))
+
+
+@pytest.mark.parametrize("new", [None, "text", []], ids=["missing", "text", "a list"])
+def test_a_state_that_lacks_something_anywhere_falls_back_or_is_refused(
+    make_run: Any, tmp_path: Path, new: Any
+) -> None:
+    config = toy_config(epochs=2, checkpoint=CheckpointConfig(every_epochs=1, every_minutes=0.0))
+    make_run(config).trainer.fit()
+    path = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[1] / "training.json"
+    whole, manifest = path.read_bytes(), (path.parent / MANIFEST).read_bytes()
+    fell_back, refused = 0, []
+    for place in places(json.loads(whole)):
+        if "python" in place[:2] and len(place) > 5:  # one of the 625 words of a generator is like the other
+            continue
+        changed(path, place, new)
+        run = make_run(config)
+        try:
+            run.trainer.saver.resume()
+            fell_back += run.trainer.progress.epoch == 1
+        except CheckpointError as error:
+            refused.append((place, str(error)))
+        path.write_bytes(whole)
+        (path.parent / MANIFEST).write_bytes(manifest)
+    named = {place[0] for place, _ in refused}
+    assert fell_back > 25
+    assert "progress" not in named, refused
 
 
 def test_bytes_that_match_but_are_no_tensors_are_one_clear_error(store: CheckpointStore) -> None:

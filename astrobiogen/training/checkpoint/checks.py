@@ -21,7 +21,7 @@ MOST_MANIFEST = 16 * MIB
 _CHUNK = MIB
 Needs = Mapping[str, Iterable[str]]
 # What bytes raise that match their checksums and are not what their names say.
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError)
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError)
 
 
 def read_manifest(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-_TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
+TENSOR, _TUPLE, ITEMS = "__tensor__", "__tuple__", "__items__"
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "state") -> Any:
@@ -20,7 +20,7 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "state") -> A
         return value
     if isinstance(value, torch.Tensor):
         tensors[name] = value
-        return {_TENSOR: name}
+        return {TENSOR: name}
     if isinstance(value, tuple):
         return {_TUPLE: [pack(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]}
     if isinstance(value, list):
@@ -29,7 +29,7 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "state") -> A
         if all(isinstance(key, str) and not key.startswith("__") for key in value):
             return {key: pack(item, tensors, f"{name}.{key}") for key, item in value.items()}
         return {
-            _ITEMS: [
+            ITEMS: [
                 [pack(key, tensors, f"{name}.key"), pack(item, tensors, f"{name}.{key}")] for key, item in value.items()
             ]
         }
@@ -44,12 +44,12 @@ def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return [unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    if _TENSOR in value:
-        return tensors[value[_TENSOR]]
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
     if _TUPLE in value:
         return tuple(unpack(item, tensors) for item in value[_TUPLE])
-    if _ITEMS in value:
-        return {unpack(key, tensors): unpack(item, tensors) for key, item in value[_ITEMS]}
+    if ITEMS in value:
+        return {unpack(key, tensors): unpack(item, tensors) for key, item in value[ITEMS]}
     return {key: unpack(item, tensors) for key, item in value.items()}
 
 

@@ -13,6 +13,7 @@ from astrobiogen.training import evaluation
 from astrobiogen.training.batches.task import Task
 from astrobiogen.training.checkpoint import chosen, packing, process_state
 from astrobiogen.training.checkpoint.background import Background, HostCopy, Job
+from astrobiogen.training.checkpoint.checks import MALFORMED
 from astrobiogen.training.checkpoint.store import PROCESS, CheckpointStore, Content, Observer
 from astrobiogen.training.config import resume_rules
 from astrobiogen.training.config.as_dict import changed_on_resume, differences, refusal, to_dict
@@ -76,17 +77,19 @@ class Saver:
         minutes = self._config.checkpoint.every_minutes
         return bool(minutes) and time.monotonic() - self._saved_at > minutes * 60
 
-    def _content(self) -> Content:
-        tensors: dict[str, torch.Tensor] = {}
-        updater = self._updater
-        state = {
-            "updater": updater.state_dict(),
+    def _state(self) -> dict[str, Any]:
+        return {
+            "updater": self._updater.state_dict(),
             "progress": dataclasses.asdict(self._progress),
             "rng": runtime.rng_state(),
             "fingerprint": self._task.fingerprint,
             "config": to_dict(self._config),
         }
-        document = packing.pack(state, tensors)
+
+    def _content(self) -> Content:
+        tensors: dict[str, torch.Tensor] = {}
+        updater = self._updater
+        document = packing.pack(self._state(), tensors)
         files = {"model": dict(self._model.state_dict()), "training": tensors}
         if updater.average is not None:
             files["average"] = updater.average.averages
@@ -193,12 +196,22 @@ class Saver:
                 configuration (`resume_rules`), or holds NaN.
         """
         references = process_state.References(self._updater)
-        found = self.store.load_newest(references, _NEEDED)
+        found = self.store.load_newest(references, _NEEDED, {"training": self._likeness()})
         if found is None:
             self._monitor.record("resumed", step=0, checkpoint="")
             _LOG.warning("no checkpoint in %s yet: the run starts at its beginning", self.store.root)
             return False
         path, content = found[0], references.placed(found[1])
+        try:
+            self._put_back(path, content)
+        except MALFORMED as error:
+            raise CheckpointError(f"{path} matches its checksums, but cannot be taken over: {error!r:.300}") from error
+        self._monitor.record("resumed", step=self._progress.step, checkpoint=path.name)
+        where = (path, self._progress.epoch + 1, self._progress.batch, self._task.sampler.batches_per_epoch)
+        _LOG.info("resumed from %s: epoch %d, batch %d of %d", *where)
+        return True
+
+    def _put_back(self, path: Path, content: Content) -> None:
         state = packing.unpack(content.documents["training"], content.tensors["training"])
         self._require_same_run(path, state)
         self._world.together(lambda: self._require_sound(path, content))
@@ -210,10 +223,11 @@ class Saver:
                 updater.average.averages[name].copy_(value)
         self._progress.load(state["progress"])
         process_state.put_back(updater, content, state["rng"], self._config.seed, self._progress.step)
-        self._monitor.record("resumed", step=self._progress.step, checkpoint=path.name)
-        where = (path, self._progress.epoch + 1, self._progress.batch, self._task.sampler.batches_per_epoch)
-        _LOG.info("resumed from %s: epoch %d, batch %d of %d", *where)
-        return True
+
+    def _likeness(self) -> Any:
+        """What training.json must hold, whatever its values; the configuration is compared by itself."""
+        state = self._state() | {"config": {}}
+        return packing.pack(state | {"rng": dict.fromkeys(set(state["rng"]) - {"cuda"})}, {})
 
     def _require_same_run(self, path: Path, state: Mapping[str, Any]) -> None:
         """Refuse other data and another course than those by which the checkpoint was made."""

@@ -29,7 +29,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from astrobiogen.training.checkpoint import checks, packing, shards, tensor_files
+from astrobiogen.training.checkpoint import checks, likeness, packing, shards, tensor_files
 from astrobiogen.training.checkpoint.checks import MALFORMED, Needs
 from astrobiogen.training.distributed import World
 from astrobiogen.training.errors import CheckpointError
@@ -326,7 +326,10 @@ class CheckpointStore:
             self._good.discard(folder)
 
     def load_newest(
-        self, reference: Reference = lambda _stem, _name: None, needs: Needs | None = None
+        self,
+        reference: Reference = lambda _stem, _name: None,
+        needs: Needs | None = None,
+        like: Mapping[str, Any] | None = None,
     ) -> tuple[Path, Content] | None:
         """The newest checkpoint that verifies, or None if there is no checkpoint at all. Each bad one on the way is
         named in a warning. Every process must call it; process 0 verifies.
@@ -335,22 +338,25 @@ class CheckpointStore:
             reference: (file stem, name) -> the tensor that the read one will replace, if known: of a shard only this
                 process's part is read.
             needs: file stem -> keys that its JSON document must have; a checkpoint without them is passed over, too.
+            like: file stem -> what its JSON document must be like, see `likeness.check`; else it is passed over, too.
 
         Raises:
             CheckpointError: there are checkpoints, but not one is whole.
         """
-        found = self._world.on_main(lambda: self._newest_whole(needs or {}))
+        found = self._world.on_main(lambda: self._newest_whole(needs or {}, like or {}))
         if found is None:
             return None
         folder, body = found
         return folder, _load(folder, body, reference)
 
-    def _newest_whole(self, needs: Needs) -> tuple[Path, dict[str, Any]] | None:
+    def _newest_whole(self, needs: Needs, like: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
         candidates = self.candidates()
         for folder in candidates:
             try:
                 body = verify(folder)
                 checks.check_needed(folder, body["files"], needs)
+                for stem, document in like.items():
+                    likeness.check(folder, stem, document)
             except CheckpointError as error:
                 _LOG.warning("checkpoint skipped: %s; falling back to an older one", error)
                 continue
