@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import logging
+import operator
 import os
 import re
 import threading
@@ -27,6 +28,8 @@ PART_BYTES = 64 * 2**20
 _LOG = logging.getLogger("astrobiogen")
 # The beginning that our own records have: enough to tell what one is without parsing it.
 _HEAD = re.compile(rb'\{"event": "(\w+)", "time": [^,{}]*(?:, "step": (-?\d+))?[,}]').match
+# The number of a whole line that is the record of a step, as almost all are.
+_STEPS = re.compile(rb'^\{"event": "step", "time": [^,{}\n]*, "step": (\d+)[,}][^\n]*(?<=\})\n', re.MULTILINE).findall
 _SKIPPED = b'"skipped": true'
 _RESUMED, _SPECIAL = 2, 3
 _LINES = 1024
@@ -80,14 +83,30 @@ class Log(Sequence[Record]):
         while lines := list(itertools.islice(file, _LINES)):
             together = b"".join(lines)
             whole = together.count(b"{") == together.count(b"}")  # looked at together: a torn line is rare
-            marks = [_SKIPPED in line for line in lines] if _SKIPPED in together else itertools.repeat(False)
-            for line, marked in zip(lines, marks, strict=False):
+            marks = [_SKIPPED in line for line in lines] if _SKIPPED in together else [False] * len(lines)
+            if whole and self._take_steps([int(step) for step in _STEPS(together)], lines, number, offset, marks):
+                offset += len(together)
+                continue
+            for line, marked in zip(lines, marks, strict=True):
                 match = _HEAD(line)
                 if match and line[-2:] == b"}\n" and (whole or line.count(b"{") == line.count(b"}")):
                     self._take(match[1], int(match[2] or 0), number, offset, marked)
                 elif found := _parsed(line):
                     self._take(*found, number, offset, marked)
                 offset += len(line)
+
+    def _take_steps(self, steps: list[int], lines: list[bytes], part: int, offset: int, marks: list[bool]) -> bool:
+        """Take in `lines` at once if all are records of steps that grow, as `steps` says; False if they are not."""
+        if len(steps) != len(lines) or steps[0] <= self._newest[0] or any(map(operator.ge, steps, steps[1:])):
+            return False
+        self._newest[0] = steps[-1]
+        count = len(steps)
+        self._part.extend(itertools.repeat(part, count))
+        self._offset.extend(itertools.accumulate(map(len, lines[:-1]), initial=offset))
+        self._step.extend(steps)
+        self._kind.extend(itertools.repeat(self._kinds[b"step"], count))
+        self._marked.extend(marks)
+        return True
 
     def _take(self, event: bytes, step: int, part: int, offset: int, marked: bool) -> None:
         kind = self._kinds.get(event)
