@@ -16,12 +16,13 @@ import astrobiogen
 from astrobiogen.system import console
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import chosen
-from astrobiogen.training.config import TrainConfig, claim
+from astrobiogen.training.config import HangConfig, TrainConfig, claim
 from astrobiogen.training.context import Setting
 from astrobiogen.training.distributed import runtime
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.evaluation import ensemble, examination, metrics, passes, publication
 from astrobiogen.training.observe import failure
+from astrobiogen.training.observe.watchdog import NOTHING_LOST, Watchdog, limits_of
 from astrobiogen.training.optim import precision
 from astrobiogen.training.tools import trained
 
@@ -87,12 +88,18 @@ def _config(found: trained.Trained, arguments: argparse.Namespace) -> TrainConfi
 
 def _run(given: Sequence[str]) -> int:
     arguments = _arguments(given)
-    with contextlib.ExitStack() as stack:
+    # The limits of the run itself are in its configuration, which is read from where a read may hang.
+    limits = limits_of(HangConfig())
+    with (
+        Watchdog(None, limits, advice=NOTHING_LOST) as watchdog,
+        watchdog.section("setup"),
+        contextlib.ExitStack() as stack,
+    ):
         output = stack.enter_context(claim.claimed(arguments.output, "")).folder if arguments.output else None
-        return _examined(arguments, output)
+        return _examined(arguments, output, watchdog)
 
 
-def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
+def _examined(arguments: argparse.Namespace, output: Path | None, watchdog: Watchdog) -> int:
     """Examine what `arguments` name, print it and write it to `output`, a folder of our own."""
     found = [trained.find(Path(source)) for source in arguments.sources]
     configs = [_config(one, arguments) for one in found]
@@ -119,9 +126,14 @@ def _examined(arguments: argparse.Namespace, output: Path | None) -> int:
         passed: list[passes.Evaluation] = []
 
         def examine(model: nn.Module, settings: TrainConfig) -> tuple[dict[str, Any], dict[str, metrics.Predictions]]:
-            examined = examination.examine(
-                assembly, model, Setting(settings, device, dtype), lambda: bool(interrupt.received), passed.append
-            )
+            with watchdog.section("examination") as section:
+
+                def should_stop() -> bool:
+                    section.beat()
+                    return bool(interrupt.received)
+
+                setting = Setting(settings, device, dtype)
+                examined = examination.examine(assembly, model, setting, should_stop, passed.append)
             if examined is None:
                 raise UserError(f"stopped by {interrupt.received}: nothing was written", exit_code=1)
             return examined

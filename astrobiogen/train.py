@@ -13,10 +13,11 @@ from pathlib import Path
 
 from astrobiogen.system import console
 from astrobiogen.system.extras import Later
-from astrobiogen.training.config import TrainConfig, claim, command_line, requeue, run_folder
+from astrobiogen.training.config import HangConfig, TrainConfig, claim, command_line, requeue, run_folder
 from astrobiogen.training.config.claim import Claim
 from astrobiogen.training.launch import launched_rank, spoken_once
 from astrobiogen.training.observe import failure
+from astrobiogen.training.observe.watchdog import NOTHING_LOST, Watchdog, limits_of
 
 # What trains and what plans is loaded when the command line is understood, so that `--help` answers at once.
 distributed = Later("astrobiogen.training.distributed")
@@ -34,7 +35,7 @@ class _Place:
 
 
 def _run(arguments: Sequence[str], place: _Place) -> int:
-    with spoken_once():
+    with _setup(HangConfig()), spoken_once():
         options = command_line.parse(arguments)
     if options.plan:
         return plan.show(options.config, options.memory) if launched_rank() == 0 else 0
@@ -45,7 +46,8 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
         distributed.World.join(options.config.distributed.timeout_minutes, cuda) as world,
         contextlib.ExitStack() as stack,
     ):
-        owned, config = world.on_main(lambda: stack.enter_context(_folder(options)))
+        with _setup(options.config.hang):
+            owned, config = world.on_main(lambda: stack.enter_context(_folder(options)))
         place.folder = owned.folder
         if owned.state == claim.DONE and options.resume == requeue.AUTO:
             if world.main:
@@ -56,9 +58,18 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
 
 
 def _find_learning_rate(options: command_line.Options, place: _Place) -> int:
-    with claim.claimed(options.output, options.config.preset) as owned:
+    with contextlib.ExitStack() as stack:
+        with _setup(options.config.hang):
+            owned = stack.enter_context(claim.claimed(options.output, options.config.preset))
         place.folder = owned.folder
         return run.find_learning_rate(options.config, owned.folder)
+
+
+@contextlib.contextmanager
+def _setup(limits: HangConfig) -> Iterator[None]:
+    """What comes before there is a run folder, which may hang as well: on a file system that does not answer."""
+    with Watchdog(None, limits_of(limits), advice=NOTHING_LOST) as watchdog, watchdog.section("setup"):
+        yield
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from astrobiogen.training.evaluation import comparison, examination, publication
 from astrobiogen.training.observe import failure
 from astrobiogen.training.observe.gpu import GpuSampler
 from astrobiogen.training.observe.monitor import Monitor
-from astrobiogen.training.observe.watchdog import Watchdog
+from astrobiogen.training.observe.watchdog import NOTHING_LOST, Watchdog, limits_of
 from astrobiogen.training.optim import precision
 from astrobiogen.training.tools import lr_finder, memory, throughput
 from astrobiogen.training.trainer import Trainer
@@ -47,24 +47,26 @@ def train(config: TrainConfig, folder: Path, resume: bool, world: World | None =
         UserError: anything the user can put right.
     """
     world = world or World()
-    agreement.require(world, agreement.of_run(config, resume) if world.distributed else {})
-    device = runtime.choose_device(config.runtime.device, world.local_rank if world.distributed else None)
-    dtype, reason = world.on_main(lambda: precision.choose_dtype(config.precision, device))
-    done = runtime.prepare(config.runtime, config.seed) | roles.facts(world, config)
-    config = precision.resolved(config, dtype)
-    with (
-        Monitor(*roles.monitored(world, folder, config)) as monitor,
-        runtime.Interrupt() as interrupt,
-        GpuSampler(device, config.monitor.gpu_seconds if world.main else 0.0, monitor.record_gpu),
-        astrobiogen.use_kernels(config.runtime.kernels),
-        roles.watchdog(world, folder, config) as watchdog,
-    ):
-        world.on_main(lambda: _begin(config, folder, resume, done | {"device": str(device), "dtype": str(dtype)}))
-        roles.announce(world, config)
-        how = f"{device}; {dtype} ({reason}); seed {config.seed}; {done['threads']} threads"
-        _LOG.info("run folder %s; %s", folder, how)
-        run = Run(config, device, dtype, folder, monitor, world=world)
-        result = _train(run, resume, interrupt, watchdog)
+    with roles.watchdog(world, folder, config) as watchdog:
+        with watchdog.section("setup"):
+            agreement.require(world, agreement.of_run(config, resume) if world.distributed else {})
+            device = runtime.choose_device(config.runtime.device, world.local_rank if world.distributed else None)
+            dtype, reason = world.on_main(lambda: precision.choose_dtype(config.precision, device))
+            done = runtime.prepare(config.runtime, config.seed) | roles.facts(world, config)
+            config = precision.resolved(config, dtype)
+        with (
+            Monitor(*roles.monitored(world, folder, config)) as monitor,
+            runtime.Interrupt() as interrupt,
+            GpuSampler(device, config.monitor.gpu_seconds if world.main else 0.0, monitor.record_gpu),
+            astrobiogen.use_kernels(config.runtime.kernels),
+        ):
+            run = Run(config, device, dtype, folder, monitor, world=world)
+            with watchdog.section("setup"):
+                world.on_main(lambda: _begin(run, resume, done))
+            roles.announce(world, config)
+            how = f"{device}; {dtype} ({reason}); seed {config.seed}; {done['threads']} threads"
+            _LOG.info("run folder %s; %s", folder, how)
+            result = _train(run, resume, interrupt, watchdog)
     if result is not None:
         publication.show(result, folder)
     return PREEMPTED if interrupt.received else ENDED
@@ -159,20 +161,27 @@ def find_learning_rate(config: TrainConfig, folder: Path) -> int:
     Raises:
         UserError: the loss never falls, or diverges at once.
     """
-    device = runtime.choose_device(config.runtime.device)
-    dtype, _ = precision.choose_dtype(config.precision, device)
-    runtime.prepare(config.runtime, config.seed)
     console = rich.console.Console(highlight=False)
-    with Monitor(folder, config.monitor) as monitor, astrobiogen.use_kernels(config.runtime.kernels):
+    with (
+        Watchdog(folder, limits_of(config.hang), advice=NOTHING_LOST) as watchdog,
+        watchdog.section("setup"),
+        Monitor(folder, config.monitor) as monitor,
+        astrobiogen.use_kernels(config.runtime.kernels),
+    ):
+        device = runtime.choose_device(config.runtime.device)
+        dtype, _ = precision.choose_dtype(config.precision, device)
+        runtime.prepare(config.runtime, config.seed)
         assembly = assemble.assemble(config, assemble.load_bundle(config))
         monitor.begin_progress(lr_finder.UPDATES, 0)
+        with watchdog.section("step") as section:
 
-        def advance(update: int, rate: float, loss: float) -> None:
-            monitor.advance(update, f"rate {rate:.1e}  loss {loss:.3f}")
-            if not monitor.rich and update % config.monitor.log_every == 0:
-                _LOG.info("update %d of %d  rate %.2e  loss %.4f", update, lr_finder.UPDATES, rate, loss)
+            def advance(update: int, rate: float, loss: float) -> None:
+                section.beat()
+                monitor.advance(update, f"rate {rate:.1e}  loss {loss:.3f}")
+                if not monitor.rich and update % config.monitor.log_every == 0:
+                    _LOG.info("update %d of %d  rate %.2e  loss %.4f", update, lr_finder.UPDATES, rate, loss)
 
-        result = lr_finder.find(assembly.task, config, device, dtype, advance)
+            result = lr_finder.find(assembly.task, config, device, dtype, advance)
     lr_finder.publish(result, folder)
     console.print(
         f"Suggested peak: --optimizer.learning_rate {result.suggestion:.1e} (steepest fall of the loss at "
@@ -182,12 +191,14 @@ def find_learning_rate(config: TrainConfig, folder: Path) -> int:
     return 0
 
 
-def _begin(config: TrainConfig, folder: Path, resume: bool, done: dict[str, Any]) -> None:
+def _begin(run: Run, resume: bool, done: dict[str, Any]) -> None:
     """Write down what is run where."""
+    folder = run.folder
     ending.clear(folder)
     if not resume:
-        run_config.write(folder, config)
-    run_folder.write_json(folder / _environment_name(folder), run_folder.environment(done))
+        run_config.write(folder, run.config)
+    machine = {"device": str(run.device), "dtype": str(run.dtype)}
+    run_folder.write_json(folder / _environment_name(folder), run_folder.environment(done | machine))
 
 
 def _describe(trainer: Trainer, taken: chosen.Chosen) -> dict[str, Any]:

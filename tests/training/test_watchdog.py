@@ -12,14 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from astrobiogen import evaluate, train
+from astrobiogen.training import run as whole_run
+from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import CheckpointStore
-from astrobiogen.training.config import CheckpointConfig, DataConfig
+from astrobiogen.training.config import CheckpointConfig, DataConfig, claim, command_line
 from astrobiogen.training.config.watch import HangConfig, SpikeConfig
 from astrobiogen.training.context import Run
-from astrobiogen.training.distributed import PeerError, World, runtime
+from astrobiogen.training.distributed import PeerError, World, roles, runtime
 from astrobiogen.training.observe import watchdog
 from astrobiogen.training.observe.monitor import Monitor
 from astrobiogen.training.observe.watchdog import EXIT_HUNG, Watchdog, limits_of, within
+from astrobiogen.training.optim import precision
+from astrobiogen.training.tools import lr_finder
 from astrobiogen.training.trainer import Trainer
 from tests.training.conftest import ToySamples, toy_config, toy_task
 
@@ -219,3 +224,57 @@ def test_limits_are_checked_and_can_be_switched_off() -> None:
     for name, wrong in (("factor", 1.0), ("window", 0)):
         with pytest.raises(ValueError, match=rf"spike\.{name}: got {wrong}"):
             SpikeConfig(**{name: wrong})  # type: ignore[arg-type]
+
+
+# Seconds: what is to hang is found at once, what comes before it has time.
+HUNG = {"setup": {"setup": 0.5}, "step": {"setup": MOST, "step": 0.5}}
+
+
+def command(
+    work: Callable[[], int], patches: dict[Any, tuple[str, Any]], section: str = "setup"
+) -> Callable[[], object]:
+    """`work` with a limit of half a second for `section` and with what hangs."""
+
+    def inside() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (train, evaluate, whole_run, roles):
+                patch.setattr(module, "limits_of", lambda _config: HUNG[section])
+            for owner, (name, value) in patches.items():
+                patch.setattr(owner, name, value)
+            work()
+
+    return inside
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patches", "section"),
+    [
+        ([], {command_line: ("parse", lambda _: sleeping_beauty())}, "setup"),
+        (["--output", "FOLDER/run"], {claim: ("claimed", lambda *_, **__: sleeping_beauty())}, "setup"),
+        (["--output", "FOLDER/run"], {precision: ("choose_dtype", lambda *_: sleeping_beauty())}, "setup"),
+        (["--output", "FOLDER/run", "--find-lr"], {claim: ("claimed", lambda *_: sleeping_beauty())}, "setup"),
+        (["--output", "FOLDER/run", "--find-lr"], {assemble: ("load_bundle", lambda *_: sleeping_beauty())}, "setup"),
+        (
+            ["--output", "FOLDER/run", "--find-lr"],
+            {lr_finder: ("find", lambda *_: sleeping_beauty())},
+            "step",
+        ),
+    ],
+    ids=["the command line", "the folder", "the device", "--find-lr: folder", "--find-lr: data", "--find-lr: update"],
+)
+def test_what_comes_before_training_and_beside_it_is_watched(
+    tmp_path: Path, arguments: list[str], patches: dict[Any, tuple[str, Any]], section: str
+) -> None:
+    given = [item.replace("FOLDER", str(tmp_path)) for item in arguments]
+    status, errors = child(command(lambda: train.main(given), patches, section), tmp_path)
+    assert status == EXIT_HUNG, errors
+    assert f"hung: section {section!r} made no progress" in errors
+
+
+def test_a_hung_evaluation_is_named(tmp_path: Path) -> None:
+    hangs = {evaluate.checkpoint: ("read", lambda _path: sleeping_beauty())}
+    (tmp_path / "manifest.json").touch()
+    status, errors = child(command(lambda: evaluate.main([str(tmp_path)]), hangs), tmp_path)
+    assert status == EXIT_HUNG, errors
+    assert "hung: section 'setup' made no progress" in errors
+    assert "nothing was trained, so nothing is lost" in errors

@@ -33,6 +33,8 @@ _DEED_SECONDS = 5.0
 _LONGEST_LOOK = 5.0
 # A process that holds the interpreter's lock gets this much more than its section's limit.
 _GRACE_SECONDS = 60.0
+_GO_ON = "checkpoints saved before are whole, go on with --resume"
+NOTHING_LOST = "nothing was trained, so nothing is lost"
 
 
 class Section:
@@ -70,6 +72,7 @@ class Watchdog:
         process: this process as the message names it.
         tell: given the message, tells the other processes; may hang.
         leave: ends the process.
+        advice: what the message says can be done.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class Watchdog:
         process: tuple[int, int] = (0, 1),
         tell: Callable[[str], None] = lambda _text: None,
         leave: Callable[[int], Any] = os._exit,
+        advice: str = _GO_ON,
     ) -> None:
         self._folder, self._limits, self._process = folder, limits, process
-        self._tell, self._leave = tell, leave
+        self._tell, self._leave, self._advice = tell, leave, advice
         self._open: dict[int, list[Section]] = {}  # by thread; only the innermost of each is watched
         self._look = min([_LONGEST_LOOK, *(limit / 10 for limit in limits.values())])
         self._stop = threading.Event()
@@ -166,7 +170,7 @@ class Watchdog:
             f"process {rank} of {size} hung: section {section.name!r} made no progress for {section.age:.3g} s "
             f"(hang.{section.name}_minutes {section.limit / 60:g})"
         )
-        said = f"error: {text}; checkpoints saved before are whole, go on with --resume{where}\n"
+        said = f"error: {text}; {self._advice}{where}\n"
         self._arm(5 * _DEED_SECONDS, armed=True)
         try:
             _in_time(lambda: self._say(said))
