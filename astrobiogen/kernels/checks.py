@@ -74,7 +74,10 @@ def check_ints(name: str, value: Any, axes: int, lowest: int = INT64_MIN) -> tup
         TypeError, ValueError: as `check_int`, naming the axis; or the sequence has another length.
     """
     if type(value) is tuple and len(value) == axes:  # a layer's, checked when it was made: no names are put together
-        if all([type(n) is int and lowest <= n <= INT64_MAX for n in value]):  # noqa: C419  (a generator takes longer)
+        for number in value:
+            if type(number) is not int or not lowest <= number <= INT64_MAX:
+                break
+        else:
             return value
     elif type(value) is int or (hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0):  # arrays have it too
         return (check_int(name, value, lowest),) * axes

@@ -9,6 +9,10 @@
 #include <limits>
 #include <tuple>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "attention/checks.h"
 #include "attention/geometry.h"
 #include "attention/kernels.h"
@@ -49,20 +53,32 @@ void visible_ranges(int64_t queries, int64_t keys, const Options& options, const
   }
 }
 
+typedef int16_t i16x8 __attribute__((vector_size(16)));
+
+// Eight words cut off at the ends of int16. (The portable form takes SSE2 9 instructions more.)
+ASTRO_INLINE i16x8 saturated(simd::i32x8 words) {
+#if defined(__SSE2__)
+  __m128i half[2];
+  std::memcpy(half, &words, sizeof(half));
+  return (i16x8)_mm_packs_epi32(half[0], half[1]);
+#else
+  words = words > 32767 ? simd::i32x8{} + 32767 : words;
+  words = words < -32768 ? simd::i32x8{} - 32768 : words;
+  return __builtin_convertvector(words, i16x8);
+#endif
+}
+
 // Rounds one row, and keeps what rounding takes away.
 template <typename T>
 void round_row(const float* row, int64_t dim, T* to, int16_t* rest) {
-  typedef int16_t i16x8 __attribute__((vector_size(16)));
   int64_t d = 0;
   for (; d + simd::kHalfLanes <= dim; d += simd::kHalfLanes) {
     const simd::f32x8 exact = simd::load8(row + d);
     simd::store8(to + d, exact);
     const simd::f32x8 rounded = simd::load8(to + d);
     simd::i32x8 words = (simd::i32x8)exact - (simd::i32x8)rounded;
-    words = words > 32767 ? simd::i32x8{} + 32767 : words;
-    words = words < -32768 ? simd::i32x8{} - 32768 : words;
     words &= (rounded - rounded) == 0.0f;  // finite
-    const i16x8 narrow = __builtin_convertvector(words, i16x8);
+    const i16x8 narrow = saturated(words);
     std::memcpy(rest + d, &narrow, sizeof(narrow));
   }
   for (; d < dim; ++d) {

@@ -14,8 +14,11 @@
 #include "attention/geometry.h"
 #include "attention/kernels.h"
 #include "attention/panel.h"
+#include "common/simd.h"
 
 namespace astrobiogen::attention {
+
+typedef int16_t i16x8 __attribute__((vector_size(16)));
 
 constexpr int64_t kTargetTasks = 16;  // enough for 16 cores at batch 1; each further split costs one more fp32 copy of dK and dV
 
@@ -32,12 +35,24 @@ float row_factor(const Rest<T>* rest, const float* lse, int64_t index) {
 // <factor dO, O>. dO is rounded after the factor, as `pack_panels` rounds it: dP - delta cancels.
 template <typename T>
 float dot_unrounded(float factor, const T* grad, const T* out, const Rest<T>* rest, int64_t dim) {
+  constexpr bool kHalf = !std::is_same_v<T, float>;
+  simd::f32x8 lanes = {};
+  int64_t d = 0;
+  for (; d + 8 <= dim; d += 8) {
+    simd::f32x8 exact = simd::load8(out + d);
+    if constexpr (kHalf) {
+      i16x8 words;
+      std::memcpy(&words, rest + d, sizeof(words));
+      exact = (simd::f32x8)((simd::i32x8)exact + __builtin_convertvector(words, simd::i32x8));
+    }
+    lanes += simd::load8(grad + d) * factor * exact;
+  }
   float sum = 0.0f;
-  if constexpr (std::is_same_v<T, float>) {
-    for (int64_t d = 0; d < dim; ++d) sum += factor * grad[d] * out[d];
-  } else {
-    for (int64_t d = 0; d < dim; ++d)
-      sum += static_cast<float>(grad[d]) * unrounded(static_cast<float>(out[d]), rest[d]);
+  for (int i = 0; i < 8; ++i) sum += lanes[i];
+  for (; d < dim; ++d) {
+    float exact = static_cast<float>(out[d]);
+    if constexpr (kHalf) exact = unrounded(exact, rest[d]);
+    sum += static_cast<float>(grad[d]) * factor * exact;
   }
   return sum;
 }

@@ -85,7 +85,7 @@ struct RowSum {
   }
   ASTRO_INLINE void take_up() {
     before += of_chains();
-    for (auto& chain : chains) chain[0] = chain[1] = simd::f32x8{};
+    chains[0][0] = chains[0][1] = chains[1][0] = chains[1][1] = simd::f32x8{};
   }
   ASTRO_INLINE float mean(int64_t columns) const {
     if (columns <= kRunColumns) return of_chains() / static_cast<float>(columns);  // a double's division takes longer

@@ -86,7 +86,7 @@ def store_columns(rows, value, live, column, DIM: tl.constexpr):
 
 @triton.jit
 def store_rounded(rows, rest, value, live, column, DIM: tl.constexpr, REST: tl.constexpr):
-    """`store_columns`, and with REST in half precision what rounding took away (`reference.remainder`) at the same
+    """`store_columns`, and with REST in half precision what rounding took away (`reference.remainder`), at the same
     places of `rest`.
     """
     store_columns(rows, value, live, column, DIM)
