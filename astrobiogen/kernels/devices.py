@@ -27,7 +27,10 @@ def others() -> tuple[torch.device, ...]:
 
 @functools.lru_cache(maxsize=64)
 def unfit(device: torch.device) -> str:
-    """Why the Triton kernels do not serve the GPU `device`; empty where they do."""
+    """Why the Triton kernels do not serve the GPU `device`; empty where they do, and for CPU tensors, which reach them
+    only where something stands in for a GPU."""
+    if device.type == "cpu":
+        return ""
     if torch.version.hip is not None:
         return "the Triton kernels are built for NVIDIA GPUs, this is a ROCm build of PyTorch"
     major, minor = torch.cuda.get_device_capability(device)

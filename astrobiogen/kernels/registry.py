@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
-from astrobiogen.kernels import autocast, devices
+from astrobiogen.kernels import autocast, devices, operand_rules
 
 NAMESPACE = "astrobiogen"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -71,6 +71,8 @@ class _Entry:
     reference: Callable[..., Any]
     triton: str  # "module:function"; empty for an op that has no Triton kernel yet
     cpu_rule: str  # which of several C++ implementations serves a call; empty where there is one
+    operands: tuple[Any, ...]  # as `operand_rules.parse` gives them
+    also: Callable[..., None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +95,22 @@ class KernelTable(tuple[KernelStatus, ...]):
         return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows)
 
 
+# Kinds of calls that an op's launcher remembers as checked: a lookup takes a quarter of the checks' time.
+_SIGNATURES = 4096
 _SELECTION = _Selection()
 _ENTRIES: dict[str, _Entry] = {}
 _WARNED: set[tuple[str, str]] = set()
 
 
 def define(
-    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: str = "", cpu_rule: str = ""
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: str = "",
+    cpu_rule: str = "",
+    operands: str = "",
+    also: Callable[..., None] | None = None,
 ) -> None:
     """Define the op `schema` with its reference as the default kernel, its fake (shape) function and its Triton
     launcher.
@@ -110,12 +121,15 @@ def define(
         reference: plain PyTorch with the op's exact signature and results; serves every device that has no kernel.
         fake: returns empty outputs of the right shape, dtype and device, touching no data.
         triton: ``"module:function"`` of the CUDA launcher, imported on the first CUDA call.
+        operands: dtypes and shapes of the tensors, as `operand_rules` reads them; every op with a launcher has them.
+        also: called with the op's arguments before the launcher, for what `operands` cannot say; raises.
         cpu_rule: for `kernel_status`, where the C++ kernel chooses between implementations by a call's sizes: the rule.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", _refusing_a_mixture(name, fake), lib=LIBRARY)
-    _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule)
+    parsed = operand_rules.parse(schema, operands) if operands else ()
+    _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule, parsed, also)
     LIBRARY.impl(name, _warning_reference(name, reference), "CompositeExplicitAutograd")
     plain = functools.partial(autocast.reference, reference)
     # The key that every call meets first inside a transform of torch.func, whichever transform it is.
@@ -123,7 +137,7 @@ def define(
     if "Tensor[]" in schema:  # the older vmap of is_grads_batched repeats an op for each member, but not with lists
         LIBRARY.impl(name, plain, "Batched")
     if triton and importlib.util.find_spec("triton") is not None:
-        LIBRARY.impl(name, _lazy_launcher(name, reference, triton), "CUDA")
+        LIBRARY.impl(name, launcher(name), "CUDA")
 
 
 def differentiable(name: str, *, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -255,6 +269,34 @@ def triton_launcher(name: str) -> str:
     return _ENTRIES[name].triton
 
 
+def operands_of(name: str) -> tuple[Any, ...]:
+    """What op `name` demands of its tensors before its launcher runs, as `operand_rules.check` takes it."""
+    return _ENTRIES[name].operands
+
+
+def launcher(name: str) -> Callable[..., Any]:
+    """The CUDA kernel of op `name`: its Triton launcher, imported by the first call, behind the checks that the C++
+    kernels have in themselves."""
+    entry = _ENTRIES[name]
+    module_name, function_name = entry.triton.split(":")
+    accepted: set[Any] = set()
+    serve = _warning_reference(name, entry.reference)
+
+    def launch(*args: Any) -> Any:
+        if devices.unfit(_tensors(args)[0].device):
+            return serve(*args)
+        signature = operand_rules.signature(args)
+        if signature not in accepted:
+            operand_rules.check(name, entry.operands, args)
+            if entry.also is not None:
+                entry.also(*args)
+            if len(accepted) < _SIGNATURES:
+                accepted.add(signature)
+        return getattr(importlib.import_module(module_name), function_name)(*args)
+
+    return launch
+
+
 def has_kernel(name: str, dispatch_key: str) -> bool:
     """True if op `name` has a kernel of its own on `dispatch_key` ("CPU" or "CUDA"), not only the reference."""
     # `_dispatch_has_kernel_for_dispatch_key` also counts the default, CompositeExplicitAutograd; the dump lists real
@@ -313,18 +355,6 @@ def _refusing_a_mixture(name: str, fake: Callable[..., Any]) -> Callable[..., An
         return fake(*args)
 
     return checked
-
-
-def _lazy_launcher(name: str, reference: Callable[..., Any], path: str) -> Callable[..., Any]:
-    module_name, function_name = path.split(":")
-    serve = _warning_reference(name, reference)
-
-    def launch(*args: Any) -> Any:
-        if devices.unfit(_tensors(args)[0].device):
-            return serve(*args)
-        return getattr(importlib.import_module(module_name), function_name)(*args)
-
-    return launch
 
 
 def _warning_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:

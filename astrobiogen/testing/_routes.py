@@ -93,11 +93,9 @@ def _on_cpu(ops: Sequence[str], calls: list[str]) -> Iterator[None]:
 
 
 def _counting(name: str, calls: list[str]) -> Callable[..., Any]:
-    path = registry.triton_launcher(name)
-    if not path:
+    if not registry.triton_launcher(name):
         raise AssertionError(f"op {name} has no Triton launcher")
-    module, _, function = path.partition(":")
-    launcher = getattr(importlib.import_module(module), function)
+    launcher = registry.launcher(name)
 
     def launch(*args: Any) -> Any:
         calls.append(name)

@@ -68,7 +68,7 @@ def test_a_gpu_without_kernels_warns_once_and_computes(pretend: Pretend, monkeyp
     pretend((7, 5))
     monkeypatch.setattr(registry, "_WARNED", set())
     reference = registry.reference_of("swiglu")
-    launch = registry._lazy_launcher("swiglu", reference, "no_such_module:launcher")
+    launch = registry.launcher("swiglu")
     monkeypatch.setattr(registry, "_tensors", lambda _args: [FakeOnGpu()])
     gate, up = torch.randn(2, 3), torch.randn(2, 3)
     with pytest.warns(UserWarning, match=r"swiglu runs its plain PyTorch reference on cuda:0: .*sm_75"):

@@ -213,6 +213,22 @@ def _check_rotary(
     return cos, sin
 
 
+def _check_raw(q: torch.Tensor, k: torch.Tensor, _v: torch.Tensor, *options_and_keep: Any) -> None:
+    """Of a launcher, beside the shapes of single tensors."""
+    o = reference.Options(*options_and_keep[:9])
+    _check_heads(q, k, k)
+    _check_options(q, k, o.scale, o.softcap or None, o.cu_seqlens, o.sinks)
+    check_int("window", o.window, 0)
+    if o.cos is not None or o.sin is not None:
+        _check_rotary(q, k, o.cos, o.sin)
+
+
+def _check_raw_backward(_grad_out: Any, _grad_lse: Any, q: torch.Tensor, *others: Any) -> None:
+    k, v, _, lse, rest, *options = others
+    _check_raw(q, k, v, *options)
+    check_shape("rest", rest, tuple((q if reference.is_half(q.dtype) else lse).shape), "as the forward gave it")
+
+
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     del k
     batch, queries, heads, _ = q.shape
@@ -261,8 +277,14 @@ _OPTIONS = (
     "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, Tensor? sinks, "
     "bool causal, float scale, int window, float softcap, bool interleaved"
 )
+_OPERANDS = (
+    "q: float B Sq Hq D; k: q B Sk Hkv D; v: q B Sk Hkv D; cos: any *table R; sin: any *table R; "
+    "cu_seqlens: index bounds; sinks: any Hq"
+)
 registry.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)",
+    operands=_OPERANDS,
+    also=_check_raw,
     reference=reference.attention_forward,
     fake=_fake_forward,
     triton=f"{_TRITON}:attention",
@@ -271,6 +293,9 @@ registry.define(
     "attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"Tensor rest, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    operands=f"{_OPERANDS}; grad_out: q B Sq Hq D; grad_lse: exact B Hq Sq; out: q B Sq Hq D; lse: exact B Hq Sq; "
+    "rest: rest *rest",
+    also=_check_raw_backward,
     reference=reference.attention_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:attention_backward",

@@ -54,7 +54,7 @@ def check_arguments(
     _check_bias(x, bias, weight.shape[0])
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    _check_axes(geometry, x.shape[2:], weight.shape[2:])
+    check_axes(geometry, x.shape[2:], weight.shape[2:])
     return _within_int32(geometry, x.shape[2:], weight.shape[2:])
 
 
@@ -91,7 +91,7 @@ def check_transposed_arguments(
                 f"the output on spatial axis {axis} would have size {length}: "
                 f"padding {geometry.padding[axis]} is too long"
             )
-    _check_axes(geometry, size, weight.shape[2:])
+    check_axes(geometry, size, weight.shape[2:])
     return _within_int32(geometry, size, weight.shape[2:]), size
 
 
@@ -171,10 +171,13 @@ def _check_bias(x: torch.Tensor, bias: torch.Tensor | None, channels: int) -> No
     check_alike("x", x, "bias", bias)
 
 
-def _check_axes(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) -> None:
+def check_axes(geometry: Geometry, size: Sequence[int], kernel: Sequence[int]) -> None:
+    """ValueError unless the kernel fits into every padded axis, and its halo into the axis that it copies."""
     rows = zip(size, kernel, geometry.padding, geometry.mode, geometry.dilation)
     for axis, (length, taps, pad, mode, dilation) in enumerate(rows):
         reach = dilation * (taps - 1) + 1
+        if min(length, taps) < 1:
+            raise ValueError(f"spatial axis {axis} must have size and kernel >= 1, got size {length} and kernel {taps}")
         if reach > length + 2 * pad:
             raise ValueError(
                 f"the kernel on spatial axis {axis} reaches over {reach} rows (size {taps}, dilation {dilation}), "

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from astrobiogen.kernels import autocast, registry
-from astrobiogen.kernels.conv_nd import reference
+from astrobiogen.kernels.conv_nd import raw, reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_norm
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, Norm, channel_last
 from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, same_size
@@ -156,6 +156,8 @@ registry.define(
     "conv_nd_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
     f"{GEOMETRY_SCHEMA}, int norm, int norm_groups, float eps, int activation, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    operands="x: float B C *size; weight: x O D *kernel; bias: x O; norm_weight: x O; norm_bias: x O",
+    also=raw.check_conv,
     reference=reference.conv_nd_norm_op,
     fake=_fake_conv_norm,
     triton=f"{_TRITON}:conv_nd_norm",
@@ -164,6 +166,9 @@ registry.define(
 registry.define(
     "conv_nd_norm_backward(Tensor grad, Tensor kept, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, "
     "Tensor rstd, int norm, int norm_groups, int activation) -> (Tensor, Tensor, Tensor)",
+    operands="kept: float B O *size; grad: kept B O *size; norm_weight: kept O; "
+    "norm_bias: kept O; mean: exact *means; rstd: exact *rstds",
+    also=raw.check_norm_backward,
     reference=reference.conv_nd_norm_backward_op,
     fake=_fake_norm_backward,
     triton=f"{_TRITON}:conv_nd_norm_backward",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from astrobiogen.kernels import autocast, registry
-from astrobiogen.kernels.conv_nd import reference
+from astrobiogen.kernels.conv_nd import raw, reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_transposed_arguments
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, channel_last
 from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, same_size
@@ -286,6 +286,8 @@ GEOMETRY_SCHEMA = "int[] stride, int[] padding, int[] mode, int[] dilation, int 
 
 registry.define(
     f"conv_nd(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY_SCHEMA}, int activation, bool keep) -> (Tensor, Tensor)",
+    operands="x: float B C *size; weight: x O D *kernel; bias: x O",
+    also=raw.check_conv,
     reference=reference.conv_nd_op,
     fake=_fake_conv,
     triton=f"{_TRITON}:conv_nd",
@@ -293,6 +295,8 @@ registry.define(
 )
 registry.define(
     f"conv_transpose_nd(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY_SCHEMA}, SymInt[] size) -> Tensor",
+    operands="x: float B C *out; weight: x C D *kernel; bias: x O",
+    also=raw.check_transpose,
     reference=reference.conv_transpose_nd_op,
     fake=_fake_transpose,
     triton=f"{_TRITON}:conv_transpose_nd",
@@ -300,6 +304,8 @@ registry.define(
 )
 registry.define(
     f"conv_nd_weight_grad(Tensor grad, Tensor x, SymInt[] kernel, {GEOMETRY_SCHEMA}) -> Tensor",
+    operands="x: float B C *size; grad: x B O *out",
+    also=raw.check_weight_grad,
     reference=reference.conv_nd_weight_grad_op,
     fake=_fake_weight_grad,
     triton=f"{_TRITON}:conv_nd_weight_grad",
@@ -307,6 +313,7 @@ registry.define(
 )
 registry.define(
     "conv_nd_bias_grad(Tensor grad) -> Tensor",
+    operands="grad: float B O *out",
     reference=reference.conv_nd_bias_grad_op,
     fake=_fake_bias_grad,
     triton=f"{_TRITON}:conv_nd_bias_grad",

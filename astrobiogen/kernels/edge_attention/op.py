@@ -186,6 +186,22 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
     return *torch.ops.astrobiogen.edge_attention_backward(grad, q, k, v, bias, lse, edges, ctx.scale), *nothing
 
 
+def _check_raw_edges(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, *others: Any) -> None:
+    """Of a launcher. The values are those of `edge_lists`: to look at them would wait for the GPU."""
+    del v
+    edges, _ = others
+    count = (bias.shape[0],)
+    expected = EdgeLists(count, count, count, (q.shape[0] + 1,), count, (k.shape[0] + 1,))  # type: ignore[arg-type]
+    found = [tuple(index.shape) for index in edges]
+    if found != list(expected) or any(index.dtype != torch.int64 or index.device != q.device for index in edges):
+        raise ValueError(f"edges must be int64 of the shapes {tuple(expected)} on {q.device}, got {found}")
+
+
+def _check_raw_edges_backward(_grad: torch.Tensor, *arguments: Any) -> None:
+    q, k, v, bias, _, *others = arguments
+    _check_raw_edges(q, k, v, bias, *others)
+
+
 registry.define(
     "edge_order(Tensor index, SymInt count) -> (Tensor, Tensor)",
     reference=reference.edge_order,
@@ -193,6 +209,8 @@ registry.define(
 )
 registry.define(
     "edge_attention(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor[] edges, float scale) -> (Tensor, Tensor)",
+    operands="q: float N heads D; k: q M heads D; v: q M heads D; bias: q E heads",
+    also=_check_raw_edges,
     reference=reference.edge_attention_op,
     fake=_fake,
     triton=f"{_TRITON}:edge_attention",
@@ -200,6 +218,9 @@ registry.define(
 registry.define(
     "edge_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor lse, "
     "Tensor[] edges, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    operands="q: float N heads D; k: q M heads D; v: q M heads D; "
+    "bias: q E heads; grad: q N heads D; lse: exact N heads",
+    also=_check_raw_edges_backward,
     reference=reference.edge_attention_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:edge_attention_backward",

@@ -265,6 +265,7 @@ def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
 
 registry.define(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
+    operands="x: float tokens H; weight: x V H; target: int64 tokens",
     reference=reference.linear_cross_entropy_forward,
     fake=_fake_forward,
     triton=f"{_TRITON}:linear_cross_entropy",
@@ -272,6 +273,7 @@ registry.define(
 registry.define(
     "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor lse, "
     f"{_OPTIONS}, bool need_x, bool need_weight) -> (Tensor, Tensor)",
+    operands="x: float tokens H; weight: x V H; target: int64 tokens; grad: any tokens; lse: double tokens",
     reference=reference.linear_cross_entropy_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:linear_cross_entropy_backward",
@@ -281,6 +283,7 @@ registry.refuse_second_derivative("linear_cross_entropy_backward")
 registry.define(
     "linear_cross_entropy_gradients(Tensor x, Tensor weight, Tensor target, Tensor divisor, "
     f"{_OPTIONS}, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    operands="x: float tokens H; weight: x V H; target: int64 tokens",
     reference=reference.linear_cross_entropy_gradients,
     fake=_fake_gradients,
     triton=f"{_TRITON}:linear_cross_entropy_gradients",

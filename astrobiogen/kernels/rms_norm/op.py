@@ -148,18 +148,21 @@ def _backward_add(
 
 registry.define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    operands="x: float *rows H; weight: any H",
     reference=reference.rms_norm_forward,
     fake=_fake_forward,
     triton=f"{_TRITON}:rms_norm",
 )
 registry.define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    operands="x: float *rows H; residual: x *rows H; weight: any H",
     reference=reference.add_rms_norm_forward,
     fake=_fake_add_forward,
     triton=f"{_TRITON}:add_rms_norm",
 )
 registry.define(
     "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_sum) -> (Tensor, Tensor)",
+    operands="x: float *rows H; grad_y: x *rows H; weight: any H; rstd: exact *rows; grad_sum: x *rows H",
     reference=reference.rms_norm_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:rms_norm_backward",

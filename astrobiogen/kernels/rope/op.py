@@ -72,6 +72,15 @@ def check_tables(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     check_same_device(x=x, cos=cos, sin=sin)
 
 
+def _check_raw(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_unused: Any) -> None:
+    rows = (x.shape[1],), (1, x.shape[1]), (x.shape[0], x.shape[1])
+    if cos.shape[:-1] not in rows or sin.shape != cos.shape or 2 * cos.shape[-1] > x.shape[3]:
+        raise ValueError(
+            f"rope: cos and sin must have shape [S, R] or [B, S, R] with 2 R <= D for x [B, S, heads, D] = "
+            f"{tuple(x.shape)}, got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+
+
 def _fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, transposed: bool) -> torch.Tensor:
     del cos, sin, interleaved, transposed
     return x.new_empty(x.shape)
@@ -90,6 +99,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, N
 
 registry.define(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool transposed) -> Tensor",
+    operands="x: float B S heads D; cos: any *table R; sin: any *table R",
+    also=_check_raw,
     reference=reference.rope,
     fake=_fake,
     triton="astrobiogen.kernels.rope.triton_kernels:rope",

@@ -106,30 +106,35 @@ def _packed_backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
 
 registry.define(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
+    operands="gate: float *shape; up: gate *shape",
     reference=reference.swiglu,
     fake=_fake_forward,
     triton=f"{_TRITON}:swiglu",
 )
 registry.define(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    operands="gate: float *shape; up: gate *shape; grad: gate *shape",
     reference=reference.swiglu_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:swiglu_backward",
 )
 registry.define(
     "swiglu_packed(Tensor gate_up) -> Tensor",
+    operands="gate_up: float *rows 2I",
     reference=reference.swiglu_packed,
     fake=_fake_packed,
     triton=f"{_TRITON}:swiglu_packed",
 )
 registry.define(
     "swiglu_packed_backward(Tensor grad, Tensor gate_up) -> Tensor",
+    operands="gate_up: float *rows 2I; grad: gate_up *rows I",
     reference=reference.swiglu_packed_backward,
     fake=_fake_packed_backward,
     triton=f"{_TRITON}:swiglu_packed_backward",
 )
 registry.define(
     "swiglu_backward_product(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)",
+    operands="gate: float *shape; up: gate *shape; grad: gate *shape",
     reference=reference.swiglu_backward_product,
     fake=_fake_backward_product,
     triton=f"{_TRITON}:swiglu_backward_product",
