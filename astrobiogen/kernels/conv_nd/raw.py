@@ -74,7 +74,8 @@ def _geometry(lists: Sequence[Any], axes: int) -> Geometry:
         for number in numbers:
             check_int(f"every {name}", number, lowest, highest)
     check_int("groups", groups, 1)
-    return Geometry(*map(tuple, words), groups)
+    stride, padding, mode, dilation = map(tuple, words)
+    return Geometry(stride, padding, mode, dilation, groups)
 
 
 def _check_weight(x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
