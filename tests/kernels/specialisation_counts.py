@@ -57,13 +57,13 @@ def run_attention(batch: int, length: int) -> None:
     q, k = empty(batch, length, 16, 68), empty(batch, length, 4, 68)
     angles = empty(length, 34, dtype=torch.float32)
     options = (angles, angles, None, None, True, 0.12, 0, 0.0, False)
-    out, lse, rest = attention.attention(q, k, k, *options)
+    out, lse, rest = attention.attention(q, k, k, *options, True)
     attention.attention_backward(q, None, q, k, k, out, lse, rest, *options)
 
 
 def run_decode(batch: int, length: int) -> None:
     q, k = empty(batch, 1, 16, 68), empty(batch, length, 4, 68)
-    attention.attention(q, k, k, None, None, None, None, True, 0.12, 0, 0.0, False)
+    attention.attention(q, k, k, None, None, None, None, True, 0.12, 0, 0.0, False, False)
 
 
 def run_conv_nd(batch: int, length: int) -> None:
