@@ -56,8 +56,10 @@ def extension_arguments() -> dict:
         "-fopenmp",
         "-fno-math-errno",
         "-fno-trapping-math",
-        "-Wno-psabi",
-        "-Wno-ignored-attributes",
+        "-g0",
+        "-Wall",
+        "-Wextra",
+        *(f"-isystem{path}" for path in cpp_extension.include_paths()),  # their warnings are not ours
     ]
     if platform.system() == "Darwin":
         flags.remove("-fopenmp")

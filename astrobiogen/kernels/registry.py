@@ -357,13 +357,22 @@ def _refusing_a_mixture(name: str, fake: Callable[..., Any]) -> Callable[..., An
     return checked
 
 
+def _left_to_reference(name: str, device: torch.device, args: tuple[Any, ...]) -> bool:
+    """True for float64 where there is a kernel: it hands that dtype on to the reference if loops would be slower."""
+    return any(tensor.dtype == torch.float64 for tensor in _tensors(args)) and _serves(name, device.type.upper())
+
+
+_serves = functools.cache(has_kernel)
+
+
 def _warning_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     def serve(*args: Any) -> Any:
         layouts = {tensor.layout for tensor in _tensors(args)} - {torch.strided}
         if layouts:  # the dispatcher sends them here, also where all kernels are built
             raise ValueError(f"{NAMESPACE}::{name}: all tensors must be dense, got {layouts.pop()}")
         device = next((tensor.device for tensor in _tensors(args)), torch.device("cpu"))
-        if device.type != "meta" and (name, str(device)) not in _WARNED:
+        unwarned = device.type != "meta" and (name, str(device)) not in _WARNED
+        if unwarned and not _left_to_reference(name, device, args):
             _WARNED.add((name, str(device)))
             reason = _status(_ENTRIES[name], device).reason
             warnings.warn(f"astrobiogen.{name} runs its plain PyTorch reference on {device}: {reason}", stacklevel=2)

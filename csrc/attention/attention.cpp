@@ -17,6 +17,7 @@
 #include "attention/geometry.h"
 #include "attention/kernels.h"
 #include "attention/panel.h"
+#include "common/dtypes.h"
 #include "common/simd.h"
 
 namespace astrobiogen::attention {
@@ -229,9 +230,7 @@ ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   Tensor rest = at::empty(keep ? (half ? q : lse).sizes() : at::IntArrayRef({0}), kept);
   if (out.numel() == 0) return {out, lse, rest};
   if (wide) forward_double(in, out, lse, rest);
-  else if (q.scalar_type() == at::kFloat) forward_typed<float>(in, out, lse, rest);
-  else if (q.scalar_type() == at::kBFloat16) forward_typed<c10::BFloat16>(in, out, lse, rest);
-  else forward_typed<c10::Half>(in, out, lse, rest);
+  else for_dtype(q.scalar_type(), [&]<typename T>() { forward_typed<T>(in, out, lse, rest); });
   return {out, lse, rest};
 }
 

@@ -14,6 +14,7 @@
 #include "attention/geometry.h"
 #include "attention/kernels.h"
 #include "attention/panel.h"
+#include "common/dtypes.h"
 #include "common/simd.h"
 
 namespace astrobiogen::attention {
@@ -265,9 +266,6 @@ void backward_typed(const Inputs& in, const Tensor& grad_out, const Optional& gr
 
 BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional& grad_lse, const Tensor& out,
                         const Tensor& lse, const Tensor& rest) {
-  const auto typed = [&]<typename T>(auto&&... grads) {
-    backward_typed<T>(in, grad_out, grad_lse, out, lse, rest, grads...);
-  };
   Tensor grad_q = at::empty(in.q.sizes(), in.q.options());
   Tensor grad_k = at::empty(in.k.sizes(), in.k.options()), grad_v = at::empty(in.v.sizes(), in.v.options());
   const bool wide = in.q.scalar_type() == at::kDouble;
@@ -278,10 +276,9 @@ BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional
     return {grad_q, grad_k, grad_v, in.sinks ? grad_sinks.to(in.sinks->scalar_type()) : grad_sinks};
   }
   if (wide) backward_double(in, grad_out, grad_lse, out, lse, rest, grad_q, grad_k, grad_v, grad_sinks);
-  else if (in.q.scalar_type() == at::kFloat) typed.template operator()<float>(grad_q, grad_k, grad_v, grad_sinks);
-  else if (in.q.scalar_type() == at::kBFloat16)
-    typed.template operator()<c10::BFloat16>(grad_q, grad_k, grad_v, grad_sinks);
-  else typed.template operator()<c10::Half>(grad_q, grad_k, grad_v, grad_sinks);
+  else for_dtype(in.q.scalar_type(), [&]<typename T>() {
+      backward_typed<T>(in, grad_out, grad_lse, out, lse, rest, grad_q, grad_k, grad_v, grad_sinks);
+    });
   return {grad_q, grad_k, grad_v, in.sinks ? grad_sinks.to(in.sinks->scalar_type()) : grad_sinks};
 }
 

@@ -9,11 +9,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <vector>
+
+#include "common/scratch.h"
+#include "common/tasks.h"
 
 namespace astrobiogen::attention {
 
@@ -38,11 +40,11 @@ struct Geometry {
   int64_t batch, queries, keys, heads, kv_heads, group, dim;
   int64_t rotary = 0;  // pairs
   int64_t angle_rows = 0, angle_batch = 0;
-  bool interleaved;
-  Scalar scale, softcap;
-  std::vector<int32_t> low, high;  // [queries] keys seen: low <= key < high; both never decrease
+  bool interleaved = false;
+  Scalar scale = 0, softcap = 0;
+  std::vector<int32_t> low{}, high{};  // [queries] keys seen: low <= key < high; both never decrease
   const Scalar *cos = nullptr, *sin = nullptr, *sinks = nullptr;
-  Tensor cos_storage, sin_storage, sinks_storage;
+  Tensor cos_storage{}, sin_storage{}, sinks_storage{};
 
   int64_t rows() const { return queries * group; }  // of one (batch, kv head)
   const Scalar* angles(const Scalar* table, int64_t b, int64_t row_from_end) const {
@@ -197,30 +199,11 @@ inline float correction_of(float lse, float top, float total) {
   return all_finite(&correction, 1) ? correction : 1.0f;
 }
 
-// Cache-line aligned floats, zeroed.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : data_(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64}))) {
-    std::fill_n(data_.get(), floats, 0.0f);
-  }
-  float* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float[], Free> data_;
-};
-
-// Runs work(task, scratch) for tasks 0 .. count - 1; every thread takes the next free task, so unequal tasks balance. A task's result must not depend on
-// who runs it.
+// As astrobiogen::run_tasks, with zeros for scratch.
 template <class Work>
 void run_tasks(int64_t count, int64_t scratch_floats, const Work& work) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    Scratch scratch(scratch_floats);
-    for (int64_t task = next.fetch_add(1); task < count; task = next.fetch_add(1)) work(task, scratch.get());
-  });
+  const auto make_scratch = [=] { return AlignedArray<float>(scratch_floats); };
+  astrobiogen::run_tasks(count, make_scratch, [&](int64_t task, AlignedArray<float>& scratch) { work(task, scratch.data()); });
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;

@@ -22,13 +22,13 @@ ASTRO_INLINE void softmax_tile(float* tile, int64_t count, float* maximum, float
     }
   for (int n = 0; n < 2; ++n) {
     safe[n] = top[n] == lowest ? F{} : top[n];  // nothing visible yet: -Inf - -Inf would be NaN
-    store_as(shrink + n * B::L, exp2_unit<B>(load_as<F>(maximum + n * B::L) - safe[n]));
+    store_as(shrink + n * B::L, simd::exp2_unit<F>(load_as<F>(maximum + n * B::L) - safe[n]));
     store_as(maximum + n * B::L, top[n]);
   }
   for (int64_t j = 0; j < count; ++j)
     for (int n = 0; n < 2; ++n) {
       float* p = tile + j * B::W + n * B::L;
-      const F probability = exp2_unit<B>(load_as<F>(p) - safe[n]);
+      const F probability = simd::exp2_unit<F>(load_as<F>(p) - safe[n]);
       store_as(p, probability);
       sum[n] += probability;
     }
@@ -77,7 +77,7 @@ ASTRO_INLINE void gradient_tile(float* probability, float* grad, int64_t count, 
     for (int64_t j = 0; j < count; ++j) {
       float *p = probability + j * kRows + n * B::L, *g = grad + j * kRows + n * B::L;
       const F score = load_as<F>(p);
-      const F weight = exp2_unit<B>(score - shift);
+      const F weight = simd::exp2_unit<F>(score - shift);
       const F cap = score * inverse;
       const F value = weight * (load_as<F>(g) - mean) * (1.0f - cap * cap);
       store_as(p, weight);

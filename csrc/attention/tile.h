@@ -8,15 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/simd.h"
+#include "common/math.h"
+#include "gemm/microkernel.h"
 
 namespace astrobiogen::attention {
-
-template <int Bytes>
-struct Vector {
-  typedef float F __attribute__((vector_size(Bytes)));
-  typedef int32_t I __attribute__((vector_size(Bytes)));
-};
 
 // L: fp32 lanes of one register. R: rows of the register block; R x 2 accumulators + 2 loads + 1 broadcast fit the registers:
 // AVX-512 11 x 2 + 3 = 25 of 32, AVX2 6 x 2 + 3 = 15 of 16, SSE2/NEON 6 x 2 + 3 = 15 of 16.
@@ -24,8 +19,8 @@ struct Vector {
 template <int L_, int R_, int Keys_>
 struct Blocking {
   static constexpr int L = L_, R = R_, W = 2 * L_, Keys = Keys_;
-  using F = typename Vector<4 * L_>::F;
-  using I = typename Vector<4 * L_>::I;
+  using F = typename simd::Lanes<L_>::F;
+  using I = typename simd::Lanes<L_>::I;
 };
 using Avx512 = Blocking<16, 11, 66>;
 using Avx2 = Blocking<8, 6, 60>;
@@ -34,57 +29,8 @@ using Baseline = Blocking<4, 6, 60>;
 // Query rows per task: the K and V tiles are reused from the cache by this many rows.
 constexpr int64_t kRows = 64;
 
-template <class F>
-ASTRO_INLINE F load_as(const float* p) {
-  F v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <class F>
-ASTRO_INLINE void store_as(float* p, F v) {
-  std::memcpy(p, &v, sizeof(v));
-}
-
-// 2^x for x <= 1: 2^n 2^f with |f| <= 1/2, degree-6 minimax polynomial (relative error 1.9e-9). Below -126 the result is 0. NaN stays NaN: it fails both
-// comparisons and the polynomial carries it.
-template <class B>
-ASTRO_INLINE typename B::F exp2_unit(typename B::F x) {
-  using F = typename B::F;
-  using I = typename B::I;
-  const float kRound = 0x1.8p23f;
-  const F floor = F{} - 126.0f;
-  const F y = x < floor ? floor : x;
-  const F shifted = y + kRound;
-  const F f = y - (shifted - kRound);
-  I n;
-  std::memcpy(&n, &shifted, sizeof(n));
-  n = (n << 23) + (127 << 23);  // the low bits of `shifted` hold n; its exponent bits fall off the left
-  F power;
-  std::memcpy(&power, &n, sizeof(n));
-  F p = f * 0x1.41a6fep-13f + 0x1.5f44f0p-10f;
-  p = p * f + 0x1.3b2dfep-7f;
-  p = p * f + 0x1.c6aed6p-5f;
-  p = p * f + 0x1.ebfbdap-3f;
-  p = p * f + 0x1.62e430p-1f;
-  p = p * f + 1.0f;
-  return x < floor ? F{} : p * power;
-}
-
-// As simd::tanh, on one register: odd polynomial below 0.55 (relative error 1e-9), (1 - e) / (1 + e) with e = e^(-2|x|) above.
-template <class B>
-ASTRO_INLINE typename B::F tanh_lanes(typename B::F x) {
-  using F = typename B::F;
-  const F a = x < 0.0f ? -x : x;
-  const F z = a * a;
-  F p = z * -6.27423869e-3f + 2.10716780e-2f;
-  p = p * z + -5.38523085e-2f;
-  p = p * z + 1.33325860e-1f;
-  p = p * z + -3.33333164e-1f;
-  const F e = exp2_unit<B>(a * -0x1.715476p1f);
-  const F magnitude = a < 0.55f ? a + a * (z * p) : (1.0f - e) / (1.0f + e);
-  return x < 0.0f ? -magnitude : magnitude;
-}
+using simd::load_as;
+using simd::store_as;
 
 // score = softcap tanh(score) on one panel's columns of a tile.
 template <class B>
@@ -93,7 +39,7 @@ ASTRO_INLINE void cap_tile(float* tile, int64_t stride, int64_t count, float sof
   for (int64_t j = 0; j < count; ++j)
     for (int n = 0; n < 2; ++n) {
       float* p = tile + j * stride + n * B::L;
-      store_as<F>(p, tanh_lanes<B>(load_as<F>(p)) * softcap);
+      store_as<F>(p, simd::tanh_of<F>(load_as<F>(p)) * softcap);
     }
 }
 
@@ -104,32 +50,11 @@ enum class Start { kZero, kAdd, kScale };
 // not one chain of 2,048 additions (largest error of dV at S = 2048 against fp64: 1.4e-5 with the chain, eager 4.7e-6).
 template <class B, int R, int N, bool Adjacent, Start kStart>
 ASTRO_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, const float* scale) {
+  const auto left = [=](int r, int64_t p) ASTRO_LAMBDA_INLINE { return Adjacent ? a[p * lda + r] : a[r * lda + p]; };
   using F = typename B::F;
-  F acc[R][N];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) acc[r][n] = F{};
-  for (int64_t p = 0; p < depth; ++p) {
-    F right[N];
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) right[n] = load_as<F>(b + p * ldb + n * B::L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const float left = Adjacent ? a[p * lda + r] : a[r * lda + p];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) acc[r][n] += left * right[n];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      float* to = c + r * ldc + n * B::L;
-      if constexpr (kStart == Start::kAdd) acc[r][n] += load_as<F>(to);
-      if constexpr (kStart == Start::kScale) acc[r][n] += load_as<F>(to) * load_as<F>(scale + n * B::L);
-      store_as(to, acc[r][n]);
-    }
+  if constexpr (kStart == Start::kZero) gemm::block<F, R, N>(depth, left, b, ldb, c, ldc, gemm::Overwrite{});
+  if constexpr (kStart == Start::kAdd) gemm::block<F, R, N>(depth, left, b, ldb, c, ldc, gemm::AddTo{});
+  if constexpr (kStart == Start::kScale) gemm::block<F, R, N>(depth, left, b, ldb, c, ldc, gemm::AddScaled{scale});
 }
 
 // The rows left over: one instantiation per count, chosen at run time.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
 
@@ -15,6 +16,13 @@ inline bool has_tangent(const std::optional<at::Tensor>& x) { return x.has_value
 template <typename... Tensors>
 bool any_tangent(const Tensors&... tensors) {
   return (has_tangent(tensors) || ...);
+}
+
+// An op of the library by its name, called through the dispatcher: a backward op's own rule then refuses a second
+// derivative.
+template <typename Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 }  // namespace astrobiogen

@@ -2,38 +2,38 @@
 #pragma once
 
 #include "common/math.h"
-#include "common/pairs.h"
+#include "common/simd.h"
 
-namespace astrobiogen::swiglu {
+namespace astrobiogen::simd {
 
 // e^-|g|, 0 from |g| = 104 on. The clamp is an integer one: of two negative floats the larger is the smaller unsigned word. It turns some NaN into
 // numbers; every result below is also multiplied by g.
 template <int N>
-ASTRO_INLINE simd::F<N> exp_negative(simd::F<N> g) {
-  using U = typename simd::Lanes<N>::U;
-  const U bits = (U)g | 0x80000000u, lowest = (U)simd::broadcast<N>(-104.0f);
-  return simd::exp_in_range((simd::F<N>)(bits < lowest ? bits : lowest));
+ASTRO_INLINE F<N> exp_negative(F<N> g) {
+  using U = typename Lanes<N>::U;
+  const U bits = (U)g | 0x80000000u, lowest = (U)broadcast<N>(-104.0f);
+  return exp_in_range((F<N>)(bits < lowest ? bits : lowest));
 }
 
 template <int N>
-ASTRO_INLINE simd::F<N> silu(simd::F<N> g) {
-  const simd::F<N> e = exp_negative<N>(g);
-  return g * ((typename simd::Lanes<N>::I)g < 0 ? e : simd::broadcast<N>(1.0f)) / (1.0f + e);
+ASTRO_INLINE F<N> silu(F<N> g) {
+  const F<N> e = exp_negative<N>(g);
+  return g * ((typename Lanes<N>::I)g < 0 ? e : broadcast<N>(1.0f)) / (1.0f + e);
 }
 
 // sigmoid(g) and sigmoid(-g) from one exponential and one division; both keep their relative accuracy on either side of zero.
 template <int N>
 struct Gate {
-  simd::F<N> open, shut;
+  F<N> open, shut;
 };
 
 template <int N>
-ASTRO_INLINE Gate<N> gate_of(simd::F<N> g) {
-  const simd::F<N> e = exp_negative<N>(g);
-  const simd::F<N> large = 1.0f / (1.0f + e);
-  const simd::F<N> small = e * large;
-  const auto negative = (typename simd::Lanes<N>::I)g < 0;
+ASTRO_INLINE Gate<N> gate_of(F<N> g) {
+  const F<N> e = exp_negative<N>(g);
+  const F<N> large = 1.0f / (1.0f + e);
+  const F<N> small = e * large;
+  const auto negative = (typename Lanes<N>::I)g < 0;
   return {negative ? small : large, negative ? large : small};
 }
 
-}  // namespace astrobiogen::swiglu
+}  // namespace astrobiogen::simd

@@ -9,48 +9,16 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #include "common/dispatch.h"
-#include "common/math.h"
-#include "common/simd.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "common/stream.h"
 
 namespace astrobiogen::simd {
-
-template <int N>
-struct Lanes;
-template <>
-struct Lanes<8> {
-  using F = f32x8;
-  using U = u32x8;
-  using I = i32x8;
-  using FloatMemory = f32x8_memory;
-  using WordMemory = u32x8_memory;
-};
-template <>
-struct Lanes<16> {
-  using F = f32x16;
-  typedef uint32_t U __attribute__((vector_size(64)));
-  typedef int32_t I __attribute__((vector_size(64)));
-  using FloatMemory = f32x16_memory;
-  using WordMemory = u32x16_memory;
-};
-template <int N>
-using F = typename Lanes<N>::F;
 
 template <int N>
 struct Pair {
   F<N> first, second;
 };
-
-template <int N>
-ASTRO_INLINE F<N> broadcast(float value) {
-  return F<N>{} + value;
-}
 
 template <int N>
 ASTRO_INLINE Pair<N> load_pair(const float* p) {
@@ -92,11 +60,10 @@ template <Level L, Round R, int N>
 ASTRO_INLINE typename Lanes<N>::U narrow(Pair<N> v) {
   using U = typename Lanes<N>::U;
   const U first = round_bf16<R, N>(v.first) >> 16, second = round_bf16<R, N>(v.second);
-#if defined(ASTRO_HAS_LEVELS)
-  if constexpr (N == 8 && L != Level::kBaseline) {
-    U both;
-    asm("vpblendw $0xaa, %2, %1, %0" : "=x"(both) : "x"(first), "x"(second));  // the odd halfwords of `second`
-    return both;
+#if defined(ASTRO_HAS_SHUFFLES)
+  if constexpr (N == 8 && L != Level::kBaseline) {  // the odd halfwords of `second`: one blend
+    typedef uint16_t Halfwords __attribute__((vector_size(32)));
+    return (U)__builtin_shufflevector((Halfwords)first, (Halfwords)second, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31);
   }
 #endif
   if constexpr (R == Round::kExact) return first | second;
@@ -142,64 +109,15 @@ ASTRO_INLINE Pair<N> rounded(Pair<N> v) {
   }
 }
 
-// Stores that bypass the cache: a cached store first reads the line it overwrites, a third of the traffic of a kernel that reads once and writes
-// once. Worth it for outputs past kStreamBytes, which no later reader would find in L2 anyway. `p` must be aligned (`can_stream`), and the writing
-// thread ends with `stream_fence`. Elsewhere than on x86, and for fp16, an ordinary store.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-constexpr int64_t kStreamAlignment = 64;  // of a 64-byte store
-
-template <typename T>
-ASTRO_INLINE bool can_stream(const T* p, int64_t row, int64_t total) {
-  return total * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && reinterpret_cast<uintptr_t>(p) % kStreamAlignment == 0 &&
-         row * sizeof(T) % kStreamAlignment == 0;
-}
-
-// Elements from p to the next address that can be streamed to.
-template <typename T>
-ASTRO_INLINE int64_t until_aligned(const T* p) {
-  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kStreamAlignment / sizeof(T));
-}
-
-#if defined(__SSE2__)
-template <Level L>
-ASTRO_INLINE void stream_bytes(void* p, u32x8 v) {
-#if defined(ASTRO_HAS_LEVELS)
-  if constexpr (L != Level::kBaseline) {
-    asm volatile("vmovntdq %1, %0" : "=m"(*static_cast<u32x8*>(p)) : "x"(v));
-    return;
-  }
-#endif
-  __m128i half[2];
-  std::memcpy(half, &v, sizeof(v));
-  for (int k = 0; k < 2; ++k) _mm_stream_si128(static_cast<__m128i*>(p) + k, half[k]);
-}
-
-// Only the AVX-512 level has 16 lanes.
-template <Level>
-ASTRO_INLINE void stream_bytes(void* p, Lanes<16>::U v) {
-  asm volatile("vmovntdq %1, %0" : "=m"(*static_cast<Lanes<16>::U*>(p)) : "v"(v));
-}
-
-ASTRO_INLINE void stream_fence() { _mm_sfence(); }
-#else
-template <Level, typename U>
-ASTRO_INLINE void stream_bytes(void* p, U v) {
-  std::memcpy(p, &v, sizeof(v));
-}
-
-ASTRO_INLINE void stream_fence() {}
-#endif
-
 template <Level L, Round R, int N, typename T>
 ASTRO_INLINE void put_pair(T* p, Pair<N> v, bool streamed) {
-  using U = typename Lanes<N>::U;
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    if (streamed) stream_bytes<L>(p, narrow<L, R, N>(v));
+    if (streamed) stream<L>(p, narrow<L, R, N>(v));
     else store_pair<N, L, R>(p, v);
   } else if constexpr (std::is_same_v<T, float>) {
     if (streamed) {
-      stream_bytes<L>(p, (U)v.first);
-      stream_bytes<L>(p + N, (U)v.second);
+      stream<L>(p, v.first);
+      stream<L>(p + N, v.second);
     } else {
       store_pair<N>(p, v);
     }
@@ -237,22 +155,6 @@ ASTRO_INLINE void put_pair_partial(T* p, Pair<N> v, int64_t count) {
   copy_few<2 * N * sizeof(T)>(p, elements, count);
 }
 
-// Zeros on whole cache lines, for tables and scratch that vectors walk: from malloc, which aligns to 16 bytes, every second 32-byte access crosses two
-// lines, in three processes out of four (residual RMSNorm in bf16: 0.2 of a copy's time).
-template <typename T>
-class AlignedArray {
- public:
-  explicit AlignedArray(int64_t count) : lines_((count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)) {}
-  T* data() { return reinterpret_cast<T*>(lines_.data()); }
-  const T* data() const { return reinterpret_cast<const T*>(lines_.data()); }
-
- private:
-  struct alignas(64) Line {
-    unsigned char bytes[64] = {};
-  };
-  std::vector<Line> lines_;
-};
-
 // Where element i of a table stands once the table is in the order of Pair<8> of T.
 template <typename T>
 ASTRO_INLINE int64_t arranged(int64_t i) {
@@ -267,8 +169,5 @@ void arrange(const float* table, int64_t count, float* to) {
   std::fill(to, to + (count + 15) / 16 * 16, 0.0f);
   for (int64_t i = 0; i < count; ++i) to[arranged<T>(i)] = table[i] == table[i] ? table[i] : std::numeric_limits<float>::quiet_NaN();
 }
-
-// Asks for one line of memory before it is needed, into L2. Never faults.
-ASTRO_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace astrobiogen::simd

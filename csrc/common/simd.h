@@ -37,6 +37,54 @@ typedef uint32_t u32x16_memory __attribute__((vector_size(64), aligned(2), may_a
 typedef uint16_t u16x8_memory __attribute__((vector_size(16), aligned(2), may_alias));
 
 #if defined(__clang__) || __GNUC__ >= 12
+#define ASTRO_HAS_SHUFFLES 1
+#endif
+
+// The types of N lanes of 32 bits.
+template <int N>
+struct Lanes;
+template <>
+struct Lanes<4> {
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+  typedef float FloatMemory __attribute__((vector_size(16), aligned(4), may_alias));
+};
+template <>
+struct Lanes<8> {
+  using F = f32x8;
+  using U = u32x8;
+  using I = i32x8;
+  using FloatMemory = f32x8_memory;
+  using WordMemory = u32x8_memory;
+};
+template <>
+struct Lanes<16> {
+  using F = f32x16;
+  typedef uint32_t U __attribute__((vector_size(64)));
+  typedef int32_t I __attribute__((vector_size(64)));
+  using FloatMemory = f32x16_memory;
+  using WordMemory = u32x16_memory;
+};
+template <int N>
+using F = typename Lanes<N>::F;
+
+template <int N>
+ASTRO_INLINE F<N> broadcast(float value) {
+  return F<N>{} + value;
+}
+
+// A vector of any width from and to fp32 memory at any address.
+template <typename Vector>
+ASTRO_INLINE Vector load_as(const float* p) {
+  return *reinterpret_cast<const typename Lanes<sizeof(Vector) / sizeof(float)>::FloatMemory*>(p);
+}
+
+template <typename Vector>
+ASTRO_INLINE void store_as(float* p, Vector v) {
+  *reinterpret_cast<typename Lanes<sizeof(Vector) / sizeof(float)>::FloatMemory*>(p) = v;
+}
+
+#if defined(ASTRO_HAS_SHUFFLES)
 ASTRO_INLINE f32x8 low(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
 ASTRO_INLINE f32x8 high(f32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
 ASTRO_INLINE f32x16 join(f32x8 low, f32x8 high) { return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
@@ -68,7 +116,7 @@ ASTRO_INLINE u32x8 load8_bits(const void* p) {
 
 // The interleave with zeros is the shift by 16: 3 AVX2 instructions where GCC 12 makes 6 of a conversion and a shift.
 ASTRO_INLINE f32x8 load8(const c10::BFloat16* p) {
-#if defined(__clang__) || __GNUC__ >= 12
+#if defined(ASTRO_HAS_SHUFFLES)
   const u16x8 narrow = *reinterpret_cast<const u16x8_memory*>(p);
   return (f32x8)__builtin_shufflevector(u16x8{}, narrow, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
 #else

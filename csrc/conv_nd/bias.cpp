@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/dtypes.h"
 #include "conv_nd/checks.h"
 #include "conv_nd/geometry.h"
 
@@ -59,18 +60,15 @@ ASTRO_INLINE void add_rows(const T* rows, int64_t channels, int64_t count, float
 struct AddRows {
   template <Level L>
   static ASTRO_INLINE void run(const void* rows, at::ScalarType dtype, int64_t channels, int64_t first, int64_t count, float* sums) {
-    using Vec = std::conditional_t<L == Level::kAvx512, simd::f32x16, simd::f32x8>;
-    const int64_t skip = first * channels;
-    if (dtype == at::kFloat) add_rows<Vec>(static_cast<const float*>(rows) + skip, channels, count, sums);
-    else if (dtype == at::kBFloat16) add_rows<Vec>(static_cast<const c10::BFloat16*>(rows) + skip, channels, count, sums);
-    else add_rows<Vec>(static_cast<const c10::Half*>(rows) + skip, channels, count, sums);
+    using Vec = simd::F<kWidth<L>>;
+    for_dtype(dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE { add_rows<Vec>(static_cast<const T*>(rows) + first * channels, channels, count, sums); });
   }
 };
 
 Tensor conv_nd_bias_grad(const Tensor& grad) {
   constexpr check::Op op("astrobiogen::conv_nd_bias_grad");
   check_volume(op, grad, "grad");
-  const Tensor rows = to_rows(grad);
+  const Tensor rows = to_channels_last(grad);
   const int64_t channels = rows.size(-1), positions = rows.numel() / channels;
   if (rows.scalar_type() == at::kDouble) return rows.reshape({positions, channels}).sum(0);
   const int64_t chunks = std::clamp<int64_t>(rows.numel() / kGrain, 1, kMaxChunks);

@@ -101,19 +101,19 @@ inline void check_norm(const check::Op& op, const Tensor& x, int64_t channels, c
   check_bias(op, beta, "norm_bias", x, channels);
 }
 
-inline void check_norm_backward(const check::Op& op, const Tensor& grad, const Tensor& kept, const Optional& gamma,
+inline void check_norm_backward(const check::Op& op, const Tensor& grad, const Tensor& pre_activation, const Optional& gamma,
                                 const Optional& beta, const Tensor& mean, const Tensor& rstd, int64_t norm,
                                 int64_t norm_groups, int64_t activation) {
-  check_volume(op, kept, "kept");
-  op.like(grad, "grad", kept, "the shape of kept");
-  check_norm(op, kept, kept.size(1), gamma, beta, norm, norm_groups);
+  check_volume(op, pre_activation, "kept");
+  op.like(grad, "grad", pre_activation, "the shape of kept");
+  check_norm(op, pre_activation, pre_activation.size(1), gamma, beta, norm, norm_groups);
   op.size(activation, "activation", kNone, kGelu);
-  std::vector<int64_t> shape = kept.sizes().vec();
-  if (norm == kGroup) shape = {kept.size(0), norm_groups};
+  std::vector<int64_t> shape = pre_activation.sizes().vec();
+  if (norm == kGroup) shape = {pre_activation.size(0), norm_groups};
   else shape.erase(shape.begin() + 1);
-  op.dtype(rstd, "rstd", check::exact(kept));
+  op.dtype(rstd, "rstd", check::exact(pre_activation));
   op.shape(rstd, "rstd", shape, "[B, groups] of a group norm, else [B, *spatial]");
-  op.dtype(mean, "mean", check::exact(kept));
+  op.dtype(mean, "mean", check::exact(pre_activation));
   if (norm != kRms) op.shape(mean, "mean", shape, "[B, groups] of a group norm, else [B, *spatial]");
 }
 

@@ -64,13 +64,13 @@ Tensor cut_input(Tensor rows, const OuterTap& tap) {
 // channels-last, and oneDNN (3.12, brg_conv_fwd) then reads wrong rows when a stride of 2 or more over the last axis leaves a single output. The
 // plain strides are the same memory and take its other kernel.
 Tensor native(const Tensor& rows) {
-  const Tensor moved = from_rows(rows);
+  const Tensor moved = from_channels_last(rows);
   return rows.size(-1) == 1 ? rows.reshape({rows.numel()}).view(moved.sizes()) : moved;
 }
 
 Tensor cut_weight(Tensor weight, const OuterTap& tap) {
   for (int64_t k : tap.index) weight = weight.select(2, k);
-  return native(to_rows(weight));
+  return native(to_channels_last(weight));
 }
 
 // The leading axes folded into the batch: [B', C, *last three], channels innermost.
@@ -298,7 +298,7 @@ Tensor compose_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   for (const OuterTap& tap : outer_taps(g, spatial(rows), spatial(grad), cropped.count)) {
     Tensor part = result;
     for (int64_t k : tap.index) part = part.select(2, k);
-    const Tensor like = native(to_rows(part));
+    const Tensor like = native(to_channels_last(part));
     part.copy_(std::get<1>(at::convolution_backward(volume(cut_output(grad, tap), g.axes()), volume(cut_input(rows, tap), g.axes()), like, std::nullopt,
                                                     inner.stride, inner.padding, inner.dilation, false, inner.none, g.groups, {false, true, false})));
   }

@@ -24,13 +24,13 @@ using at::Tensor;
 
 namespace {
 
-// Input channels per group up to which the own kernels beat the composition without pairs.
+// Input channels per group up to which the own kernels beat the composition without Winograd axes.
 constexpr int64_t kFewChannels = 4;
 // Outputs per group below which most lanes of a register block would be idle.
 constexpr int64_t kManyOutputs = 8;
-// Share of the live products that pairs must leave at most for the own kernels to win at any width.
-constexpr double kPairedShare = 0.75;
-// Fresh outputs from this size on ask for huge pages.
+// Share of the live products that Winograd axes must leave at most for the own kernels to win at any width.
+constexpr double kWinogradShare = 0.75;
+// Outputs from this size on ask for huge pages.
 constexpr int64_t kHugeBytes = int64_t{4} << 20;
 
 Geometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups) {
@@ -45,11 +45,11 @@ bool pointwise(at::IntArrayRef kernel) {
 
 bool own_kernel(const Tensor& rows, int64_t inputs, int64_t outputs, at::IntArrayRef kernel, const Geometry& geometry) {
   if (rows.scalar_type() == at::kDouble || outputs < kManyOutputs) return false;
-  return inputs <= kFewChannels || pointwise(kernel) || paired_share(rows, kernel, geometry) <= kPairedShare;
+  return inputs <= kFewChannels || pointwise(kernel) || winograd_share(rows, kernel, geometry) <= kWinogradShare;
 }
 
-// An infinite or NaN weight must not reach outputs whose taps it does not belong to, as a paired point would carry it.
-bool pairs_allowed(const Tensor& weight) { return weight.abs().max().item<float>() < 1e30f; }
+// An infinite or NaN weight must not reach outputs whose taps it does not belong to, as a component would carry it.
+bool winograd_allowed(const Tensor& weight) { return weight.abs().max().item<float>() < 1e30f; }
 
 // The rows beyond a pole that lies before a row axis: written out, since their roll changes the row.
 Geometry after_far_poles(Geometry geometry) {
@@ -91,16 +91,16 @@ struct Flat {
   }
 };
 
-void own_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Pairing pairing) {
+PartialStatistics own_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Winograd winograd) {
   const Flat flat(geometry, weight.sizes().slice(2));
-  direct_forward(flat.rows(rows), flat.weight(weight), flat.geometry, epilogue, pairs_allowed(weight) ? pairing : Pairing::kNone);
+  return direct_forward(flat.rows(rows), flat.weight(weight), flat.geometry, epilogue, winograd_allowed(weight) ? winograd : Winograd::kNone);
 }
 
 at::ScalarType arithmetic(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// A fresh large tensor costs a page fault per 4 KiB when it is written (31,000 for the stem's 126 MB: as long as the convolution itself); huge pages
+// A new large tensor costs a page fault per 4 KiB when it is written (31,000 for the stem's 126 MB: as long as the convolution itself); huge pages
 // divide that by 512. Advice only, and only where the kernel is set to take it.
-Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
+Tensor empty_huge(at::IntArrayRef shape, const at::TensorOptions& options) {
   Tensor result = at::empty(shape, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
@@ -113,18 +113,15 @@ Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
   return result;
 }
 
-Tensor empty_rows(const Tensor& x, at::IntArrayRef out, int64_t channels) {
+Tensor empty_channels_last(const Tensor& x, at::IntArrayRef out, int64_t channels) {
   std::vector<int64_t> shape{x.size(0)};
   shape.insert(shape.end(), out.begin(), out.end());
   shape.push_back(channels);
-  return fresh(shape, x.options());
+  return empty_huge(shape, x.options());
 }
 
 // Whole cache lines only: a register block of 16 or 32 channels covers them where rows of y are multiples of 64 bytes.
-bool streamed(const Tensor& y) {
-  const int64_t row = y.size(-1) * y.element_size();
-  return y.element_size() == 4 && row % 64 == 0 && static_cast<int64_t>(y.nbytes()) >= kHugeBytes && reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 64 == 0;
-}
+bool streamed(const Tensor& y) { return y.scalar_type() == at::kFloat && simd::can_stream(y.const_data_ptr<float>(), y.size(-1), y.numel()); }
 
 std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
                                    at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups, int64_t activation,
@@ -133,20 +130,20 @@ std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const 
   check_conv(op, x, weight, bias, {stride, padding, mode, dilation, groups}, activation);
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
   const bool patches = are_patches(geometry, weight.sizes().slice(2)) && x.scalar_type() != at::kDouble;
-  const Tensor rows = patches ? Tensor() : to_rows(x);
-  Tensor kept = keep ? Tensor() : at::empty({0}, x.options());
+  const Tensor rows = patches ? Tensor() : to_channels_last(x);
+  Tensor pre_activation = keep ? Tensor() : at::empty({0}, x.options());
   if (!patches && own_kernel(rows, weight.size(1), weight.size(0) / groups, weight.sizes().slice(2), geometry)) {
     const std::vector<int64_t> out = geometry.output_size(x.sizes().slice(2), weight.sizes().slice(2));
-    Tensor y = empty_rows(x, out, weight.size(0));
-    if (keep) kept = fresh(y.sizes(), y.options());
+    Tensor y = empty_channels_last(x, out, weight.size(0));
+    if (keep) pre_activation = empty_huge(y.sizes(), y.options());
     const std::optional<Tensor> wide = bias ? std::optional(bias->to(at::kFloat).contiguous()) : std::nullopt;
     Epilogue epilogue;
     epilogue.bias = wide ? wide->const_data_ptr<float>() : nullptr;
     epilogue.activation = activation;
-    epilogue.y = y.mutable_data_ptr(), epilogue.kept = keep ? kept.mutable_data_ptr() : nullptr;
+    epilogue.y = y.mutable_data_ptr(), epilogue.pre_activation = keep ? pre_activation.mutable_data_ptr() : nullptr;
     epilogue.streamed = streamed(y);
-    if (y.numel() > 0) own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, Pairing::kRows);
-    return {from_rows(y), keep ? from_rows(kept) : kept};
+    if (y.numel() > 0) own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, Winograd::kRows);
+    return {from_channels_last(y), keep ? from_channels_last(pre_activation) : pre_activation};
   }
   Tensor total;
   if (patches) {
@@ -155,10 +152,10 @@ std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const 
     total = compose_forward(rows.to(arithmetic(x)), weight.to(arithmetic(x)), geometry);
     if (bias) total.add_(bias->to(arithmetic(x)));
   }
-  if (keep) kept = total.to(x.scalar_type());
+  if (keep) pre_activation = total.to(x.scalar_type());
   if (activation == kSilu) total = keep ? at::silu(total) : at::silu_(total);
   if (activation == kGelu) total = keep ? at::gelu(total) : at::gelu_(total);
-  return {from_rows(total.to(x.scalar_type())), keep ? from_rows(kept) : kept};
+  return {from_channels_last(total.to(x.scalar_type())), keep ? from_channels_last(pre_activation) : pre_activation};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -170,9 +167,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const T
   check_norm(op, x, weight.size(0), gamma, beta, norm, norm_groups);
   op.positive(eps, "eps");
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
-  const Tensor rows = to_rows(x);
+  const Tensor rows = to_channels_last(x);
   const auto result = [](const NormResult& r) {
-    return std::tuple{from_rows(r.y), r.kept.dim() > 1 ? from_rows(r.kept) : r.kept, r.mean, r.rstd};
+    return std::tuple{from_channels_last(r.y), r.pre_activation.dim() > 1 ? from_channels_last(r.pre_activation) : r.pre_activation, r.mean, r.rstd};
   };
   if (x.scalar_type() == at::kDouble) {
     Tensor total = compose_forward(rows, weight, geometry);
@@ -189,40 +186,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const T
     return result(normalize_rows(compose_forward(rows.to(at::kFloat), weight.to(at::kFloat), geometry), x.scalar_type(), epilogue, keep));
   const std::vector<int64_t> out = geometry.output_size(x.sizes().slice(2), weight.sizes().slice(2));
   const auto options = x.options().dtype(at::kFloat);
-  NormResult r{empty_rows(x, out, weight.size(0)), at::empty({0}, x.options()), at::empty({0}, options), at::empty({0}, options)};
-  if (keep) r.kept = fresh(r.y.sizes(), r.y.options());
-  epilogue.y = r.y.mutable_data_ptr(), epilogue.kept = keep ? r.kept.mutable_data_ptr() : nullptr;
+  NormResult r{empty_channels_last(x, out, weight.size(0)), at::empty({0}, x.options()), at::empty({0}, options), at::empty({0}, options)};
+  if (keep) r.pre_activation = empty_huge(r.y.sizes(), r.y.options());
+  epilogue.y = r.y.mutable_data_ptr(), epilogue.pre_activation = keep ? r.pre_activation.mutable_data_ptr() : nullptr;
   epilogue.streamed = streamed(r.y) && norm != kGroup;  // a group norm's second half reads it again
-  const int64_t batch = x.size(0), width = Flat(geometry, weight.sizes().slice(2)).sizes(out).back(), segment = segment_size(width);
-  const int64_t per_row = (width + segment - 1) / segment;
-  Tensor means, squares;
-  if (norm == kGroup) {
-    const int64_t slots = batch == 0 ? 0 : r.y.numel() / (batch * width * weight.size(0)) * per_row;
-    means = at::empty({batch, slots, norm_groups}, options), squares = at::empty_like(means);
-    epilogue.mean = means.mutable_data_ptr<float>(), epilogue.rstd = squares.mutable_data_ptr<float>();
-  } else if (keep) {
+  if (norm != kGroup && keep) {
     r.rstd = at::empty(r.y.sizes().slice(0, r.y.dim() - 1), options);
     epilogue.rstd = r.rstd.mutable_data_ptr<float>();
     if (norm == kLayer) r.mean = at::empty_like(r.rstd), epilogue.mean = r.mean.mutable_data_ptr<float>();
   }
-  if (r.y.numel() > 0) own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, Pairing::kRows);
-  if (norm == kGroup) {
-    r.mean = at::empty({batch, norm_groups}, options), r.rstd = at::empty_like(r.mean);
-    std::vector<int64_t> counts(means.size(1));
-    for (int64_t slot = 0; slot < means.size(1); ++slot)
-      counts[slot] = std::min(segment, width - slot % per_row * segment);
-    finish_groups(keep ? r.kept : r.y, r.y, means, squares, counts, epilogue, r.mean, r.rstd);
-  }
+  if (norm == kGroup) r.mean = at::empty({x.size(0), norm_groups}, options), r.rstd = at::empty_like(r.mean);
+  if (r.y.numel() == 0) return result(r);
+  const PartialStatistics partial = own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, Winograd::kRows);
+  if (norm == kGroup) finish_groups(keep ? r.pre_activation : r.y, r.y, partial, epilogue, r.mean, r.rstd);
   return result(r);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_nd_norm_backward(const Tensor& grad, const Tensor& kept, const std::optional<Tensor>& gamma,
+std::tuple<Tensor, Tensor, Tensor> conv_nd_norm_backward(const Tensor& grad, const Tensor& pre_activation, const std::optional<Tensor>& gamma,
                                                          const std::optional<Tensor>& beta, const Tensor& mean, const Tensor& rstd, int64_t norm,
                                                          int64_t norm_groups, int64_t activation) {
   constexpr check::Op op("astrobiogen::conv_nd_norm_backward");
-  check_norm_backward(op, grad, kept, gamma, beta, mean, rstd, norm, norm_groups, activation);
-  const auto run = kept.scalar_type() == at::kDouble ? norm_backward_plain : norm_backward;
-  return run(grad, kept, gamma, beta, mean.contiguous(), rstd.contiguous(), norm, norm_groups, activation);
+  check_norm_backward(op, grad, pre_activation, gamma, beta, mean, rstd, norm, norm_groups, activation);
+  const auto run = pre_activation.scalar_type() == at::kDouble ? norm_backward_plain : norm_backward;
+  return run(grad, pre_activation, gamma, beta, mean.contiguous(), rstd.contiguous(), norm, norm_groups, activation);
 }
 
 // The adjoint of a convolution with stride 1 as a convolution: taps mirrored, input and output channels exchanged, padding d (k - 1) - p. Circular
@@ -265,27 +251,27 @@ Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optio
   check_transpose(op, x, weight, bias, {stride, padding, mode, dilation, groups}, size);
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
   const Mirror m = mirror(geometry, x.sizes().slice(2), size, weight.sizes().slice(2));
-  const Tensor rows = to_rows(x);
+  const Tensor rows = to_channels_last(x);
   if (m.possible && own_kernel(rows, weight.size(0) / groups, weight.size(1), weight.sizes().slice(2), m.conv)) {
     const bool folds = m.padded != size.vec();
     const Tensor source = folds ? rows.to(at::kFloat) : rows;
-    Tensor y = empty_rows(source, m.padded, weight.size(1) * groups);
+    Tensor y = empty_channels_last(source, m.padded, weight.size(1) * groups);
     const std::optional<Tensor> wide = bias ? std::optional(bias->to(at::kFloat).contiguous()) : std::nullopt;
     Epilogue epilogue;
     epilogue.bias = wide && !folds ? wide->const_data_ptr<float>() : nullptr;
     epilogue.y = y.mutable_data_ptr();
     epilogue.streamed = streamed(y);
-    if (y.numel() > 0) own_forward(source, mirrored_weight(weight, groups), m.conv, epilogue, Pairing::kAll);
-    if (!folds) return from_rows(y);
+    if (y.numel() > 0) own_forward(source, mirrored_weight(weight, groups), m.conv, epilogue, Winograd::kAll);
+    if (!folds) return from_channels_last(y);
     y = fold_halo(y, m.fold);
     if (wide) y.add_(*wide);
-    return from_rows(y.to(x.scalar_type()));
+    return from_channels_last(y.to(x.scalar_type()));
   }
   const Tensor wide_weight = weight.to(arithmetic(x));
   Tensor total = are_patches(geometry, weight.sizes().slice(2)) ? patches_transpose(rows.to(arithmetic(x)), wide_weight, size)
                                                                 : compose_transpose(rows.to(arithmetic(x)), wide_weight, geometry, size);
   if (bias) total = total.add(bias->to(arithmetic(x)));
-  return from_rows(total.to(x.scalar_type()).contiguous());
+  return from_channels_last(total.to(x.scalar_type()).contiguous());
 }
 
 Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -294,16 +280,16 @@ Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   check_weight_grad(op, grad, x, kernel, {stride, padding, mode, dilation, groups});
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
   if (are_patches(geometry, kernel) && x.scalar_type() != at::kDouble)
-    return patches_weight_grad(to_rows(grad).to(at::kFloat), x.to(at::kFloat), kernel).to(x.scalar_type());
-  const Tensor rows = to_rows(x);
+    return patches_weight_grad(to_channels_last(grad).to(at::kFloat), x.to(at::kFloat), kernel).to(x.scalar_type());
+  const Tensor rows = to_channels_last(x);
   if (own_kernel(rows, x.size(1) / groups, grad.size(1) / groups, kernel, geometry)) {
     const Flat flat(after_far_poles(geometry), kernel);
-    const Tensor sums = direct_weight_grad(flat.rows(to_rows(grad)), flat.rows(add_halo(rows, geometry, Halo::kFarPoles)), flat.sizes(kernel), flat.geometry);
+    const Tensor sums = direct_weight_grad(flat.rows(to_channels_last(grad)), flat.rows(add_halo(rows, geometry, Halo::kFarPoles)), flat.sizes(kernel), flat.geometry);
     std::vector<int64_t> shape{grad.size(1), x.size(1) / groups};
     shape.insert(shape.end(), kernel.begin(), kernel.end());
     return sums.view(shape).to(x.scalar_type());
   }
-  return compose_weight_grad(to_rows(grad).to(arithmetic(x)), rows.to(arithmetic(x)), kernel, geometry).to(x.scalar_type());
+  return compose_weight_grad(to_channels_last(grad).to(arithmetic(x)), rows.to(arithmetic(x)), kernel, geometry).to(x.scalar_type());
 }
 
 }  // namespace

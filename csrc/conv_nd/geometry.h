@@ -63,8 +63,8 @@ inline int64_t source_row(int64_t mode, int64_t p, int64_t size) {
   return -1;
 }
 
-inline at::Tensor to_rows(const at::Tensor& x) { return x.movedim(1, -1).contiguous(); }
-inline at::Tensor from_rows(const at::Tensor& rows) { return rows.movedim(-1, 1); }
+inline at::Tensor to_channels_last(const at::Tensor& x) { return x.movedim(1, -1).contiguous(); }
+inline at::Tensor from_channels_last(const at::Tensor& rows) { return rows.movedim(-1, 1); }
 
 // Which halos `add_halo` writes out: of every axis that is not zero-padded, or only of pole axes that lie before a row axis (the own kernels read
 // other halos in place).
@@ -90,13 +90,20 @@ at::Tensor compose_forward(const at::Tensor& rows, const at::Tensor& weight, con
 at::Tensor compose_transpose(const at::Tensor& grad, const at::Tensor& weight, const Geometry& geometry, at::IntArrayRef size);
 at::Tensor compose_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
 
-// Which axes may be computed by pairs of outputs (conv_nd/direct.h): none, the ones before the last, or the last one too, circular or not.
-enum class Pairing { kNone, kRows, kAll };
+// Which axes may be Winograd axes (conv_nd/direct.h): none, the ones before the last, or the last one too, circular or not.
+enum class Winograd { kNone, kRows, kAll };
 
 // conv_nd/direct.cpp, conv_nd/weight/weight.cpp: own kernels; fp32, bf16 or fp16 rows, fp32 arithmetic.
 struct Epilogue;
-void direct_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Pairing pairing);
-int64_t segment_size(int64_t width);  // positions that `direct_forward` finishes together along an output row of `width`
+
+// Of a group norm's input, per sample and slot of `counts[slot]` positions: mean and sum of squared deviations [batch][slots][groups].
+struct PartialStatistics {
+  at::Tensor mean, squares;
+  std::vector<int64_t> counts;
+};
+
+// The statistics are defined where the epilogue has a group norm and there are outputs.
+PartialStatistics direct_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Winograd winograd);
 at::Tensor direct_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
 
 }  // namespace astrobiogen::conv_nd

@@ -1,4 +1,5 @@
 // Lines of input for the own CPU convolution kernels: sums of up to four rows, widened to fp32, with the last axis' halo written out.
+#include "common/dtypes.h"
 #include "conv_nd/direct.h"
 
 namespace astrobiogen::conv_nd {
@@ -64,40 +65,38 @@ void build(const Plan& plan, const T* x, const Line& line, int64_t begin, int64_
   for (int64_t p = last; p < high; ++p) halo(p);
 }
 
-// The four points of every pair of outputs from positions 2 t to 2 t + 3 of a row.
-struct PairUp {
+// The input transform of every tile of two outputs, from positions 2 t to 2 t + 3 of a row.
+struct InputTransform {
   template <Level L>
   static ASTRO_INLINE void run(const float* row, int64_t steps, int64_t channels, float* to) {
     const int64_t step = steps * channels;
-    const auto points = [&](const float* x, float* point, auto get, auto set) ASTRO_LAMBDA_INLINE {
+    const auto components = [&](const float* x, float* component, auto get, auto set) ASTRO_LAMBDA_INLINE {
       const auto x0 = get(x), x1 = get(x + channels), x2 = get(x + 2 * channels), x3 = get(x + 3 * channels);
-      set(point, x0 - x2), set(point + step, x1 + x2), set(point + 2 * step, x2 - x1), set(point + 3 * step, x3 - x1);
+      set(component, x0 - x2), set(component + step, x1 + x2), set(component + 2 * step, x2 - x1), set(component + 3 * step, x3 - x1);
     };
     for (int64_t t = 0; t < steps; ++t, row += 2 * channels, to += channels) {
       int64_t c = 0;
       for (; channels - c >= simd::kLanes; c += simd::kLanes)
-        points(row + c, to + c, [](const float* p) ASTRO_LAMBDA_INLINE { return simd::load(p); },
+        components(row + c, to + c, [](const float* p) ASTRO_LAMBDA_INLINE { return simd::load(p); },
                [](float* p, simd::f32x16 v) ASTRO_LAMBDA_INLINE { simd::store(p, v); });
       for (; c < channels; ++c)
-        points(row + c, to + c, [](const float* p) ASTRO_LAMBDA_INLINE { return *p; }, [](float* p, float v) ASTRO_LAMBDA_INLINE { *p = v; });
+        components(row + c, to + c, [](const float* p) ASTRO_LAMBDA_INLINE { return *p; }, [](float* p, float v) ASTRO_LAMBDA_INLINE { *p = v; });
     }
   }
 };
 
 void build_any(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end, float* to) {
-  if (dtype == at::kFloat) build(plan, static_cast<const float*>(x), line, begin, end, to);
-  else if (dtype == at::kBFloat16) build(plan, static_cast<const c10::BFloat16*>(x), line, begin, end, to);
-  else build(plan, static_cast<const c10::Half*>(x), line, begin, end, to);
+  for_dtype(dtype, [&]<typename T>() { build(plan, static_cast<const T*>(x), line, begin, end, to); });
 }
 
 }  // namespace
 
 void build_line(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end, float* to, float* scratch) {
-  if (!plan.last_paired()) return build_any(plan, x, dtype, line, begin, end, to);
+  if (!plan.winograd_last()) return build_any(plan, x, dtype, line, begin, end, to);
   build_any(plan, x, dtype, line, begin, end, scratch);
-  const int64_t reach = plan.reach(begin, end);  // of an odd number of outputs the last pair's second one is absent
+  const int64_t reach = plan.reach(begin, end);  // of an odd number of outputs the last tile's second one is absent
   std::fill_n(scratch + reach * plan.channels, plan.channels, 0.0f);
-  dispatch<PairUp>(static_cast<const float*>(scratch), plan.steps(end - begin), plan.channels, to);
+  dispatch<InputTransform>(static_cast<const float*>(scratch), plan.steps(end - begin), plan.channels, to);
 }
 
 }  // namespace astrobiogen::conv_nd

@@ -16,9 +16,10 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "common/pairs.h"
+#include "common/stream.h"
 #include "conv_nd/direct.h"
 #include "conv_nd/patches.h"
+#include "gemm/microkernel.h"
 
 namespace astrobiogen::conv_nd {
 
@@ -34,7 +35,7 @@ constexpr int64_t kRun = 8, kLone = 2;
 
 template <Level L>
 struct Block {
-  using Vec = std::conditional_t<L == Level::kAvx512, simd::f32x16, simd::f32x8>;
+  using Vec = simd::F<astrobiogen::kWidth<L>>;
   static constexpr int kPositions = L == Level::kAvx512 ? 8 : 6, kVectors = L == Level::kAvx512 ? 3 : 2;
   static constexpr int64_t kLanes = kWidth<L>;
 };
@@ -105,16 +106,6 @@ struct Columns {
   }
 };
 
-template <typename Vec, int M, int V>
-ASTRO_INLINE void add_to(float* sums, const Vec (&acc)[M][V]) {
-  constexpr int64_t kLanes = sizeof(Vec) / sizeof(float);
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) {
-      float* to = sums + (m * V + v) * kLanes;
-      store_as<Vec>(to, load_as<Vec>(to) + acc[m][v]);
-    }
-}
-
 struct Forward {
   const Windows* windows;
   const float *x, *weight, *bias;  // weight [O][K]; bias may be null
@@ -133,21 +124,21 @@ ASTRO_INLINE void pack(const Forward& a, const Columns<L>& columns, std::vector<
         packed[columns.begin(panel) * terms + k * columns.lanes(panel) + o] = a.weight[(columns.begin(panel) + o) * terms + k];
 }
 
+// Asks for element offset[k] of the next windows, a window per step.
+struct NextWindows {
+  static constexpr int kSteps = 1;
+  const float* const* next;
+  const int64_t* offset;
+  int count;
+  ASTRO_INLINE void operator()(int64_t k) const { simd::prefetch(next[k % count] + offset[k]); }
+};
+
 template <Level L, int V>
 ASTRO_INLINE void multiply(const float* const* base, const float* const* next, const int64_t* offset, int64_t terms, const float* w, float* sums) {
   using B = Block<L>;
-  typename B::Vec acc[B::kPositions][V] = {};
-  for (int64_t k = 0; k < terms; ++k, w += V * B::kLanes) {
-    typename B::Vec value[V];
-    for (int v = 0; v < V; ++v) value[v] = load_as<typename B::Vec>(w + v * B::kLanes);
-    const int64_t at = offset[k];
-    simd::prefetch(next[k % B::kPositions] + at);
-    for (int m = 0; m < B::kPositions; ++m) {
-      const float scale = base[m][at];
-      for (int v = 0; v < V; ++v) acc[m][v] += value[v] * scale;
-    }
-  }
-  add_to(sums, acc);
+  const auto left = [=](int m, int64_t k) ASTRO_LAMBDA_INLINE { return base[m][offset[k]]; };
+  const NextWindows ahead{next, offset, B::kPositions};
+  gemm::block<typename B::Vec, B::kPositions, V>(terms, left, w, V * B::kLanes, sums, V * B::kLanes, gemm::AddTo{}, ahead);
 }
 
 // One lone output of the patches at `base`: [kPositions] from its weights [K].
@@ -207,21 +198,20 @@ struct Backward {
   int64_t outputs, blocks;
 };
 
+// Asks for the start of the next group's windows.
+struct NextStarts {
+  static constexpr int kSteps = 1;
+  const float* const* next;
+  int64_t offset;
+  ASTRO_INLINE void operator()(int64_t p) const { simd::prefetch(next[p] + offset); }
+};
+
 template <Level L, int V>
 ASTRO_INLINE void correlate(const float* const* base, const float* const* next, int64_t patches, const int64_t* offset, const float* grad, float* sums) {
   using B = Block<L>;
-  typename B::Vec acc[B::kPositions][V] = {};
-  for (int64_t p = 0; p < patches; ++p, grad += V * B::kLanes) {
-    typename B::Vec value[V];
-    for (int v = 0; v < V; ++v) value[v] = load_as<typename B::Vec>(grad + v * B::kLanes);
-    const float* x = base[p];
-    simd::prefetch(next[p] + offset[0]);
-    for (int m = 0; m < B::kPositions; ++m) {
-      const float scale = x[offset[m]];
-      for (int v = 0; v < V; ++v) acc[m][v] += value[v] * scale;
-    }
-  }
-  add_to(sums, acc);
+  const auto left = [=](int m, int64_t p) ASTRO_LAMBDA_INLINE { return base[p][offset[m]]; };
+  const NextStarts ahead{next, offset[0]};
+  gemm::block<typename B::Vec, B::kPositions, V>(patches, left, grad, V * B::kLanes, sums, V * B::kLanes, gemm::AddTo{}, ahead);
 }
 
 // The gradient of a lone output's weights, [K] added to `sums`; `grad` [patches]. Four runs at a time hide the latency of the sums.

@@ -14,60 +14,13 @@
 #include "edge_attention/edge_attention.h"
 #include "edge_attention/checks.h"
 #include "edge_attention/heads.h"
+#include "edge_attention/row.h"
 
 namespace astrobiogen::edge_attention {
 
 using at::Tensor;
 
 constexpr int64_t kGrain = 64;  // nodes per task: about 300 edges of a metabolic network, some 10 us
-
-ASTRO_INLINE float sum_of(simd::f32x8 v) {
-#if defined(__clang__) || __GNUC__ >= 12
-  typedef float f32x4 __attribute__((vector_size(16)));
-  f32x4 half = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-  half += __builtin_shufflevector(half, half, 2, 3, 0, 1);
-  return half[0] + half[1];
-#else
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-#endif
-}
-
-template <typename T>
-ASTRO_INLINE float dot(const float* a, const T* b, int64_t count) {
-  simd::f32x8 total = {};
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) total += simd::load8(a + j) * simd::load8(b + j);
-  if (j < count) total += simd::load8_partial(a + j, count - j) * simd::load8_partial(b + j, count - j);
-  return sum_of(total);
-}
-
-ASTRO_INLINE double dot(const double* a, const double* b, int64_t count) {
-  double total = 0.0;
-  for (int64_t j = 0; j < count; ++j) total += a[j] * b[j];
-  return total;
-}
-
-// to += factor * from
-template <typename T>
-ASTRO_INLINE void add(float* to, float factor, const T* from, int64_t count) {
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) simd::store8(to + j, simd::load8(to + j) + simd::load8(from + j) * factor);
-  for (; j < count; ++j) to[j] += factor * static_cast<float>(from[j]);
-}
-
-ASTRO_INLINE void add(double* to, double factor, const double* from, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) to[j] += factor * from[j];
-}
-
-template <typename T>
-ASTRO_INLINE void widen(const T* from, int64_t count, Wide<T> factor, Wide<T>* to) {
-  for (int64_t j = 0; j < count; ++j) to[j] = static_cast<Wide<T>>(from[j]) * factor;
-}
-
-template <typename T>
-ASTRO_INLINE void round_to(const Wide<T>* from, int64_t count, Wide<T> factor, T* to) {
-  for (int64_t j = 0; j < count; ++j) to[j] = static_cast<T>(from[j] * factor);
-}
 
 template <int64_t W>
 using Width = std::integral_constant<int64_t, W>;
@@ -231,23 +184,42 @@ constexpr bool fits_four = false;
 template <typename T, int64_t W>
 constexpr bool fits_four<T, Width<W>> = !std::is_same_v<T, double> && W <= 16;
 
-// Four heads at a time where they fill vectors, else one by one.
-#define ASTRO_NODES(Name, Arguments, function, fours)                                                                              \
-  template <typename T>                                                                                                            \
-  struct Name {                                                                                                                    \
-    template <Level L>                                                                                                             \
-    static ASTRO_INLINE void run(const Arguments<T>& a, int64_t first, int64_t last) {                                             \
-      with_width(a.in.width, [&]<typename W>(W width) ASTRO_LAMBDA_INLINE {                                                        \
-        if constexpr (fits_four<T, W>)                                                                                             \
-          if (a.in.heads % kHeads == 0) return fours<T, W::value>(a, first, last);                                                 \
-        function<T>(a, first, last, width);                                                                                        \
-      });                                                                                                                          \
-    }                                                                                                                              \
+// Four heads at a time where they fill vectors, else one by one: `one` and `four` call the functions for a type and a width.
+template <typename T, typename One, typename FourHeads>
+ASTRO_INLINE void nodes(const Problem<T>& in, One&& one, FourHeads&& four) {
+  with_width(in.width, [&]<typename W>(W width) ASTRO_LAMBDA_INLINE {
+    if constexpr (fits_four<T, W>)
+      if (in.heads % kHeads == 0) return four(width);
+    one(width);
+  });
+}
+
+template <typename T>
+struct ForwardNodes {
+  template <Level L>
+  static ASTRO_INLINE void run(const Forward<T>& a, int64_t first, int64_t last) {
+    nodes(a.in, [&](auto width) ASTRO_LAMBDA_INLINE { forward_nodes<T>(a, first, last, width); },
+          [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { forward_fours<T, W>(a, first, last); });
   }
-ASTRO_NODES(ForwardNodes, Forward, forward_nodes, forward_fours);
-ASTRO_NODES(BackwardReceivers, Backward, backward_receivers, backward_receiver_fours);
-ASTRO_NODES(BackwardSenders, Backward, backward_senders, backward_sender_fours);
-#undef ASTRO_NODES
+};
+
+template <typename T>
+struct BackwardReceivers {
+  template <Level L>
+  static ASTRO_INLINE void run(const Backward<T>& a, int64_t first, int64_t last) {
+    nodes(a.in, [&](auto width) ASTRO_LAMBDA_INLINE { backward_receivers<T>(a, first, last, width); },
+          [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { backward_receiver_fours<T, W>(a, first, last); });
+  }
+};
+
+template <typename T>
+struct BackwardSenders {
+  template <Level L>
+  static ASTRO_INLINE void run(const Backward<T>& a, int64_t first, int64_t last) {
+    nodes(a.in, [&](auto width) ASTRO_LAMBDA_INLINE { backward_senders<T>(a, first, last, width); },
+          [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { backward_sender_fours<T, W>(a, first, last); });
+  }
+};
 
 // Nodes may lie any distance apart; heads and columns must be dense.
 Tensor dense_rows(const Tensor& t) {
@@ -278,24 +250,14 @@ Arguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
           edges[2].contiguous(), edges[3].contiguous(), edges[4].contiguous(), edges[5].contiguous(), scale};
 }
 
-at::ScalarType exact(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-template <typename Body>
-void for_dtype(at::ScalarType dtype, Body&& body) {
-  if (dtype == at::kFloat) body.template operator()<float>();
-  else if (dtype == at::kBFloat16) body.template operator()<c10::BFloat16>();
-  else if (dtype == at::kHalf) body.template operator()<c10::Half>();
-  else body.template operator()<double>();
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, at::TensorList edges, double scale) {
   constexpr check::Op op("astrobiogen::edge_attention");
   check_arguments(op, q, k, v, bias, edges, scale);
   const Arguments all = arguments(q, k, v, bias, edges, scale);
   check_order(op, "receiver", all.receiver, all.by_receiver, all.receiver_start);
   check_order(op, "sender", all.sender, all.by_sender, all.sender_start);
-  Tensor out = at::empty(q.sizes(), q.options()), lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(exact(q)));
-  for_dtype(q.scalar_type(), [&]<typename T>() {
+  Tensor out = at::empty(q.sizes(), q.options()), lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(wide_dtype(q.scalar_type())));
+  for_floating_dtype(q.scalar_type(), [&]<typename T>() {
     const Forward<T> a{all.problem<T>(), out.mutable_data_ptr<T>(), lse.mutable_data_ptr<Wide<T>>()};
     at::parallel_for(0, q.size(0), kGrain, [&](int64_t begin, int64_t end) { dispatch<ForwardNodes<T>>(a, begin, end); });
   });
@@ -307,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   constexpr check::Op op("astrobiogen::edge_attention_backward");
   check_arguments(op, q, k, v, bias, edges, scale);
   op.like(grad_any, "grad", q, "the shape of q");
-  op.dtype(lse, "lse", exact(q));
+  op.dtype(lse, "lse", wide_dtype(q.scalar_type()));
   op.shape(lse, "lse", {q.size(0), q.size(1)}, "[N, heads]");
   const Arguments all = arguments(q, k, v, bias, edges, scale);
   check_order(op, "receiver", all.receiver, all.by_receiver, all.receiver_start);
@@ -315,9 +277,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   const Tensor grad = dense_rows(grad_any), log_sum = lse.contiguous();
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v), grad_bias = like(bias);
-  Tensor weight = at::empty(bias.sizes(), bias.options().dtype(exact(q))), slope = like(weight);
+  Tensor weight = at::empty(bias.sizes(), bias.options().dtype(wide_dtype(q.scalar_type()))), slope = like(weight);
   std::atomic<bool> cut{false};
-  for_dtype(q.scalar_type(), [&]<typename T>() {
+  for_floating_dtype(q.scalar_type(), [&]<typename T>() {
     using A = Wide<T>;
     const Backward<T> a{all.problem<T>(), rows_of<T>(grad), log_sum.const_data_ptr<A>(), weight.mutable_data_ptr<A>(),
                         slope.mutable_data_ptr<A>(), &cut, grad_q.mutable_data_ptr<T>(), grad_k.mutable_data_ptr<T>(),

@@ -6,18 +6,15 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/dtypes.h"
 #include "common/math.h"
 
 namespace astrobiogen::edge_attention {
 
 constexpr int64_t kLanes = simd::kHalfLanes;
-
-template <typename T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 struct Lists {
   const int64_t *receiver, *sender, *by_receiver, *receiver_start, *by_sender, *sender_start;

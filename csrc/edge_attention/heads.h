@@ -6,16 +6,14 @@
 
 namespace astrobiogen::edge_attention {
 
-typedef float f32x4 __attribute__((vector_size(16)));
-typedef float f32x4_memory __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t i32x4 __attribute__((vector_size(16)));
+using f32x4 = simd::F<4>;
 
 constexpr int64_t kHeads = 4;
 // Rows are asked for this many edges ahead: they lie anywhere in some MB, and a node has 4.5 edges.
 constexpr int64_t kAhead = 6;
 
-ASTRO_INLINE f32x4 load4(const float* p) { return *reinterpret_cast<const f32x4_memory*>(p); }
-ASTRO_INLINE void store4(float* p, f32x4 v) { *reinterpret_cast<f32x4_memory*>(p) = v; }
+ASTRO_INLINE f32x4 load4(const float* p) { return simd::load_as<f32x4>(p); }
+ASTRO_INLINE void store4(float* p, f32x4 v) { simd::store_as(p, v); }
 template <typename T>
 ASTRO_INLINE f32x4 load4(const T* p) {
   return f32x4{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};

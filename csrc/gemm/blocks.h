@@ -11,9 +11,9 @@
 #include <cstring>
 
 #include "common/dispatch.h"
-#include "common/pairs.h"
+#include "gemm/microkernel.h"
 
-namespace astrobiogen::linear {
+namespace astrobiogen::gemm {
 
 // Rows per partial sum of the weight's gradient: a panel of 32 columns is 16 KB; the sum of 65 such sums also rounds less than one of 8,256 terms.
 constexpr int64_t kDepth = 128;
@@ -28,39 +28,15 @@ struct Blocking {
 constexpr int64_t kWidestPanel = 32;
 constexpr int64_t kMostBlockRows = 8;
 
-// c[r][0 .. V N) (+)= start[0 .. V N) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. V N) for R rows r. `start`
+// c[r][0 .. V N) (+)= start[0 .. V N) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. V N) for R rows r. `start` (or null)
 // comes last: were the sums to begin with a large bias, each of the `depth` additions would round at its size.
 template <Level L, int V, bool Add>
 ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, const float* start, float* c,
                            int64_t ldc) {
-  constexpr int N = Blocking<L>::N, R = Blocking<L>::R;
-  using Vector = simd::F<N>;
-  using Memory = typename simd::Lanes<N>::FloatMemory;
-  Vector sums[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int n = 0; n < V; ++n) sums[r][n] = Vector{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector right[V];
-#pragma GCC unroll 2
-    for (int n = 0; n < V; ++n) right[n] = *reinterpret_cast<const Memory*>(b + k * ldb + n * N);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const float left = a[r * row_step + k * depth_step];
-#pragma GCC unroll 2
-      for (int n = 0; n < V; ++n) sums[r][n] += left * right[n];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int n = 0; n < V; ++n) {
-      Memory* to = reinterpret_cast<Memory*>(c + r * ldc + n * N);
-      if (start != nullptr) sums[r][n] += *reinterpret_cast<const Memory*>(start + n * N);
-      if constexpr (Add) *to += sums[r][n];
-      else *to = sums[r][n];
-    }
+  const auto left = [=](int r, int64_t k) ASTRO_LAMBDA_INLINE { return a[r * row_step + k * depth_step]; };
+  using Vector = simd::F<Blocking<L>::N>;
+  if constexpr (Add) block<Vector, Blocking<L>::R, V>(depth, left, b, ldb, c, ldc, AddTo{});
+  else block<Vector, Blocking<L>::R, V>(depth, left, b, ldb, c, ldc, AddStart{start});
 }
 
 // The same for the first `live` columns of a panel and `rows` rows of c; a, b and start have whole blocks.
@@ -68,11 +44,11 @@ template <Level L, bool Add>
 ASTRO_INLINE void multiply_edge(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, const float* start,
                                 float* c, int64_t ldc, int64_t rows, int64_t live) {
   constexpr int N = Blocking<L>::N, R = Blocking<L>::R, P = Blocking<L>::P;
-  alignas(64) float block[R * P];
-  if (live > N) multiply<L, 2, false>(a, row_step, depth_step, b, ldb, depth, start, block, P);
-  else multiply<L, 1, false>(a, row_step, depth_step, b, ldb, depth, start, block, P);
+  alignas(64) float found[R * P];
+  if (live > N) multiply<L, 2, false>(a, row_step, depth_step, b, ldb, depth, start, found, P);
+  else multiply<L, 1, false>(a, row_step, depth_step, b, ldb, depth, start, found, P);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < live; ++j) c[r * ldc + j] = Add ? c[r * ldc + j] + block[r * P + j] : block[r * P + j];
+    for (int64_t j = 0; j < live; ++j) c[r * ldc + j] = Add ? c[r * ldc + j] + found[r * P + j] : found[r * P + j];
 }
 
 // out [rows, columns] = a [rows, depth] times a matrix in panels [columns / P][depth][P], plus bias in panels (or null). Rows of a and out may lie apart.
@@ -175,4 +151,4 @@ int64_t panel_width();
 
 inline int64_t padded_columns(int64_t columns) { return (columns + panel_width() - 1) / panel_width() * panel_width(); }
 
-}  // namespace astrobiogen::linear
+}  // namespace astrobiogen::gemm

@@ -24,27 +24,18 @@
 namespace astrobiogen::linear {
 
 using at::Tensor;
+using gemm::Outputs;
+using gemm::Pack;
+using gemm::Product;
+using gemm::Rows;
+using gemm::WeightGradient;
 
-constexpr int64_t kMostWidth = 512;   // of either side of the weight
-constexpr int64_t kFewestRows = 64;   // below, packing the weight costs more than it saves
-constexpr int64_t kFewestOutputs = 8;  // below, the rows of a block are mostly padding, and a matrix-vector product serves
-constexpr int64_t kFewestWork = 1 << 17;  // multiply-adds
 // Rows that meet one panel of the packed weight before the next panel: 64 x 136 floats are 35 KB, a second-level cache's worth at the largest width.
 constexpr int64_t kRows = 64;
 
-int64_t block_rows() { return level() == Level::kAvx512 ? Blocking<Level::kAvx512>::R : Blocking<Level::kAvx2>::R; }
-int64_t panel_width() { return level() == Level::kAvx512 ? Blocking<Level::kAvx512>::P : Blocking<Level::kAvx2>::P; }
-
-bool serves(const Tensor& x, const Tensor& weight, int64_t rows) {
-  return x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && weight.size(0) <= kMostWidth && weight.size(1) <= kMostWidth && weight.size(0) >= kFewestOutputs &&
-         rows >= kFewestRows && rows * weight.numel() >= kFewestWork && level() != Level::kBaseline;
-}
-
-int64_t rows_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }
-
 // a [rows, depth] times `matrix`, [columns, depth] if transposed, else [depth, columns].
 void product(const float* a, const Tensor& matrix, bool transposed, const float* bias, int64_t rows, int64_t depth, int64_t columns, float* out) {
-  const int64_t padded = padded_columns(columns);
+  const int64_t padded = gemm::padded_columns(columns);
   const auto panels = std::make_unique_for_overwrite<float[]>(padded * depth);
   dispatch<Pack>(matrix.const_data_ptr<float>(), depth, columns, transposed, panels.get());
   std::vector<float> starts;
@@ -71,12 +62,12 @@ Tensor forward(const Tensor& x_any, const Tensor& weight_any, const std::optiona
     op.dtype(*bias, "bias", x_any.scalar_type());
     op.shape(*bias, "bias", {weight_any.size(0)}, "[N], the rows of weight");
   }
-  if (!serves(x_any, weight_any, rows_of(x_any))) return at::linear(x_any, weight_any, bias);
+  if (!gemm::serves(x_any, weight_any, gemm::rows_of(x_any))) return at::linear(x_any, weight_any, bias);
   const Tensor x = x_any.contiguous(), weight = weight_any.contiguous(), start = bias.has_value() ? bias->contiguous() : Tensor();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   Tensor out = at::empty(shape, x.options());
-  product(x.const_data_ptr<float>(), weight, true, start.defined() ? start.const_data_ptr<float>() : nullptr, rows_of(x), weight.size(1), weight.size(0),
+  product(x.const_data_ptr<float>(), weight, true, start.defined() ? start.const_data_ptr<float>() : nullptr, gemm::rows_of(x), weight.size(1), weight.size(0),
           out.mutable_data_ptr<float>());
   return out;
 }
@@ -87,8 +78,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   op.dtype(grad_any, "grad", x_any.scalar_type());
   op.rows_like(grad_any, "grad", x_any, weight_any.size(0), "[..., N], N the rows of weight");
   const Tensor grad = grad_any.contiguous(), weight = weight_any.contiguous();
-  const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = rows_of(x_any);
-  const bool own = serves(x_any, weight, rows);
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = gemm::rows_of(x_any);
+  const bool own = gemm::serves(x_any, weight, rows);
   Tensor grad_x = at::empty({0}, x_any.options()), grad_weight = at::empty({0}, weight.options());
   if (need_x) {
     grad_x = at::empty(x_any.sizes(), x_any.options());
@@ -99,7 +90,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
     const Tensor x = x_any.contiguous();
     grad_weight = at::zeros(weight.sizes(), weight.options());
     const WeightGradient w{grad.const_data_ptr<float>(), outputs, x.const_data_ptr<float>(), grad_weight.mutable_data_ptr<float>(), rows, outputs, inputs};
-    const int64_t blocks = (outputs + block_rows() - 1) / block_rows();
+    const int64_t blocks = (outputs + gemm::block_rows() - 1) / gemm::block_rows();
     at::parallel_for(0, blocks, std::max<int64_t>(1, (1 << 20) / (rows * inputs)), [&](int64_t begin, int64_t end) { dispatch<Outputs>(w, begin, end); });
   } else if (need_weight) {
     grad_weight = at::mm(grad.reshape({-1, outputs}).t(), x_any.reshape({-1, inputs}));
@@ -112,21 +103,19 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("astrobiogen::linear", "").typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>();
+    static const auto call = op<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>("astrobiogen::linear");
     ctx->save_for_backward({x, weight});
     ctx->saved_data["bias"] = bias.has_value();
-    return op.call(x, weight, bias);
+    return call.call(x, weight, bias);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("astrobiogen::linear_backward", "")
-                               .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool)>();
+    static const auto call = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool)>("astrobiogen::linear_backward");
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
     const auto saved = ctx->get_saved_variables();
     const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
     Tensor grad_x, grad_weight, grad_bias;
-    if (need_x || need_weight) std::tie(grad_x, grad_weight) = op.call(grads[0], saved[0], saved[1], need_x, need_weight);
+    if (need_x || need_weight) std::tie(grad_x, grad_weight) = call.call(grads[0], saved[0], saved[1], need_x, need_weight);
     if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) grad_bias = at::sum(grads[0].reshape({-1, grads[0].size(-1)}), 0);
     return {need_x ? grad_x : Tensor(), need_weight ? grad_weight : Tensor(), grad_bias};
   }

@@ -33,7 +33,7 @@ constexpr int64_t kTileLogits = 1 << 21, kFewestColumns = 256;
 // Columns [first, first + columns) of the logits of some tokens.
 struct Tile {
   const Bf16* logits;  // [tokens, columns]
-  Bf16* slopes;        // [tokens, columns]; may be `logits`
+  Bf16* grad_logits;        // [tokens, columns]; may be `logits`
   int64_t first, columns, vocabulary;
   const int64_t* target;
   Options options;
@@ -61,18 +61,18 @@ struct TileSums {
   }
 };
 
-struct TileSlopes {
+struct TileGradLogits {
   template <Level L>
   static ASTRO_INLINE void run(const Tile& a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      Bf16* to = a.slopes + row * a.columns;
+      Bf16* to = a.grad_logits + row * a.columns;
       if (a.target[row] == a.options.ignore_index) std::fill(to, to + a.columns, Bf16(0.0f));  // exactly 0, also where grad is Inf or NaN
-      else slopes<kWidth<L>>(a, a.logits + row * a.columns, to, row);
+      else grad_logits<kWidth<L>>(a, a.logits + row * a.columns, to, row);
     }
   }
 
   template <int N>
-  static ASTRO_INLINE void slopes(const Tile& a, const Bf16* z, Bf16* to, int64_t row) {
+  static ASTRO_INLINE void grad_logits(const Tile& a, const Bf16* z, Bf16* to, int64_t row) {
     using Vector = simd::F<N>;
     const Options& o = a.options;
     const float lse = static_cast<float>(a.lse[row]), scale = a.grad[row], softcap = static_cast<float>(o.softcap);
@@ -81,23 +81,23 @@ struct TileSlopes {
                           static_cast<float>(lost_in_rounding<float>(a.lse[row]));
     const float uniform = scale * static_cast<float>(o.label_smoothing / static_cast<double>(a.vocabulary));
     const float logit = a.holds(row) ? cap(static_cast<float>(z[column]), softcap) : 0.0f;
-    const auto slope = [=](Vector v) ASTRO_LAMBDA_INLINE {
+    const auto grad_logit = [=](Vector v) ASTRO_LAMBDA_INLINE {
       if (!(softcap > 0.0f)) return exp_below(v - lse) * softmax - uniform;
       const Vector z = capped<N>(v, softcap);
       return (exp_below(z - lse) * softmax - uniform) * (1.0f - (z / softcap) * (z / softcap));
     };
     for (int64_t j = 0; j < whole; j += 2 * N) {
       const auto v = simd::load_pair<N>(z + j);
-      simd::store_pair<N>(to + j, simd::Pair<N>{slope(v.first), slope(v.second)});
+      simd::store_pair<N>(to + j, simd::Pair<N>{grad_logit(v.first), grad_logit(v.second)});
     }
-    const auto one_slope = [=](float v) {  // of a capped logit
+    const auto one_grad_logit = [=](float v) {  // of a capped logit
       const float derivative = softcap > 0.0f ? 1.0f - (v / softcap) * (v / softcap) : 1.0f;
       return (std::exp(v - lse) * softmax - uniform) * derivative;
     };
-    for (int64_t j = whole; j < a.columns; ++j) to[j] = Bf16(one_slope(cap(static_cast<float>(z[j]), softcap)));
+    for (int64_t j = whole; j < a.columns; ++j) to[j] = Bf16(one_grad_logit(cap(static_cast<float>(z[j]), softcap)));
     if (!a.holds(row)) return;
     const float derivative = softcap > 0.0f ? 1.0f - (logit / softcap) * (logit / softcap) : 1.0f;
-    to[column] = Bf16(one_slope(logit) - scale * static_cast<float>(1.0 - o.label_smoothing) * derivative);
+    to[column] = Bf16(one_grad_logit(logit) - scale * static_cast<float>(1.0 - o.label_smoothing) * derivative);
   }
 };
 
@@ -114,7 +114,7 @@ bool has_bf16_products() {
 struct Work {
   Tensor x, weight, target;  // [tokens, H], [V, H], [tokens]
   Options options;
-  Tensor store;  // logits of tile [first, end) from first * store_row on; empty: they are computed in `scratch` when their slopes are
+  Tensor store;  // logits of tile [first, end) from first * store_row on; empty: they are computed in `scratch` when their grad_logits are
   int64_t store_row;
   Tensor scratch;  // tokens x columns()
   Tensor grad_x, grad_weight;
@@ -158,7 +158,7 @@ double walk_logits(const Work& w, double* lse) {
 }
 
 // Both gradients from lse and the gradient of every token's loss.
-void walk_slopes(const Work& w, const double* lse, const float* grad) {
+void walk_grad_logits(const Work& w, const double* lse, const float* grad) {
   const bool need_x = w.grad_x.defined(), need_weight = w.grad_weight.defined();
   Tensor sum, share;
   if (need_x) {
@@ -167,16 +167,16 @@ void walk_slopes(const Work& w, const double* lse, const float* grad) {
   }
   w.for_each_tile([&](int64_t first, int64_t columns) {
     const Tensor weight = w.weight.narrow(0, first, columns);
-    Tensor slopes = w.view(w.scratch, 0, columns), logits = slopes;
+    Tensor grad_logits = w.view(w.scratch, 0, columns), logits = grad_logits;
     if (w.store.defined()) logits = w.view(w.store, first * w.store_row, columns);
     else at::mm_out(logits, w.x, weight.t());
-    w.visit<TileSlopes>({logits.const_data_ptr<Bf16>(), slopes.mutable_data_ptr<Bf16>(), first, columns, w.weight.size(0), w.target.const_data_ptr<int64_t>(),
+    w.visit<TileGradLogits>({logits.const_data_ptr<Bf16>(), grad_logits.mutable_data_ptr<Bf16>(), first, columns, w.weight.size(0), w.target.const_data_ptr<int64_t>(),
                      w.options, nullptr, nullptr, lse, grad});
-    if (need_x) sum.add_(at::mm_out(share, slopes, weight));
+    if (need_x) sum.add_(at::mm_out(share, grad_logits, weight));
     if (!need_weight) return;
     Tensor out = w.grad_weight.narrow(0, first, columns);
-    if (w.first) at::mm_out(out, slopes.t(), w.x);
-    else at::addmm_out(out, out, slopes.t(), w.x);
+    if (w.first) at::mm_out(out, grad_logits.t(), w.x);
+    else at::addmm_out(out, out, grad_logits.t(), w.x);
   });
   if (need_x) w.grad_x.copy_(sum);
 }
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients_bf16(const Tensor& x, const Tensor&
     if (!scratch.defined() || scratch.numel() < count * w.columns()) scratch = at::empty({count * w.columns()}, x.options());
     w.scratch = scratch;
     sum += walk_logits(w, lse.data() + start);
-    walk_slopes(w, lse.data() + start, grad.data() + start);
+    walk_grad_logits(w, lse.data() + start, grad.data() + start);
     start += count;
   }
   Tensor total = at::empty({}, x.options().dtype(at::kFloat));
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor> backward_bf16(const Tensor& grad, const Tensor& x, co
   if (x.size(0) > 0) {
     Work w{x, weight, target, o, {}, 0, {}, grad_x, grad_weight, true};
     w.scratch = at::empty({w.tokens() * w.columns()}, x.options());
-    walk_slopes(w, lse.const_data_ptr<double>(), grad.const_data_ptr<float>());
+    walk_grad_logits(w, lse.const_data_ptr<double>(), grad.const_data_ptr<float>());
   }
   return {or_empty(grad_x, x), or_empty(grad_weight, x)};
 }

@@ -27,7 +27,7 @@ constexpr int64_t kStrip = 48;
 constexpr int64_t kNear = 1 << 18;
 // Lanes are rounded up to it: a multiple of both panel widths.
 constexpr int64_t kPanel = 32;
-// Between rows of the slopes of a chunk, so that they do not share the cache's sets.
+// Between rows of the gradients of a chunk's logits, so that they do not share the cache's sets.
 constexpr int64_t kGap = 16;
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -57,21 +57,21 @@ struct Block {
   int64_t hidden, vocabulary, tokens;  // live tokens of this block
   int64_t lanes;                       // tokens rounded up to kPanel
   Options options;
-  float* store;         // per chunk from begin(chunk) store_row on: [lanes / P][rows][P], logits, then exp(logit - shift(base)) or the slopes
-  int64_t store_row;    // floats per vocabulary row: lanes, or hidden where `store` is grad_weight
-  float* packed_x;      // [lanes / P][hidden][P], x transposed; then [hidden / P][lanes][P], its rows times `factor`
-  float* base;          // [chunks][lanes]: largest logit of the chunk; after `follow`, what its exponentials are relative to
-  float* top;           // [lanes]: the largest base
-  float* target_logit;  // [lanes]
-  float* kept;          // [lanes]: 1, or 0 for an ignored token and a padded lane
-  float* lse;           // [lanes]
-  float* softmax;       // [lanes]: of the gradient of a logit z that which multiplies exp(z - lse)
-  float* uniform;       // [lanes]
-  float* onehot;        // [lanes]
-  float* factor;        // [lanes]: from exp(z - shift(top)), or the slopes, to the gradient of the logits, but for the target's `onehot`
-  float* grad_x;        // [tokens][hidden], or null
-  float* grad_weight;   // [vocabulary][hidden], or null
-  bool first;           // grad_weight is still uninitialised memory
+  float* store = nullptr;         // per chunk from begin(chunk) store_row on: [lanes / P][rows][P], logits, then exp(logit - shift(base)) or what GradLogits stores
+  int64_t store_row = 0;    // floats per vocabulary row: lanes, or hidden where `store` is grad_weight
+  float* packed_x = nullptr;  // [lanes / P][hidden][P], x transposed; then [hidden / P][lanes][P], times `factor`
+  float* base = nullptr;  // [chunks][lanes]: largest logit of the chunk; after `follow`, the base of its exponentials
+  float* top = nullptr;           // [lanes]: the largest base
+  float* target_logit = nullptr;  // [lanes]
+  float* kept = nullptr;          // [lanes]: 1, or 0 for an ignored token and a padded lane
+  float* lse = nullptr;           // [lanes]
+  float* softmax = nullptr;       // [lanes]: of the gradient of a logit z that which multiplies exp(z - lse)
+  float* uniform = nullptr;       // [lanes]
+  float* onehot = nullptr;        // [lanes]
+  float* factor = nullptr;        // [lanes]: from exp(z - shift(top)), or from what GradLogits stores, to the gradient of the logits, but for the target's `onehot`
+  float* grad_x = nullptr;        // [tokens][hidden], or null
+  float* grad_weight = nullptr;   // [vocabulary][hidden], or null
+  bool first = true;           // grad_weight is still uninitialised memory
 
   int64_t chunks() const { return (vocabulary + kChunk - 1) / kChunk; }
   int64_t begin(int64_t chunk) const { return chunk * kChunk; }
@@ -290,108 +290,6 @@ struct TimesWeight {
           sum = sum * lanes_at<N>(factor + n);
         }
     }
-  }
-};
-
-// One vocabulary chunk, when lse is known: what is stored becomes the gradient of the logits, but for `factor` and the target's `onehot`.
-struct Slopes {
-  template <Level L>
-  static ASTRO_INLINE void run(const Block& b, int64_t chunk) {
-    constexpr int N = Blocking<L>::N, P = Blocking<L>::P;
-    const bool proportional = b.proportional();
-    const float softcap = static_cast<float>(b.options.softcap);
-    for (int64_t t = 0; t < b.lanes; t += P) {
-      alignas(64) float factor[P];
-      if (proportional && !falls(b.base + chunk * b.lanes + t, b.top + t, P, factor)) continue;
-      float* panel = b.stored(chunk) + t * b.rows(chunk);
-      for (int64_t v = 0; v < b.rows(chunk); ++v)
-        for (int n = 0; n < P; n += N) {
-          auto& p = lanes_at<N>(panel + v * P + n);
-          if (proportional) p = p * lanes_at<N>(factor + n);
-          else p = slope<N>(b, t + n, p, softcap);
-        }
-    }
-  }
-
-  // Exactly 0 for an ignored token, whatever its logits are.
-  template <int N>
-  static ASTRO_INLINE simd::F<N> slope(const Block& b, int64_t t, simd::F<N> z, float softcap) {
-    simd::F<N> slope = exp_below(z - lanes_at<N>(b.lse + t)) * lanes_at<N>(b.softmax + t) - lanes_at<N>(b.uniform + t);
-    if (softcap > 0.0f) slope *= 1.0f - (z / softcap) * (z / softcap);
-    return lanes_at<N>(b.kept + t) == 0.0f ? simd::F<N>{} : slope;
-  }
-};
-
-// The rows of the weight's gradient of one vocabulary chunk, after Slopes, by way of `slopes`, [kChunk][lanes + kGap]: they may come to where the slopes are.
-struct GradientWeight {
-  template <Level L>
-  static ASTRO_INLINE void run(const Block& b, int64_t chunk, float* slopes) {
-    constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
-    const int64_t first = b.begin(chunk), rows = b.rows(chunk), stride = b.lanes + kGap;
-    for (int64_t t = 0; t < b.lanes; t += P) copy_rows<L, P>(b.stored(chunk) + t * rows, P, rows, slopes + t, stride);
-    const int64_t coming = std::min(b.vocabulary - first - rows, kChunk) * b.lanes, calls = (b.hidden + P - 1) / P * ((rows + R - 1) / R);
-    int64_t call = 0;
-    for (int64_t h = 0; h < b.hidden; h += P)
-      for (int64_t v = 0; v < rows; v += R, ++call)
-        tile<L>(b, slopes + v * stride, first + v, std::min<int64_t>(R, rows - v), h, Ahead::share(b.stored(chunk) + rows * b.store_row, coming, call, calls));
-    for (int64_t h = 0; h < b.hidden; h += stride) subtract_targets(b, first, rows, h, std::min(stride, b.hidden - h), slopes, stride);
-  }
-
-  // Columns [h, h + columns) of the tokens whose targets are in the chunk. Those of one class meet in `sums`, so that a class of many tokens rounds once per
-  // block, and not once per token, at the size of all of them.
-  static ASTRO_INLINE void subtract_targets(const Block& b, int64_t first, int64_t rows, int64_t h, int64_t columns, float* sums, int64_t stride) {
-    bool touched[kChunk] = {};
-    for (int64_t t = 0; t < b.tokens; ++t) {
-      const int64_t row = b.target[t] - first;
-      if (b.kept[t] == 0.0f || row < 0 || row >= rows) continue;
-      const float* x = b.x + t * b.hidden + h;
-      float* sum = sums + row * stride;
-      if (!touched[row]) std::fill(sum, sum + columns, 0.0f);
-      touched[row] = true;
-      for (int64_t j = 0; j < columns; ++j) sum[j] += b.onehot[t] * x[j];
-    }
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t j = 0; touched[row] && j < columns; ++j) b.grad_weight[(first + row) * b.hidden + h + j] -= sums[row * stride + j];
-  }
-
-  template <Level L>
-  static ASTRO_INLINE void tile(const Block& b, const float* slopes, int64_t v, int64_t live, int64_t h, const Ahead& ahead) {
-    constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
-    const float* x = b.packed_x + h * b.lanes;
-    float* out = b.grad_weight + v * b.hidden + h;
-    const int64_t columns = std::min<int64_t>(P, b.hidden - h);
-    if (live == R && columns == P) {
-      if (b.first) multiply<L, false>(slopes, b.lanes + kGap, 1, x, P, b.tokens, out, b.hidden, ahead);
-      else multiply<L, true>(slopes, b.lanes + kGap, 1, x, P, b.tokens, out, b.hidden, ahead);
-      return;
-    }
-    alignas(64) float sums[R * P];
-    multiply<L, false>(slopes, b.lanes + kGap, 1, x, P, b.tokens, sums, P);
-    for (int64_t r = 0; r < live; ++r)
-      for (int64_t j = 0; j < columns; ++j) out[r * b.hidden + j] = sums[r * P + j] + (b.first ? 0.0f : out[r * b.hidden + j]);
-  }
-};
-
-// The gradient of x of tokens [begin, end) from the segments' products.
-struct GradientX {
-  template <Level L>
-  static ASTRO_INLINE void run(const Block& b, const std::vector<Segment>& segments, int64_t begin, int64_t end) {
-    constexpr int64_t P = Blocking<L>::P, kColumns = 16;  // a line of the gradient at a time, so that the lines of `product` serve all their lanes
-    for (int64_t h = 0; h < b.hidden; h += kColumns)
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t columns = std::min(kColumns, b.hidden - h);
-        float* out = b.grad_x + t * b.hidden + h;
-        if (b.kept[t] == 0.0f) {
-          std::fill(out, out + columns, 0.0f);
-          continue;
-        }
-        const float* row = b.weight + b.target[t] * b.hidden + h;
-        for (int64_t j = 0; j < columns; ++j) out[j] = -b.onehot[t] * row[j];
-        for (const Segment& s : segments) {
-          const float* sums = s.product + (t / P * b.wide() + h) * P + t % P;
-          for (int64_t j = 0; j < columns; ++j) out[j] += sums[j * P] * s.factor[t];
-        }
-      }
   }
 };
 

@@ -23,9 +23,9 @@
 #include <vector>
 
 #include "common/subnormals.h"
-#include "linear_cross_entropy/linear_cross_entropy.h"
-#include "linear_cross_entropy/block.h"
 #include "linear_cross_entropy/checks.h"
+#include "linear_cross_entropy/gradient_tasks.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace astrobiogen::linear_cross_entropy {
 
@@ -66,7 +66,7 @@ void absorb(const Block& b, const Segment& s, int64_t chunk, const float* sums) 
   }
 }
 
-// lse of every token from its segments, in order; the factors of its slopes; the sum of the block's losses.
+// lse of every token from its segments, in order; the factors of its grad_logits; the sum of the block's losses.
 double finish(const Block& b, const std::vector<Segment>& segments, float scale) {
   const Options& o = b.options;
   double loss = 0.0;
@@ -150,13 +150,13 @@ void walk_logits(const Block& b, const Segment& s, int64_t step, float* sums) {
   }
 }
 
-// Rows of slopes for a thread. Inside another parallel loop, which has chosen by its own number, this number is 0.
+// Rows of grad_logits for a thread. Inside another parallel loop, which has chosen by its own number, this number is 0.
 float* scratch_of_thread(const Block& b, float* scratch) { return scratch + at::get_thread_num() * kChunk * (b.lanes + kGap); }
 
-void walk_slopes(const Block& b, const Segment& s, int64_t step, float* scratch) {
+void walk_grad_logits(const Block& b, const Segment& s, int64_t step, float* scratch) {
   for (int64_t first = s.first; first < s.last; first += step) {
     const int64_t last = std::min(first + step, s.last);
-    for_each(first, last, [&](int64_t chunk) { launch<Slopes>(b, chunk); });
+    for_each(first, last, [&](int64_t chunk) { launch<GradLogits>(b, chunk); });
     if (!b.proportional()) times_weight(b, s, first, last);
     if (b.grad_weight == nullptr) continue;
     for_each(first, last, [&](int64_t chunk) { launch<GradientWeight>(b, chunk, scratch_of_thread(b, scratch)); });
@@ -179,7 +179,7 @@ void run_block(const Block& b, const std::vector<Segment>& segments, float* sums
   each([&](int64_t i) { walk_logits(b, segments[i], step, sums + i * b.sums() * b.lanes); });
   loss += finish(b, segments, scale);
   if (b.grad_weight != nullptr) launch<PackRows>(b);
-  if (b.grad_weight != nullptr || !b.proportional()) each([&](int64_t i) { walk_slopes(b, segments[i], step, scratch_of_thread(b, scratch)); });
+  if (b.grad_weight != nullptr || !b.proportional()) each([&](int64_t i) { walk_grad_logits(b, segments[i], step, scratch_of_thread(b, scratch)); });
   if (b.grad_x != nullptr) at::parallel_for(0, b.tokens, 1, [&](int64_t begin, int64_t end) { launch<GradientX>(b, segments, begin, end); });
 }
 

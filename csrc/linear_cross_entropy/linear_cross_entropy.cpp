@@ -70,7 +70,7 @@ struct Statistics {
 
 // The gradient of a logit z is (softmax * exp(z - lse) - uniform - [target] onehot), times the derivative of the cap.
 template <typename T>
-struct Slope {
+struct GradLogits {
   T* logits;  // [tokens, columns], overwritten
   const int64_t* target;
   const double* lse;
@@ -127,14 +127,14 @@ ASTRO_INLINE void statistics_row(const Statistics<double, double>& a, int64_t ro
   if (column >= 0 && column < a.columns) a.target_logit[row] = capped(z[column], a.softcap);
 }
 
-ASTRO_INLINE simd::f32x8 slope(simd::f32x8 v, float lse, float softmax, float uniform, float softcap) {
+ASTRO_INLINE simd::f32x8 grad_logit(simd::f32x8 v, float lse, float softmax, float uniform, float softcap) {
   if (!(softcap > 0.0f)) return simd::exp_nonpositive(v - lse) * softmax - uniform;
   const simd::f32x8 ratio = simd::tanh(v / softcap);
   return (simd::exp_nonpositive(softcap * ratio - lse) * softmax - uniform) * (1.0f - ratio * ratio);
 }
 
 template <typename T>
-ASTRO_INLINE void slope_row(const Slope<T>& a, int64_t row) {
+ASTRO_INLINE void grad_logit_row(const GradLogits<T>& a, int64_t row) {
   T* z = a.logits + row * a.columns;
   if (a.target[row] == a.options.ignore_index) {  // exactly 0, also where grad is Inf or NaN (the mean over no token)
     std::fill(z, z + a.columns, T(0));
@@ -155,8 +155,8 @@ ASTRO_INLINE void slope_row(const Slope<T>& a, int64_t row) {
       cap_slope = 1.0f - ratio * ratio;
     }
     const int64_t whole = a.columns - a.columns % kHalfLanes, rest = a.columns - whole;
-    for (int64_t j = 0; j < whole; j += kHalfLanes) store8(z + j, slope(load8(z + j), lse, softmax, uniform, softcap));
-    if (rest > 0) store8_partial(z + whole, slope(load8_partial(z + whole, rest), lse, softmax, uniform, softcap), rest);
+    for (int64_t j = 0; j < whole; j += kHalfLanes) store8(z + j, grad_logit(load8(z + j), lse, softmax, uniform, softcap));
+    if (rest > 0) store8_partial(z + whole, grad_logit(load8_partial(z + whole, rest), lse, softmax, uniform, softcap), rest);
   } else {
     for (int64_t j = 0; j < a.columns; ++j) {
       const T ratio = softcap > T(0) ? std::tanh(z[j] / softcap) : T(0);
@@ -176,10 +176,10 @@ struct StatisticsRows {
   }
 };
 
-struct SlopeRows {
+struct GradLogitRows {
   template <Level L, typename T>
-  static ASTRO_INLINE void run(const Slope<T>& a, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) slope_row(a, row);
+  static ASTRO_INLINE void run(const GradLogits<T>& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) grad_logit_row(a, row);
   }
 };
 
@@ -290,7 +290,7 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_an
       const Tensor x_rows = x.narrow(0, start, rows);
       Tensor logits = tile_view(buffer, rows, columns);
       at::mm_out(logits, x_rows, w.t());
-      const Slope<T> a{logits.mutable_data_ptr<T>(),
+      const GradLogits<T> a{logits.mutable_data_ptr<T>(),
                        target.const_data_ptr<int64_t>() + start,
                        lse.const_data_ptr<double>() + start,
                        grad.const_data_ptr<T>() + start,
@@ -298,7 +298,7 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_an
                        first,
                        vocabulary,
                        o};
-      at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<SlopeRows>(a, begin, end); });
+      at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<GradLogitRows>(a, begin, end); });
       if (need_x) accumulate(grad_x.narrow(0, start, rows), logits, w, first == 0);
       if (need_weight) accumulate(grad_w, logits.t(), x_rows, start == 0);
     }
@@ -329,7 +329,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {loss, lse};
 }
 
-// x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that such a row may hold would be NaN.
+// x with 0 in the rows of ignored tokens: their grad_logit is 0, and 0 times a NaN that such a row may hold would be NaN.
 Tensor only_kept(const Tensor& x, const Tensor& target, int64_t ignore_index) {
   const int64_t *y = target.const_data_ptr<int64_t>(), *end = y + target.numel();
   return std::find(y, end, ignore_index) == end ? x : x.masked_fill(target.eq(ignore_index).unsqueeze(-1), 0);

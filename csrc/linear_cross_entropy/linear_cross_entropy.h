@@ -28,7 +28,7 @@ double lost_in_rounding(double lse) {
 // Error unless each target is `ignore_index` or in [0, vocabulary).
 void check_targets(const at::Tensor& target, int64_t vocabulary, int64_t ignore_index);
 
-// grad_x with 0 in the rows of ignored tokens: their slope is 0, and 0 times a NaN that the weight may hold would be
+// grad_x with 0 in the rows of ignored tokens: their grad_logit is 0, and 0 times a NaN that the weight may hold would be
 // NaN.
 at::Tensor without_ignored(at::Tensor grad_x, const at::Tensor& target, int64_t ignore_index);
 

@@ -11,7 +11,9 @@
 #include <limits>
 
 #include "common/dispatch.h"
+#include "common/math.h"
 #include "common/pairs.h"
+#include "gemm/microkernel.h"
 
 namespace astrobiogen::linear_cross_entropy {
 
@@ -57,52 +59,31 @@ struct RowsAhead {
   }
 };
 
-struct NothingAhead {
-  ASTRO_INLINE void operator()(int64_t) const {}
+// The lines of c and what `more` asks for.
+template <int64_t Width, class More>
+struct LinesOf {
+  static constexpr int kSteps = 4;
+  RowsAhead<Width> own;
+  const More& more;
+  ASTRO_INLINE void operator()(int64_t call) const {
+    own(call);
+    more(call);
+  }
 };
 
 // c[r][0 .. P) = (Add ? c : 0) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. P) for R rows r. The lines of c are asked for while the sums form.
-template <Level L, bool Add, class Requests = NothingAhead>
+template <Level L, bool Add, class Requests = gemm::NothingAhead>
 ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
                            const Requests& ahead = {}) {
-  using Block = Blocking<L>;
-  constexpr int N = Block::N, R = Block::R, P = Block::P;
-  using Vector = simd::F<N>;
-  using Memory = typename simd::Lanes<N>::FloatMemory;
-  Vector sums[R][2] = {};
-  const auto step = [&](int64_t k) ASTRO_LAMBDA_INLINE {
-    const Vector first = *reinterpret_cast<const Memory*>(b + k * ldb), second = *reinterpret_cast<const Memory*>(b + k * ldb + N);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const float left = a[r * row_step + k * depth_step];
-      sums[r][0] += left * first;
-      sums[r][1] += left * second;
-    }
-  };
-  const RowsAhead<P> own{c, ldc, 0, R * RowsAhead<P>::kLines};
-  int64_t k = 0;
-  for (; k + 4 <= depth; k += 4) {
-    own(k / 4);
-    ahead(k / 4);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) step(k + i);
-  }
-  for (; k < depth; ++k) step(k);
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int n = 0; n < 2; ++n) {
-      Memory* to = reinterpret_cast<Memory*>(c + r * ldc + n * N);
-      if constexpr (Add) sums[r][n] += *to;
-      *to = sums[r][n];
-    }
+  constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
+  using Vector = simd::F<Blocking<L>::N>;
+  const auto left = [=](int r, int64_t k) ASTRO_LAMBDA_INLINE { return a[r * row_step + k * depth_step]; };
+  const LinesOf<P, Requests> requests{{c, ldc, 0, R * RowsAhead<P>::kLines}, ahead};
+  if constexpr (Add) gemm::block<Vector, R, 2>(depth, left, b, ldb, c, ldc, gemm::AddTo{}, requests);
+  else gemm::block<Vector, R, 2>(depth, left, b, ldb, c, ldc, gemm::Overwrite{}, requests);
 }
 
-// exp(x) for x <= 43; NaN stays NaN.
-template <class Vector>
-ASTRO_INLINE Vector exp_below(Vector x) {
-  return simd::exp_in_range(x < -104.0f ? Vector{} - 104.0f : x);
-}
+using simd::exp_below;
 
 template <int N>
 ASTRO_INLINE simd::F<N> capped(simd::F<N> z, float softcap) {

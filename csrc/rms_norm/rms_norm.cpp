@@ -19,7 +19,9 @@
 
 #include "common/checks.h"
 #include "common/dispatch.h"
+#include "common/dtypes.h"
 #include "common/pairs.h"
+#include "common/scratch.h"
 #include "rms_norm/double.h"
 
 namespace astrobiogen::rms_norm {
@@ -216,7 +218,7 @@ struct ForwardRows {
   template <Level L>
   static ASTRO_INLINE void run(const Forward<T>& a, int64_t begin, int64_t end) {
     // The rounded sum of one row stays here, in L1, for the second walk: what went past the cache cannot be read back cheaply.
-    simd::AlignedArray<T> scratch(Add ? padded(a.hidden) : 0);
+    AlignedArray<T> scratch(Add ? padded(a.hidden) : 0);
     if (a.streamed)
       for (int64_t row = begin; row < end; ++row) forward_row<T, L, Add, true>(a, row, scratch.data());
     else
@@ -244,16 +246,16 @@ struct BackwardRows {
 
 // The weight as the kernels read it.
 template <typename T>
-simd::AlignedArray<float> weight_table(const Tensor& weight) {
+AlignedArray<float> weight_table(const Tensor& weight) {
   const Tensor plain = weight.to(at::kFloat).contiguous();
-  simd::AlignedArray<float> table(padded(plain.numel()));
+  AlignedArray<float> table(padded(plain.numel()));
   simd::arrange<T>(plain.const_data_ptr<float>(), plain.numel(), table.data());
   return table;
 }
 
 template <typename T>
 void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const Tensor& weight, double eps, Tensor& y, Tensor& rstd) {
-  const simd::AlignedArray<float> table = weight_table<T>(weight);
+  const AlignedArray<float> table = weight_table<T>(weight);
   const Forward<T> args{x.const_data_ptr<T>(),
                         residual == nullptr ? nullptr : residual->const_data_ptr<T>(),
                         sum == nullptr ? nullptr : sum->mutable_data_ptr<T>(),
@@ -274,7 +276,7 @@ void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const T
 template <typename T>
 Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd, const std::optional<Tensor>& grad_sum,
                       Tensor& grad_x) {
-  const simd::AlignedArray<float> table = weight_table<T>(weight);
+  const AlignedArray<float> table = weight_table<T>(weight);
   const int64_t hidden = x.size(-1), rows = rstd.numel(), width = padded(hidden);
   const Backward<T> args{grad_y.const_data_ptr<T>(),
                          x.const_data_ptr<T>(),
@@ -285,9 +287,9 @@ Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
                          hidden,
                          simd::can_stream(grad_x.const_data_ptr<T>(), hidden, grad_x.numel())};
   const int64_t blocks = std::clamp<int64_t>(rows * hidden / kGrainElements, 1, kMaxBlocks);
-  simd::AlignedArray<double> partials(blocks * width);
+  AlignedArray<double> partials(blocks * width);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    simd::AlignedArray<float> run_sum(width);
+    AlignedArray<float> run_sum(width);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * rows / blocks, last = (block + 1) * rows / blocks;
       double* partial = partials.data() + block * width;
@@ -316,12 +318,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor* re
     if (add) sum = at::add(x, residual);
     forward_double(add ? sum : x, weight, eps, y, rstd);
   } else {
-    auto dispatch = [&]<typename T>() {
-      forward_typed<T>(x, add ? &residual : nullptr, add ? &sum : nullptr, weight, eps, y, rstd);
-    };
-    if (x.scalar_type() == at::kFloat) dispatch.template operator()<float>();
-    else if (x.scalar_type() == at::kBFloat16) dispatch.template operator()<c10::BFloat16>();
-    else dispatch.template operator()<c10::Half>();
+    for_dtype(x.scalar_type(), [&]<typename T>() { forward_typed<T>(x, add ? &residual : nullptr, add ? &sum : nullptr, weight, eps, y, rstd); });
   }
   return {y, sum, rstd};
 }
@@ -361,16 +358,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y_any, const Ten
   const Tensor grad_y = grad_y_any.contiguous(), x = x_any.contiguous(), rstd = rstd_any.contiguous();
   const std::optional<Tensor> grad_sum = grad_sum_any ? std::optional(grad_sum_any->contiguous()) : std::nullopt;
   Tensor grad_x = at::empty(x.sizes(), x.options());
-  switch (x.scalar_type()) {
-    case at::kDouble:
-      return backward_double(grad_y, x, weight, rstd, grad_sum, grad_x);
-    case at::kFloat:
-      return {grad_x, backward_typed<float>(grad_y, x, weight, rstd, grad_sum, grad_x)};
-    case at::kBFloat16:
-      return {grad_x, backward_typed<c10::BFloat16>(grad_y, x, weight, rstd, grad_sum, grad_x)};
-    default:
-      return {grad_x, backward_typed<c10::Half>(grad_y, x, weight, rstd, grad_sum, grad_x)};
-  }
+  if (x.scalar_type() == at::kDouble) return backward_double(grad_y, x, weight, rstd, grad_sum, grad_x);
+  Tensor grad_weight;
+  for_dtype(x.scalar_type(), [&]<typename T>() { grad_weight = backward_typed<T>(grad_y, x, weight, rstd, grad_sum, grad_x); });
+  return {grad_x, grad_weight};
 }
 
 }  // namespace astrobiogen::rms_norm

@@ -1,11 +1,8 @@
 // SwiGLU of one vector at every dtype, forward and backward. Formulas: astrobiogen/kernels/swiglu/reference.py.
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
-#include "common/dispatch.h"
-#include "common/pairs.h"
 #include "common/gate.h"
 
 namespace astrobiogen::swiglu {
@@ -15,46 +12,30 @@ inline constexpr float kCubic[4] = {0.05517167f, 0.24261112f, 0.69326099f, 0.999
 inline constexpr float kLog2e = 0x1.715476p0f, kRound = 0x1.8p23f + 127.0f;
 
 // What bf16 needs: 1 + e^-g to a relative 8e-5 (a unit in the last place of bf16 is 8e-3), Inf from g = -88.7 down, where the sigmoid rounds to 0.
-// 2^t = 2^n 2^f with a cubic for 2^f (minimax, relative error 7.5e-5). AVX-512 splits and scales in one instruction each; elsewhere n goes through the
-// rounding constant, and the clamps are integer ones (sign-magnitude order), which leave the two multiply-add pipes alone.
-template <Level L, int N>
+// 2^t = 2^n 2^f with a cubic for 2^f (minimax, relative error 7.5e-5); n goes through the rounding constant, and the clamps are integer ones
+// (sign-magnitude order), which leave the two multiply-add pipes alone.
+template <int N>
 ASTRO_INLINE simd::F<N> one_plus_exp(simd::F<N> g) {
   using Vector = simd::F<N>;
-  if constexpr (L == Level::kAvx512) {
-    const Vector t = g * -kLog2e;
-    Vector f, e;
-    asm("vreduceps $9, %1, %0" : "=v"(f) : "v"(t));  // t - floor(t)
-    Vector p = f * 0.07802452f + 0.22606716f;
-    p = p * f + 0.69583354f;
-    p = p * f + 0.99992522f;
-    asm("vscalefps %2, %1, %0" : "=v"(e) : "v"(p), "v"(t));  // p 2^floor(t)
-    return e + 1.0f;
-  } else {
-    using I = typename simd::Lanes<N>::I;
-    using U = typename simd::Lanes<N>::U;
-    const I highest = (I)simd::broadcast<N>(88.02f);
-    const U lowest = (U)simd::broadcast<N>(-88.8f);  // its power of two is Inf
-    const I below = (I)g < highest ? (I)g : highest;
-    const Vector x = (Vector)((U)below < lowest ? (U)below : lowest);
-    const Vector shifted = x * -kLog2e + kRound;
-    const Vector f = x * -kLog2e - (shifted - kRound);
-    Vector p = f * kCubic[0] + kCubic[1];
-    p = p * f + kCubic[2];
-    p = p * f + kCubic[3];
-    return p * (Vector)((I)shifted << 23) + 1.0f;
-  }
-}
-
-ASTRO_INLINE double sigmoid(double g) {
-  const double e = std::exp(-std::abs(g));
-  return (g < 0.0 ? e : 1.0) / (1.0 + e);
+  using I = typename simd::Lanes<N>::I;
+  using U = typename simd::Lanes<N>::U;
+  const I highest = (I)simd::broadcast<N>(88.02f);
+  const U lowest = (U)simd::broadcast<N>(-88.8f);  // its power of two is Inf
+  const I below = (I)g < highest ? (I)g : highest;
+  const Vector x = (Vector)((U)below < lowest ? (U)below : lowest);
+  const Vector shifted = x * -kLog2e + kRound;
+  const Vector f = x * -kLog2e - (shifted - kRound);
+  Vector p = f * kCubic[0] + kCubic[1];
+  p = p * f + kCubic[2];
+  p = p * f + kCubic[3];
+  return p * (Vector)((I)shifted << 23) + 1.0f;
 }
 
 // The product silu(g) u in two steps, so that they can be loops of their own.
-template <typename T, Level L, int N>
+template <typename T, int N>
 ASTRO_INLINE simd::F<N> exponential_of(simd::F<N> g) {
-  if constexpr (std::is_same_v<T, c10::BFloat16>) return one_plus_exp<L, N>(g);
-  else return exp_negative<N>(g);
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return one_plus_exp<N>(g);
+  else return simd::exp_negative<N>(g);
 }
 
 template <typename T, int N>
@@ -68,13 +49,13 @@ struct Gradients {
   V gate, up, product;
 };
 
-template <typename T, Level L, int N>
+template <typename T, int N>
 ASTRO_INLINE Gradients<simd::F<N>> gradients_of(simd::F<N> g, simd::F<N> u, simd::F<N> grad) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const simd::F<N> open = 1.0f / one_plus_exp<L, N>(g), silu = g * open;
+    const simd::F<N> open = 1.0f / one_plus_exp<N>(g), silu = g * open;
     return {grad * u * (open + silu * (1.0f - open)), grad * silu, silu * u};
   } else {
-    const Gate<N> s = gate_of<N>(g);
+    const simd::Gate<N> s = simd::gate_of<N>(g);
     const simd::F<N> silu = g * s.open;
     return {grad * u * (s.open * (1.0f + g * s.shut)), grad * silu, silu * u};
   }

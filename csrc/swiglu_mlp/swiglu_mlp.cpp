@@ -20,20 +20,19 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/math.h"
 #include "common/autograd.h"
-#include "gemm/blocks.h"
+#include "common/checks.h"
 #include "common/gate.h"
+#include "gemm/blocks.h"
 
 namespace astrobiogen::swiglu_mlp {
 
 using at::Tensor;
-using linear::Outputs;
-using linear::Pack;
-using linear::Product;
-using linear::Rows;
-using linear::WeightGradient;
+using gemm::Outputs;
+using gemm::Pack;
+using gemm::Product;
+using gemm::Rows;
+using gemm::WeightGradient;
 
 // Floats of one chunk of [rows, intermediate]: 64 KB, of which the backward holds four.
 constexpr int64_t kChunk = 1 << 14;
@@ -44,7 +43,7 @@ constexpr int64_t kSegmentRows = 256, kMostSegments = 16;
 struct Sizes {
   int64_t rows, hidden, inner;
 
-  int64_t chunk() const { return std::clamp<int64_t>(kChunk / inner, kFewestRows, linear::kDepth); }
+  int64_t chunk() const { return std::clamp<int64_t>(kChunk / inner, kFewestRows, gemm::kDepth); }
   // The last chunk of a segment takes what is left over, so a chunk is up to twice as long.
   int64_t buffer() const { return 2 * chunk(); }
   // Rows of the gradients of gate and up lie a line further apart than a power of two, which would share the cache's sets.
@@ -62,16 +61,6 @@ ASTRO_INLINE void in_chunks(const Sizes& s, int64_t begin, int64_t end, Body&& b
     const int64_t first = begin + c * s.chunk();
     body(first, (c + 1 == chunks ? end : first + s.chunk()) - first);
   }
-}
-
-template <int N>
-ASTRO_INLINE simd::F<N> load(const float* p) {
-  return *reinterpret_cast<const typename simd::Lanes<N>::FloatMemory*>(p);
-}
-
-template <int N>
-ASTRO_INLINE void store(float* p, simd::F<N> v) {
-  *reinterpret_cast<typename simd::Lanes<N>::FloatMemory*>(p) = v;
 }
 
 struct Forward {
@@ -96,7 +85,7 @@ struct ForwardRows {
   static ASTRO_INLINE void gated(const float* gate, int64_t inner, float* product) {
     const float* up = gate + inner;
     int64_t j = 0;
-    for (; j + N <= inner; j += N) store<N>(product + j, swiglu::silu<N>(load<N>(gate + j)) * load<N>(up + j));
+    for (; j + N <= inner; j += N) simd::store_as<simd::F<N>>(product + j, simd::silu<N>(simd::load_as<simd::F<N>>(gate + j)) * simd::load_as<simd::F<N>>(up + j));
     for (; j < inner; ++j) product[j] = gate[j] / (1.0f + std::exp(-gate[j])) * up[j];
   }
 };
@@ -118,7 +107,7 @@ struct BackwardRows {
   // grad_both [2 inner, hidden] and grad_down [hidden, inner] take this segment's part; null if not wanted.
   template <Level L>
   static ASTRO_INLINE void run(const Backward& b, Scratch& scratch, int64_t begin, int64_t end, float* grad_both, float* grad_down) {
-    const int64_t hidden = b.s.hidden, inner = b.s.inner, blocks = linear::Blocking<L>::R;
+    const int64_t hidden = b.s.hidden, inner = b.s.inner, blocks = gemm::Blocking<L>::R;
     float *product = scratch.product.data(), *of_product = scratch.slopes.data(), *of_gates = of_product + b.s.buffer() * inner;
     in_chunks(b.s, begin, end, [&](int64_t first, int64_t rows) ASTRO_LAMBDA_INLINE {
       const float *grad = b.grad + first * hidden, *x = b.x + first * hidden;
@@ -138,12 +127,12 @@ struct BackwardRows {
     float* of_up = of_gate + inner;
     int64_t j = 0;
     for (; j + N <= inner; j += N) {
-      const auto g = load<N>(gate + j), u = load<N>(up + j), d = load<N>(of_product + j);
-      const auto s = swiglu::gate_of<N>(g);
+      const auto g = simd::load_as<simd::F<N>>(gate + j), u = simd::load_as<simd::F<N>>(up + j), d = simd::load_as<simd::F<N>>(of_product + j);
+      const auto s = simd::gate_of<N>(g);
       const auto silu = g * s.open;
-      store<N>(product + j, silu * u);
-      store<N>(of_gate + j, d * u * (s.open * (1.0f + g * s.shut)));
-      store<N>(of_up + j, d * silu);
+      simd::store_as<simd::F<N>>(product + j, silu * u);
+      simd::store_as<simd::F<N>>(of_gate + j, d * u * (s.open * (1.0f + g * s.shut)));
+      simd::store_as<simd::F<N>>(of_up + j, d * silu);
     }
     for (; j < inner; ++j) {
       const float open = 1.0f / (1.0f + std::exp(-gate[j])), silu = gate[j] * open;
@@ -163,14 +152,9 @@ std::vector<float> stacked(const Tensor& gate, const Tensor& up) {
 }
 
 std::unique_ptr<float[]> packed(const float* matrix, int64_t depth, int64_t columns, bool transposed) {
-  auto panels = std::make_unique_for_overwrite<float[]>(linear::padded_columns(columns) * depth);
+  auto panels = std::make_unique_for_overwrite<float[]>(gemm::padded_columns(columns) * depth);
   dispatch<Pack>(matrix, depth, columns, transposed, panels.get());
   return panels;
-}
-
-template <typename Signature>
-auto op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 // Other sizes: PyTorch's products and the SwiGLU kernel.
@@ -220,8 +204,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& gate_any, 
   constexpr check::Op op("astrobiogen::swiglu_mlp");
   check_block(op, x_any, gate_any, up_any, down_any);
   const Tensor x = x_any.contiguous(), gate = gate_any.contiguous(), up = up_any.contiguous(), down = down_any.contiguous();
-  const Sizes s{linear::rows_of(x), gate.size(1), gate.size(0)};
-  if (!linear::serves(x, gate, s.rows) || !linear::serves(x, down, s.rows)) return compose_forward(x, gate, up, down);
+  const Sizes s{gemm::rows_of(x), gate.size(1), gate.size(0)};
+  if (!gemm::serves(x, gate, s.rows) || !gemm::serves(x, down, s.rows)) return compose_forward(x, gate, up, down);
   Tensor out = at::empty(x.sizes(), x.options()), gates = at::empty({s.rows, 2 * s.inner}, x.options());
   const std::vector<float> both = stacked(gate, up);
   const auto first = packed(both.data(), s.hidden, 2 * s.inner, true), second = packed(down.const_data_ptr<float>(), s.inner, s.hidden, true);
@@ -241,11 +225,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   check_block(op, x_any, gate_any, up_any, down_any);
   op.like(grad_any, "grad", x_any, "the shape of x");
   op.dtype(gates_any, "gates", x_any.scalar_type());
-  op.shape(gates_any, "gates", {linear::rows_of(x_any), check::product(2, gate_any.size(0))}, "[rows of x, 2 I]");
+  op.shape(gates_any, "gates", {gemm::rows_of(x_any), check::product(2, gate_any.size(0))}, "[rows of x, 2 I]");
   const Tensor gates = gates_any.contiguous();
   const Tensor grad = grad_any.contiguous(), x = x_any.contiguous(), gate = gate_any.contiguous(), up = up_any.contiguous(), down = down_any.contiguous();
-  const Sizes s{linear::rows_of(x), gate.size(1), gate.size(0)};
-  if (!linear::serves(x, gate, s.rows) || !linear::serves(x, down, s.rows))
+  const Sizes s{gemm::rows_of(x), gate.size(1), gate.size(0)};
+  if (!gemm::serves(x, gate, s.rows) || !gemm::serves(x, down, s.rows))
     return compose_backward(grad, x, gates, gate, up, down, need_x, need_weights);
   Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const std::vector<float> both = stacked(gate, up);

@@ -12,6 +12,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/dtypes.h"
 #include "conv_nd/norm/norm.h"
 
 namespace astrobiogen::conv_nd {
@@ -104,25 +105,15 @@ ASTRO_INLINE void group_rows(const Backward& b, int64_t begin, int64_t end) {
 struct ChannelRows {
   template <Level L>
   static ASTRO_INLINE void run(const Backward& b, int64_t begin, int64_t end, float* e_row, float* h_row) {
-    if (b.dtype == at::kFloat) channel_rows<float>(b, begin, end, e_row, h_row);
-    else if (b.dtype == at::kBFloat16) channel_rows<c10::BFloat16>(b, begin, end, e_row, h_row);
-    else channel_rows<c10::Half>(b, begin, end, e_row, h_row);
+    for_dtype(b.dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE { channel_rows<T>(b, begin, end, e_row, h_row); });
   }
 };
-struct GroupSums {
-  template <Level L>
-  static ASTRO_INLINE void run(const Backward& b, int64_t begin, int64_t end) {
-    if (b.dtype == at::kFloat) group_rows<float, true>(b, begin, end);
-    else if (b.dtype == at::kBFloat16) group_rows<c10::BFloat16, true>(b, begin, end);
-    else group_rows<c10::Half, true>(b, begin, end);
-  }
-};
+
+template <bool Sums>
 struct GroupRows {
   template <Level L>
   static ASTRO_INLINE void run(const Backward& b, int64_t begin, int64_t end) {
-    if (b.dtype == at::kFloat) group_rows<float, false>(b, begin, end);
-    else if (b.dtype == at::kBFloat16) group_rows<c10::BFloat16, false>(b, begin, end);
-    else group_rows<c10::Half, false>(b, begin, end);
+    for_dtype(b.dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE { group_rows<T, Sums>(b, begin, end); });
   }
 };
 
@@ -163,7 +154,7 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
       const auto some = [&](int64_t first, int64_t last, float* sum_d, float* sum_dh) {
         Backward mine = sample_of(s);
         mine.sum_d = sum_d, mine.sum_dh = sum_dh;
-        dispatch<GroupSums>(mine, first, last);
+        dispatch<GroupRows<true>>(mine, first, last);
       };
       in_runs(s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks, c,
               to + item * 2 * c, some);
@@ -185,7 +176,7 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
   at::parallel_for(0, batch * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t s = item / chunks, chunk = item % chunks;
-      dispatch<GroupRows>(sample_of(s), s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks);
+      dispatch<GroupRows<false>>(sample_of(s), s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks);
     }
   });
   sums = per_sample.sum(0);
@@ -193,9 +184,9 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& kept, const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta,
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& pre_activation, const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta,
                                                  const Tensor& mean, const Tensor& rstd, int64_t norm, int64_t norm_groups, int64_t activation) {
-  const Tensor g = to_rows(grad), z = to_rows(kept);
+  const Tensor g = to_channels_last(grad), z = to_channels_last(pre_activation);
   const int64_t channels = z.size(-1), batch = z.size(0), positions = batch == 0 ? 0 : z.numel() / batch / channels;
   const auto single = mean.options();
   const Tensor wide_gamma = gamma ? gamma->to(at::kFloat).contiguous() : at::empty({channels}, single).fill_(1.0);
@@ -208,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
     if (norm == kGroup) group_backward(b, batch, positions, mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(), norm_groups, sums);
     else channel_backward(b, batch * positions, sums);
   }
-  return {from_rows(grad_z), sums[1].to(z.scalar_type()), sums[0].to(z.scalar_type())};
+  return {from_channels_last(grad_z), sums[1].to(z.scalar_type()), sums[0].to(z.scalar_type())};
 }
 
 }  // namespace astrobiogen::conv_nd

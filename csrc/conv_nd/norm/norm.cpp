@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "common/dtypes.h"
 #include "conv_nd/norm/norm.h"
 
 namespace astrobiogen::conv_nd {
@@ -55,10 +56,10 @@ ASTRO_INLINE void normalize(const NormTarget& t, const float* z, int64_t first, 
     const float rstd = 1.0f / std::sqrt(variance + e.eps);
     if (e.mean != nullptr) e.mean[at] = mean;
     if (e.rstd != nullptr) e.rstd[at] = rstd;
-    T *y = static_cast<T*>(e.y) + at * c, *kept = e.kept == nullptr ? nullptr : static_cast<T*>(e.kept) + at * c;
+    T *y = static_cast<T*>(e.y) + at * c, *pre_activation = e.pre_activation == nullptr ? nullptr : static_cast<T*>(e.pre_activation) + at * c;
     for (int64_t i = 0; i < c; i += kLanes) {
       const f32x16 v = lanes_of(row.data() + i, c - i, 0.0f);
-      if (kept != nullptr) set_lanes(kept + i, v, c - i, e.streamed);
+      if (pre_activation != nullptr) set_lanes(pre_activation + i, v, c - i, e.streamed);
       f32x16 u = (v - mean) * rstd;
       if (e.gamma != nullptr) u *= lanes_of(e.gamma + i, c - i, 0.0f);
       if (e.beta != nullptr) u += lanes_of(e.beta + i, c - i, 0.0f);
@@ -93,15 +94,9 @@ struct Scaling {
 struct ScaleShift {
   template <Level L>
   static ASTRO_INLINE void run(const Scaling& s) {
-    if (s.dtype == at::kFloat)
-      scale_shift(static_cast<const float*>(s.z), static_cast<float*>(s.y), s.mean, s.scale, s.shift, s.channels,
-                  s.count, s.activation, s.streamed);
-    else if (s.dtype == at::kBFloat16)
-      scale_shift(static_cast<const c10::BFloat16*>(s.z), static_cast<c10::BFloat16*>(s.y), s.mean, s.scale, s.shift,
-                  s.channels, s.count, s.activation, s.streamed);
-    else
-      scale_shift(static_cast<const c10::Half*>(s.z), static_cast<c10::Half*>(s.y), s.mean, s.scale, s.shift,
-                  s.channels, s.count, s.activation, s.streamed);
+    for_dtype(s.dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE {
+      scale_shift(static_cast<const T*>(s.z), static_cast<T*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
+    });
   }
 };
 
@@ -110,7 +105,7 @@ template <typename T>
 ASTRO_INLINE void store_groups(const NormTarget& t, float* z, int64_t first, int64_t count, float* pivots,
                                float* sums) {
   const Epilogue& e = *t.epilogue;
-  T* to = static_cast<T*>(e.kept != nullptr ? e.kept : e.y) + first * t.channels;
+  T* to = static_cast<T*>(e.pre_activation != nullptr ? e.pre_activation : e.y) + first * t.channels;
   for (int64_t i = 0; i < t.channels; i += kLanes) {
     const int64_t left = t.channels - i;
     const f32x16 bias = e.bias == nullptr ? simd::splat(0.0f) : lanes_of(e.bias + i, left, 0.0f);
@@ -131,9 +126,7 @@ struct StoreGroups {
   template <Level L>
   static ASTRO_INLINE void run(const NormTarget& t, float* z, int64_t first, int64_t count, float* pivots,
                                float* sums) {
-    if (t.dtype == at::kFloat) store_groups<float>(t, z, first, count, pivots, sums);
-    else if (t.dtype == at::kBFloat16) store_groups<c10::BFloat16>(t, z, first, count, pivots, sums);
-    else store_groups<c10::Half>(t, z, first, count, pivots, sums);
+    for_dtype(t.dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE { store_groups<T>(t, z, first, count, pivots, sums); });
   }
 };
 
@@ -156,9 +149,7 @@ struct SquaredDeviations {
 struct Normalize {
   template <Level L>
   static ASTRO_INLINE void run(const NormTarget& t, const float* z, int64_t first, int64_t count) {
-    if (t.dtype == at::kFloat) normalize<float>(t, z, first, count);
-    else if (t.dtype == at::kBFloat16) normalize<c10::BFloat16>(t, z, first, count);
-    else normalize<c10::Half>(t, z, first, count);
+    for_dtype(t.dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE { normalize<T>(t, z, first, count); });
   }
 };
 
@@ -186,34 +177,46 @@ void partial_groups(const NormTarget& t, float* z, int64_t first, int64_t count,
   }
 }
 
-void finish_groups(const Tensor& z, Tensor& y, const Tensor& partial_mean, const Tensor& partial_squares, const std::vector<int64_t>& counts,
-                   const Epilogue& e, Tensor& mean, Tensor& rstd) {
-  const int64_t batch = z.size(0), channels = z.size(-1), groups = e.norm_groups, width = channels / groups;
-  const int64_t slots = static_cast<int64_t>(counts.size()), positions = z.numel() / std::max<int64_t>(1, batch * channels);
-  const float *means = partial_mean.const_data_ptr<float>(), *squares = partial_squares.const_data_ptr<float>();
+namespace {
+
+// mean, scale and shift of every sample and channel, in that order: y = (z - mean) scale + shift.
+struct ChannelScales {
+  std::vector<float> mean, scale, shift;
+};
+
+ChannelScales merge_statistics(const PartialStatistics& partial, int64_t channels, const Epilogue& e, Tensor& mean, Tensor& rstd) {
+  const int64_t batch = partial.mean.size(0), groups = e.norm_groups, width = channels / groups, slots = static_cast<int64_t>(partial.counts.size());
+  const float *means = partial.mean.const_data_ptr<float>(), *squares = partial.squares.const_data_ptr<float>();
   float *mean_to = mean.mutable_data_ptr<float>(), *rstd_to = rstd.mutable_data_ptr<float>();
-  std::vector<float> centers(batch * channels), scale(batch * channels), shift(batch * channels);
+  ChannelScales result{std::vector<float>(batch * channels), std::vector<float>(batch * channels), std::vector<float>(batch * channels)};
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t g = 0; g < groups; ++g) {
       double seen = 0.0, center = 0.0, spread = 0.0;
       for (int64_t s = 0; s < slots; ++s) {
         const int64_t at = (b * slots + s) * groups + g;
-        const double count = static_cast<double>(counts[s] * width), delta = means[at] - center, total = seen + count;
+        const double count = static_cast<double>(partial.counts[s] * width), delta = means[at] - center, total = seen + count;
         center += delta * count / total;
         spread += squares[at] + delta * delta * seen * count / total;
         seen = total;
       }
       const double inverse = 1.0 / std::sqrt(spread / seen + e.eps);
-      mean_to[b * groups + g] = static_cast<float>(center), rstd_to[b * groups + g] = static_cast<float>(inverse);
+      const float rounded = static_cast<float>(center);
+      mean_to[b * groups + g] = rounded, rstd_to[b * groups + g] = static_cast<float>(inverse);
       for (int64_t i = g * width; i < (g + 1) * width; ++i) {
         const double factor = inverse * (e.gamma == nullptr ? 1.0f : e.gamma[i]);
-        const float rounded = static_cast<float>(center);
-        centers[b * channels + i] = rounded;
-        scale[b * channels + i] = static_cast<float>(factor);
-        shift[b * channels + i] =
-            static_cast<float>((e.beta == nullptr ? 0.0f : e.beta[i]) - (center - rounded) * factor);
+        result.mean[b * channels + i] = rounded;
+        result.scale[b * channels + i] = static_cast<float>(factor);
+        result.shift[b * channels + i] = static_cast<float>((e.beta == nullptr ? 0.0f : e.beta[i]) - (center - rounded) * factor);
       }
     }
+  return result;
+}
+
+}  // namespace
+
+void finish_groups(const Tensor& z, Tensor& y, const PartialStatistics& partial, const Epilogue& e, Tensor& mean, Tensor& rstd) {
+  const int64_t batch = z.size(0), channels = z.size(-1), positions = z.numel() / std::max<int64_t>(1, batch * channels);
+  const ChannelScales scales = merge_statistics(partial, channels, e, mean, rstd);
   const char* from = static_cast<const char*>(z.const_data_ptr());
   char* to = static_cast<char*>(y.mutable_data_ptr());
   const int64_t row_bytes = channels * z.element_size();
@@ -221,11 +224,11 @@ void finish_groups(const Tensor& z, Tensor& y, const Tensor& partial_mean, const
     while (begin < end) {
       const int64_t b = begin / positions, stop = std::min(end, (b + 1) * positions);
       dispatch<ScaleShift>(Scaling{from + begin * row_bytes, to + begin * row_bytes, z.scalar_type(),
-                                   centers.data() + b * channels, scale.data() + b * channels,
-                                   shift.data() + b * channels, channels, stop - begin, e.activation, e.streamed});
+                                   scales.mean.data() + b * channels, scales.scale.data() + b * channels,
+                                   scales.shift.data() + b * channels, channels, stop - begin, e.activation, e.streamed});
       begin = stop;
     }
-    if (e.streamed) streamed_fence();
+    if (e.streamed) simd::stream_fence();
   });
 }
 
@@ -236,8 +239,8 @@ NormResult normalize_rows(const Tensor& total, at::ScalarType dtype, Epilogue e,
   NormResult r{total, at::empty({0}, options), at::empty({0}, total.options()), at::empty({0}, total.options())};
   // fp32 rows are normalised where they are; to keep them the normalised ones go elsewhere.
   if (keep || !single) r.y = at::empty(total.sizes(), options);
-  if (keep) r.kept = single ? total : at::empty_like(r.y);
-  e.y = r.y.mutable_data_ptr(), e.kept = keep ? r.kept.mutable_data_ptr() : nullptr;
+  if (keep) r.pre_activation = single ? total : at::empty_like(r.y);
+  e.y = r.y.mutable_data_ptr(), e.pre_activation = keep ? r.pre_activation.mutable_data_ptr() : nullptr;
   const NormTarget target{channels, dtype, &e};
   float* z = total.mutable_data_ptr<float>();
   if (e.norm != kGroup) {
@@ -251,18 +254,18 @@ NormResult normalize_rows(const Tensor& total, at::ScalarType dtype, Epilogue e,
     return r;
   }
   const int64_t slot = std::max<int64_t>(1, kGrain / channels), slots = (positions + slot - 1) / slot;
-  std::vector<int64_t> counts(slots, slot);
-  if (slots > 0) counts.back() = positions - (slots - 1) * slot;
-  Tensor means = at::empty({batch, slots, e.norm_groups}, total.options()), squares = at::empty_like(means);
-  e.mean = means.mutable_data_ptr<float>(), e.rstd = squares.mutable_data_ptr<float>();
+  PartialStatistics partial{at::empty({batch, slots, e.norm_groups}, total.options()), {}, std::vector<int64_t>(slots, slot)};
+  partial.squares = at::empty_like(partial.mean);
+  if (slots > 0) partial.counts.back() = positions - (slots - 1) * slot;
+  e.mean = partial.mean.mutable_data_ptr<float>(), e.rstd = partial.squares.mutable_data_ptr<float>();
   at::parallel_for(0, batch * slots, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t first = at / slots * positions + at % slots * slot;
-      partial_groups(target, z + first * channels, first, counts[at % slots], at);
+      partial_groups(target, z + first * channels, first, partial.counts[at % slots], at);
     }
   });
   r.mean = at::empty({batch, e.norm_groups}, total.options()), r.rstd = at::empty_like(r.mean);
-  finish_groups(keep ? r.kept : r.y, r.y, means, squares, counts, e, r.mean, r.rstd);
+  finish_groups(keep ? r.pre_activation : r.y, r.y, partial, e, r.mean, r.rstd);
   return r;
 }
 

@@ -1,4 +1,4 @@
-// The norms of conv_nd/norm/norm.h in fp64, by ATen: what gradient checks run.
+// The norms of conv_nd/norm/norm.h in fp64, by ATen.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
@@ -43,15 +43,15 @@ NormResult normalize_plain(const Tensor& total, const std::optional<Tensor>& gam
   const Tensor nothing = at::empty({0}, total.options());
   std::vector<int64_t> shape = total.sizes().slice(0, total.dim() - 1).vec();
   if (norm == kGroup) shape = {total.size(0), norm_groups};
-  const bool kept = keep || norm == kGroup;
-  return {u.reshape(total.sizes()), keep ? total : nothing, kept && norm != kRms ? mean.reshape(shape).contiguous() : nothing,
-          kept ? rstd.reshape(shape).contiguous() : nothing};
+  const bool pre_activation = keep || norm == kGroup;
+  return {u.reshape(total.sizes()), keep ? total : nothing, pre_activation && norm != kRms ? mean.reshape(shape).contiguous() : nothing,
+          pre_activation ? rstd.reshape(shape).contiguous() : nothing};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward_plain(const Tensor& grad, const Tensor& kept, const std::optional<Tensor>& gamma,
+std::tuple<Tensor, Tensor, Tensor> norm_backward_plain(const Tensor& grad, const Tensor& pre_activation, const std::optional<Tensor>& gamma,
                                                        const std::optional<Tensor>& beta, const Tensor& mean, const Tensor& rstd, int64_t norm,
                                                        int64_t norm_groups, int64_t activation) {
-  const Tensor rows = to_rows(kept);
+  const Tensor rows = to_channels_last(pre_activation);
   const View view(rows, norm, norm_groups);
   std::vector<int64_t> stats = view.shape;
   for (int64_t axis : view.reduced) stats[axis] = 1;
@@ -59,14 +59,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_plain(const Tensor& grad, const
   const Tensor h = (norm == kRms ? z : z - mean.reshape(stats)) * inverse;
   Tensor u = gamma ? h * view.per_channel(*gamma) : h;
   if (beta) u = u + view.per_channel(*beta);
-  Tensor d = view.of(to_rows(grad));
+  Tensor d = view.of(to_channels_last(grad));
   if (activation == kSilu) d = at::silu_backward(d, u);
   if (activation == kGelu) d = at::gelu_backward(d, u);
   const Tensor e = gamma ? d * view.per_channel(*gamma) : d;
   Tensor inside = e - h * (e * h).mean(view.reduced, true);
   if (norm != kRms) inside = inside - e.mean(view.reduced, true);
   const std::vector<int64_t> positions{0, 1};
-  return {from_rows((inside * inverse).reshape(rows.sizes())), (d * h).sum(positions).flatten(), d.sum(positions).flatten()};
+  return {from_channels_last((inside * inverse).reshape(rows.sizes())), (d * h).sum(positions).flatten(), d.sum(positions).flatten()};
 }
 
 }  // namespace astrobiogen::conv_nd

@@ -1,4 +1,4 @@
-// Weight gradient of the own CPU convolution: the points of paired axes become taps again, in vectors over output channels, and leave as dW lies.
+// Weight gradient of the own CPU convolution: components of Winograd axes become taps again, in vectors over output channels, and leave as dW lies.
 #include <vector>
 
 #include "conv_nd/weight/taps.h"
@@ -9,46 +9,46 @@ namespace {
 
 using simd::f32x16;
 
-// The three taps from the four points of a pair.
-ASTRO_INLINE void three_taps(const f32x16* point, int64_t step, f32x16* tap) {
-  const f32x16 half = (point[step] + point[2 * step]) * 0.5f;
-  tap[0] = point[0] + half, tap[1] = (point[step] - point[2 * step]) * 0.5f, tap[2] = half + point[3 * step];
+// The adjoint of the weight transform: three taps from four components.
+ASTRO_INLINE void weight_transform_adjoint(const f32x16* component, int64_t step, f32x16* tap) {
+  const f32x16 half = (component[step] + component[2 * step]) * 0.5f;
+  tap[0] = component[0] + half, tap[1] = (component[step] - component[2 * step]) * 0.5f, tap[2] = half + component[3 * step];
 }
 
-// One channel of one kernel row: from `from` of the first point, `point_step` floats apart, to [paired taps] of `step` floats.
+// One channel of one kernel row: from `from` of the first component, `component_step` floats apart, to [taps of the Winograd axes] of `step` floats.
 struct RowTaps {
   template <Level L>
-  static ASTRO_INLINE void run(const Plan& plan, const Sums& sums, const float* from, int64_t point_step, float* to, int64_t step) {
+  static ASTRO_INLINE void run(const Plan& plan, const Sums& sums, const float* from, int64_t component_step, float* to, int64_t step) {
     using namespace simd;
     for (int64_t v = 0; v < plan.block; v += kLanes) {
-      f32x16 point[kMaxPoints], row[4][3], tap[3];
-      for (int64_t k = 0; k < plan.points; ++k) {
-        point[k] = splat(0.0f);
-        for (int64_t chunk = 0; chunk < sums.chunks; ++chunk) point[k] += load(from + chunk * sums.chunk_step + k * point_step + v);
+      f32x16 component[kMaxComponents], row[4][3], tap[3];
+      for (int64_t k = 0; k < plan.components; ++k) {
+        component[k] = splat(0.0f);
+        for (int64_t chunk = 0; chunk < sums.chunks; ++chunk) component[k] += load(from + chunk * sums.chunk_step + k * component_step + v);
       }
-      if (plan.pairs == 0) store(to + v, point[0]);
-      if (plan.pairs == 1) {
-        three_taps(point, 1, tap);
+      if (plan.winograd_axes == 0) store(to + v, component[0]);
+      if (plan.winograd_axes == 1) {
+        weight_transform_adjoint(component, 1, tap);
         for (int64_t i = 0; i < 3; ++i) store(to + i * step + v, tap[i]);
       }
-      if (plan.pairs < 2) continue;
-      for (int64_t k = 0; k < 4; ++k) three_taps(point + 4 * k, 1, row[k]);
+      if (plan.winograd_axes < 2) continue;
+      for (int64_t k = 0; k < 4; ++k) weight_transform_adjoint(component + 4 * k, 1, row[k]);
       for (int64_t j = 0; j < 3; ++j) {
-        three_taps(row[0] + j, 3, tap);
+        weight_transform_adjoint(row[0] + j, 3, tap);
         for (int64_t i = 0; i < 3; ++i) store(to + (3 * i + j) * step + v, tap[i]);
       }
     }
   }
 };
 
-// The last axis' four points, `block` floats apart, to three taps in their place.
+// The last axis' four components, `block` floats apart, to three taps in their place.
 struct LastTaps {
   template <Level L>
   static ASTRO_INLINE void run(float* found, int64_t block) {
     for (int64_t v = 0; v < block; v += simd::kLanes) {
-      f32x16 point[4], tap[3];
-      for (int64_t k = 0; k < 4; ++k) point[k] = simd::load(found + k * block + v);
-      three_taps(point, 1, tap);
+      f32x16 component[4], tap[3];
+      for (int64_t k = 0; k < 4; ++k) component[k] = simd::load(found + k * block + v);
+      weight_transform_adjoint(component, 1, tap);
       for (int64_t w = 0; w < 3; ++w) simd::store(found + w * block + v, tap[w]);
     }
   }
@@ -58,19 +58,19 @@ struct LastTaps {
 
 void write_taps(const Plan& plan, const KernelRows& kernel, const Sums& sums, int64_t b, float* grad_weight) {
   const int64_t taps = std::min(sums.subset, plan.taps - sums.first_tap), size = kernel.count * plan.taps_w;
-  const int64_t last_step = plan.blocks * sums.subset * plan.row_taps * plan.block, point_step = plan.last_points * last_step;
-  const int64_t outer = plan.pairs > 0 ? 3 : 1, inner = plan.pairs > 1 ? 3 : 1;
-  // Along the last axis a kernel row has its taps, channels apart, or points.
-  const int64_t width = plan.last_paired() ? plan.last_points : plan.taps_w, step = width * plan.block;
-  const int64_t width_step = plan.last_paired() ? last_step : plan.group_channels * plan.block;
+  const int64_t last_step = plan.blocks * sums.subset * plan.row_taps * plan.block, component_step = plan.last_components * last_step;
+  const int64_t outer = plan.winograd_axes > 0 ? 3 : 1, inner = plan.winograd_axes > 1 ? 3 : 1;
+  // Along the last axis a kernel row has its taps, channels apart, or components.
+  const int64_t width = plan.winograd_last() ? plan.last_components : plan.taps_w, step = width * plan.block;
+  const int64_t width_step = plan.winograd_last() ? last_step : plan.group_channels * plan.block;
   const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
   const int64_t lanes = std::min(plan.block, plan.group_outputs - inside);
-  std::vector<float> found(outer * inner * step);  // [paired taps][width][block]
+  std::vector<float> found(outer * inner * step);  // [taps of the Winograd axes][width][block]
   for (int64_t tap = 0; tap < taps; ++tap)
     for (int64_t c = 0; c < plan.group_channels; ++c) {
       const float* from = sums.data + ((b * sums.subset + tap) * plan.row_taps + c) * plan.block;
-      for (int64_t w = 0; w < width; ++w) dispatch<RowTaps>(plan, sums, from + w * width_step, point_step, found.data() + w * plan.block, step);
-      if (plan.last_paired())
+      for (int64_t w = 0; w < width; ++w) dispatch<RowTaps>(plan, sums, from + w * width_step, component_step, found.data() + w * plan.block, step);
+      if (plan.winograd_last())
         for (int64_t k = 0; k < outer * inner; ++k) dispatch<LastTaps>(found.data() + k * step, plan.block);
       for (int64_t lane = 0; lane < lanes; ++lane) {
         float* to = grad_weight + ((channel + lane) * plan.group_channels + c) * size + kernel.base[sums.first_tap + tap] * plan.taps_w;

@@ -1,11 +1,11 @@
-// From the sums of points to the taps of a weight gradient, the last step of conv_nd/weight/weight.cpp.
+// From the sums of components to the taps of a weight gradient, the last step of conv_nd/weight/weight.cpp.
 #pragma once
 
 #include "conv_nd/direct.h"
 
 namespace astrobiogen::conv_nd {
 
-// Sums of one subset of outer taps: per chunk of tiles [points][last points][blocks][subset][row_taps][block].
+// Sums of one subset of outer taps: per chunk of tiles [components][last components][blocks][subset][row_taps][block].
 struct Sums {
   const float* data;
   int64_t chunk_step, chunks;
