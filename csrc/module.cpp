@@ -17,7 +17,8 @@ Level highest_level() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return Level::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return Level::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return Level::kAvx2;
 #endif
   return Level::kBaseline;
 }
@@ -32,7 +33,8 @@ std::atomic<Level>& current_level() {
 Level level() { return current_level().load(std::memory_order_relaxed); }
 
 void set_level(Level wanted) {
-  if (wanted > highest_level()) throw std::invalid_argument("this CPU or build does not have the level that was asked for");
+  if (wanted > highest_level())
+    throw std::invalid_argument("this CPU or build does not have the level that was asked for");
   current_level().store(wanted);
 }
 
@@ -42,12 +44,9 @@ namespace {
 
 const char* name_of(astrobiogen::Level level) {
   switch (level) {
-    case astrobiogen::Level::kAvx512:
-      return "avx512";
-    case astrobiogen::Level::kAvx2:
-      return "avx2";
-    case astrobiogen::Level::kBaseline:
-      break;
+    case astrobiogen::Level::kAvx512: return "avx512";
+    case astrobiogen::Level::kAvx2: return "avx2";
+    case astrobiogen::Level::kBaseline: break;
   }
   return "baseline";
 }
@@ -74,15 +73,21 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of astrobiogen; importing the module registers them with PyTorch's dispatcher.";
-  module.def("cpu_capability", [] { return name_of(astrobiogen::level()); },
-             "Instruction-set level that the kernels run at: 'avx512', 'avx2' or 'baseline'.");
-  module.def("cpu_levels", [] {
-    pybind11::list names;
-    for (int level = 0; level <= static_cast<int>(astrobiogen::highest_level()); ++level) names.append(name_of(static_cast<astrobiogen::Level>(level)));
-    return names;
-  }, "The levels that this CPU and build offer, lowest first.");
-  module.def("set_cpu_level", [](const std::string& name) { astrobiogen::set_level(level_named(name)); }, pybind11::arg("level"),
-             "Run the kernels at a lower level than the CPU has, for tests and benchmarks.");
+  module.def(
+      "cpu_capability", [] { return name_of(astrobiogen::level()); },
+      "Instruction-set level that the kernels run at: 'avx512', 'avx2' or 'baseline'.");
+  module.def(
+      "cpu_levels",
+      [] {
+        pybind11::list names;
+        for (int level = 0; level <= static_cast<int>(astrobiogen::highest_level()); ++level)
+          names.append(name_of(static_cast<astrobiogen::Level>(level)));
+        return names;
+      },
+      "The levels that this CPU and build offer, lowest first.");
+  module.def(
+      "set_cpu_level", [](const std::string& name) { astrobiogen::set_level(level_named(name)); },
+      pybind11::arg("level"), "Run the kernels at a lower level than the CPU has, for tests and benchmarks.");
   module.def("build_info", &build_info, "Compiler version, C++ standard and whether OpenMP is on.");
   module.def("num_threads", [] { return at::get_num_threads(); }, "Threads that a kernel may use now.");
 }

@@ -1,7 +1,8 @@
 // Attention on the CPU: registration, checks and the forward driver. Formulas: astrobiogen/kernels/attention/README.md.
 //
-// One task = 64 query rows (tokens x the heads that share one key/value head) of one (batch, kv head): K and V stream through the cache once per task and
-// serve the whole group. K is rotated while it is packed to [B, Hkv, Sk, D] fp32, Q while it is packed into panels; nothing of size Sq x Sk exists.
+// One task = 64 query rows (tokens x the heads that share one key/value head) of one (batch, kv head): K and V stream
+// through the cache once per task and serve the whole group. K is rotated while it is packed to [B, Hkv, Sk, D] fp32, Q
+// while it is packed into panels; nothing of size Sq x Sk exists.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -22,8 +23,8 @@
 
 namespace astrobiogen::attention {
 
-void visible_ranges(int64_t queries, int64_t keys, const Options& options, const Optional& cu_seqlens, std::vector<int32_t>& low,
-                    std::vector<int32_t>& high) {
+void visible_ranges(int64_t queries, int64_t keys, const Options& options, const Optional& cu_seqlens,
+                    std::vector<int32_t>& low, std::vector<int32_t>& high) {
   low.assign(queries, 0);
   high.assign(queries, static_cast<int32_t>(keys));
   if (cu_seqlens) {
@@ -31,13 +32,16 @@ void visible_ranges(int64_t queries, int64_t keys, const Options& options, const
     const int64_t* bound = bounds.const_data_ptr<int64_t>();
     const int64_t last = bounds.numel() - 1;
     TORCH_CHECK_VALUE(last >= 0, "cu_seqlens must have shape [n + 1], got no element");
-    TORCH_CHECK_VALUE(bound[0] == 0 && bound[last] <= queries, "cu_seqlens must start at 0 and end at most at S = ", queries, ", got ", bound[0],
-                      " .. ", bound[last]);
+    TORCH_CHECK_VALUE(bound[0] == 0 && bound[last] <= queries,
+                      "cu_seqlens must start at 0 and end at most at S = ", queries, ", got ", bound[0], " .. ",
+                      bound[last]);
     for (int64_t segment = 0; segment < last; ++segment)  // all of them before the first is used
-      TORCH_CHECK_VALUE(bound[segment] <= bound[segment + 1], "cu_seqlens must not decrease, got ", bound[segment], " before ", bound[segment + 1]);
+      TORCH_CHECK_VALUE(bound[segment] <= bound[segment + 1], "cu_seqlens must not decrease, got ", bound[segment],
+                        " before ", bound[segment + 1]);
     for (int64_t segment = 0; segment < last; ++segment) {
       std::fill(low.begin() + bound[segment], low.begin() + bound[segment + 1], static_cast<int32_t>(bound[segment]));
-      std::fill(high.begin() + bound[segment], high.begin() + bound[segment + 1], static_cast<int32_t>(bound[segment + 1]));
+      std::fill(high.begin() + bound[segment], high.begin() + bound[segment + 1],
+                static_cast<int32_t>(bound[segment + 1]));
     }
     for (int64_t i = bound[last]; i < queries; ++i) low[i] = high[i] = static_cast<int32_t>(bound[last]);
   }
@@ -88,11 +92,12 @@ void round_row(const float* row, int64_t dim, T* to, int16_t* rest) {
   }
 }
 
-// Divides by the sum, writes the output rows, the log-sum-exp, and what rounding took: from the output in half precision,
-// from the log-sum-exp in fp32.
+// Divides by the sum, writes the output rows, the log-sum-exp, and what rounding took: from the output in half
+// precision, from the log-sum-exp in fp32.
 template <typename T>
-void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, const float* panels, const float* maximum, const float* total,
-                const int32_t* low, const int32_t* high, const Rows<T>& out, Rest<T>* rest, float* lse) {
+void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, const float* panels, const float* maximum,
+                const float* total, const int32_t* low, const int32_t* high, const Rows<T>& out, Rest<T>* rest,
+                float* lse) {
   for (int64_t i = 0; i < t.count; ++i) {
     const int64_t token = (t.first + i) / g.group, head = t.kv_head * g.group + (t.first + i) % g.group;
     const float* from = panels + i / width * g.dim * width + i % width;
@@ -117,7 +122,8 @@ void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, cons
   }
 }
 
-// K (rotated) and V as fp32 rows: packed copies [B, Hkv, Sk, D], or the tensor itself where it already is fp32 and too few queries would share a copy.
+// K (rotated) and V as fp32 rows: packed copies [B, Hkv, Sk, D], or the tensor itself where it already is fp32 and too
+// few queries would share a copy.
 struct KeyRows {
   Tensor storage;
   Rows<const float> rows;
@@ -204,24 +210,32 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
     pack_panels<T>(g, t, q, true, factor, width, queries, nullptr, 0);
     std::fill_n(accumulator, t.panels * width * g.dim, 0.0f);
     for (int64_t i = 0; i < t.panels * width; ++i) {
-      const float sink = g.sinks != nullptr && i < t.count ? g.sinks[t.kv_head * g.group + (t.first + i) % g.group] * kLog2E
-                                                           : -std::numeric_limits<float>::infinity();
+      const float sink = g.sinks != nullptr && i < t.count
+                             ? g.sinks[t.kv_head * g.group + (t.first + i) % g.group] * kLog2E
+                             : -std::numeric_limits<float>::infinity();
       maximum[i] = sink;
       total[i] = sink == -std::numeric_limits<float>::infinity() ? 0.0f : 1.0f;
     }
-    kernel.forward({k.rows.at(t.batch, 0, t.kv_head), v.rows.at(t.batch, 0, t.kv_head), k.rows.token, v.rows.token, g.dim, t.panels, queries,
-                    accumulator, maximum, total, low, high, g.softcap * kLog2E, scratch});
+    kernel.forward({k.rows.at(t.batch, 0, t.kv_head), v.rows.at(t.batch, 0, t.kv_head), k.rows.token, v.rows.token,
+                    g.dim, t.panels, queries, accumulator, maximum, total, low, high, g.softcap * kLog2E, scratch});
     if (!silenced.empty()) add_silenced<T>(g, t, width, silenced, rows_of<T>(in.v), low, high, accumulator);
     write_rows<T>(g, t, width, accumulator, maximum, total, low, high, result, rest_data, lse_data);
   });
 }
 
-ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
-                        const Optional& sinks, bool causal, double scale, int64_t window, double softcap, bool interleaved,
-                        bool keep) {
+ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin,
+                        const Optional& cu_seqlens, const Optional& sinks, bool causal, double scale, int64_t window,
+                        double softcap, bool interleaved, bool keep) {
   constexpr check::Op op("astrobiogen::attention");
   check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
-  const Inputs in{unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved}};
+  const Inputs in{unit_stride(q),
+                  unit_stride(k),
+                  unit_stride(v),
+                  cos,
+                  sin,
+                  cu_seqlens,
+                  sinks,
+                  {causal, scale, window, softcap, interleaved}};
   const bool wide = q.scalar_type() == at::kDouble;
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide ? at::kDouble : at::kFloat));
@@ -234,14 +248,22 @@ ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   return {out, lse, rest};
 }
 
-BackwardResult attention_backward(const Optional& grad_out, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Tensor& out, const Tensor& lse, const Tensor& rest, const Optional& cos,
-                                  const Optional& sin, const Optional& cu_seqlens, const Optional& sinks, bool causal,
-                                  double scale, int64_t window, double softcap, bool interleaved) {
+BackwardResult attention_backward(const Optional& grad_out, const Optional& grad_lse, const Tensor& q, const Tensor& k,
+                                  const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& rest,
+                                  const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
+                                  const Optional& sinks, bool causal, double scale, int64_t window, double softcap,
+                                  bool interleaved) {
   constexpr check::Op op("astrobiogen::attention_backward");
   check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
   check_results(op, grad_out, grad_lse, q, out, lse, rest);
-  const Inputs in{unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved}};
+  const Inputs in{unit_stride(q),
+                  unit_stride(k),
+                  unit_stride(v),
+                  cos,
+                  sin,
+                  cu_seqlens,
+                  sinks,
+                  {causal, scale, window, softcap, interleaved}};
   const Tensor grad = grad_out ? unit_stride(*grad_out) : at::zeros(out.sizes(), out.options());
   const Optional grad_of_lse = grad_lse ? std::optional(grad_lse->contiguous()) : std::nullopt;
   return backward(in, grad, grad_of_lse, unit_stride(out), lse.contiguous(), rest.contiguous());

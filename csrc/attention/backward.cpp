@@ -1,7 +1,9 @@
-// Backward of attention on the CPU: five matrix products per tile (scores, dP, dQ, dV, dK), probabilities recomputed from the saved log-sum-exp.
+// Backward of attention on the CPU: five matrix products per tile (scores, dP, dQ, dV, dK), probabilities recomputed
+// from the saved log-sum-exp.
 //
-// dK and dV of a (batch, kv head) are summed by up to kTargetTasks / pairs tasks, each with its own fp32 buffers over a fixed subset of the query blocks,
-// and then added in a fixed order: the split depends on the shape only, so any thread count gives the same bits, and nothing is atomic.
+// dK and dV of a (batch, kv head) are summed by up to kTargetTasks / pairs tasks, each with its own fp32 buffers over a
+// fixed subset of the query blocks, and then added in a fixed order: the split depends on the shape only, so any thread
+// count gives the same bits, and nothing is atomic.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -21,7 +23,8 @@ namespace astrobiogen::attention {
 
 typedef int16_t i16x8 __attribute__((vector_size(16)));
 
-constexpr int64_t kTargetTasks = 16;  // enough for 16 cores at batch 1; each further split costs one more fp32 copy of dK and dV
+constexpr int64_t kTargetTasks =
+    16;  // enough for 16 cores at batch 1; each further split costs one more fp32 copy of dK and dV
 
 // By what a row's dO is multiplied, and its dlse, so that all products with the recomputed probabilities are as if
 // those summed up to 1: their factor, the row's correction and what the unit of log 2 adds to it. In half precision
@@ -93,9 +96,9 @@ Workspace split_workspace(float* p, int64_t dim, int64_t padded) {
   return w;
 }
 
-// The factor of dO, delta_i = factor_i (<dO_i, O_i> - dlse_i), and the log-sum-exp in units of log 2 (0 for a row that sees nothing: all its
-// scores are masked, and its O is 0 whatever dO is). O is taken as it was before rounding: dP - delta cancels where a
-// softmax is peaked.
+// The factor of dO, delta_i = factor_i (<dO_i, O_i> - dlse_i), and the log-sum-exp in units of log 2 (0 for a row that
+// sees nothing: all its scores are masked, and its O is 0 whatever dO is). O is taken as it was before rounding: dP -
+// delta cancels where a softmax is peaked.
 template <typename T>
 void row_constants(const Context<T>& c, const TaskRows& t, const Workspace& w, const int32_t* low,
                    const int32_t* high) {
@@ -128,8 +131,8 @@ void write_grad_queries(const Context<T>& c, const TaskRows& t, const float* pan
     const float* from = panels + i / c.width * c.g.dim * c.width + i % c.width;
     for (int64_t d = 0; d < c.g.dim; ++d) row[d] = from[d * c.width];
     const int64_t from_end = c.g.queries - token;
-    rotate_row(c.g, row, c.g.angles(c.g.cos, t.batch, from_end), c.g.angles(c.g.sin, t.batch, from_end), -1.0f, c.g.scale,
-               c.grad_q.at(t.batch, token, head));
+    rotate_row(c.g, row, c.g.angles(c.g.cos, t.batch, from_end), c.g.angles(c.g.sin, t.batch, from_end), -1.0f,
+               c.g.scale, c.grad_q.at(t.batch, token, head));
   }
 }
 
@@ -167,9 +170,26 @@ void backward_task(const Context<T>& c, int64_t pair, int64_t split, const Works
     std::fill_n(w.grad_queries, t.panels * c.width * g.dim, 0.0f);
     const int64_t start = pair * g.keys * g.dim;
     const bool lost = std::any_of(w.lse, w.lse + t.count, [](float x) { return std::isnan(x); });
-    c.kernel.backward({c.keys + start, c.finite_keys + start, c.values + start, g.dim, c.padded, t.panels, w.queries,
-                       w.query_rows, w.grads, w.grad_rows, w.lse, w.delta, low, high, lost, g.softcap * kLog2E,
-                       w.grad_queries, grad_keys, grad_keys + matrix, w.scratch});
+    c.kernel.backward({c.keys + start,
+                       c.finite_keys + start,
+                       c.values + start,
+                       g.dim,
+                       c.padded,
+                       t.panels,
+                       w.queries,
+                       w.query_rows,
+                       w.grads,
+                       w.grad_rows,
+                       w.lse,
+                       w.delta,
+                       low,
+                       high,
+                       lost,
+                       g.softcap * kLog2E,
+                       w.grad_queries,
+                       grad_keys,
+                       grad_keys + matrix,
+                       w.scratch});
     if (marked != 0) add_marked(c, t, marked, low, high, grad_keys + matrix);
     write_grad_queries(c, t, w.grad_queries);
   }
@@ -182,22 +202,24 @@ void write_grad_keys(const Context<T>& c, const Rows<T>& grad_k, const Rows<T>& 
   const int64_t matrix = g.keys * c.padded;
   // The packed queries carried scale / softcap, or scale * log2(e).
   const float factor = g.softcap > 0.0f ? g.softcap : kLn2;
-  at::parallel_for(0, g.batch * g.kv_heads * g.keys, std::max<int64_t>(1, 16384 / g.dim), [&](int64_t begin, int64_t end) {
-    float sums[2][kMaxHeadDim];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t pair = i / g.keys, key = i % g.keys, b = pair / g.kv_heads, h = pair % g.kv_heads;
-      const float* from = c.partials + pair * c.splits * 2 * matrix + key * c.padded;
-      for (int part = 0; part < 2; ++part) {
-        std::memcpy(sums[part], from + part * matrix, g.dim * sizeof(float));
-        for (int64_t split = 1; split < c.splits; ++split)
-          for (int64_t d = 0; d < g.dim; ++d) sums[part][d] += from[(2 * split + part) * matrix + d];
-      }
-      const int64_t from_end = g.keys - key;
-      rotate_row(g, sums[0], g.angles(g.cos, b, from_end), g.angles(g.sin, b, from_end), -1.0f, factor, grad_k.at(b, key, h));
-      T* to = grad_v.at(b, key, h);
-      for (int64_t d = 0; d < g.dim; ++d) to[d] = static_cast<T>(sums[1][d]);
-    }
-  });
+  at::parallel_for(0, g.batch * g.kv_heads * g.keys, std::max<int64_t>(1, 16384 / g.dim),
+                   [&](int64_t begin, int64_t end) {
+                     float sums[2][kMaxHeadDim];
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t pair = i / g.keys, key = i % g.keys, b = pair / g.kv_heads, h = pair % g.kv_heads;
+                       const float* from = c.partials + pair * c.splits * 2 * matrix + key * c.padded;
+                       for (int part = 0; part < 2; ++part) {
+                         std::memcpy(sums[part], from + part * matrix, g.dim * sizeof(float));
+                         for (int64_t split = 1; split < c.splits; ++split)
+                           for (int64_t d = 0; d < g.dim; ++d) sums[part][d] += from[(2 * split + part) * matrix + d];
+                       }
+                       const int64_t from_end = g.keys - key;
+                       rotate_row(g, sums[0], g.angles(g.cos, b, from_end), g.angles(g.sin, b, from_end), -1.0f, factor,
+                                  grad_k.at(b, key, h));
+                       T* to = grad_v.at(b, key, h);
+                       for (int64_t d = 0; d < g.dim; ++d) to[d] = static_cast<T>(sums[1][d]);
+                     }
+                   });
 }
 
 // d sink_h = -sum_i exp(sink_h - lse_i) delta_i, in a fixed order and in double. A row that sees nothing adds nothing.
@@ -269,14 +291,16 @@ BackwardResult backward(const Inputs& in, const Tensor& grad_out, const Optional
   Tensor grad_q = at::empty(in.q.sizes(), in.q.options());
   Tensor grad_k = at::empty(in.k.sizes(), in.k.options()), grad_v = at::empty(in.v.sizes(), in.v.options());
   const bool wide = in.q.scalar_type() == at::kDouble;
-  Tensor grad_sinks = at::zeros({in.sinks ? in.sinks->numel() : 0}, in.q.options().dtype(wide && in.sinks ? at::kDouble : at::kFloat));
+  Tensor grad_sinks =
+      at::zeros({in.sinks ? in.sinks->numel() : 0}, in.q.options().dtype(wide && in.sinks ? at::kDouble : at::kFloat));
   if (in.q.numel() == 0) {
     grad_k.zero_();
     grad_v.zero_();
     return {grad_q, grad_k, grad_v, in.sinks ? grad_sinks.to(in.sinks->scalar_type()) : grad_sinks};
   }
   if (wide) backward_double(in, grad_out, grad_lse, out, lse, rest, grad_q, grad_k, grad_v, grad_sinks);
-  else for_dtype(in.q.scalar_type(), [&]<typename T>() {
+  else
+    for_dtype(in.q.scalar_type(), [&]<typename T>() {
       backward_typed<T>(in, grad_out, grad_lse, out, lse, rest, grad_q, grad_k, grad_v, grad_sinks);
     });
   return {grad_q, grad_k, grad_v, in.sinks ? grad_sinks.to(in.sinks->scalar_type()) : grad_sinks};

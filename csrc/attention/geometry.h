@@ -1,4 +1,5 @@
-// What forward and backward share: the problem's geometry, visible key ranges, rotation while packing, scratch memory, scheduling.
+// What forward and backward share: the problem's geometry, visible key ranges, rotation while packing, scratch memory,
+// scheduling.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,7 +23,7 @@ namespace astrobiogen::attention {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kTaskRows = 64;         // query rows (token, head of the group) of one task
+constexpr int64_t kTaskRows = 64;  // query rows (token, head of the group) of one task
 constexpr int64_t kMaxHeadDim = 256;
 constexpr float kLog2E = 1.44269504088896f, kLn2 = 0.693147180559945f;
 
@@ -52,12 +53,12 @@ struct Geometry {
   }
 };
 
-void visible_ranges(int64_t queries, int64_t keys, const Options& options, const Optional& cu_seqlens, std::vector<int32_t>& low,
-                    std::vector<int32_t>& high);
+void visible_ranges(int64_t queries, int64_t keys, const Options& options, const Optional& cu_seqlens,
+                    std::vector<int32_t>& low, std::vector<int32_t>& high);
 
 template <typename Scalar>
-Geometry<Scalar> make_geometry(const Tensor& q, const Tensor& k, const Optional& cos, const Optional& sin, const Optional& cu_seqlens,
-                               const Optional& sinks, const Options& options) {
+Geometry<Scalar> make_geometry(const Tensor& q, const Tensor& k, const Optional& cos, const Optional& sin,
+                               const Optional& cu_seqlens, const Optional& sinks, const Options& options) {
   constexpr auto kType = c10::CppTypeToScalarType<Scalar>::value;
   Geometry<Scalar> g{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(2) / k.size(2), q.size(3)};
   g.interleaved = options.interleaved;
@@ -102,7 +103,8 @@ Rows<T> mutable_rows_of(Tensor& t) {
 
 // out[0..dim) = rotation of in by the angles at `cos`, `sin` (sign -1: the inverse), times `factor`.
 template <typename Scalar, typename In, typename Out>
-inline void rotate_row(const Geometry<Scalar>& g, const In* in, const Scalar* cos, const Scalar* sin, Scalar sign, Scalar factor, Out* out) {
+inline void rotate_row(const Geometry<Scalar>& g, const In* in, const Scalar* cos, const Scalar* sin, Scalar sign,
+                       Scalar factor, Out* out) {
   if (g.rotary > 0 && g.interleaved) {
     for (int64_t i = 0; i < g.rotary; ++i) {
       const Scalar a = static_cast<Scalar>(in[2 * i]), b = static_cast<Scalar>(in[2 * i + 1]), s = sin[i] * sign;
@@ -193,7 +195,8 @@ inline double in_log2(float lse) { return static_cast<double>(lse) * 1.442695040
 inline float shift_of(float lse) { return static_cast<float>(in_log2(lse)); }
 
 // 1 / sum_j exp(s_j - lse): by this the probabilities that are recomputed from a rounded lse must be multiplied to sum
-// up to 1. `top`, in units of log 2, and `total` are those of the online softmax. 1 where nothing is seen or not finite.
+// up to 1. `top`, in units of log 2, and `total` are those of the online softmax. 1 where nothing is seen or not
+// finite.
 inline float correction_of(float lse, float top, float total) {
   const float correction = static_cast<float>(std::exp2(in_log2(lse) - top) / total);
   return all_finite(&correction, 1) ? correction : 1.0f;
@@ -203,7 +206,8 @@ inline float correction_of(float lse, float top, float total) {
 template <class Work>
 void run_tasks(int64_t count, int64_t scratch_floats, const Work& work) {
   const auto make_scratch = [=] { return AlignedArray<float>(scratch_floats); };
-  astrobiogen::run_tasks(count, make_scratch, [&](int64_t task, AlignedArray<float>& scratch) { work(task, scratch.data()); });
+  astrobiogen::run_tasks(count, make_scratch,
+                         [&](int64_t task, AlignedArray<float>& scratch) { work(task, scratch.data()); });
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;

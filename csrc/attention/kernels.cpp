@@ -8,7 +8,8 @@ namespace astrobiogen::attention {
 
 static_assert(Avx512::Keys * kRows <= kScratch && Avx2::Keys * kRows <= kScratch && Baseline::Keys * kRows <= kScratch);
 
-// One panel against `count` keys: new maximum, probabilities in place, sum, and the factor by which older results shrink.
+// One panel against `count` keys: new maximum, probabilities in place, sum, and the factor by which older results
+// shrink.
 template <class B>
 ASTRO_INLINE void softmax_tile(float* tile, int64_t count, float* maximum, float* total, float* shrink) {
   using F = typename B::F;
@@ -56,20 +57,22 @@ ASTRO_INLINE void forward_tile(const ForwardTile& t) {
       const int64_t end = first + B::Keys < range.last ? first + B::Keys : range.last;
       if (begin >= end) continue;
       const int64_t count = end - begin;
-      product<B, 2, false, Start::kZero>(count, t.keys + begin * t.key_stride, t.key_stride, t.queries + x * t.dim * W, W, t.dim, t.scratch, W);
+      product<B, 2, false, Start::kZero>(count, t.keys + begin * t.key_stride, t.key_stride, t.queries + x * t.dim * W,
+                                         W, t.dim, t.scratch, W);
       if (t.softcap > 0.0f) cap_tile<B>(t.scratch, W, count, t.softcap);
       if (begin < range.full_first || end > range.full_last)
         mask_tile<B>(t.scratch, W, begin, count, t.low + x * W, t.high + x * W);
       softmax_tile<B>(t.scratch, count, t.maximum + x * W, t.total + x * W, shrink);
-      product<B, 2, true, Start::kScale>(t.dim, t.values + begin * t.value_stride, t.value_stride, t.scratch, W, count, t.out + x * t.dim * W, W,
-                                         shrink);
+      product<B, 2, true, Start::kScale>(t.dim, t.values + begin * t.value_stride, t.value_stride, t.scratch, W, count,
+                                         t.out + x * t.dim * W, W, shrink);
     }
 }
 
-// probability <- P = 2^(S - lse), grad <- dS = P (dP - delta) [(1 - tanh^2)], for one panel's columns. A hidden key has P = 0 exactly and gets dS = 0
-// even where dP is not finite.
+// probability <- P = 2^(S - lse), grad <- dS = P (dP - delta) [(1 - tanh^2)], for one panel's columns. A hidden key has
+// P = 0 exactly and gets dS = 0 even where dP is not finite.
 template <class B>
-ASTRO_INLINE void gradient_tile(float* probability, float* grad, int64_t count, const float* lse, const float* delta, float softcap) {
+ASTRO_INLINE void gradient_tile(float* probability, float* grad, int64_t count, const float* lse, const float* delta,
+                                float softcap) {
   using F = typename B::F;
   const float inverse = softcap > 0.0f ? 1.0f / softcap : 0.0f;
   for (int n = 0; n < 2; ++n) {
@@ -86,7 +89,8 @@ ASTRO_INLINE void gradient_tile(float* probability, float* grad, int64_t count, 
   }
 }
 
-// c[rows][padded] += a^T-like tile [rows][kRows] times b [depth][padded], in column strips of two registers and one odd one.
+// c[rows][padded] += a^T-like tile [rows][kRows] times b [depth][padded], in column strips of two registers and one odd
+// one.
 template <class B>
 ASTRO_INLINE void add_strips(int64_t rows, const float* a, const float* b, int64_t depth, float* c, int64_t padded) {
   int64_t column = 0;
@@ -106,7 +110,8 @@ ASTRO_INLINE void backward_tile(const BackwardTile& t) {
     const int64_t end = first + B::Keys < all.last ? first + B::Keys : all.last, count = end - first;
     const float *keys = t.keys + first * t.dim, *values = t.values + first * t.dim;
     const float* finite_keys = t.finite_keys + first * t.dim;
-    int64_t begin_panel = t.panels, end_panel = 0;  // rows are ordered by position, so the panels that see this tile are neighbours
+    int64_t begin_panel = t.panels,
+            end_panel = 0;  // rows are ordered by position, so the panels that see this tile are neighbours
     for (int64_t x = 0; x < t.panels; ++x) {
       const Range& range = ranges[x];
       if (range.first >= end || range.last <= first) continue;
@@ -118,7 +123,8 @@ ASTRO_INLINE void backward_tile(const BackwardTile& t) {
       float *p = probability + x * W, *g = grad + x * W;
       product<B, 2, false, Start::kZero>(count, keys, t.dim, t.queries + panel, W, t.dim, p, kRows);
       if (t.softcap > 0.0f) cap_tile<B>(p, kRows, count, t.softcap);
-      if (first < ranges[x].full_first || end > ranges[x].full_last) mask_tile<B>(p, kRows, first, count, t.low + x * W, t.high + x * W);
+      if (first < ranges[x].full_first || end > ranges[x].full_last)
+        mask_tile<B>(p, kRows, first, count, t.low + x * W, t.high + x * W);
       product<B, 2, false, Start::kZero>(count, values, t.dim, t.grads + panel, W, t.dim, g, kRows);
       gradient_tile<B>(p, g, count, t.lse + x * W, t.delta + x * W, t.softcap);
       if (t.lost) {  // -Inf - NaN: the keys that a lost row does not see have P = NaN
@@ -129,7 +135,8 @@ ASTRO_INLINE void backward_tile(const BackwardTile& t) {
     }
     if (begin_panel >= end_panel) continue;
     const int64_t row = begin_panel * W, depth = (end_panel - begin_panel) * W;
-    add_strips<B>(count, probability + row, t.grad_rows + row * t.padded, depth, t.grad_values + first * t.padded, t.padded);
+    add_strips<B>(count, probability + row, t.grad_rows + row * t.padded, depth, t.grad_values + first * t.padded,
+                  t.padded);
     add_strips<B>(count, grad + row, t.query_rows + row * t.padded, depth, t.grad_keys + first * t.padded, t.padded);
   }
 }
@@ -150,12 +157,9 @@ const Kernels& kernels() {
   static const Kernels avx2{Avx2::W, Avx2::L, &forward_avx2, &backward_avx2};
   static const Kernels avx512{Avx512::W, Avx512::L, &forward_avx512, &backward_avx512};
   switch (level()) {
-    case Level::kAvx512:
-      return avx512;
-    case Level::kAvx2:
-      return avx2;
-    case Level::kBaseline:
-      break;
+    case Level::kAvx512: return avx512;
+    case Level::kAvx2: return avx2;
+    case Level::kBaseline: break;
   }
 #endif
   return baseline;

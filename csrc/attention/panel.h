@@ -9,8 +9,8 @@
 
 namespace astrobiogen::attention {
 
-// The rows of one task: flattened (token, head of the group), head fastest, of one (batch, kv head). The last panel is filled up with rows that see
-// nothing.
+// The rows of one task: flattened (token, head of the group), head fastest, of one (batch, kv head). The last panel is
+// filled up with rows that see nothing.
 struct TaskRows {
   int64_t batch, kv_head, first, count, panels;
 };
@@ -27,9 +27,9 @@ inline void visible_keys(const Geometry<float>& g, const TaskRows& t, int64_t wi
   }
 }
 
-// panels[x][d][w] = factor * (rotated) row i = x W + w, or factors[i] * it; with `flat`, the same numbers as rows of `padded` floats, and 0
-// where they are not finite: there they meet hidden pairs with weight 0. Rows past the end are zero. Returns the bits
-// of the rows that are not finite (with `flat`).
+// panels[x][d][w] = factor * (rotated) row i = x W + w, or factors[i] * it; with `flat`, the same numbers as rows of
+// `padded` floats, and 0 where they are not finite: there they meet hidden pairs with weight 0. Rows past the end are
+// zero. Returns the bits of the rows that are not finite (with `flat`).
 static_assert(kTaskRows <= 64);
 template <typename T>
 uint64_t pack_panels(const Geometry<float>& g, const TaskRows& t, const Rows<const T>& in, bool turn, float factor,

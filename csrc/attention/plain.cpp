@@ -1,4 +1,5 @@
-// Attention in fp64 by plain loops, one score row in memory at a time: serves gradient checks, where fp32 tiles would be too coarse.
+// Attention in fp64 by plain loops, one score row in memory at a time: serves gradient checks, where fp32 tiles would
+// be too coarse.
 #include <ATen/ops/empty.h>
 
 #include <cmath>
@@ -19,11 +20,17 @@ struct Packed {
   const double *q, *k, *v;  // [B, heads, S, D], q and k rotated
 
   const double* query(int64_t b, int64_t h, int64_t i) const { return q + ((b * g.heads + h) * g.queries + i) * g.dim; }
-  int64_t key_offset(int64_t b, int64_t h, int64_t j) const { return ((b * g.kv_heads + h / g.group) * g.keys + j) * g.dim; }
+  int64_t key_offset(int64_t b, int64_t h, int64_t j) const {
+    return ((b * g.kv_heads + h / g.group) * g.keys + j) * g.dim;
+  }
 };
 
 Packed make_packed(const Inputs& in) {
-  Packed p{make_geometry<double>(in.q, in.k, in.cos, in.sin, in.cu_seqlens, in.sinks, in.options), {}, nullptr, nullptr, nullptr};
+  Packed p{make_geometry<double>(in.q, in.k, in.cos, in.sin, in.cu_seqlens, in.sinks, in.options),
+           {},
+           nullptr,
+           nullptr,
+           nullptr};
   p.storage = at::empty({in.q.numel() + 2 * in.k.numel()}, in.q.options());
   double *q = p.storage.mutable_data_ptr<double>(), *k = q + in.q.numel(), *v = k + in.k.numel();
   pack<double, double>(p.g, rows_of<double>(in.q), p.g.queries, p.g.heads, true, q);
@@ -52,7 +59,8 @@ void forward_double(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   const Packed p = make_packed(in);
   const Geometry<double>& g = p.g;
   const Rows<double> result = mutable_rows_of<double>(out);
-  double *lse_data = lse.mutable_data_ptr<double>(), *rest_data = rest.numel() > 0 ? rest.mutable_data_ptr<double>() : nullptr;
+  double *lse_data = lse.mutable_data_ptr<double>(),
+         *rest_data = rest.numel() > 0 ? rest.mutable_data_ptr<double>() : nullptr;
   run_tasks(g.batch * g.heads, 0, [&](int64_t task, float*) {
     const int64_t b = task / g.heads, h = task % g.heads;
     std::vector<double> scores(g.keys);
@@ -107,7 +115,8 @@ void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& g
           sink_grads[h] -= std::exp(g.sinks[h] - lse_data[index]) * rest_data[index] * delta;
         std::fill(row.begin(), row.end(), 0.0);
         for (int64_t j = g.low[i]; j < g.high[i]; ++j) {
-          const double *query = p.query(b, h, i), *key = p.k + p.key_offset(b, h, j), *value = p.v + p.key_offset(b, h, j);
+          const double *query = p.query(b, h, i), *key = p.k + p.key_offset(b, h, j),
+                       *value = p.v + p.key_offset(b, h, j);
           const double s = score(p, query, key), weight = std::exp(s - lse_data[index]) * rest_data[index];
           double grad_score = weight * (dot(grad, value, g.dim) - delta) * g.scale;
           if (g.softcap > 0.0) grad_score *= 1.0 - (s / g.softcap) * (s / g.softcap);
@@ -119,7 +128,8 @@ void backward_double(const Inputs& in, const Tensor& grad_out, const Optional& g
           }
         }
         const int64_t from_end = g.queries - i;
-        rotate_row(g, row.data(), g.angles(g.cos, b, from_end), g.angles(g.sin, b, from_end), -1.0, 1.0, query_grads.at(b, i, h));
+        rotate_row(g, row.data(), g.angles(g.cos, b, from_end), g.angles(g.sin, b, from_end), -1.0, 1.0,
+                   query_grads.at(b, i, h));
       }
   for (int64_t b = 0; b < g.batch; ++b)
     for (int64_t j = 0; j < g.keys; ++j)

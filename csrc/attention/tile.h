@@ -1,8 +1,10 @@
-// Register-blocked fp32 products and the vector exponential of the attention kernels, templated on the instruction set's blocking.
+// Register-blocked fp32 products and the vector exponential of the attention kernels, templated on the instruction
+// set's blocking.
 //
-// Lanes run over query rows. A panel is W = 2 L query rows stored column by column ([depth][W]), so scores, probabilities and their gradients are
-// [keys][W] tiles: row maximum, sum and rescaling are lane-wise (no shuffle), K and V are read in place as broadcasts (no packing, no padding of the
-// head dimension), and the causal waste is a panel, not a tile.
+// Lanes run over query rows. A panel is W = 2 L query rows stored column by column ([depth][W]), so scores,
+// probabilities and their gradients are [keys][W] tiles: row maximum, sum and rescaling are lane-wise (no shuffle), K
+// and V are read in place as broadcasts (no packing, no padding of the head dimension), and the causal waste is a
+// panel, not a tile.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +15,9 @@
 
 namespace astrobiogen::attention {
 
-// L: fp32 lanes of one register. R: rows of the register block; R x 2 accumulators + 2 loads + 1 broadcast fit the registers:
-// AVX-512 11 x 2 + 3 = 25 of 32, AVX2 6 x 2 + 3 = 15 of 16, SSE2/NEON 6 x 2 + 3 = 15 of 16.
-// Keys: keys of one tile, a multiple of R; the K and V tiles of D = 68 stay in the 32 KB first-level cache together with the panel.
+// L: fp32 lanes of one register. R: rows of the register block; R x 2 accumulators + 2 loads + 1 broadcast fit the
+// registers: AVX-512 11 x 2 + 3 = 25 of 32, AVX2 6 x 2 + 3 = 15 of 16, SSE2/NEON 6 x 2 + 3 = 15 of 16. Keys: keys of
+// one tile, a multiple of R; the K and V tiles of D = 68 stay in the 32 KB first-level cache together with the panel.
 template <int L_, int R_, int Keys_>
 struct Blocking {
   static constexpr int L = L_, R = R_, W = 2 * L_, Keys = Keys_;
@@ -45,11 +47,13 @@ ASTRO_INLINE void cap_tile(float* tile, int64_t stride, int64_t count, float sof
 
 enum class Start { kZero, kAdd, kScale };
 
-// c[r][0 .. N L) = start + sum_p a(r, p) b[p][0 .. N L) for R rows; a(r, p) = a[r lda + p], or a[r + p lda] if Adjacent. kScale multiplies the old c by
-// the N vectors at `scale` first. The old c is added after the sum and not before it: a gradient over 2,048 queries is then a sum of 32 sums of 64 and
-// not one chain of 2,048 additions (largest error of dV at S = 2048 against fp64: 1.4e-5 with the chain, eager 4.7e-6).
+// c[r][0 .. N L) = start + sum_p a(r, p) b[p][0 .. N L) for R rows; a(r, p) = a[r lda + p], or a[r + p lda] if
+// Adjacent. kScale multiplies the old c by the N vectors at `scale` first. The old c is added after the sum and not
+// before it: a gradient over 2,048 queries is then a sum of 32 sums of 64 and not one chain of 2,048 additions (largest
+// error of dV at S = 2048 against fp64: 1.4e-5 with the chain, eager 4.7e-6).
 template <class B, int R, int N, bool Adjacent, Start kStart>
-ASTRO_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, const float* scale) {
+ASTRO_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+                        const float* scale) {
   const auto left = [=](int r, int64_t p) ASTRO_LAMBDA_INLINE { return Adjacent ? a[p * lda + r] : a[r * lda + p]; };
   using F = typename B::F;
   if constexpr (kStart == Start::kZero) gemm::block<F, R, N>(depth, left, b, ldb, c, ldc, gemm::Overwrite{});
@@ -59,22 +63,22 @@ ASTRO_INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb
 
 // The rows left over: one instantiation per count, chosen at run time.
 template <class B, int R, int N, bool Adjacent, Start kStart>
-ASTRO_INLINE void rest(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, const float* scale) {
+ASTRO_INLINE void rest(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+                       int64_t ldc, const float* scale) {
   if constexpr (R > 0) {
-    if (rows == R)
-      block<B, R, N, Adjacent, kStart>(a, lda, b, ldb, depth, c, ldc, scale);
-    else
-      rest<B, R - 1, N, Adjacent, kStart>(rows, a, lda, b, ldb, depth, c, ldc, scale);
+    if (rows == R) block<B, R, N, Adjacent, kStart>(a, lda, b, ldb, depth, c, ldc, scale);
+    else rest<B, R - 1, N, Adjacent, kStart>(rows, a, lda, b, ldb, depth, c, ldc, scale);
   }
 }
 
 // As `block`, for any number of rows.
 template <class B, int N, bool Adjacent, Start kStart>
-ASTRO_INLINE void product(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
-                          const float* scale = nullptr) {
+ASTRO_INLINE void product(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                          float* c, int64_t ldc, const float* scale = nullptr) {
   const int64_t step = Adjacent ? 1 : lda;
   int64_t r = 0;
-  for (; r + B::R <= rows; r += B::R) block<B, B::R, N, Adjacent, kStart>(a + r * step, lda, b, ldb, depth, c + r * ldc, ldc, scale);
+  for (; r + B::R <= rows; r += B::R)
+    block<B, B::R, N, Adjacent, kStart>(a + r * step, lda, b, ldb, depth, c + r * ldc, ldc, scale);
   rest<B, B::R - 1, N, Adjacent, kStart>(rows - r, a + r * step, lda, b, ldb, depth, c + r * ldc, ldc, scale);
 }
 
@@ -98,7 +102,8 @@ ASTRO_INLINE void mask_tile(float* tile, int64_t stride, int64_t first, int64_t 
   }
 }
 
-// The union and the intersection of the visible key ranges of `count` rows. Rows that see nothing do not widen the union but empty the intersection.
+// The union and the intersection of the visible key ranges of `count` rows. Rows that see nothing do not widen the
+// union but empty the intersection.
 struct Range {
   int64_t first, last;            // keys that some row sees
   int64_t full_first, full_last;  // keys that every row sees

@@ -121,7 +121,8 @@ class Op {
     const int64_t entries = t.numel();
     bool inside = true;  // without a way out of the loop, which then takes a vector at a time
     for (int64_t i = 0; i < entries; ++i) inside &= static_cast<uint64_t>(values[i]) < static_cast<uint64_t>(count);
-    if (inside) [[likely]] return;
+    if (inside) [[likely]]
+      return;
     for (int64_t i = 0; i < entries; ++i)
       TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < count, op_, ": ", name, " must hold values in [0, ", count,
                         "), got ", values[i], " at position ", i);

@@ -1,8 +1,10 @@
-// Instruction-set levels of the CPU kernels, chosen at run time: one binary carries every kernel for AVX-512, AVX2 and the baseline of the platform.
+// Instruction-set levels of the CPU kernels, chosen at run time: one binary carries every kernel for AVX-512, AVX2 and
+// the baseline of the platform.
 //
-// A kernel is a struct with `template <Level L> static ASTRO_INLINE void run(arguments...)`; `dispatch<Kernel>(arguments...)` calls the copy that was
-// compiled for the level in use. Everything below `run` is always_inline and takes its instruction set from that copy. Unlike GCC's target_clones
-// this works for templates, tells the kernel its level, and lets tests and benchmarks run a lower level than the machine has (`set_level`).
+// A kernel is a struct with `template <Level L> static ASTRO_INLINE void run(arguments...)`;
+// `dispatch<Kernel>(arguments...)` calls the copy that was compiled for the level in use. Everything below `run` is
+// always_inline and takes its instruction set from that copy. Unlike GCC's target_clones this works for templates,
+// tells the kernel its level, and lets tests and benchmarks run a lower level than the machine has (`set_level`).
 #pragma once
 
 #include "common/simd.h"
@@ -11,7 +13,8 @@ namespace astrobiogen {
 
 enum class Level : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The level that kernels run at: the highest this CPU and this build offer, or what `set_level` lowered it to. (module.cpp)
+// The level that kernels run at: the highest this CPU and this build offer, or what `set_level` lowered it to.
+// (module.cpp)
 Level level();
 Level highest_level();
 // Throws std::invalid_argument above `highest_level()`. Not for use while kernels run on other threads.
@@ -40,12 +43,9 @@ template <class Kernel, class... Arguments>
 void dispatch(Arguments&&... arguments) {
 #if defined(ASTRO_HAS_LEVELS)
   switch (level()) {
-    case Level::kAvx512:
-      return run_avx512<Kernel>(arguments...);
-    case Level::kAvx2:
-      return run_avx2<Kernel>(arguments...);
-    case Level::kBaseline:
-      break;
+    case Level::kAvx512: return run_avx512<Kernel>(arguments...);
+    case Level::kAvx2: return run_avx2<Kernel>(arguments...);
+    case Level::kBaseline: break;
   }
 #endif
   Kernel::template run<Level::kBaseline>(arguments...);

@@ -7,8 +7,8 @@
 
 namespace astrobiogen {
 
-// Calls body<T>() for what the vector kernels take: fp32, bf16 or fp16. The op's checks have refused other dtypes, and its
-// caller has led fp64 elsewhere. Inlined, so that a kernel may ask within its level.
+// Calls body<T>() for what the vector kernels take: fp32, bf16 or fp16. The op's checks have refused other dtypes, and
+// its caller has led fp64 elsewhere. Inlined, so that a kernel may ask within its level.
 template <typename Body>
 __attribute__((always_inline)) inline void for_dtype(at::ScalarType dtype, Body&& body) {
   if (dtype == at::kFloat) body.template operator()<float>();

@@ -6,8 +6,8 @@
 
 namespace astrobiogen::simd {
 
-// e^-|g|, 0 from |g| = 104 on. The clamp is an integer one: of two negative floats the larger is the smaller unsigned word. It turns some NaN into
-// numbers; every result below is also multiplied by g.
+// e^-|g|, 0 from |g| = 104 on. The clamp is an integer one: of two negative floats the larger is the smaller unsigned
+// word. It turns some NaN into numbers; every result below is also multiplied by g.
 template <int N>
 ASTRO_INLINE F<N> exp_negative(F<N> g) {
   using U = typename Lanes<N>::U;
@@ -21,7 +21,8 @@ ASTRO_INLINE F<N> silu(F<N> g) {
   return g * ((typename Lanes<N>::I)g < 0 ? e : broadcast<N>(1.0f)) / (1.0f + e);
 }
 
-// sigmoid(g) and sigmoid(-g) from one exponential and one division; both keep their relative accuracy on either side of zero.
+// sigmoid(g) and sigmoid(-g) from one exponential and one division; both keep their relative accuracy on either side of
+// zero.
 template <int N>
 struct Gate {
   F<N> open, shut;

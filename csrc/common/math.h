@@ -1,10 +1,12 @@
 // exp, sigmoid and tanh of sixteen fp32 lanes, for the CPU kernels. No tables, no branches.
 //
-// Worst error over every 37th of the 2^32 bit patterns, against double precision: exp 1.03 ulp, sigmoid 2.31 ulp, tanh 1.50 ulp, with and without
-// fused multiply-add. All are right at 0, Inf, overflow and subnormal results, and keep NaN.
+// Worst error over every 37th of the 2^32 bit patterns, against double precision: exp 1.03 ulp, sigmoid 2.31 ulp,
+// tanh 1.50 ulp, with and without fused multiply-add. All are right at 0, Inf, overflow and subnormal results, and keep
+// NaN.
 //
-// The work is done on halves of eight lanes. GCC 12 splits sums and products of a 64-byte vector into two AVX2 instructions, but comparisons, selects
-// and reinterpretations into sixteen scalar ones through the stack (SwiGLU forward: 3.5 times slower); at 32 bytes it needs no splitting.
+// The work is done on halves of eight lanes. GCC 12 splits sums and products of a 64-byte vector into two AVX2
+// instructions, but comparisons, selects and reinterpretations into sixteen scalar ones through the stack (SwiGLU
+// forward: 3.5 times slower); at 32 bytes it needs no splitting.
 #pragma once
 
 #include "common/simd.h"
@@ -35,7 +37,8 @@ ASTRO_INLINE Vector exp_fraction(Vector x, Vector whole) {
 
 // e^x, x = n ln2 + r, then two exact scalings by powers of two: one alone cannot reach 2^128 or subnormal results.
 ASTRO_INLINE f32x8 exp(f32x8 x) {
-  // e^89 rounds to Inf and e^-104 to 0, so clamping there changes no result and keeps n within 8 bits. Both comparisons are false for NaN.
+  // e^89 rounds to Inf and e^-104 to 0, so clamping there changes no result and keeps n within 8 bits. Both comparisons
+  // are false for NaN.
   x = x > 89.0f ? splat8(89.0f) : x;
   x = x < -104.0f ? splat8(-104.0f) : x;
   const float kRound = 0x1.8p23f;  // adding it rounds to an integer, which then sits in the low mantissa bits
@@ -46,8 +49,8 @@ ASTRO_INLINE f32x8 exp(f32x8 x) {
   return p * (f32x8)((half + 127) << 23) * (f32x8)((n - half + 127) << 23);
 }
 
-// e^x for -104 <= x <= 43, on vectors of any width, in two thirds of the instructions: n + 191 comes straight out of the rounding constant's low bits
-// (its high bits leave by the shift), and 2^(n + 64) 2^-64 reaches the subnormals.
+// e^x for -104 <= x <= 43, on vectors of any width, in two thirds of the instructions: n + 191 comes straight out of
+// the rounding constant's low bits (its high bits leave by the shift), and 2^(n + 64) 2^-64 reaches the subnormals.
 template <class Vector>
 ASTRO_INLINE Vector exp_in_range(Vector x) {
   using Words = decltype(x < x);
@@ -66,8 +69,8 @@ ASTRO_INLINE Vector exp_below(Vector x) {
 // e^x for x <= 0 (anything above 0 is undefined).
 ASTRO_INLINE f32x8 exp_nonpositive(f32x8 x) { return exp_below(x); }
 
-// 2^x for x <= 1: 2^n 2^f with |f| <= 1/2, degree-6 minimax polynomial (relative error 1.9e-9). Below -126 the result is 0. NaN stays NaN: it fails both
-// comparisons and the polynomial carries it.
+// 2^x for x <= 1: 2^n 2^f with |f| <= 1/2, degree-6 minimax polynomial (relative error 1.9e-9). Below -126 the result
+// is 0. NaN stays NaN: it fails both comparisons and the polynomial carries it.
 template <class Vector>
 ASTRO_INLINE Vector exp2_unit(Vector x) {
   using Words = decltype(x < x);
@@ -76,7 +79,8 @@ ASTRO_INLINE Vector exp2_unit(Vector x) {
   const Vector y = x < floor ? floor : x;
   const Vector shifted = y + kRound;
   const Vector f = y - (shifted - kRound);
-  const Words n = ((Words)shifted << 23) + (127 << 23);  // the low bits of `shifted` hold n; its exponent bits fall off the left
+  const Words n =
+      ((Words)shifted << 23) + (127 << 23);  // the low bits of `shifted` hold n; its exponent bits fall off the left
   Vector p = f * 0x1.41a6fep-13f + 0x1.5f44f0p-10f;
   p = p * f + 0x1.3b2dfep-7f;
   p = p * f + 0x1.c6aed6p-5f;
@@ -92,7 +96,8 @@ ASTRO_INLINE f32x8 sigmoid(f32x8 x) {
   return select_negative(x, e, splat8(1.0f)) / (1.0f + e);
 }
 
-// On one register of any width: odd polynomial below 0.55 (relative error 1e-9), (1 - e) / (1 + e) with e = e^-2|x| above. Keeps the sign of zero.
+// On one register of any width: odd polynomial below 0.55 (relative error 1e-9), (1 - e) / (1 + e) with e = e^-2|x|
+// above. Keeps the sign of zero.
 template <class Vector>
 ASTRO_INLINE Vector tanh_of(Vector x) {
   using Words = decltype(x < x);

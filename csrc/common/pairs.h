@@ -1,8 +1,10 @@
-// 2 N consecutive elements as two vectors of N fp32 lanes (N = 8, or 16 on AVX-512), for kernels that do the same to every element.
+// 2 N consecutive elements as two vectors of N fp32 lanes (N = 8, or 16 on AVX-512), for kernels that do the same to
+// every element.
 //
-// The two vectors hold the elements in the order that costs least to load and store: first and second half for fp32 and fp16; even and odd elements for
-// bf16, which one shift and one mask widen (2 instructions for 16 elements at any level, no shuffles) and a shift and a blend narrow. fp32 tables
-// that meet them, such as a norm's weight, are brought into the same order once (`arrange`).
+// The two vectors hold the elements in the order that costs least to load and store: first and second half for fp32 and
+// fp16; even and odd elements for bf16, which one shift and one mask widen (2 instructions for 16 elements at any
+// level, no shuffles) and a shift and a blend narrow. fp32 tables that meet them, such as a norm's weight, are brought
+// into the same order once (`arrange`).
 #pragma once
 
 #include <algorithm>
@@ -39,11 +41,12 @@ ASTRO_INLINE Pair<N> load_pair(const c10::Half* p) {
   else return {join(load8(p), load8(p + 8)), join(load8(p + 16), load8(p + 24))};
 }
 
-// How fp32 becomes bf16. NaN must have no bit set below its upper half, else the carry may turn it into a number: true of every NaN that comes from bf16
-// and of every NaN the processor makes; `arrange` sees to fp32 tables.
+// How fp32 becomes bf16. NaN must have no bit set below its upper half, else the carry may turn it into a number: true
+// of every NaN that comes from bf16 and of every NaN the processor makes; `arrange` sees to fp32 tables.
 enum class Round {
   kEven,   // to nearest, ties to even: for what may well be a tie, such as the sum of two bf16 numbers
-  kAway,   // to nearest, ties away from zero: the same largest error for one instruction instead of four; for results that are inexact in fp32
+  kAway,   // to nearest, ties away from zero: the same largest error for one instruction instead of four; for results
+           // that are inexact in fp32
   kExact,  // not at all: the lower half is zero
 };
 
@@ -63,7 +66,8 @@ ASTRO_INLINE typename Lanes<N>::U narrow(Pair<N> v) {
 #if defined(ASTRO_HAS_SHUFFLES)
   if constexpr (N == 8 && L != Level::kBaseline) {  // the odd halfwords of `second`: one blend
     typedef uint16_t Halfwords __attribute__((vector_size(32)));
-    return (U)__builtin_shufflevector((Halfwords)first, (Halfwords)second, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31);
+    return (U)__builtin_shufflevector((Halfwords)first, (Halfwords)second, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27,
+                                      12, 29, 14, 31);
   }
 #endif
   if constexpr (R == Round::kExact) return first | second;
@@ -101,7 +105,8 @@ ASTRO_INLINE Pair<N> rounded(Pair<N> v) {
   if constexpr (std::is_same_v<T, float>) {
     return v;
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    return {(F<N>)(round_bf16<Round::kEven, N>(v.first) & 0xffff0000u), (F<N>)(round_bf16<Round::kEven, N>(v.second) & 0xffff0000u)};
+    return {(F<N>)(round_bf16<Round::kEven, N>(v.first) & 0xffff0000u),
+            (F<N>)(round_bf16<Round::kEven, N>(v.second) & 0xffff0000u)};
   } else {
     alignas(64) T elements[2 * N];
     store_pair<N>(elements, v);
@@ -163,11 +168,13 @@ ASTRO_INLINE int64_t arranged(int64_t i) {
   return i - within + within % 2 * 8 + within / 2;
 }
 
-// fp32 `table` of `count` elements in the order of Pair<8> of T, with zeros up to a multiple of 16; NaN as the processor's own.
+// fp32 `table` of `count` elements in the order of Pair<8> of T, with zeros up to a multiple of 16; NaN as the
+// processor's own.
 template <typename T>
 void arrange(const float* table, int64_t count, float* to) {
   std::fill(to, to + (count + 15) / 16 * 16, 0.0f);
-  for (int64_t i = 0; i < count; ++i) to[arranged<T>(i)] = table[i] == table[i] ? table[i] : std::numeric_limits<float>::quiet_NaN();
+  for (int64_t i = 0; i < count; ++i)
+    to[arranged<T>(i)] = table[i] == table[i] ? table[i] : std::numeric_limits<float>::quiet_NaN();
 }
 
 }  // namespace astrobiogen::simd

@@ -1,7 +1,7 @@
 // Sixteen-lane fp32 vectors for the CPU kernels, and their loads and stores from fp32, bf16 and fp16 memory.
 //
-// GCC and Clang vector extensions: the compiler lowers a 64-byte vector to one AVX-512 register, two AVX2 registers or four NEON/SSE ones.
-// Everything here is always_inline and takes its instruction set from the caller (dispatch.h).
+// GCC and Clang vector extensions: the compiler lowers a 64-byte vector to one AVX-512 register, two AVX2 registers or
+// four NEON/SSE ones. Everything here is always_inline and takes its instruction set from the caller (dispatch.h).
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -28,8 +28,8 @@ typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 
-// The same in memory, at any address. Not memcpy: GCC 12 copies 64 bytes through the stack in 16-byte pieces before it loads them into AVX2 registers
-// (RMSNorm forward 4 times slower).
+// The same in memory, at any address. Not memcpy: GCC 12 copies 64 bytes through the stack in 16-byte pieces before it
+// loads them into AVX2 registers (RMSNorm forward 4 times slower).
 typedef float f32x16_memory __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float f32x8_memory __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t u32x8_memory __attribute__((vector_size(32), aligned(2), may_alias));
@@ -87,7 +87,9 @@ ASTRO_INLINE void store_as(float* p, Vector v) {
 #if defined(ASTRO_HAS_SHUFFLES)
 ASTRO_INLINE f32x8 low(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
 ASTRO_INLINE f32x8 high(f32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
-ASTRO_INLINE f32x16 join(f32x8 low, f32x8 high) { return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+ASTRO_INLINE f32x16 join(f32x8 low, f32x8 high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
 #else  // right, but through the stack
 ASTRO_INLINE f32x8 low(f32x16 v) {
   f32x8 half;
@@ -145,12 +147,14 @@ ASTRO_INLINE void store8(c10::BFloat16* p, f32x8 v) {
   store8_bits(p, (nan & 0x7fc0u) | (~nan & rounded));
 }
 
-// Round to nearest even. Below 2^-14 adding 0.5 leaves the fp16 subnormal in the low bits; above, the exponent is rebased by 112 before rounding.
+// Round to nearest even. Below 2^-14 adding 0.5 leaves the fp16 subnormal in the low bits; above, the exponent is
+// rebased by 112 before rounding.
 ASTRO_INLINE void store8(c10::Half* p, f32x8 v) {
   const u32x8 bits = (u32x8)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   const u32x8 subnormal = (u32x8)((f32x8)magnitude + 0.5f) - 0x3f000000u;
   const u32x8 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const u32x8 tiny = (u32x8)((f32x8)magnitude < 0x1p-14f), huge = (u32x8)((f32x8)magnitude >= 65536.0f), nan = (u32x8)(v != v);
+  const u32x8 tiny = (u32x8)((f32x8)magnitude < 0x1p-14f), huge = (u32x8)((f32x8)magnitude >= 65536.0f),
+              nan = (u32x8)(v != v);
   u32x8 half = (tiny & subnormal) | (~tiny & normal);
   half = (huge & 0x7c00u) | (~huge & half);
   half = (nan & 0x7e00u) | (~nan & half);
@@ -178,8 +182,9 @@ ASTRO_INLINE f32x16 load(const float* p) { return *reinterpret_cast<const f32x16
 
 ASTRO_INLINE void store(float* p, f32x16 v) { *reinterpret_cast<f32x16_memory*>(p) = v; }
 
-// Half precision as two halves: GCC 12 lowers comparisons, selects and conversions of a 64-byte vector to scalar code through the stack on AVX2 (a
-// bf16 store took about 150 instructions), those of a 32-byte vector to a few AVX2 ones. fp32 needs none of these.
+// Half precision as two halves: GCC 12 lowers comparisons, selects and conversions of a 64-byte vector to scalar code
+// through the stack on AVX2 (a bf16 store took about 150 instructions), those of a 32-byte vector to a few AVX2 ones.
+// fp32 needs none of these.
 template <typename T>
 ASTRO_INLINE f32x16 load(const T* p) {
   return join(load8(p), load8(p + kHalfLanes));

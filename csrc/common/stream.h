@@ -1,8 +1,8 @@
 // Stores that bypass the cache, and requests for memory before it is needed.
 //
-// A cached store first reads the line it overwrites, a third of the traffic of a kernel that reads once and writes once.
-// Worth it for outputs past kStreamBytes, which no later reader would find in L2 anyway. The writing thread ends with
-// `stream_fence`. Elsewhere than on x86 an ordinary store.
+// A cached store first reads the line it overwrites, a third of the traffic of a kernel that reads once and writes
+// once. Worth it for outputs past kStreamBytes, which no later reader would find in L2 anyway. The writing thread ends
+// with `stream_fence`. Elsewhere than on x86 an ordinary store.
 #pragma once
 
 #include <cstring>
@@ -25,8 +25,8 @@ constexpr int64_t kStreamAlignment = 64;  // of a 64-byte store
 // Whether `total` elements in rows of `row` are worth it and each row starts on an address that can be streamed to.
 template <typename T>
 ASTRO_INLINE bool can_stream(const T* p, int64_t row, int64_t total) {
-  return total * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && reinterpret_cast<uintptr_t>(p) % kStreamAlignment == 0 &&
-         row * sizeof(T) % kStreamAlignment == 0;
+  return total * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
+         reinterpret_cast<uintptr_t>(p) % kStreamAlignment == 0 && row * sizeof(T) % kStreamAlignment == 0;
 }
 
 // Elements from p to the next address that can be streamed to.
@@ -45,8 +45,10 @@ ASTRO_INLINE void stream(void* p, Vector v) {
 #if defined(ASTRO_HAS_LEVELS)
   typedef long long Words4 __attribute__((vector_size(32)));
   typedef long long Words8 __attribute__((vector_size(64)));
-  if constexpr (sizeof(Vector) == 64 && L == Level::kAvx512) return __builtin_ia32_movntdq512(static_cast<Words8*>(p), (Words8)v);
-  if constexpr (sizeof(Vector) == 32 && L != Level::kBaseline) return __builtin_ia32_movntdq256(static_cast<Words4*>(p), (Words4)v);
+  if constexpr (sizeof(Vector) == 64 && L == Level::kAvx512)
+    return __builtin_ia32_movntdq512(static_cast<Words8*>(p), (Words8)v);
+  if constexpr (sizeof(Vector) == 32 && L != Level::kBaseline)
+    return __builtin_ia32_movntdq256(static_cast<Words4*>(p), (Words4)v);
 #endif
   __m128i part[sizeof(Vector) / sizeof(__m128i)];
   std::memcpy(part, &v, sizeof(v));

@@ -7,8 +7,9 @@
 
 namespace astrobiogen {
 
-// While it lives, this thread reads and writes fp32 numbers below 2^-126 = 1.2e-38 as 0: x86 cores take over a hundred cycles for each operation on one.
-// Kernels in between must be calls, as those of `dispatch` are: compilers move arithmetic across a change of the mode.
+// While it lives, this thread reads and writes fp32 numbers below 2^-126 = 1.2e-38 as 0: x86 cores take over a hundred
+// cycles for each operation on one. Kernels in between must be calls, as those of `dispatch` are: compilers move
+// arithmetic across a change of the mode.
 class FlushSubnormals {
 #if defined(__x86_64__)
   static constexpr unsigned kFlushToZero = 0x8000, kSubnormalsAreZero = 0x0040;

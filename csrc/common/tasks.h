@@ -11,8 +11,9 @@
 
 namespace astrobiogen {
 
-// Runs work(task, scratch) for tasks 0 .. count - 1, `scratch` being what `make_scratch()` gave the thread. A thread that
-// is free takes the next task: tasks differ in size and cores in load. A result must not depend on who computed it.
+// Runs work(task, scratch) for tasks 0 .. count - 1, `scratch` being what `make_scratch()` gave the thread. A thread
+// that is free takes the next task: tasks differ in size and cores in load. A result must not depend on who computed
+// it.
 template <class MakeScratch, class Work>
 void run_tasks(int64_t count, const MakeScratch& make_scratch, const Work& work) {
   std::atomic<int64_t> next{0};

@@ -1,7 +1,9 @@
-// The op conv_nd_bias_grad: sums of a gradient over batch and positions, one per channel. One streaming read, all channels side by side.
+// The op conv_nd_bias_grad: sums of a gradient over batch and positions, one per channel. One streaming read, all
+// channels side by side.
 //
-// Every chunk of rows sums blocks of kBlockRows rows in registers, the blocks in fp32, the chunks in fp64: rounding errors grow with the length of a
-// block and the number of blocks, not with the number of positions. Chunks depend on the shape only: any thread count gives the same bits.
+// Every chunk of rows sums blocks of kBlockRows rows in registers, the blocks in fp32, the chunks in fp64: rounding
+// errors grow with the length of a block and the number of blocks, not with the number of positions. Chunks depend on
+// the shape only: any thread count gives the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -46,22 +48,27 @@ template <typename Vec, typename T>
 ASTRO_INLINE void add_rows(const T* rows, int64_t channels, int64_t count, float* sums) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float);
   int64_t c = 0;
-  for (; channels - c >= kVectors * kWidth; c += kVectors * kWidth) panel<Vec, kVectors>(rows + c, channels, count, sums + c);
+  for (; channels - c >= kVectors * kWidth; c += kVectors * kWidth)
+    panel<Vec, kVectors>(rows + c, channels, count, sums + c);
   for (; channels - c >= 2 * kWidth; c += 2 * kWidth) panel<Vec, 2>(rows + c, channels, count, sums + c);
   for (; channels - c >= kWidth; c += kWidth) panel<Vec, 1>(rows + c, channels, count, sums + c);
   for (; c < channels; ++c)
     for (int64_t first = 0; first < count; first += kBlockRows) {
       float sum = 0.0f;
-      for (int64_t p = first; p < std::min(first + kBlockRows, count); ++p) sum += static_cast<float>(rows[p * channels + c]);
+      for (int64_t p = first; p < std::min(first + kBlockRows, count); ++p)
+        sum += static_cast<float>(rows[p * channels + c]);
       sums[c] += sum;
     }
 }
 
 struct AddRows {
   template <Level L>
-  static ASTRO_INLINE void run(const void* rows, at::ScalarType dtype, int64_t channels, int64_t first, int64_t count, float* sums) {
+  static ASTRO_INLINE void run(const void* rows, at::ScalarType dtype, int64_t channels, int64_t first, int64_t count,
+                               float* sums) {
     using Vec = simd::F<kWidth<L>>;
-    for_dtype(dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE { add_rows<Vec>(static_cast<const T*>(rows) + first * channels, channels, count, sums); });
+    for_dtype(dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE {
+      add_rows<Vec>(static_cast<const T*>(rows) + first * channels, channels, count, sums);
+    });
   }
 };
 
@@ -76,7 +83,8 @@ Tensor conv_nd_bias_grad(const Tensor& grad) {
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = positions * chunk / chunks, last = positions * (chunk + 1) / chunks;
-      dispatch<AddRows>(rows.const_data_ptr(), rows.scalar_type(), channels, first, last - first, partial.data() + chunk * channels);
+      dispatch<AddRows>(rows.const_data_ptr(), rows.scalar_type(), channels, first, last - first,
+                        partial.data() + chunk * channels);
     }
   });
   Tensor result = at::empty({channels}, rows.options().dtype(at::kFloat));

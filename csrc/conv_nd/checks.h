@@ -101,9 +101,9 @@ inline void check_norm(const check::Op& op, const Tensor& x, int64_t channels, c
   check_bias(op, beta, "norm_bias", x, channels);
 }
 
-inline void check_norm_backward(const check::Op& op, const Tensor& grad, const Tensor& pre_activation, const Optional& gamma,
-                                const Optional& beta, const Tensor& mean, const Tensor& rstd, int64_t norm,
-                                int64_t norm_groups, int64_t activation) {
+inline void check_norm_backward(const check::Op& op, const Tensor& grad, const Tensor& pre_activation,
+                                const Optional& gamma, const Optional& beta, const Tensor& mean, const Tensor& rstd,
+                                int64_t norm, int64_t norm_groups, int64_t activation) {
   check_volume(op, pre_activation, "kept");
   op.like(grad, "grad", pre_activation, "the shape of kept");
   check_norm(op, pre_activation, pre_activation.size(1), gamma, beta, norm, norm_groups);

@@ -1,7 +1,9 @@
-// Convolution over one to five axes as a sum of ATen convolutions over the last three (oneDNN where ATen uses it), channels innermost.
+// Convolution over one to five axes as a sum of ATen convolutions over the last three (oneDNN where ATen uses it),
+// channels innermost.
 //
-// One call per live tap of the leading axes, on exactly the rows that the tap can reach, so no zero halo is copied for them and dead taps cost
-// nothing. Where one tap reaches every output it goes first and its result is the accumulator: one pass over the output less.
+// One call per live tap of the leading axes, on exactly the rows that the tap can reach, so no zero halo is copied for
+// them and dead taps cost nothing. Where one tap reaches every output it goes first and its result is the accumulator:
+// one pass over the output less.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/convolution.h>
@@ -46,23 +48,26 @@ std::vector<OuterTap> outer_taps(const Geometry& g, at::IntArrayRef size, at::In
       }
     taps = std::move(longer);
   }
-  std::stable_sort(taps.begin(), taps.end(), [](const OuterTap& a, const OuterTap& b) { return a.outputs > b.outputs; });
+  std::stable_sort(taps.begin(), taps.end(),
+                   [](const OuterTap& a, const OuterTap& b) { return a.outputs > b.outputs; });
   return taps;
 }
 
 Tensor cut_output(Tensor rows, const OuterTap& tap) {
-  for (size_t axis = 0; axis < tap.output.size(); ++axis) rows = rows.slice(1 + axis, tap.output[axis][0], tap.output[axis][1]);
+  for (size_t axis = 0; axis < tap.output.size(); ++axis)
+    rows = rows.slice(1 + axis, tap.output[axis][0], tap.output[axis][1]);
   return rows;
 }
 
 Tensor cut_input(Tensor rows, const OuterTap& tap) {
-  for (size_t axis = 0; axis < tap.input.size(); ++axis) rows = rows.slice(1 + axis, tap.input[axis][0], tap.input[axis][1], tap.input[axis][2]);
+  for (size_t axis = 0; axis < tap.input.size(); ++axis)
+    rows = rows.slice(1 + axis, tap.input[axis][0], tap.input[axis][1], tap.input[axis][2]);
   return rows;
 }
 
-// [A, C, *axes] of contiguous rows [A, *axes, C], as ATen's convolutions take it. One channel has any stride; where it is 1 ATen calls the tensor
-// channels-last, and oneDNN (3.12, brg_conv_fwd) then reads wrong rows when a stride of 2 or more over the last axis leaves a single output. The
-// plain strides are the same memory and take its other kernel.
+// [A, C, *axes] of contiguous rows [A, *axes, C], as ATen's convolutions take it. One channel has any stride; where it
+// is 1 ATen calls the tensor channels-last, and oneDNN (3.12, brg_conv_fwd) then reads wrong rows when a stride of 2 or
+// more over the last axis leaves a single output. The plain strides are the same memory and take its other kernel.
 Tensor native(const Tensor& rows) {
   const Tensor moved = from_channels_last(rows);
   return rows.size(-1) == 1 ? rows.reshape({rows.numel()}).view(moved.sizes()) : moved;
@@ -76,15 +81,17 @@ Tensor cut_weight(Tensor weight, const OuterTap& tap) {
 // The leading axes folded into the batch: [B', C, *last three], channels innermost.
 Tensor volume(const Tensor& rows, int64_t axes) {
   std::vector<int64_t> shape{-1};
-  for (int64_t at = std::max<int64_t>(1, rows.dim() - 1 - kInnerAxes); at < rows.dim(); ++at) shape.push_back(rows.size(at));
+  for (int64_t at = std::max<int64_t>(1, rows.dim() - 1 - kInnerAxes); at < rows.dim(); ++at)
+    shape.push_back(rows.size(at));
   if (axes <= kInnerAxes) shape[0] = rows.size(0);
   else shape[0] = rows.numel() == 0 ? 0 : -1;
   return native(rows.reshape(shape).contiguous());
 }
 
-// A kernel of one tap over the last three axes is a matrix product per outer tap, [positions, C] x [C, O]: on rows as they are, added to the result in
-// place. As convolutions of ATen these took 3 times as long (a copy of the volume, a result of its own, an addition).
-// Not where an axis is circular: which rows a matrix kernel computes as its remainder depends on where the circle was cut, and with it their last bits.
+// A kernel of one tap over the last three axes is a matrix product per outer tap, [positions, C] x [C, O]: on rows as
+// they are, added to the result in place. As convolutions of ATen these took 3 times as long (a copy of the volume, a
+// result of its own, an addition). Not where an axis is circular: which rows a matrix kernel computes as its remainder
+// depends on where the circle was cut, and with it their last bits.
 bool is_product(const Geometry& whole, const Geometry& g, at::IntArrayRef kernel) {
   bool product = g.groups == 1 && std::find(whole.mode.begin(), whole.mode.end(), kCircular) == whole.mode.end();
   for (int64_t axis = std::max<int64_t>(0, g.axes() - kInnerAxes); axis < g.axes(); ++axis)
@@ -98,17 +105,21 @@ Tensor tap_matrix(Tensor weight, const OuterTap& tap) {
   return weight.reshape({weight.size(0), weight.size(1)});
 }
 
-// body(left, right) on matrices [positions, channels] that cover both: whole where memory allows, else per index of the leading axis.
+// body(left, right) on matrices [positions, channels] that cover both: whole where memory allows, else per index of the
+// leading axis.
 void in_matrices(const Tensor& left, const Tensor& right, const std::function<void(Tensor, const Tensor&)>& body) {
   if (left.numel() == 0) return;
-  if (left.is_contiguous() && right.is_contiguous()) return body(left.view({-1, left.size(-1)}), right.view({-1, right.size(-1)}));
+  if (left.is_contiguous() && right.is_contiguous())
+    return body(left.view({-1, left.size(-1)}), right.view({-1, right.size(-1)}));
   for (int64_t at = 0; at < left.size(0); ++at) in_matrices(left[at], right[at], body);
 }
 
 struct Inner {
   std::vector<int64_t> stride, padding, dilation, none;
   explicit Inner(const Geometry& g) {
-    const auto last = [&](const std::vector<int64_t>& v) { return std::vector<int64_t>(v.end() - std::min<int64_t>(kInnerAxes, g.axes()), v.end()); };
+    const auto last = [&](const std::vector<int64_t>& v) {
+      return std::vector<int64_t>(v.end() - std::min<int64_t>(kInnerAxes, g.axes()), v.end());
+    };
     stride = last(g.stride), padding = last(g.padding), dilation = last(g.dilation);
     none.assign(stride.size(), 0);
   }
@@ -124,7 +135,8 @@ std::vector<int64_t> rows_shape(int64_t batch, at::IntArrayRef size, int64_t cha
 }
 
 // total's part += volume, or total = volume for a first tap that reaches everything.
-void accumulate(Tensor& total, const Tensor& result, const std::vector<int64_t>& shape, bool whole, const std::function<Tensor(Tensor)>& part) {
+void accumulate(Tensor& total, const Tensor& result, const std::vector<int64_t>& shape, bool whole,
+                const std::function<Tensor(Tensor)>& part) {
   const Tensor rows = result.movedim(1, -1);
   if (!total.defined()) {
     if (whole) {
@@ -161,7 +173,8 @@ Crop crop(const Geometry& g, at::IntArrayRef size, at::IntArrayRef kernel) {
 }
 
 Tensor crop_weight(Tensor weight, const Crop& crop) {
-  for (size_t axis = 0; axis < crop.first.size(); ++axis) weight = weight.narrow(2 + axis, crop.first[axis], crop.count[axis]);
+  for (size_t axis = 0; axis < crop.first.size(); ++axis)
+    weight = weight.narrow(2 + axis, crop.first[axis], crop.count[axis]);
   return weight;
 }
 
@@ -226,21 +239,23 @@ Tensor compose_forward(const Tensor& x, const Tensor& whole_weight, const Geomet
     total = at::zeros(shape, rows.options());
     for (const OuterTap& tap : outer_taps(g, size, out, weight.sizes().slice(2))) {
       const Tensor matrix = tap_matrix(weight, tap).t();
-      in_matrices(cut_output(total, tap), cut_input(rows, tap), [&](Tensor y, const Tensor& x) { y.addmm_(x, matrix); });
+      in_matrices(cut_output(total, tap), cut_input(rows, tap),
+                  [&](Tensor y, const Tensor& x) { y.addmm_(x, matrix); });
     }
     return total;
   }
   int64_t all = 1;
   for (int64_t axis = 0; axis + kInnerAxes < g.axes(); ++axis) all *= out[axis];
   for (const OuterTap& tap : outer_taps(g, size, out, weight.sizes().slice(2))) {
-    const Tensor result = at::convolution(volume(cut_input(rows, tap), g.axes()), cut_weight(weight, tap), std::nullopt, inner.stride, inner.padding,
-                                          inner.dilation, false, inner.none, g.groups);
+    const Tensor result = at::convolution(volume(cut_input(rows, tap), g.axes()), cut_weight(weight, tap), std::nullopt,
+                                          inner.stride, inner.padding, inner.dilation, false, inner.none, g.groups);
     accumulate(total, result, shape, tap.outputs == all, [&](Tensor t) { return cut_output(t, tap); });
   }
   return total.defined() ? total : at::zeros(shape, rows.options());
 }
 
-Tensor compose_transpose(const Tensor& grad, const Tensor& whole_weight, const Geometry& geometry, at::IntArrayRef size) {
+Tensor compose_transpose(const Tensor& grad, const Tensor& whole_weight, const Geometry& geometry,
+                         at::IntArrayRef size) {
   std::vector<int64_t> padded = size.vec();
   for (int64_t axis = 0; axis < geometry.axes(); ++axis)
     if (geometry.mode[axis] != kZeros) padded[axis] += 2 * geometry.padding[axis];
@@ -255,7 +270,8 @@ Tensor compose_transpose(const Tensor& grad, const Tensor& whole_weight, const G
     total = at::zeros(shape, grad.options());
     for (const OuterTap& tap : outer_taps(g, padded, out, weight.sizes().slice(2))) {
       const Tensor matrix = tap_matrix(weight, tap);
-      in_matrices(cut_input(total, tap), cut_output(grad, tap), [&](Tensor y, const Tensor& x) { y.addmm_(x, matrix); });
+      in_matrices(cut_input(total, tap), cut_output(grad, tap),
+                  [&](Tensor y, const Tensor& x) { y.addmm_(x, matrix); });
     }
     return fold_halo(total, geometry);
   }
@@ -267,9 +283,11 @@ Tensor compose_transpose(const Tensor& grad, const Tensor& whole_weight, const G
     like.insert(like.end(), shape.end() - 1 - inner.stride.size(), shape.end());
     // Only the shape of the input matters for its gradient; this memory is never touched.
     const Tensor input = native(at::empty(like, grad.options()));
-    const Tensor result = std::get<0>(at::convolution_backward(cut, input, cut_weight(weight, tap), std::nullopt, inner.stride, inner.padding,
-                                                               inner.dilation, false, inner.none, g.groups, {true, false, false}));
-    const bool whole = tap.outputs == all && std::all_of(tap.input.begin(), tap.input.end(), [](const auto& part) { return part[2] == 1; });
+    const Tensor result = std::get<0>(at::convolution_backward(cut, input, cut_weight(weight, tap), std::nullopt,
+                                                               inner.stride, inner.padding, inner.dilation, false,
+                                                               inner.none, g.groups, {true, false, false}));
+    const bool whole = tap.outputs == all &&
+                       std::all_of(tap.input.begin(), tap.input.end(), [](const auto& part) { return part[2] == 1; });
     accumulate(total, result, shape, whole, [&](Tensor t) { return cut_input(t, tap); });
   }
   if (!total.defined()) total = at::zeros(shape, grad.options());
@@ -288,7 +306,8 @@ Tensor compose_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   if (is_product(geometry, g, cropped.count)) {
     for (const OuterTap& tap : outer_taps(g, spatial(rows), spatial(grad), cropped.count)) {
       Tensor sum = at::zeros({result.size(0), result.size(1)}, grad.options());
-      in_matrices(cut_output(grad, tap), cut_input(rows, tap), [&](Tensor y, const Tensor& x) { sum.addmm_(y.t(), x); });
+      in_matrices(cut_output(grad, tap), cut_input(rows, tap),
+                  [&](Tensor y, const Tensor& x) { sum.addmm_(y.t(), x); });
       Tensor part = result;
       for (int64_t k : tap.index) part = part.select(2, k);
       part.copy_(sum.view(part.sizes()));
@@ -299,8 +318,9 @@ Tensor compose_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
     Tensor part = result;
     for (int64_t k : tap.index) part = part.select(2, k);
     const Tensor like = native(to_channels_last(part));
-    part.copy_(std::get<1>(at::convolution_backward(volume(cut_output(grad, tap), g.axes()), volume(cut_input(rows, tap), g.axes()), like, std::nullopt,
-                                                    inner.stride, inner.padding, inner.dilation, false, inner.none, g.groups, {false, true, false})));
+    part.copy_(std::get<1>(at::convolution_backward(
+        volume(cut_output(grad, tap), g.axes()), volume(cut_input(rows, tap), g.axes()), like, std::nullopt,
+        inner.stride, inner.padding, inner.dilation, false, inner.none, g.groups, {false, true, false})));
   }
   return whole;
 }

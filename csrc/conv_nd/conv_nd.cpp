@@ -1,5 +1,5 @@
-// The CPU kernels of the ops conv_nd, conv_transpose_nd and conv_nd_weight_grad: the choice between the own kernels and the composition of ATen
-// convolutions. The rule and the figures behind it: astrobiogen/kernels/conv_nd/README.md.
+// The CPU kernels of the ops conv_nd, conv_transpose_nd and conv_nd_weight_grad: the choice between the own kernels and
+// the composition of ATen convolutions. The rule and the figures behind it: astrobiogen/kernels/conv_nd/README.md.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -33,14 +33,17 @@ constexpr double kWinogradShare = 0.75;
 // Outputs from this size on ask for huge pages.
 constexpr int64_t kHugeBytes = int64_t{4} << 20;
 
-Geometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups) {
+Geometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation,
+                     int64_t groups) {
   return {stride.vec(), padding.vec(), mode.vec(), dilation.vec(), groups};
 }
 
-// One tap over the last three axes: ATen's convolution of such a volume costs a copy, a result of its own and an addition per outer tap.
+// One tap over the last three axes: ATen's convolution of such a volume costs a copy, a result of its own and an
+// addition per outer tap.
 bool pointwise(at::IntArrayRef kernel) {
   const int64_t axes = static_cast<int64_t>(kernel.size());
-  return axes > kInnerAxes && std::all_of(kernel.end() - kInnerAxes, kernel.end(), [](int64_t taps) { return taps == 1; });
+  return axes > kInnerAxes &&
+         std::all_of(kernel.end() - kInnerAxes, kernel.end(), [](int64_t taps) { return taps == 1; });
 }
 
 bool own_kernel(const Tensor& rows, int64_t inputs, int64_t outputs, at::IntArrayRef kernel, const Geometry& geometry) {
@@ -59,14 +62,17 @@ Geometry after_far_poles(Geometry geometry) {
   return geometry;
 }
 
-// Trailing axes of one tap without stride or padding are one long axis: rows and weight are the same memory. Rows of 8 positions cost more in finding
-// and copying lines than in products (kernel (3, 3, 1, 1, 1) over [4, 3, 5, 8, 8], 16 channels).
+// Trailing axes of one tap without stride or padding are one long axis: rows and weight are the same memory. Rows of 8
+// positions cost more in finding and copying lines than in products (kernel (3, 3, 1, 1, 1) over [4, 3, 5, 8, 8], 16
+// channels).
 struct Flat {
   Geometry geometry;
   int64_t axes;  // that are left
 
   Flat(const Geometry& whole, at::IntArrayRef kernel) : geometry(whole), axes(whole.axes()) {
-    const auto plain = [&](int64_t axis) { return kernel[axis] == 1 && whole.stride[axis] == 1 && whole.padding[axis] == 0; };
+    const auto plain = [&](int64_t axis) {
+      return kernel[axis] == 1 && whole.stride[axis] == 1 && whole.padding[axis] == 0;
+    };
     if (!plain(axes - 1)) return;
     while (axes > 1 && plain(axes - 2)) --axes;
     for (auto* part : {&geometry.stride, &geometry.padding, &geometry.mode, &geometry.dilation}) part->resize(axes);
@@ -91,15 +97,17 @@ struct Flat {
   }
 };
 
-PartialStatistics own_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Winograd winograd) {
+PartialStatistics own_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry,
+                              const Epilogue& epilogue, Winograd winograd) {
   const Flat flat(geometry, weight.sizes().slice(2));
-  return direct_forward(flat.rows(rows), flat.weight(weight), flat.geometry, epilogue, winograd_allowed(weight) ? winograd : Winograd::kNone);
+  return direct_forward(flat.rows(rows), flat.weight(weight), flat.geometry, epilogue,
+                        winograd_allowed(weight) ? winograd : Winograd::kNone);
 }
 
 at::ScalarType arithmetic(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// A new large tensor costs a page fault per 4 KiB when it is written (31,000 for the stem's 126 MB: as long as the convolution itself); huge pages
-// divide that by 512. Advice only, and only where the kernel is set to take it.
+// A new large tensor costs a page fault per 4 KiB when it is written (31,000 for the stem's 126 MB: as long as the
+// convolution itself); huge pages divide that by 512. Advice only, and only where the kernel is set to take it.
 Tensor empty_huge(at::IntArrayRef shape, const at::TensorOptions& options) {
   Tensor result = at::empty(shape, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -121,11 +129,13 @@ Tensor empty_channels_last(const Tensor& x, at::IntArrayRef out, int64_t channel
 }
 
 // Whole cache lines only: a register block of 16 or 32 channels covers them where rows of y are multiples of 64 bytes.
-bool streamed(const Tensor& y) { return y.scalar_type() == at::kFloat && simd::can_stream(y.const_data_ptr<float>(), y.size(-1), y.numel()); }
+bool streamed(const Tensor& y) {
+  return y.scalar_type() == at::kFloat && simd::can_stream(y.const_data_ptr<float>(), y.size(-1), y.numel());
+}
 
-std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
-                                   at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups, int64_t activation,
-                                   bool keep) {
+std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef mode,
+                                   at::IntArrayRef dilation, int64_t groups, int64_t activation, bool keep) {
   constexpr check::Op op("astrobiogen::conv_nd");
   check_conv(op, x, weight, bias, {stride, padding, mode, dilation, groups}, activation);
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
@@ -142,7 +152,9 @@ std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const 
     epilogue.activation = activation;
     epilogue.y = y.mutable_data_ptr(), epilogue.pre_activation = keep ? pre_activation.mutable_data_ptr() : nullptr;
     epilogue.streamed = streamed(y);
-    if (y.numel() > 0) own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, Winograd::kRows);
+    if (y.numel() > 0)
+      own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue,
+                  Winograd::kRows);
     return {from_channels_last(y), keep ? from_channels_last(pre_activation) : pre_activation};
   }
   Tensor total;
@@ -158,10 +170,11 @@ std::tuple<Tensor, Tensor> conv_nd(const Tensor& x, const Tensor& weight, const 
   return {from_channels_last(total.to(x.scalar_type())), keep ? from_channels_last(pre_activation) : pre_activation};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                                        const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, at::IntArrayRef stride,
-                                                        at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups,
-                                                        int64_t norm, int64_t norm_groups, double eps, int64_t activation, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& gamma,
+    const std::optional<Tensor>& beta, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef mode,
+    at::IntArrayRef dilation, int64_t groups, int64_t norm, int64_t norm_groups, double eps, int64_t activation,
+    bool keep) {
   constexpr check::Op op("astrobiogen::conv_nd_norm");
   check_conv(op, x, weight, bias, {stride, padding, mode, dilation, groups}, activation);
   check_norm(op, x, weight.size(0), gamma, beta, norm, norm_groups);
@@ -169,24 +182,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const T
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
   const Tensor rows = to_channels_last(x);
   const auto result = [](const NormResult& r) {
-    return std::tuple{from_channels_last(r.y), r.pre_activation.dim() > 1 ? from_channels_last(r.pre_activation) : r.pre_activation, r.mean, r.rstd};
+    return std::tuple{from_channels_last(r.y),
+                      r.pre_activation.dim() > 1 ? from_channels_last(r.pre_activation) : r.pre_activation, r.mean,
+                      r.rstd};
   };
   if (x.scalar_type() == at::kDouble) {
     Tensor total = compose_forward(rows, weight, geometry);
     if (bias) total.add_(*bias);
     return result(normalize_plain(total, gamma, beta, norm, norm_groups, eps, activation, keep));
   }
-  const auto single = [](const std::optional<Tensor>& t) { return t ? std::optional(t->to(at::kFloat).contiguous()) : std::nullopt; };
+  const auto single = [](const std::optional<Tensor>& t) {
+    return t ? std::optional(t->to(at::kFloat).contiguous()) : std::nullopt;
+  };
   const auto wide_bias = single(bias), wide_gamma = single(gamma), wide_beta = single(beta);
   const auto pointer = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; };
   Epilogue epilogue;
   epilogue.bias = pointer(wide_bias), epilogue.gamma = pointer(wide_gamma), epilogue.beta = pointer(wide_beta);
-  epilogue.norm = norm, epilogue.norm_groups = norm_groups, epilogue.eps = static_cast<float>(eps), epilogue.activation = activation;
+  epilogue.norm = norm, epilogue.norm_groups = norm_groups, epilogue.eps = static_cast<float>(eps),
+  epilogue.activation = activation;
   if (!own_kernel(rows, weight.size(1), weight.size(0) / groups, weight.sizes().slice(2), geometry))
-    return result(normalize_rows(compose_forward(rows.to(at::kFloat), weight.to(at::kFloat), geometry), x.scalar_type(), epilogue, keep));
+    return result(normalize_rows(compose_forward(rows.to(at::kFloat), weight.to(at::kFloat), geometry), x.scalar_type(),
+                                 epilogue, keep));
   const std::vector<int64_t> out = geometry.output_size(x.sizes().slice(2), weight.sizes().slice(2));
   const auto options = x.options().dtype(at::kFloat);
-  NormResult r{empty_channels_last(x, out, weight.size(0)), at::empty({0}, x.options()), at::empty({0}, options), at::empty({0}, options)};
+  NormResult r{empty_channels_last(x, out, weight.size(0)), at::empty({0}, x.options()), at::empty({0}, options),
+               at::empty({0}, options)};
   if (keep) r.pre_activation = empty_huge(r.y.sizes(), r.y.options());
   epilogue.y = r.y.mutable_data_ptr(), epilogue.pre_activation = keep ? r.pre_activation.mutable_data_ptr() : nullptr;
   epilogue.streamed = streamed(r.y) && norm != kGroup;  // a group norm's second half reads it again
@@ -197,22 +217,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_nd_norm(const Tensor& x, const T
   }
   if (norm == kGroup) r.mean = at::empty({x.size(0), norm_groups}, options), r.rstd = at::empty_like(r.mean);
   if (r.y.numel() == 0) return result(r);
-  const PartialStatistics partial = own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight, after_far_poles(geometry), epilogue, Winograd::kRows);
+  const PartialStatistics partial = own_forward(add_halo(rows, geometry, Halo::kFarPoles), weight,
+                                                after_far_poles(geometry), epilogue, Winograd::kRows);
   if (norm == kGroup) finish_groups(keep ? r.pre_activation : r.y, r.y, partial, epilogue, r.mean, r.rstd);
   return result(r);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_nd_norm_backward(const Tensor& grad, const Tensor& pre_activation, const std::optional<Tensor>& gamma,
-                                                         const std::optional<Tensor>& beta, const Tensor& mean, const Tensor& rstd, int64_t norm,
-                                                         int64_t norm_groups, int64_t activation) {
+std::tuple<Tensor, Tensor, Tensor> conv_nd_norm_backward(const Tensor& grad, const Tensor& pre_activation,
+                                                         const std::optional<Tensor>& gamma,
+                                                         const std::optional<Tensor>& beta, const Tensor& mean,
+                                                         const Tensor& rstd, int64_t norm, int64_t norm_groups,
+                                                         int64_t activation) {
   constexpr check::Op op("astrobiogen::conv_nd_norm_backward");
   check_norm_backward(op, grad, pre_activation, gamma, beta, mean, rstd, norm, norm_groups, activation);
   const auto run = pre_activation.scalar_type() == at::kDouble ? norm_backward_plain : norm_backward;
   return run(grad, pre_activation, gamma, beta, mean.contiguous(), rstd.contiguous(), norm, norm_groups, activation);
 }
 
-// The adjoint of a convolution with stride 1 as a convolution: taps mirrored, input and output channels exchanged, padding d (k - 1) - p. Circular
-// axes whose size does not change stay circular; other halos are computed as rows of their own and folded afterwards.
+// The adjoint of a convolution with stride 1 as a convolution: taps mirrored, input and output channels exchanged,
+// padding d (k - 1) - p. Circular axes whose size does not change stay circular; other halos are computed as rows of
+// their own and folded afterwards.
 struct Mirror {
   Geometry conv, fold;
   std::vector<int64_t> padded;
@@ -223,7 +247,8 @@ Mirror mirror(const Geometry& g, at::IntArrayRef source, at::IntArrayRef target,
   Mirror m{g, g, target.vec(), true};
   for (int64_t axis = 0; axis < g.axes(); ++axis) {
     const int64_t reach = g.dilation[axis] * (kernel[axis] - 1);
-    const bool wraps = g.mode[axis] == kCircular && source[axis] == target[axis] && 2 * g.padding[axis] == reach && reach - g.padding[axis] <= source[axis];
+    const bool wraps = g.mode[axis] == kCircular && source[axis] == target[axis] && 2 * g.padding[axis] == reach &&
+                       reach - g.padding[axis] <= source[axis];
     m.possible &= g.stride[axis] == 1;
     if (wraps) m.fold.mode[axis] = kZeros;
     const bool halo = m.fold.mode[axis] != kZeros;
@@ -245,8 +270,9 @@ Tensor mirrored_weight(const Tensor& weight, int64_t groups) {
   return weight.reshape(shape).transpose(1, 2).flip(axes).reshape(result);
 }
 
-Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                         at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups, at::IntArrayRef size) {
+Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef mode,
+                         at::IntArrayRef dilation, int64_t groups, at::IntArrayRef size) {
   constexpr check::Op op("astrobiogen::conv_transpose_nd");
   check_transpose(op, x, weight, bias, {stride, padding, mode, dilation, groups}, size);
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
@@ -268,14 +294,15 @@ Tensor conv_transpose_nd(const Tensor& x, const Tensor& weight, const std::optio
     return from_channels_last(y.to(x.scalar_type()));
   }
   const Tensor wide_weight = weight.to(arithmetic(x));
-  Tensor total = are_patches(geometry, weight.sizes().slice(2)) ? patches_transpose(rows.to(arithmetic(x)), wide_weight, size)
-                                                                : compose_transpose(rows.to(arithmetic(x)), wide_weight, geometry, size);
+  Tensor total = are_patches(geometry, weight.sizes().slice(2))
+                     ? patches_transpose(rows.to(arithmetic(x)), wide_weight, size)
+                     : compose_transpose(rows.to(arithmetic(x)), wide_weight, geometry, size);
   if (bias) total = total.add(bias->to(arithmetic(x)));
   return from_channels_last(total.to(x.scalar_type()).contiguous());
 }
 
-Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                           at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups) {
+Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef mode, at::IntArrayRef dilation, int64_t groups) {
   constexpr check::Op op("astrobiogen::conv_nd_weight_grad");
   check_weight_grad(op, grad, x, kernel, {stride, padding, mode, dilation, groups});
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
@@ -284,12 +311,15 @@ Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   const Tensor rows = to_channels_last(x);
   if (own_kernel(rows, x.size(1) / groups, grad.size(1) / groups, kernel, geometry)) {
     const Flat flat(after_far_poles(geometry), kernel);
-    const Tensor sums = direct_weight_grad(flat.rows(to_channels_last(grad)), flat.rows(add_halo(rows, geometry, Halo::kFarPoles)), flat.sizes(kernel), flat.geometry);
+    const Tensor sums =
+        direct_weight_grad(flat.rows(to_channels_last(grad)), flat.rows(add_halo(rows, geometry, Halo::kFarPoles)),
+                           flat.sizes(kernel), flat.geometry);
     std::vector<int64_t> shape{grad.size(1), x.size(1) / groups};
     shape.insert(shape.end(), kernel.begin(), kernel.end());
     return sums.view(shape).to(x.scalar_type());
   }
-  return compose_weight_grad(to_channels_last(grad).to(arithmetic(x)), rows.to(arithmetic(x)), kernel, geometry).to(x.scalar_type());
+  return compose_weight_grad(to_channels_last(grad).to(arithmetic(x)), rows.to(arithmetic(x)), kernel, geometry)
+      .to(x.scalar_type());
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
-// Own CPU forward convolution: tiles of output rows, only live taps, Winograd tiles where axes allow, the epilogue before the store.
+// Own CPU forward convolution: tiles of output rows, only live taps, Winograd tiles where axes allow, the epilogue
+// before the store.
 //
-// A unit of work is a few neighbouring tiles and at most kSegment positions of the last axis. Per component and per chunk of outer taps, the input lines
-// are built once (sums of up to four rows, fp32, with the last axis' halo), then register blocks run over taps and channels as one contiguous run.
-// Register block: 8 positions x 32 channels under AVX-512 (16 of 32 registers hold sums; 2 weight loads and 8 broadcasts per 16 FMA), 16 x 16 where a
-// group has at most 16 channels, 6 x 16 under AVX2.
+// A unit of work is a few neighbouring tiles and at most kSegment positions of the last axis. Per component and per
+// chunk of outer taps, the input lines are built once (sums of up to four rows, fp32, with the last axis' halo), then
+// register blocks run over taps and channels as one contiguous run. Register block: 8 positions x 32 channels under
+// AVX-512 (16 of 32 registers hold sums; 2 weight loads and 8 broadcasts per 16 FMA), 16 x 16 where a group has at most
+// 16 channels, 6 x 16 under AVX2.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -28,14 +30,15 @@ constexpr int64_t kSegment = 128;
 // Weights beyond L2 are streamed once per unit: this many positions share a stream.
 constexpr int64_t kSharePositions = 256;
 constexpr int64_t kSmallWeightBytes = 512 * 1024;
-// All components of a block of channels and their lines are kept together where the weights and the lines take at most this each.
+// All components of a block of channels and their lines are kept together where the weights and the lines take at most
+// this each.
 constexpr int64_t kResidentBytes = 128 * 1024;
 
 struct Job {
   const Plan* plan;
   const void* x;
   at::ScalarType dtype;  // of x, y and pre_activation
-  const float* weight;  // [components][last components][blocks][taps][row_taps][block]
+  const float* weight;   // [components][last components][blocks][taps][row_taps][block]
   Epilogue epilogue;
   int64_t unit_tiles, segments, segment, chunk;
   int64_t room;   // positions that the sums of a row have room for: a whole number of tiles
@@ -44,9 +47,9 @@ struct Job {
 
 struct Scratch {
   std::vector<float> lines, row, sums, outputs;  // row: `build_line`'s; outputs: of one tile, before a norm
-  std::vector<Tap> taps;             // [unit_tiles][chunk]
-  std::vector<int64_t> live;         // per tile: taps of this chunk
-  std::vector<char> started;         // per tile: its sums of this component hold numbers
+  std::vector<Tap> taps;                         // [unit_tiles][chunk]
+  std::vector<int64_t> live;                     // per tile: taps of this chunk
+  std::vector<char> started;                     // per tile: its sums of this component hold numbers
 };
 
 // The outputs of one tile at one position and vector from its components, `step` floats apart.
@@ -79,13 +82,15 @@ struct Target {
   bool finished;  // the sums are outputs, not components
 };
 
-// Block b of channels: `sums` [components][component_step], or finished outputs [tile rows][component_step] for Pairs == 0.
+// Block b of channels: `sums` [components][component_step], or finished outputs [tile rows][component_step] for Pairs
+// == 0.
 template <typename Vec, typename T, int Axes>
 ASTRO_INLINE void store_block(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t component_step) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float);
   constexpr int kRows = 1 << Axes;
   const Epilogue& e = *t.epilogue;
-  const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
+  const int64_t inside = b % plan.group_blocks * plan.block,
+                channel = b / plan.group_blocks * plan.group_outputs + inside;
   for (int64_t v = 0; v < plan.block; v += kWidth) {
     const int64_t at = channel + v, lanes = std::min<int64_t>(kWidth, plan.group_outputs - inside - v);
     if (lanes <= 0) break;
@@ -106,7 +111,8 @@ ASTRO_INLINE void store_block(const Plan& plan, const Target& t, int64_t b, cons
 }
 
 template <typename Vec, typename T>
-ASTRO_INLINE void store_outputs(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t component_step) {
+ASTRO_INLINE void store_outputs(const Plan& plan, const Target& t, int64_t b, const float* sums,
+                                int64_t component_step) {
   if (t.finished) {
     for (int64_t which = 0; which < plan.tile_rows; ++which) {
       Target row = t;
@@ -124,13 +130,16 @@ ASTRO_INLINE void store_outputs(const Plan& plan, const Target& t, int64_t b, co
 
 template <typename Vec>
 ASTRO_INLINE void store_any(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t component_step) {
-  for_dtype(t.dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE { store_outputs<Vec, T>(plan, t, b, sums, component_step); });
+  for_dtype(t.dtype,
+            [&]<typename T>() ASTRO_LAMBDA_INLINE { store_outputs<Vec, T>(plan, t, b, sums, component_step); });
 }
 
 struct Positions {
   template <Level L>
-  static ASTRO_INLINE void run(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count, float* sums, bool overwrite) {
-    if constexpr (L != Level::kAvx512) positions<simd::f32x8, 2, 6>(plan, taps, live, weight, offset, count, sums, overwrite);
+  static ASTRO_INLINE void run(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset,
+                               int64_t count, float* sums, bool overwrite) {
+    if constexpr (L != Level::kAvx512)
+      positions<simd::f32x8, 2, 6>(plan, taps, live, weight, offset, count, sums, overwrite);
     else if (plan.block == 16) positions<simd::f32x16, 1, 16>(plan, taps, live, weight, offset, count, sums, overwrite);
     else positions<simd::f32x16, 2, 8>(plan, taps, live, weight, offset, count, sums, overwrite);
   }
@@ -138,24 +147,28 @@ struct Positions {
 
 struct WinogradPositions {
   template <Level L>
-  static ASTRO_INLINE void run(const Plan& plan, const Tap* taps, int64_t live, const float* weight, ComponentSteps steps, int64_t offset, int64_t count, float* sums,
-                               bool overwrite) {
-    if constexpr (L != Level::kAvx512) winograd_positions<simd::f32x8, 2, 6>(plan, taps, live, weight, steps, offset, count, sums, overwrite);
-    else if (plan.block == 16) winograd_positions<simd::f32x16, 1, 16>(plan, taps, live, weight, steps, offset, count, sums, overwrite);
+  static ASTRO_INLINE void run(const Plan& plan, const Tap* taps, int64_t live, const float* weight,
+                               ComponentSteps steps, int64_t offset, int64_t count, float* sums, bool overwrite) {
+    if constexpr (L != Level::kAvx512)
+      winograd_positions<simd::f32x8, 2, 6>(plan, taps, live, weight, steps, offset, count, sums, overwrite);
+    else if (plan.block == 16)
+      winograd_positions<simd::f32x16, 1, 16>(plan, taps, live, weight, steps, offset, count, sums, overwrite);
     else winograd_positions<simd::f32x16, 2, 8>(plan, taps, live, weight, steps, offset, count, sums, overwrite);
   }
 };
 
 struct Store {
   template <Level L>
-  static ASTRO_INLINE void run(const Plan& plan, const Target& t, int64_t b, const float* sums, int64_t component_step) {
+  static ASTRO_INLINE void run(const Plan& plan, const Target& t, int64_t b, const float* sums,
+                               int64_t component_step) {
     store_any<simd::F<kWidth<L>>>(plan, t, b, sums, component_step);
   }
 };
 
 struct AllPositions {
   template <Level L>
-  static ASTRO_INLINE void run(const Plan& plan, const Components& components, int64_t offset, int64_t count, const Output& out) {
+  static ASTRO_INLINE void run(const Plan& plan, const Components& components, int64_t offset, int64_t count,
+                               const Output& out) {
     if constexpr (L != Level::kAvx512) all_positions<simd::f32x8, 2, 6>(plan, components, offset, count, out);
     else if (plan.block == 16) all_positions<simd::f32x16, 1, 16>(plan, components, offset, count, out);
     else all_positions<simd::f32x16, 2, 8>(plan, components, offset, count, out);
@@ -163,11 +176,14 @@ struct AllPositions {
 };
 
 void store(const Job& job, const Target& t, const float* sums) {
-  const int64_t block_step = job.room * job.plan->block, component_step = job.unit_tiles * job.plan->blocks * block_step;
-  for (int64_t b = 0; b < job.plan->blocks; ++b) dispatch<Store>(*job.plan, t, b, sums + b * block_step, component_step);
+  const int64_t block_step = job.room * job.plan->block,
+                component_step = job.unit_tiles * job.plan->blocks * block_step;
+  for (int64_t b = 0; b < job.plan->blocks; ++b)
+    dispatch<Store>(*job.plan, t, b, sums + b * block_step, component_step);
 }
 
-void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t component, int64_t tap, int64_t begin, int64_t end, Scratch& s) {
+void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t component, int64_t tap, int64_t begin,
+                int64_t end, Scratch& s) {
   const Plan& plan = *job.plan;
   const int64_t line_size = plan.line_floats(job.segment), last = std::min(tap + job.chunk, plan.taps);
   for (int64_t r = 0; r < tiles; ++r) {
@@ -184,7 +200,8 @@ void find_lines(const Job& job, int64_t first, int64_t tiles, int64_t component,
   }
 }
 
-// The tile's outputs with all of their channels, in L1 or L2 (already there where `sums` is null), then the norm over them.
+// The tile's outputs with all of their channels, in L1 or L2 (already there where `sums` is null), then the norm over
+// them.
 void normalize_tile(const Job& job, const int64_t* rows, const float* sums, int64_t begin, int64_t count, Scratch& s) {
   const Plan& plan = *job.plan;
   const int64_t local[kMaxTile] = {0, 1, 2, 3};
@@ -196,7 +213,8 @@ void normalize_tile(const Job& job, const int64_t* rows, const float* sums, int6
     if (rows[which] < 0) continue;
     float* z = s.outputs.data() + which * count * plan.outputs;
     const int64_t first = rows[which] * plan.out_width + begin;
-    if (job.epilogue.norm == kGroup) partial_groups(target, z, first, count, rows[which] * job.segments + begin / job.segment);
+    if (job.epilogue.norm == kGroup)
+      partial_groups(target, z, first, count, rows[which] * job.segments + begin / job.segment);
     else normalize_positions(target, z, first, count);
   }
 }
@@ -204,8 +222,10 @@ void normalize_tile(const Job& job, const int64_t* rows, const float* sums, int6
 void unit(const Job& job, int64_t index, Scratch& s) {
   const Plan& plan = *job.plan;
   const int64_t first = index / job.segments * job.unit_tiles, tiles = std::min(job.unit_tiles, plan.tiles() - first);
-  const int64_t begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width), count = end - begin;
-  const int64_t sums_step = job.room * plan.block, tile_step = plan.blocks * sums_step, component_step = job.unit_tiles * tile_step;
+  const int64_t begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width),
+                count = end - begin;
+  const int64_t sums_step = job.room * plan.block, tile_step = plan.blocks * sums_step,
+                component_step = job.unit_tiles * tile_step;
   const int64_t tap_floats = plan.row_taps * plan.block, block_floats = plan.taps * tap_floats;
   const ComponentSteps component_steps{plan.blocks * block_floats, plan.line_step(count)};
   for (int64_t component = 0; component < plan.components; ++component) {
@@ -219,7 +239,9 @@ void unit(const Job& job, int64_t index, Scratch& s) {
           if (s.live[r] == 0) continue;
           const Tap* taps = s.taps.data() + r * job.chunk;
           float* sums = s.sums.data() + component * component_step + r * tile_step + b * sums_step;
-          if (plan.winograd_last()) dispatch<WinogradPositions>(plan, taps, s.live[r], weight, component_steps, offset, count, sums, !s.started[r]);
+          if (plan.winograd_last())
+            dispatch<WinogradPositions>(plan, taps, s.live[r], weight, component_steps, offset, count, sums,
+                                        !s.started[r]);
           else dispatch<Positions>(plan, taps, s.live[r], weight, offset, count, sums, !s.started[r]);
         }
       }
@@ -232,7 +254,8 @@ void unit(const Job& job, int64_t index, Scratch& s) {
     int64_t rows[kMaxTile];
     tile_outputs(plan, tile_at(plan, first + r), rows);
     const float* sums = s.sums.data() + r * tile_step;
-    if (job.epilogue.norm == kNoNorm) store(job, {&job.epilogue, job.dtype, rows, plan.out_width, begin, count, false}, sums);
+    if (job.epilogue.norm == kNoNorm)
+      store(job, {&job.epilogue, job.dtype, rows, plan.out_width, begin, count, false}, sums);
     else normalize_tile(job, rows, sums, begin, count, s);
   }
 }
@@ -241,8 +264,10 @@ void unit(const Job& job, int64_t index, Scratch& s) {
 void resident_unit(const Job& job, int64_t index, Scratch& s) {
   const Plan& plan = *job.plan;
   const Tile tile = tile_at(plan, index / job.segments);
-  const int64_t begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width), count = end - begin;
-  const int64_t line_size = plan.reach(0, job.segment) * plan.channels, block_floats = plan.taps * plan.row_taps * plan.block;
+  const int64_t begin = index % job.segments * job.segment, end = std::min(begin + job.segment, plan.out_width),
+                count = end - begin;
+  const int64_t line_size = plan.reach(0, job.segment) * plan.channels,
+                block_floats = plan.taps * plan.row_taps * plan.block;
   int64_t first[kMaxComponents + 1] = {0}, found = 0;
   for (int64_t component = 0; component < plan.components; ++component) {
     for (int64_t k = 0; k < plan.taps; ++k) {
@@ -261,16 +286,21 @@ void resident_unit(const Job& job, int64_t index, Scratch& s) {
   plain.y = s.outputs.data();
   const Epilogue& e = job.epilogue;
   const bool normed = e.norm != kNoNorm;
-  // fp32 without an activation or a remainder of channels goes to y from the registers: the stores run beside the products.
-  const bool straight = !normed && e.activation == kNone && e.pre_activation == nullptr && job.dtype == at::kFloat && plan.group_outputs % plan.block == 0;
-  Output out{{nullptr, nullptr, nullptr, nullptr}, straight ? plan.outputs : plan.block, nullptr, straight && e.streamed};
+  // fp32 without an activation or a remainder of channels goes to y from the registers: the stores run beside the
+  // products.
+  const bool straight = !normed && e.activation == kNone && e.pre_activation == nullptr && job.dtype == at::kFloat &&
+                        plan.group_outputs % plan.block == 0;
+  Output out{
+      {nullptr, nullptr, nullptr, nullptr}, straight ? plan.outputs : plan.block, nullptr, straight && e.streamed};
   const Target target = normed ? Target{&plain, at::kFloat, local, count, 0, count, true}
                                : Target{&job.epilogue, job.dtype, rows, plan.out_width, begin, count, true};
   for (int64_t b = 0; b < plan.blocks; ++b) {
     const Components components{s.taps.data(), first, job.weight + b * block_floats, plan.blocks * block_floats};
     for (int64_t which = 0; which < plan.tile_rows; ++which) {
       if (!straight) out.row[which] = s.sums.data() + which * row_step;
-      else if (rows[which] >= 0) out.row[which] = static_cast<float*>(e.y) + (rows[which] * plan.out_width + begin) * plan.outputs + b * plan.block;
+      else if (rows[which] >= 0)
+        out.row[which] =
+            static_cast<float*>(e.y) + (rows[which] * plan.out_width + begin) * plan.outputs + b * plan.block;
     }
     if (straight && e.bias != nullptr) out.bias = e.bias + b * plan.block;
     dispatch<AllPositions>(plan, components, b / plan.group_blocks * plan.group_channels, count, out);
@@ -286,14 +316,17 @@ int64_t segment_size(int64_t width) {
 }
 
 Job make_job(const Plan& plan, const Tensor& rows, const Tensor& packed, const Epilogue& epilogue) {
-  Job job{&plan, rows.const_data_ptr(), rows.scalar_type(), packed.const_data_ptr<float>(), epilogue, 1, 1, 1, 1, 1, false};
+  Job job{&plan, rows.const_data_ptr(), rows.scalar_type(), packed.const_data_ptr<float>(), epilogue, 1, 1, 1, 1, 1,
+          false};
   job.segment = segment_size(plan.out_width), job.segments = (plan.out_width + job.segment - 1) / job.segment;
   job.room = plan.steps(job.segment) * (plan.winograd_last() ? 2 : 1);
   if (packed.numel() * 4 > kSmallWeightBytes) job.unit_tiles = std::max<int64_t>(1, kSharePositions / job.segment);
-  const int64_t tap_bytes = 4 * (plan.last_components * plan.row_taps * plan.blocks * plan.block / plan.groups + job.unit_tiles * plan.line_floats(job.segment));
+  const int64_t tap_bytes = 4 * (plan.last_components * plan.row_taps * plan.blocks * plan.block / plan.groups +
+                                 job.unit_tiles * plan.line_floats(job.segment));
   job.chunk = std::clamp<int64_t>(kChunkBytes / tap_bytes, 1, plan.taps);
   const int64_t lines = plan.components * plan.taps * plan.line_floats(job.segment);
-  job.resident = plan.winograd_axes > 0 && !plan.winograd_last() && packed.numel() / plan.blocks * 4 <= kResidentBytes && lines * 4 <= kResidentBytes;
+  job.resident = plan.winograd_axes > 0 && !plan.winograd_last() &&
+                 packed.numel() / plan.blocks * 4 <= kResidentBytes && lines * 4 <= kResidentBytes;
   return job;
 }
 
@@ -302,7 +335,8 @@ Scratch make_scratch(const Job& job) {
   const int64_t lines = job.resident ? plan.components * plan.taps : job.unit_tiles * job.chunk;
   Scratch s;
   s.lines.resize(lines * plan.line_floats(job.segment)), s.row.resize(plan.scratch_floats(job.segment));
-  s.sums.resize(job.resident ? plan.tile_rows * job.segment * plan.block : plan.components * job.unit_tiles * plan.blocks * job.room * plan.block);
+  s.sums.resize(job.resident ? plan.tile_rows * job.segment * plan.block
+                             : plan.components * job.unit_tiles * plan.blocks * job.room * plan.block);
   if (job.epilogue.norm != kNoNorm) s.outputs.resize(plan.tile_rows * job.segment * plan.outputs);
   s.taps.resize(lines), s.live.resize(job.unit_tiles), s.started.resize(job.unit_tiles);
   return s;
@@ -314,7 +348,8 @@ PartialStatistics make_statistics(const Job& job, const Tensor& rows) {
   int64_t output_rows = 1;
   for (const Axis& axis : plan.axes) output_rows *= axis.out;
   PartialStatistics s;
-  s.mean = at::empty({plan.batch, output_rows * job.segments, job.epilogue.norm_groups}, rows.options().dtype(at::kFloat));
+  s.mean =
+      at::empty({plan.batch, output_rows * job.segments, job.epilogue.norm_groups}, rows.options().dtype(at::kFloat));
   s.squares = at::empty_like(s.mean);
   for (int64_t slot = 0; slot < s.mean.size(1); ++slot)
     s.counts.push_back(std::min(job.segment, plan.out_width - slot % job.segments * job.segment));
@@ -323,7 +358,8 @@ PartialStatistics make_statistics(const Job& job, const Tensor& rows) {
 
 }  // namespace
 
-PartialStatistics direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Winograd winograd) {
+PartialStatistics direct_forward(const Tensor& rows, const Tensor& weight, const Geometry& geometry,
+                                 const Epilogue& epilogue, Winograd winograd) {
   const Crop cropped = crop(geometry, rows.sizes().slice(1, geometry.axes()), weight.sizes().slice(2));
   const Plan plan = make_plan(rows, weight.size(0), cropped.count, cropped.geometry, winograd);
   const Tensor packed = pack_weight(crop_weight(weight, cropped), plan);
@@ -331,11 +367,13 @@ PartialStatistics direct_forward(const Tensor& rows, const Tensor& weight, const
   PartialStatistics statistics;
   if (epilogue.norm == kGroup) {
     statistics = make_statistics(job, rows);
-    job.epilogue.mean = statistics.mean.mutable_data_ptr<float>(), job.epilogue.rstd = statistics.squares.mutable_data_ptr<float>();
+    job.epilogue.mean = statistics.mean.mutable_data_ptr<float>(),
+    job.epilogue.rstd = statistics.squares.mutable_data_ptr<float>();
   }
   const int64_t units = (plan.tiles() + job.unit_tiles - 1) / job.unit_tiles * job.segments;
   const auto scratch = [&] { return make_scratch(job); };
-  run_tasks(units, scratch, [&](int64_t index, Scratch& s) { job.resident ? resident_unit(job, index, s) : unit(job, index, s); });
+  run_tasks(units, scratch,
+            [&](int64_t index, Scratch& s) { job.resident ? resident_unit(job, index, s) : unit(job, index, s); });
   return statistics;
 }
 

@@ -1,4 +1,5 @@
-// What happens to a convolution's sums before they are stored: bias, channel norm, activation. Formulas: astrobiogen/kernels/conv_nd/README.md.
+// What happens to a convolution's sums before they are stored: bias, channel norm, activation. Formulas:
+// astrobiogen/kernels/conv_nd/README.md.
 #pragma once
 
 #include <type_traits>
@@ -17,13 +18,15 @@ struct Epilogue {
   const float *gamma = nullptr, *beta = nullptr;  // [outputs]
   float eps = 0.0f;
   void *y = nullptr, *pre_activation = nullptr;  // [positions][outputs]; pre_activation: z
-  // Channel norms: [positions]. Group norm: partial mean and sum of squared deviations [rows][norm_groups] of z, which goes to y.
+  // Channel norms: [positions]. Group norm: partial mean and sum of squared deviations [rows][norm_groups] of z, which
+  // goes to y.
   float *mean = nullptr, *rstd = nullptr;
   bool streamed = false;  // y and pre_activation bypass the cache
 };
 
-// Phi(x), the standard normal distribution. With z = |x| / sqrt 2 and t = 1 / (1 + 0.38 z), erfc(z) e^(z^2) = t Q(t), Q of degree 8, minimax (relative
-// error 2.5e-8 up to z = 14, where erfc is 0 in fp32). In fp32 the result is right to a relative 6.2 (1 + x^2) 2^-24.
+// Phi(x), the standard normal distribution. With z = |x| / sqrt 2 and t = 1 / (1 + 0.38 z), erfc(z) e^(z^2) = t Q(t), Q
+// of degree 8, minimax (relative error 2.5e-8 up to z = 14, where erfc is 0 in fp32). In fp32 the result is right to a
+// relative 6.2 (1 + x^2) 2^-24.
 ASTRO_INLINE simd::f32x8 normal_cdf(simd::f32x8 x) {
   using namespace simd;
   const f32x8 t = 1.0f / (1.0f + abs(x) * 0.268700577f);  // 0.38 / sqrt 2
@@ -38,7 +41,9 @@ ASTRO_INLINE simd::f32x8 normal_cdf(simd::f32x8 x) {
   const f32x8 tail = 0.5f * t * q * exp(x * x * -0.5f);
   return x < 0.0f ? tail : 1.0f - tail;
 }
-ASTRO_INLINE simd::f32x16 normal_cdf(simd::f32x16 x) { return simd::join(normal_cdf(simd::low(x)), normal_cdf(simd::high(x))); }
+ASTRO_INLINE simd::f32x16 normal_cdf(simd::f32x16 x) {
+  return simd::join(normal_cdf(simd::low(x)), normal_cdf(simd::high(x)));
+}
 
 template <typename Vec>
 ASTRO_INLINE Vec activate(Vec v, int64_t activation) {

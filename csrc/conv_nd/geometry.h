@@ -1,4 +1,5 @@
-// Sizes and index arithmetic of a convolution over one to five axes; the C++ side of astrobiogen/kernels/conv_nd/geometry.py.
+// Sizes and index arithmetic of a convolution over one to five axes; the C++ side of
+// astrobiogen/kernels/conv_nd/geometry.py.
 //
 // "Rows" below is a contiguous tensor [B, *spatial, C], channels innermost.
 #pragma once
@@ -53,7 +54,8 @@ inline std::pair<int64_t, int64_t> live_range(int64_t out, int64_t size, int64_t
   return {low, std::max(low, high)};
 }
 
-// The row that padded position p of an axis reads, or -1 for a zero. Beyond a pole: the mirrored row, whose following axis is rolled.
+// The row that padded position p of an axis reads, or -1 for a zero. Beyond a pole: the mirrored row, whose following
+// axis is rolled.
 inline int64_t source_row(int64_t mode, int64_t p, int64_t size) {
   if (p >= 0 && p < size) return p;
   if (mode == kCircular) return p < 0 ? p + size : p - size;
@@ -66,14 +68,14 @@ inline int64_t source_row(int64_t mode, int64_t p, int64_t size) {
 inline at::Tensor to_channels_last(const at::Tensor& x) { return x.movedim(1, -1).contiguous(); }
 inline at::Tensor from_channels_last(const at::Tensor& rows) { return rows.movedim(-1, 1); }
 
-// Which halos `add_halo` writes out: of every axis that is not zero-padded, or only of pole axes that lie before a row axis (the own kernels read
-// other halos in place).
+// Which halos `add_halo` writes out: of every axis that is not zero-padded, or only of pole axes that lie before a row
+// axis (the own kernels read other halos in place).
 enum class Halo { kAll, kFarPoles };
 
 inline bool far_pole(const Geometry& g, int64_t axis) { return g.mode[axis] == kPole && axis + 2 < g.axes(); }
 
-// The part of the kernel that can reach data. A zero-padded axis shorter than the kernel's reach has taps that only ever see zeros; they are cut
-// off where that leaves the same padding at both ends.
+// The part of the kernel that can reach data. A zero-padded axis shorter than the kernel's reach has taps that only
+// ever see zeros; they are cut off where that leaves the same padding at both ends.
 struct Crop {
   Geometry geometry;
   std::vector<int64_t> first, count;
@@ -87,23 +89,29 @@ at::Tensor crop_weight(at::Tensor weight, const Crop& crop);
 at::Tensor add_halo(at::Tensor rows, const Geometry& geometry, Halo which);
 at::Tensor fold_halo(at::Tensor rows, const Geometry& geometry);
 at::Tensor compose_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry);
-at::Tensor compose_transpose(const at::Tensor& grad, const at::Tensor& weight, const Geometry& geometry, at::IntArrayRef size);
-at::Tensor compose_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
+at::Tensor compose_transpose(const at::Tensor& grad, const at::Tensor& weight, const Geometry& geometry,
+                             at::IntArrayRef size);
+at::Tensor compose_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel,
+                               const Geometry& geometry);
 
-// Which axes may be Winograd axes (conv_nd/direct.h): none, the ones before the last, or the last one too, circular or not.
+// Which axes may be Winograd axes (conv_nd/direct.h): none, the ones before the last, or the last one too, circular or
+// not.
 enum class Winograd { kNone, kRows, kAll };
 
 // conv_nd/direct.cpp, conv_nd/weight/weight.cpp: own kernels; fp32, bf16 or fp16 rows, fp32 arithmetic.
 struct Epilogue;
 
-// Of a group norm's input, per sample and slot of `counts[slot]` positions: mean and sum of squared deviations [batch][slots][groups].
+// Of a group norm's input, per sample and slot of `counts[slot]` positions: mean and sum of squared deviations
+// [batch][slots][groups].
 struct PartialStatistics {
   at::Tensor mean, squares;
   std::vector<int64_t> counts;
 };
 
 // The statistics are defined where the epilogue has a group norm and there are outputs.
-PartialStatistics direct_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry, const Epilogue& epilogue, Winograd winograd);
-at::Tensor direct_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel, const Geometry& geometry);
+PartialStatistics direct_forward(const at::Tensor& rows, const at::Tensor& weight, const Geometry& geometry,
+                                 const Epilogue& epilogue, Winograd winograd);
+at::Tensor direct_weight_grad(const at::Tensor& grad, const at::Tensor& rows, at::IntArrayRef kernel,
+                              const Geometry& geometry);
 
 }  // namespace astrobiogen::conv_nd

@@ -1,4 +1,5 @@
-// Lines of input for the own CPU convolution kernels: sums of up to four rows, widened to fp32, with the last axis' halo written out.
+// Lines of input for the own CPU convolution kernels: sums of up to four rows, widened to fp32, with the last axis'
+// halo written out.
 #include "common/dtypes.h"
 #include "conv_nd/direct.h"
 
@@ -39,8 +40,10 @@ struct AddUp {
 
 template <typename T>
 void build(const Plan& plan, const T* x, const Line& line, int64_t begin, int64_t end, float* to) {
-  const int64_t c = plan.channels, w = plan.width, low = begin * plan.stride_w - plan.pad_w, high = low + plan.reach(begin, end);
-  const auto piece = [&](int64_t p, int64_t source, int64_t count) {  // `count` positions from column `source` on, no wrap inside
+  const int64_t c = plan.channels, w = plan.width, low = begin * plan.stride_w - plan.pad_w,
+                high = low + plan.reach(begin, end);
+  const auto piece = [&](int64_t p, int64_t source,
+                         int64_t count) {  // `count` positions from column `source` on, no wrap inside
     const T* from[kMaxTile];
     for (int k = 0; k < line.count; ++k) {
       int64_t column = source;
@@ -72,26 +75,32 @@ struct InputTransform {
     const int64_t step = steps * channels;
     const auto components = [&](const float* x, float* component, auto get, auto set) ASTRO_LAMBDA_INLINE {
       const auto x0 = get(x), x1 = get(x + channels), x2 = get(x + 2 * channels), x3 = get(x + 3 * channels);
-      set(component, x0 - x2), set(component + step, x1 + x2), set(component + 2 * step, x2 - x1), set(component + 3 * step, x3 - x1);
+      set(component, x0 - x2), set(component + step, x1 + x2), set(component + 2 * step, x2 - x1),
+          set(component + 3 * step, x3 - x1);
     };
     for (int64_t t = 0; t < steps; ++t, row += 2 * channels, to += channels) {
       int64_t c = 0;
       for (; channels - c >= simd::kLanes; c += simd::kLanes)
-        components(row + c, to + c, [](const float* p) ASTRO_LAMBDA_INLINE { return simd::load(p); },
-               [](float* p, simd::f32x16 v) ASTRO_LAMBDA_INLINE { simd::store(p, v); });
+        components(
+            row + c, to + c, [](const float* p) ASTRO_LAMBDA_INLINE { return simd::load(p); },
+            [](float* p, simd::f32x16 v) ASTRO_LAMBDA_INLINE { simd::store(p, v); });
       for (; c < channels; ++c)
-        components(row + c, to + c, [](const float* p) ASTRO_LAMBDA_INLINE { return *p; }, [](float* p, float v) ASTRO_LAMBDA_INLINE { *p = v; });
+        components(
+            row + c, to + c, [](const float* p) ASTRO_LAMBDA_INLINE { return *p; },
+            [](float* p, float v) ASTRO_LAMBDA_INLINE { *p = v; });
     }
   }
 };
 
-void build_any(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end, float* to) {
+void build_any(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end,
+               float* to) {
   for_dtype(dtype, [&]<typename T>() { build(plan, static_cast<const T*>(x), line, begin, end, to); });
 }
 
 }  // namespace
 
-void build_line(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end, float* to, float* scratch) {
+void build_line(const Plan& plan, const void* x, at::ScalarType dtype, const Line& line, int64_t begin, int64_t end,
+                float* to, float* scratch) {
   if (!plan.winograd_last()) return build_any(plan, x, dtype, line, begin, end, to);
   build_any(plan, x, dtype, line, begin, end, scratch);
   const int64_t reach = plan.reach(begin, end);  // of an odd number of outputs the last tile's second one is absent

@@ -1,10 +1,11 @@
 // Convolution whose windows do not overlap (stride = kernel, no padding): the patch stem of a network. fp32.
 //
-// y[p, o] = sum over k of x[base(p) + offset(k)] w[k, o], k over channels and taps, read where x lies: no copy of the patches, which have the size of x.
-// Register blocks as the other kernels': 8 patches x up to 48 outputs under AVX-512 (24 sums, 3 weights, 1 broadcast), 6 x 16 under AVX2. A chain of
-// sums is at most kChain long. The weight gradient runs 8 (6) terms k x outputs along kPatches patches at a time; its partials depend on the shape only,
-// so any thread count gives the same bits. Outputs that would fill at most kLone lanes of a vector of their own (33 = 2 x 16 + 1) are computed with the
-// terms in the lanes instead, eight neighbours in x at a time.
+// y[p, o] = sum over k of x[base(p) + offset(k)] w[k, o], k over channels and taps, read where x lies: no copy of the
+// patches, which have the size of x. Register blocks as the other kernels': 8 patches x up to 48 outputs under AVX-512
+// (24 sums, 3 weights, 1 broadcast), 6 x 16 under AVX2. A chain of sums is at most kChain long. The weight gradient
+// runs 8 (6) terms k x outputs along kPatches patches at a time; its partials depend on the shape only, so any thread
+// count gives the same bits. Outputs that would fill at most kLone lanes of a vector of their own (33 = 2 x 16 + 1) are
+// computed with the terms in the lanes instead, eight neighbours in x at a time.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -121,7 +122,8 @@ ASTRO_INLINE void pack(const Forward& a, const Columns<L>& columns, std::vector<
   for (int64_t panel = 0; panel < columns.panels; ++panel)
     for (int64_t o = 0; o < columns.present(panel); ++o)
       for (int64_t k = 0; k < terms; ++k)
-        packed[columns.begin(panel) * terms + k * columns.lanes(panel) + o] = a.weight[(columns.begin(panel) + o) * terms + k];
+        packed[columns.begin(panel) * terms + k * columns.lanes(panel) + o] =
+            a.weight[(columns.begin(panel) + o) * terms + k];
 }
 
 // Asks for element offset[k] of the next windows, a window per step.
@@ -134,16 +136,19 @@ struct NextWindows {
 };
 
 template <Level L, int V>
-ASTRO_INLINE void multiply(const float* const* base, const float* const* next, const int64_t* offset, int64_t terms, const float* w, float* sums) {
+ASTRO_INLINE void multiply(const float* const* base, const float* const* next, const int64_t* offset, int64_t terms,
+                           const float* w, float* sums) {
   using B = Block<L>;
   const auto left = [=](int m, int64_t k) ASTRO_LAMBDA_INLINE { return base[m][offset[k]]; };
   const NextWindows ahead{next, offset, B::kPositions};
-  gemm::block<typename B::Vec, B::kPositions, V>(terms, left, w, V * B::kLanes, sums, V * B::kLanes, gemm::AddTo{}, ahead);
+  gemm::block<typename B::Vec, B::kPositions, V>(terms, left, w, V * B::kLanes, sums, V * B::kLanes, gemm::AddTo{},
+                                                 ahead);
 }
 
 // One lone output of the patches at `base`: [kPositions] from its weights [K].
 template <Level L>
-ASTRO_INLINE void multiply_lone(const float* const* base, const std::vector<int64_t>& offset, const float* w, float bias, float* to) {
+ASTRO_INLINE void multiply_lone(const float* const* base, const std::vector<int64_t>& offset, const float* w,
+                                float bias, float* to) {
   using B = Block<L>;
   simd::f32x8 acc[B::kPositions] = {};
   for (size_t k = 0; k < offset.size(); k += kRun) {
@@ -179,9 +184,11 @@ struct ForwardPatches {
         for (int m = 0; m < B::kPositions; ++m) std::copy_n(bias, lanes, sums + m * lanes);
         columns.with_width(panel, [&]<int V>() ASTRO_LAMBDA_INLINE {
           for (int64_t k = 0; k < terms; k += kChain)
-            multiply<L, V>(base, next, a.windows->offset.data() + k, std::min(kChain, terms - k), packed.data() + o * terms + k * lanes, sums);
+            multiply<L, V>(base, next, a.windows->offset.data() + k, std::min(kChain, terms - k),
+                           packed.data() + o * terms + k * lanes, sums);
         });
-        for (int64_t p = 0; p < live; ++p) std::memcpy(rows + p * a.outputs + o, sums + p * lanes, present * sizeof(float));
+        for (int64_t p = 0; p < live; ++p)
+          std::memcpy(rows + p * a.outputs + o, sums + p * lanes, present * sizeof(float));
       }
       for (int64_t o = a.outputs - columns.lone; o < a.outputs; ++o) {
         multiply_lone<L>(base, a.windows->offset, a.weight + o * terms, a.bias != nullptr ? a.bias[o] : 0.0f, sums);
@@ -207,15 +214,19 @@ struct NextStarts {
 };
 
 template <Level L, int V>
-ASTRO_INLINE void correlate(const float* const* base, const float* const* next, int64_t patches, const int64_t* offset, const float* grad, float* sums) {
+ASTRO_INLINE void correlate(const float* const* base, const float* const* next, int64_t patches, const int64_t* offset,
+                            const float* grad, float* sums) {
   using B = Block<L>;
   const auto left = [=](int m, int64_t p) ASTRO_LAMBDA_INLINE { return base[p][offset[m]]; };
   const NextStarts ahead{next, offset[0]};
-  gemm::block<typename B::Vec, B::kPositions, V>(patches, left, grad, V * B::kLanes, sums, V * B::kLanes, gemm::AddTo{}, ahead);
+  gemm::block<typename B::Vec, B::kPositions, V>(patches, left, grad, V * B::kLanes, sums, V * B::kLanes, gemm::AddTo{},
+                                                 ahead);
 }
 
-// The gradient of a lone output's weights, [K] added to `sums`; `grad` [patches]. Four runs at a time hide the latency of the sums.
-ASTRO_INLINE void correlate_lone(const float* const* base, int64_t patches, const std::vector<int64_t>& offset, const float* grad, float* sums) {
+// The gradient of a lone output's weights, [K] added to `sums`; `grad` [patches]. Four runs at a time hide the latency
+// of the sums.
+ASTRO_INLINE void correlate_lone(const float* const* base, int64_t patches, const std::vector<int64_t>& offset,
+                                 const float* grad, float* sums) {
   constexpr int kAtOnce = 4;
   const int64_t terms = static_cast<int64_t>(offset.size());
   for (int64_t first = 0; first < terms; first += kAtOnce * kRun) {
@@ -236,7 +247,8 @@ struct BackwardBlock {
   static ASTRO_INLINE void run(const Backward& a, int64_t block) {
     using B = Block<L>;
     const Columns<L> columns(a.outputs, a.windows->runs);
-    const int64_t terms = a.windows->terms(), padded = (terms + B::kPositions - 1) / B::kPositions * B::kPositions, all = a.windows->patches();
+    const int64_t terms = a.windows->terms(), padded = (terms + B::kPositions - 1) / B::kPositions * B::kPositions,
+                  all = a.windows->patches();
     std::vector<int64_t> offset = a.windows->offset;
     offset.resize(padded, offset.back());
     std::vector<const float*> base(kPatches), next(kPatches);
@@ -251,23 +263,27 @@ struct BackwardBlock {
       for (int64_t p = 0; p < live; ++p) {
         const float* from = a.grad + (first + p) * a.outputs;
         for (int64_t panel = 0; panel < columns.panels; ++panel)
-          std::memcpy(rows.data() + columns.begin(panel) * kPatches + p * columns.lanes(panel), from + columns.begin(panel), columns.present(panel) * sizeof(float));
+          std::memcpy(rows.data() + columns.begin(panel) * kPatches + p * columns.lanes(panel),
+                      from + columns.begin(panel), columns.present(panel) * sizeof(float));
         for (int64_t o = 0; o < columns.lone; ++o) lone_rows[o * kPatches + p] = from[a.outputs - columns.lone + o];
       }
       for (int64_t panel = 0; panel < columns.panels; ++panel)
         columns.with_width(panel, [&]<int V>() ASTRO_LAMBDA_INLINE {
           const int64_t o = columns.begin(panel), lanes = columns.lanes(panel);
           for (int64_t k = 0; k < padded; k += B::kPositions)
-            correlate<L, V>(base.data(), next.data(), live, offset.data() + k, rows.data() + o * kPatches, sums.data() + o * padded + k * lanes);
+            correlate<L, V>(base.data(), next.data(), live, offset.data() + k, rows.data() + o * kPatches,
+                            sums.data() + o * padded + k * lanes);
         });
       for (int64_t o = 0; o < columns.lone; ++o)
-        correlate_lone(base.data(), live, a.windows->offset, lone_rows.data() + o * kPatches, lone_sums.data() + o * terms);
+        correlate_lone(base.data(), live, a.windows->offset, lone_rows.data() + o * kPatches,
+                       lone_sums.data() + o * terms);
     }
     float* to = a.partial + block * a.outputs * terms;
     for (int64_t panel = 0; panel < columns.panels; ++panel)
       for (int64_t o = 0; o < columns.present(panel); ++o)
         for (int64_t k = 0; k < terms; ++k)
-          to[(columns.begin(panel) + o) * terms + k] = sums[columns.begin(panel) * padded + k * columns.lanes(panel) + o];
+          to[(columns.begin(panel) + o) * terms + k] =
+              sums[columns.begin(panel) * padded + k * columns.lanes(panel) + o];
     std::copy(lone_sums.begin(), lone_sums.end(), to + (a.outputs - columns.lone) * terms);
   }
 };
@@ -277,7 +293,8 @@ struct BackwardBlock {
 bool are_patches(const Geometry& g, at::IntArrayRef kernel) {
   int64_t taps = 1;
   for (int64_t axis = 0; axis < g.axes(); ++axis) {
-    if (g.stride[axis] != kernel[axis] || g.padding[axis] != 0 || (g.dilation[axis] != 1 && kernel[axis] != 1)) return false;
+    if (g.stride[axis] != kernel[axis] || g.padding[axis] != 0 || (g.dilation[axis] != 1 && kernel[axis] != 1))
+      return false;
     taps *= kernel[axis];
   }
   return g.groups == 1 && taps > 1;  // a single tap is a plain matrix product
@@ -291,9 +308,14 @@ Tensor patches_forward(const Tensor& x, const Tensor& weight_any, const std::opt
   shape.push_back(weight.size(0));
   Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
-  const Forward a{&w, x.const_data_ptr<float>(), weight.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
-                  y.mutable_data_ptr<float>(), weight.size(0)};
-  at::parallel_for(0, w.patches(), kPatches, [&](int64_t begin, int64_t end) { dispatch<ForwardPatches>(a, begin, end); });
+  const Forward a{&w,
+                  x.const_data_ptr<float>(),
+                  weight.const_data_ptr<float>(),
+                  bias ? bias->const_data_ptr<float>() : nullptr,
+                  y.mutable_data_ptr<float>(),
+                  weight.size(0)};
+  at::parallel_for(0, w.patches(), kPatches,
+                   [&](int64_t begin, int64_t end) { dispatch<ForwardPatches>(a, begin, end); });
   return y;
 }
 
@@ -328,7 +350,8 @@ Tensor patches_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   if (grad.numel() == 0 || w.terms() == 0) return at::zeros(shape, grad.options());
   const int64_t blocks = std::clamp<int64_t>(w.patches() / kBlockPatches, 1, kMaxBlocks);
   Tensor partial = at::empty({blocks, outputs, w.terms()}, grad.options());
-  const Backward a{&w, x.const_data_ptr<float>(), grad.const_data_ptr<float>(), partial.mutable_data_ptr<float>(), outputs, blocks};
+  const Backward a{
+      &w, x.const_data_ptr<float>(), grad.const_data_ptr<float>(), partial.mutable_data_ptr<float>(), outputs, blocks};
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) dispatch<BackwardBlock>(a, block);
   });

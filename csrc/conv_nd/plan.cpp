@@ -1,4 +1,5 @@
-// Plan of the own CPU convolution kernels: which are Winograd axes, which input rows a tile reads, and the packed weight.
+// Plan of the own CPU convolution kernels: which are Winograd axes, which input rows a tile reads, and the packed
+// weight.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -22,12 +23,14 @@ double axis_share(int64_t size, int64_t out, int64_t kernel, const Geometry& g, 
   return live == 0 ? 1.0 : static_cast<double>(4 * ((out + 1) / 2)) / static_cast<double>(live);
 }
 
-// Channels per group and positions of a row from which the last axis is a Winograd axis. Kernel 3 x 3, both gradients: from here on 0.75 to 1.0 of the time without;
-// with 32 channels or 4 to 12 positions 0.87 to 1.22, where the transforms cost what the products save and register blocks are not filled.
+// Channels per group and positions of a row from which the last axis is a Winograd axis. Kernel 3 x 3, both gradients:
+// from here on 0.75 to 1.0 of the time without; with 32 channels or 4 to 12 positions 0.87 to 1.22, where the
+// transforms cost what the products save and register blocks are not filled.
 constexpr int64_t kWinogradChannels = 64, kWinogradWidth = 16;
 
 // The best Winograd axes, best first; -1 where there is none.
-std::array<int64_t, kMaxWinogradAxes> choose_winograd_axes(at::IntArrayRef size, at::IntArrayRef kernel, const Geometry& g, double& share) {
+std::array<int64_t, kMaxWinogradAxes> choose_winograd_axes(at::IntArrayRef size, at::IntArrayRef kernel,
+                                                           const Geometry& g, double& share) {
   std::array<int64_t, kMaxWinogradAxes> chosen{-1, -1};
   share = 1.0;
   for (int64_t slot = 0; slot < kMaxWinogradAxes; ++slot) {
@@ -67,14 +70,16 @@ using simd::f32x16;
 // The weight transform: four components from three taps, `from` and `to` steps apart.
 ASTRO_INLINE void weight_transform(const f32x16* tap, int64_t from, f32x16* component, int64_t to) {
   const f32x16 ends = (tap[0] + tap[2 * from]) * 0.5f, middle = tap[from] * 0.5f;
-  component[0] = tap[0], component[to] = ends + middle, component[2 * to] = ends - middle, component[3 * to] = tap[2 * from];
+  component[0] = tap[0], component[to] = ends + middle, component[2 * to] = ends - middle,
+  component[3 * to] = tap[2 * from];
 }
 
-// The weights of all components of one input channel, outer tap and block of output channels: from rows `lanes` [kernel rows][taps_w][block], the first one at
-// `base`, to `to` [components][last components] of `component_step` floats.
+// The weights of all components of one input channel, outer tap and block of output channels: from rows `lanes` [kernel
+// rows][taps_w][block], the first one at `base`, to `to` [components][last components] of `component_step` floats.
 struct PackWeight {
   template <Level L>
-  static ASTRO_INLINE void run(const Plan& plan, const KernelRows& kernel, const float* lanes, int64_t base, int64_t component_step, float* to) {
+  static ASTRO_INLINE void run(const Plan& plan, const KernelRows& kernel, const float* lanes, int64_t base,
+                               int64_t component_step, float* to) {
     using namespace simd;
     const bool last = plan.winograd_last();
     for (int64_t v = 0; v < plan.block; v += kLanes) {
@@ -94,7 +99,8 @@ struct PackWeight {
           for (int64_t j = 0; j < 3; ++j) weight_transform(tap + j, 3, half + j, 3);
           for (int64_t i = 0; i < 4; ++i) weight_transform(half + 3 * i, 1, mine + 4 * i, 1);
         }
-        for (int64_t p = 0; !last && p < plan.components; ++p) store(to + p * component_step + w * plan.group_channels * plan.block + v, mine[p]);
+        for (int64_t p = 0; !last && p < plan.components; ++p)
+          store(to + p * component_step + w * plan.group_channels * plan.block + v, mine[p]);
       }
       for (int64_t p = 0; last && p < plan.components; ++p) {
         f32x16 four[4];
@@ -145,7 +151,8 @@ Plan make_plan(const at::Tensor& rows, int64_t outputs, at::IntArrayRef kernel, 
   plan.run_count = one_run ? 1 : plan.taps_w;
   plan.run_length = one_run ? plan.row_taps : plan.group_channels;
   plan.run_step = plan.dilation_w * plan.channels;
-  if (winograd == Winograd::kAll && kernel[last] == 3 && plan.stride_w == 1 && plan.dilation_w == 1 && plan.out_width >= kWinogradWidth && plan.group_channels >= kWinogradChannels) {
+  if (winograd == Winograd::kAll && kernel[last] == 3 && plan.stride_w == 1 && plan.dilation_w == 1 &&
+      plan.out_width >= kWinogradWidth && plan.group_channels >= kWinogradChannels) {
     plan.last_components = 4;
     plan.run_count = 1, plan.run_length = plan.row_taps = plan.group_channels;
   }
@@ -182,7 +189,9 @@ bool find_line(const Plan& plan, const Tile& tile, int64_t component, int64_t ta
       const int64_t read = base + (a.winograd ? kInputRow[part][which] : taps[at]);
       if (a.source[read] < 0) continue;
       const float sign = which == 1 ? kInputSign[part] : 1.0f;
-      for (int k = 0; k < count; ++k) next[found++] = {rows[k].index * a.size + a.source[read], rows[k].sign * sign, rows[k].rolled != (a.rolled[read] != 0)};
+      for (int k = 0; k < count; ++k)
+        next[found++] = {rows[k].index * a.size + a.source[read], rows[k].sign * sign,
+                         rows[k].rolled != (a.rolled[read] != 0)};
     }
     if (found == 0) return false;
     std::copy(next, next + found, rows);
@@ -218,7 +227,8 @@ KernelRows kernel_rows(const Plan& plan) {
   for (int64_t at = kRowAxes - 1; at >= 0; --at) step[at] = rows.count, rows.count *= plan.axes[at].kernel;
   for (int64_t tap = 0; tap < plan.taps; ++tap) {
     int64_t rest = tap, row = 0;
-    for (int64_t at = kRowAxes - 1; at >= 0; --at) row += rest % plan.axes[at].taps * step[at], rest /= plan.axes[at].taps;
+    for (int64_t at = kRowAxes - 1; at >= 0; --at)
+      row += rest % plan.axes[at].taps * step[at], rest /= plan.axes[at].taps;
     rows.base.push_back(row);
   }
   for (int64_t part = 0; part < plan.winograd_axes; ++part) rows.step[part] = step[plan.winograd_axis[part]];
@@ -227,19 +237,24 @@ KernelRows kernel_rows(const Plan& plan) {
 
 at::Tensor pack_weight(const at::Tensor& weight, const Plan& plan) {
   const at::Tensor plain = weight.to(at::kFloat).contiguous();
-  at::Tensor packed = at::empty({plan.components, plan.last_components, plan.blocks, plan.taps, plan.row_taps, plan.block}, plain.options());
+  at::Tensor packed = at::empty(
+      {plan.components, plan.last_components, plan.blocks, plan.taps, plan.row_taps, plan.block}, plain.options());
   const KernelRows kernel = kernel_rows(plan);
-  const int64_t size = kernel.count * plan.taps_w, b_ = plan.block, component_step = plan.blocks * plan.taps * plan.row_taps * b_;
+  const int64_t size = kernel.count * plan.taps_w, b_ = plan.block,
+                component_step = plan.blocks * plan.taps * plan.row_taps * b_;
   const float* from = plain.const_data_ptr<float>();
   float* to = packed.mutable_data_ptr<float>();
   at::parallel_for(0, plan.blocks * plan.group_channels, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> lanes(size * b_);  // one input channel of one block: [kernel][block]
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item / plan.group_channels, c = item % plan.group_channels, inside = block % plan.group_blocks * b_;
-      const int64_t channel = block / plan.group_blocks * plan.group_outputs + inside, present = std::min(b_, plan.group_outputs - inside);
+      const int64_t block = item / plan.group_channels, c = item % plan.group_channels,
+                    inside = block % plan.group_blocks * b_;
+      const int64_t channel = block / plan.group_blocks * plan.group_outputs + inside,
+                    present = std::min(b_, plan.group_outputs - inside);
       std::fill(lanes.begin(), lanes.end(), 0.0f);
       for (int64_t lane = 0; lane < present; ++lane)
-        for (int64_t k = 0; k < size; ++k) lanes[k * b_ + lane] = from[((channel + lane) * plan.group_channels + c) * size + k];
+        for (int64_t k = 0; k < size; ++k)
+          lanes[k * b_ + lane] = from[((channel + lane) * plan.group_channels + c) * size + k];
       for (int64_t tap = 0; tap < plan.taps; ++tap)
         dispatch<PackWeight>(plan, kernel, static_cast<const float*>(lanes.data()), kernel.base[tap], component_step,
                              to + ((block * plan.taps + tap) * plan.row_taps + c) * b_);

@@ -1,4 +1,5 @@
-// Register blocks of the own CPU forward convolution: a few positions times one block of channels, over taps and channels as one contiguous run.
+// Register blocks of the own CPU forward convolution: a few positions times one block of channels, over taps and
+// channels as one contiguous run.
 #pragma once
 
 #include "conv_nd/epilogue.h"
@@ -12,7 +13,8 @@ struct Tap {
 };
 
 template <typename Vec, int N, int M>
-ASTRO_INLINE void accumulate(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset, Vec (&acc)[M][N]) {
+ASTRO_INLINE void accumulate(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset,
+                             Vec (&acc)[M][N]) {
   constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
   const int64_t step = plan.position_step;
   for (int64_t at = 0; at < count; ++at) {
@@ -26,7 +28,8 @@ ASTRO_INLINE void accumulate(const Plan& plan, const Tap* taps, int64_t count, c
 }
 
 template <typename Vec, int N, int M>
-ASTRO_INLINE void block(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset, float* sums, bool overwrite) {
+ASTRO_INLINE void block(const Plan& plan, const Tap* taps, int64_t count, const float* weight, int64_t offset,
+                        float* sums, bool overwrite) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
   Vec acc[M][N];
   for (int m = 0; m < M; ++m)
@@ -50,7 +53,8 @@ ASTRO_INLINE void in_blocks(int64_t count, Step step) {
 }
 
 template <typename Vec, int N, int M>
-ASTRO_INLINE void positions(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset, int64_t count, float* sums, bool overwrite) {
+ASTRO_INLINE void positions(const Plan& plan, const Tap* taps, int64_t live, const float* weight, int64_t offset,
+                            int64_t count, float* sums, bool overwrite) {
   constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
   in_blocks<M>(count, [&]<int Size>(int64_t p) ASTRO_LAMBDA_INLINE {
     block<Vec, N, Size>(plan, taps, live, weight, offset + p * plan.position_step, sums + p * kBlock, overwrite);
@@ -64,7 +68,8 @@ struct ComponentSteps {
 
 // M tiles of two positions of one row: sums [2 M][block]. m1 + m2 starts the sums of m0, m1 - m2 those of m3.
 template <typename Vec, int N, int M>
-ASTRO_INLINE void winograd_block(const Plan& plan, const Tap* taps, int64_t count, const float* weight, ComponentSteps steps, int64_t offset, float* sums, bool overwrite) {
+ASTRO_INLINE void winograd_block(const Plan& plan, const Tap* taps, int64_t count, const float* weight,
+                                 ComponentSteps steps, int64_t offset, float* sums, bool overwrite) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
   constexpr int kOrder[4] = {1, 2, 0, 3};
   alignas(64) float difference[M * kBlock] = {};
@@ -98,11 +103,12 @@ ASTRO_INLINE void winograd_block(const Plan& plan, const Tap* taps, int64_t coun
 }
 
 template <typename Vec, int N, int M>
-ASTRO_INLINE void winograd_positions(const Plan& plan, const Tap* taps, int64_t live, const float* weight, ComponentSteps steps, int64_t offset, int64_t count, float* sums,
-                                 bool overwrite) {
+ASTRO_INLINE void winograd_positions(const Plan& plan, const Tap* taps, int64_t live, const float* weight,
+                                     ComponentSteps steps, int64_t offset, int64_t count, float* sums, bool overwrite) {
   constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
   in_blocks<M>(plan.steps(count), [&]<int Size>(int64_t p) ASTRO_LAMBDA_INLINE {
-    winograd_block<Vec, N, Size>(plan, taps, live, weight, steps, offset + p * plan.position_step, sums + 2 * p * kBlock, overwrite);
+    winograd_block<Vec, N, Size>(plan, taps, live, weight, steps, offset + p * plan.position_step,
+                                 sums + 2 * p * kBlock, overwrite);
   });
 }
 
@@ -123,10 +129,10 @@ ASTRO_INLINE void put_register(float* p, Vec v, bool streamed) {
 
 // What one register block reads of every component: its live taps and its weights.
 struct Components {
-  const Tap* taps;        // of all components, one after the other
-  const int64_t* first;   // [components + 1] into taps
-  const float* weight;    // of the block of channels at component 0
-  int64_t weight_step;    // between components
+  const Tap* taps;       // of all components, one after the other
+  const int64_t* first;  // [components + 1] into taps
+  const float* weight;   // of the block of channels at component 0
+  int64_t weight_step;   // between components
 };
 
 // The outputs of tile row `which` from `position` on, if the tile has that row.
@@ -142,11 +148,13 @@ ASTRO_INLINE void write_outputs(const Output& out, int which, int64_t position, 
     for (int v = 0; v < N; ++v) put_register<Vec>(to + m * out.step + v * kWidth, acc[m][v] + bias[v], out.streamed);
 }
 
-// The outputs of one register block from all of its components, each added on to what the others made of it: of the four of an axis, m1 + m2 starts
-// the sums of m0, and m1 - m2 those of m3. Nothing but the outputs, from position `at` on, leaves L1. One loop
-// over the components: as sixteen copies of its body the code was larger than the instruction cache (stem 76 ms instead of 60).
+// The outputs of one register block from all of its components, each added on to what the others made of it: of the
+// four of an axis, m1 + m2 starts the sums of m0, and m1 - m2 those of m3. Nothing but the outputs, from position `at`
+// on, leaves L1. One loop over the components: as sixteen copies of its body the code was larger than the instruction
+// cache (stem 76 ms instead of 60).
 template <typename Vec, int N, int M>
-ASTRO_INLINE void all_components(const Plan& plan, const Components& components, int64_t offset, const Output& out, int64_t position) {
+ASTRO_INLINE void all_components(const Plan& plan, const Components& components, int64_t offset, const Output& out,
+                                 int64_t position) {
   constexpr int64_t kWidth = sizeof(Vec) / sizeof(float), kBlock = N * kWidth;
   constexpr int kOrder[4] = {1, 2, 0, 3};
   // held: the outer axis' component 1, then 1 - 2; sum: 1 + 2; each for both outputs of the inner axis.
@@ -160,7 +168,8 @@ ASTRO_INLINE void all_components(const Plan& plan, const Components& components,
   for (int64_t step = 0; step < plan.components; ++step) {
     const int row = outer ? kOrder[step / 4] : 0, inner = kOrder[step % 4];
     const int64_t component = 4 * row + inner, first = components.first[component];
-    accumulate<Vec, N, M>(plan, components.taps + first, components.first[component + 1] - first, components.weight + component * components.weight_step, offset, acc);
+    accumulate<Vec, N, M>(plan, components.taps + first, components.first[component + 1] - first,
+                          components.weight + component * components.weight_step, offset, acc);
     if (inner == 1) {
       each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE {
         store_as<Vec>(difference + at, acc[m][v]);
@@ -174,8 +183,10 @@ ASTRO_INLINE void all_components(const Plan& plan, const Components& components,
         store_as<Vec>(difference + at, other - acc[m][v]);
         acc[m][v] += other;
       });
-      if (outer && row == 0) each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(sum[0] + at); });
-      if (row == 3) each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(held[0] + at); });
+      if (outer && row == 0)
+        each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(sum[0] + at); });
+      if (row == 3)
+        each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(held[0] + at); });
       continue;
     }
     const int which = inner == 3;
@@ -194,14 +205,17 @@ ASTRO_INLINE void all_components(const Plan& plan, const Components& components,
       each([&](int m, int v, int64_t) ASTRO_LAMBDA_INLINE { acc[m][v] = Vec{}; });
     } else {
       each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] = load_as<Vec>(difference + at); });
-      if (outer && row == 0) each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(sum[1] + at); });
-      if (row == 3) each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(held[1] + at); });
+      if (outer && row == 0)
+        each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(sum[1] + at); });
+      if (row == 3)
+        each([&](int m, int v, int64_t at) ASTRO_LAMBDA_INLINE { acc[m][v] += load_as<Vec>(held[1] + at); });
     }
   }
 }
 
 template <typename Vec, int N, int M>
-ASTRO_INLINE void all_positions(const Plan& plan, const Components& components, int64_t offset, int64_t count, const Output& out) {
+ASTRO_INLINE void all_positions(const Plan& plan, const Components& components, int64_t offset, int64_t count,
+                                const Output& out) {
   in_blocks<M>(count, [&]<int Size>(int64_t p) ASTRO_LAMBDA_INLINE {
     all_components<Vec, N, Size>(plan, components, offset + p * plan.position_step, out, p);
   });

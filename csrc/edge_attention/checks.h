@@ -42,7 +42,8 @@ inline void check_order(const check::Op& op, const char* name, const Tensor& ind
   at::parallel_for(0, nodes, kCheckGrain, [&](int64_t first, int64_t last) {
     if (!in_order(of_edge, order, bounds, edges, first, last)) fits = false;
   });
-  if (fits) [[likely]] return;
+  if (fits) [[likely]]
+    return;
   op.indices(index, name, nodes);
   TORCH_CHECK_VALUE(false, op.name(), ": by_", name, " and ", name, "_start must be the order of ", name,
                     " that `edge_lists` gives, got others");

@@ -1,8 +1,10 @@
-// Attention along the edges of a graph on the CPU, forward and backward. Formulas: astrobiogen/kernels/edge_attention/reference.py.
+// Attention along the edges of a graph on the CPU, forward and backward. Formulas:
+// astrobiogen/kernels/edge_attention/reference.py.
 //
-// A receiver's edges lie together in `by_receiver`, a sender's in `by_sender`: every sum is one loop in a fixed order, no atomics, the same bits for any
-// thread count. Per edge the forward reads a row of k and of v (heads x D, from L2 for a batch of metabolic networks: 8,256 x 32 fp32 are 1 MB), keeps its
-// scores in L1 and writes nothing. The backward writes p and ds per edge and head (fp32) in the receivers' loop and reads them in the senders'.
+// A receiver's edges lie together in `by_receiver`, a sender's in `by_sender`: every sum is one loop in a fixed order,
+// no atomics, the same bits for any thread count. Per edge the forward reads a row of k and of v (heads x D, from L2
+// for a batch of metabolic networks: 8,256 x 32 fp32 are 1 MB), keeps its scores in L1 and writes nothing. The backward
+// writes p and ds per edge and head (fp32) in the receivers' loop and reads them in the senders'.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -25,8 +27,8 @@ constexpr int64_t kGrain = 64;  // nodes per task: about 300 edges of a metaboli
 template <int64_t W>
 using Width = std::integral_constant<int64_t, W>;
 
-// Calls body with the heads' width as a constant where it is a usual one: loops over a head of 8 columns cost more than its arithmetic
-// (forward + backward at [8256, 4, 8] with 36,800 edges: 7.2 against 5.8 ms).
+// Calls body with the heads' width as a constant where it is a usual one: loops over a head of 8 columns cost more than
+// its arithmetic (forward + backward at [8256, 4, 8] with 36,800 edges: 7.2 against 5.8 ms).
 template <typename Body>
 ASTRO_INLINE void with_width(int64_t width, Body&& body) {
   if (width == 8) body(Width<8>{});
@@ -122,7 +124,8 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
       }
     // The weights sum up to 1 but for the rounding of lse, up to 3e-5 where scores pass 500.
     for (int64_t h = 0; h < heads; ++h) total[h] = total[h] == A(0) ? A(0) : A(1) / total[h], own[h] *= total[h];
-    // What the slopes leave of a sum that is 0 is the rounding of `own`; neighbours' rows are alike, so it would add up over nodes.
+    // What the slopes leave of a sum that is 0 is the rounding of `own`; neighbours' rows are alike, so it would add up
+    // over nodes.
     for (int64_t h = 0; h < heads; ++h) {
       A rest = A(0);
       for (int64_t e = 0; e < count; ++e) rest += weights[e * heads + h] * (slopes[e * heads + h] - own[h]);
@@ -178,13 +181,15 @@ ASTRO_INLINE void backward_senders(const Backward<T>& a, int64_t first, int64_t 
   }
 }
 
-// Four heads of 32 columns are 16 registers, and the backward holds two of them: [8256, 16, 32] took 37 ms where one head at a time takes 27.
+// Four heads of 32 columns are 16 registers, and the backward holds two of them: [8256, 16, 32] took 37 ms where one
+// head at a time takes 27.
 template <typename T, typename W>
 constexpr bool fits_four = false;
 template <typename T, int64_t W>
 constexpr bool fits_four<T, Width<W>> = !std::is_same_v<T, double> && W <= 16;
 
-// Four heads at a time where they fill vectors, else one by one: `one` and `four` call the functions for a type and a width.
+// Four heads at a time where they fill vectors, else one by one: `one` and `four` call the functions for a type and a
+// width.
 template <typename T, typename One, typename FourHeads>
 ASTRO_INLINE void nodes(const Problem<T>& in, One&& one, FourHeads&& four) {
   with_width(in.width, [&]<typename W>(W width) ASTRO_LAMBDA_INLINE {
@@ -198,8 +203,9 @@ template <typename T>
 struct ForwardNodes {
   template <Level L>
   static ASTRO_INLINE void run(const Forward<T>& a, int64_t first, int64_t last) {
-    nodes(a.in, [&](auto width) ASTRO_LAMBDA_INLINE { forward_nodes<T>(a, first, last, width); },
-          [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { forward_fours<T, W>(a, first, last); });
+    nodes(
+        a.in, [&](auto width) ASTRO_LAMBDA_INLINE { forward_nodes<T>(a, first, last, width); },
+        [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { forward_fours<T, W>(a, first, last); });
   }
 };
 
@@ -207,8 +213,9 @@ template <typename T>
 struct BackwardReceivers {
   template <Level L>
   static ASTRO_INLINE void run(const Backward<T>& a, int64_t first, int64_t last) {
-    nodes(a.in, [&](auto width) ASTRO_LAMBDA_INLINE { backward_receivers<T>(a, first, last, width); },
-          [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { backward_receiver_fours<T, W>(a, first, last); });
+    nodes(
+        a.in, [&](auto width) ASTRO_LAMBDA_INLINE { backward_receivers<T>(a, first, last, width); },
+        [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { backward_receiver_fours<T, W>(a, first, last); });
   }
 };
 
@@ -216,14 +223,16 @@ template <typename T>
 struct BackwardSenders {
   template <Level L>
   static ASTRO_INLINE void run(const Backward<T>& a, int64_t first, int64_t last) {
-    nodes(a.in, [&](auto width) ASTRO_LAMBDA_INLINE { backward_senders<T>(a, first, last, width); },
-          [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { backward_sender_fours<T, W>(a, first, last); });
+    nodes(
+        a.in, [&](auto width) ASTRO_LAMBDA_INLINE { backward_senders<T>(a, first, last, width); },
+        [&]<int64_t W>(Width<W>) ASTRO_LAMBDA_INLINE { backward_sender_fours<T, W>(a, first, last); });
   }
 };
 
 // Nodes may lie any distance apart; heads and columns must be dense.
 Tensor dense_rows(const Tensor& t) {
-  const bool dense = (t.size(2) == 1 || t.stride(2) == 1) && (t.size(1) == 1 || t.stride(1) == t.size(2)) && t.stride(0) >= 0;
+  const bool dense =
+      (t.size(2) == 1 || t.stride(2) == 1) && (t.size(1) == 1 || t.stride(1) == t.size(2)) && t.stride(0) >= 0;
   return dense ? t : t.contiguous();
 }
 
@@ -239,33 +248,56 @@ struct Arguments {
   template <typename T>
   Problem<T> problem() const {
     const auto index = [](const Tensor& t) { return t.const_data_ptr<int64_t>(); };
-    return {rows_of<T>(q), rows_of<T>(k), rows_of<T>(v), bias.const_data_ptr<T>(), q.size(1), q.size(2), q.size(0), k.size(0), static_cast<Wide<T>>(scale),
-            {index(receiver), index(sender), index(by_receiver), index(receiver_start), index(by_sender), index(sender_start)}};
+    return {rows_of<T>(q),
+            rows_of<T>(k),
+            rows_of<T>(v),
+            bias.const_data_ptr<T>(),
+            q.size(1),
+            q.size(2),
+            q.size(0),
+            k.size(0),
+            static_cast<Wide<T>>(scale),
+            {index(receiver), index(sender), index(by_receiver), index(receiver_start), index(by_sender),
+             index(sender_start)}};
   }
 };
 
 // `edges`: the tensors of `EdgeLists`, in order.
-Arguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, at::TensorList edges, double scale) {
-  return {dense_rows(q),         dense_rows(k),         dense_rows(v),         bias.contiguous(),     edges[0].contiguous(), edges[1].contiguous(),
-          edges[2].contiguous(), edges[3].contiguous(), edges[4].contiguous(), edges[5].contiguous(), scale};
+Arguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, at::TensorList edges,
+                    double scale) {
+  return {dense_rows(q),
+          dense_rows(k),
+          dense_rows(v),
+          bias.contiguous(),
+          edges[0].contiguous(),
+          edges[1].contiguous(),
+          edges[2].contiguous(),
+          edges[3].contiguous(),
+          edges[4].contiguous(),
+          edges[5].contiguous(),
+          scale};
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, at::TensorList edges, double scale) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
+                                   at::TensorList edges, double scale) {
   constexpr check::Op op("astrobiogen::edge_attention");
   check_arguments(op, q, k, v, bias, edges, scale);
   const Arguments all = arguments(q, k, v, bias, edges, scale);
   check_order(op, "receiver", all.receiver, all.by_receiver, all.receiver_start);
   check_order(op, "sender", all.sender, all.by_sender, all.sender_start);
-  Tensor out = at::empty(q.sizes(), q.options()), lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(wide_dtype(q.scalar_type())));
+  Tensor out = at::empty(q.sizes(), q.options()),
+         lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(wide_dtype(q.scalar_type())));
   for_floating_dtype(q.scalar_type(), [&]<typename T>() {
     const Forward<T> a{all.problem<T>(), out.mutable_data_ptr<T>(), lse.mutable_data_ptr<Wide<T>>()};
-    at::parallel_for(0, q.size(0), kGrain, [&](int64_t begin, int64_t end) { dispatch<ForwardNodes<T>>(a, begin, end); });
+    at::parallel_for(0, q.size(0), kGrain,
+                     [&](int64_t begin, int64_t end) { dispatch<ForwardNodes<T>>(a, begin, end); });
   });
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
-                                                    const Tensor& lse, at::TensorList edges, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, const Tensor& bias, const Tensor& lse,
+                                                    at::TensorList edges, double scale) {
   constexpr check::Op op("astrobiogen::edge_attention_backward");
   check_arguments(op, q, k, v, bias, edges, scale);
   op.like(grad_any, "grad", q, "the shape of q");
@@ -281,16 +313,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   std::atomic<bool> cut{false};
   for_floating_dtype(q.scalar_type(), [&]<typename T>() {
     using A = Wide<T>;
-    const Backward<T> a{all.problem<T>(), rows_of<T>(grad), log_sum.const_data_ptr<A>(), weight.mutable_data_ptr<A>(),
-                        slope.mutable_data_ptr<A>(), &cut, grad_q.mutable_data_ptr<T>(), grad_k.mutable_data_ptr<T>(),
-                        grad_v.mutable_data_ptr<T>(), grad_bias.mutable_data_ptr<T>()};
-    at::parallel_for(0, q.size(0), kGrain, [&](int64_t begin, int64_t end) { dispatch<BackwardReceivers<T>>(a, begin, end); });
-    at::parallel_for(0, k.size(0), kGrain, [&](int64_t begin, int64_t end) { dispatch<BackwardSenders<T>>(a, begin, end); });
+    const Backward<T> a{all.problem<T>(),
+                        rows_of<T>(grad),
+                        log_sum.const_data_ptr<A>(),
+                        weight.mutable_data_ptr<A>(),
+                        slope.mutable_data_ptr<A>(),
+                        &cut,
+                        grad_q.mutable_data_ptr<T>(),
+                        grad_k.mutable_data_ptr<T>(),
+                        grad_v.mutable_data_ptr<T>(),
+                        grad_bias.mutable_data_ptr<T>()};
+    at::parallel_for(0, q.size(0), kGrain,
+                     [&](int64_t begin, int64_t end) { dispatch<BackwardReceivers<T>>(a, begin, end); });
+    at::parallel_for(0, k.size(0), kGrain,
+                     [&](int64_t begin, int64_t end) { dispatch<BackwardSenders<T>>(a, begin, end); });
   });
   return {grad_q, grad_k, grad_v, grad_bias};
 }
 
-// Counting sort: (positions of `index` in stable order, where each value starts); 0.1 ms for 36,800 edges where a radix sort and a search take 0.9.
+// Counting sort: (positions of `index` in stable order, where each value starts); 0.1 ms for 36,800 edges where a radix
+// sort and a search take 0.9.
 std::tuple<Tensor, Tensor> order(const Tensor& index_any, int64_t count) {
   constexpr check::Op op("astrobiogen::edge_order");
   op.dtype(index_any, "index", at::kLong);
@@ -301,7 +343,8 @@ std::tuple<Tensor, Tensor> order(const Tensor& index_any, int64_t count) {
   const int64_t entries = index.numel(), *values = index.const_data_ptr<int64_t>();
   int64_t *to = positions.mutable_data_ptr<int64_t>(), *start = starts.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < entries; ++i) {
-    TORCH_CHECK(values[i] >= 0 && values[i] < count, "index must be in [0, ", count, "), got ", values[i], " at position ", i);
+    TORCH_CHECK(values[i] >= 0 && values[i] < count, "index must be in [0, ", count, "), got ", values[i],
+                " at position ", i);
     ++start[values[i] + 1];
   }
   for (int64_t value = 0; value < count; ++value) start[value + 1] += start[value];

@@ -51,7 +51,7 @@ struct Backward {
   Problem<T> in;
   Rows<T> grad;
   const Wide<T>* lse;
-  Wide<T> *weight, *slope;  // p and ds, [E][heads]; both 0 for an edge that is cut
+  Wide<T>*weight, *slope;  // p and ds, [E][heads]; both 0 for an edge that is cut
   // Set by the receivers' loop if a bias of -Inf cuts an edge: the senders' loop then leaves out weights of 0.
   std::atomic<bool>* cut;
   T *grad_q, *grad_k, *grad_v, *grad_bias;

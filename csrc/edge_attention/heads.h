@@ -1,5 +1,6 @@
-// Attention along edges, four heads of 8 or 16 columns at a time: the four scores of an edge are one vector, so that maxima, exponentials and slopes are
-// vector operations, and the sums over a node's edges stay in registers. At [8256, 4, 8] with 36,800 edges one head at a time took 2.3 times as long.
+// Attention along edges, four heads of 8 or 16 columns at a time: the four scores of an edge are one vector, so that
+// maxima, exponentials and slopes are vector operations, and the sums over a node's edges stay in registers. At [8256,
+// 4, 8] with 36,800 edges one head at a time took 2.3 times as long.
 #pragma once
 
 #include "edge_attention/edge_attention.h"
@@ -46,9 +47,12 @@ struct Four {
 #pragma GCC unroll 4
       for (int v = 1; v < V; ++v) s[h] += part[h][v] * simd::load8(p + h * W + v * 8);
     }
-    const simd::f32x8 low = __builtin_shufflevector(s[0], s[1], 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(s[0], s[1], 1, 9, 3, 11, 5, 13, 7, 15);
-    const simd::f32x8 high = __builtin_shufflevector(s[2], s[3], 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(s[2], s[3], 1, 9, 3, 11, 5, 13, 7, 15);
-    const simd::f32x8 both = __builtin_shufflevector(low, high, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
+    const simd::f32x8 low = __builtin_shufflevector(s[0], s[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+                            __builtin_shufflevector(s[0], s[1], 1, 9, 3, 11, 5, 13, 7, 15);
+    const simd::f32x8 high = __builtin_shufflevector(s[2], s[3], 0, 8, 2, 10, 4, 12, 6, 14) +
+                             __builtin_shufflevector(s[2], s[3], 1, 9, 3, 11, 5, 13, 7, 15);
+    const simd::f32x8 both = __builtin_shufflevector(low, high, 0, 1, 8, 9, 4, 5, 12, 13) +
+                             __builtin_shufflevector(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
     return __builtin_shufflevector(both, both, 0, 1, 2, 3) + __builtin_shufflevector(both, both, 4, 5, 6, 7);
   }
 
@@ -133,7 +137,8 @@ ASTRO_INLINE void forward_fours(const Forward<T>& a, int64_t first, int64_t last
       }
       sums.store(a.out + node * columns + g * W, count == 0 ? f32x4{} : 1.0f / total);
       for (int h = 0; h < kHeads; ++h)
-        a.lse[node * heads + g + h] = count == 0 ? -std::numeric_limits<float>::infinity() : highest[h] + std::log(total[h]);
+        a.lse[node * heads + g + h] =
+            count == 0 ? -std::numeric_limits<float>::infinity() : highest[h] + std::log(total[h]);
     }
   }
 }
@@ -175,7 +180,8 @@ ASTRO_INLINE void backward_receiver_fours(const Backward<T>& a, int64_t first, i
       const f32x4 rescale = total == 0.0f ? f32x4{} : 1.0f / total;  // they sum up to 1 but for the rounding of lse
       own *= rescale;
       f32x4 rest = {};  // of a sum that is 0: the rounding of `own` (edge_attention.cpp)
-      for (int64_t e = 0; e < count; ++e) rest += load4(weights.data() + e * kHeads) * (load4(slopes.data() + e * kHeads) - own);
+      for (int64_t e = 0; e < count; ++e)
+        rest += load4(weights.data() + e * kHeads) * (load4(slopes.data() + e * kHeads) - own);
       own += rest * rescale;
       Four<W> sums = {};
       for (int64_t e = 0; e < count; ++e) {

@@ -7,9 +7,10 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t kMostWidth = 512;   // of either side of the weight
-constexpr int64_t kFewestRows = 64;   // below, packing the weight costs more than it saves
-constexpr int64_t kFewestOutputs = 8;  // below, the rows of a block are mostly padding, and a matrix-vector product serves
+constexpr int64_t kMostWidth = 512;  // of either side of the weight
+constexpr int64_t kFewestRows = 64;  // below, packing the weight costs more than it saves
+constexpr int64_t kFewestOutputs =
+    8;  // below, the rows of a block are mostly padding, and a matrix-vector product serves
 constexpr int64_t kFewestWork = 1 << 17;  // multiply-adds
 
 }  // namespace
@@ -18,8 +19,9 @@ int64_t block_rows() { return level() == Level::kAvx512 ? Blocking<Level::kAvx51
 int64_t panel_width() { return level() == Level::kAvx512 ? Blocking<Level::kAvx512>::P : Blocking<Level::kAvx2>::P; }
 
 bool serves(const Tensor& x, const Tensor& weight, int64_t rows) {
-  return x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && weight.size(0) <= kMostWidth && weight.size(1) <= kMostWidth && weight.size(0) >= kFewestOutputs &&
-         rows >= kFewestRows && rows * weight.numel() >= kFewestWork && level() != Level::kBaseline;
+  return x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && weight.size(0) <= kMostWidth &&
+         weight.size(1) <= kMostWidth && weight.size(0) >= kFewestOutputs && rows >= kFewestRows &&
+         rows * weight.numel() >= kFewestWork && level() != Level::kBaseline;
 }
 
 int64_t rows_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }

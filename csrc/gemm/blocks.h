@@ -1,7 +1,8 @@
-// Products of a tall matrix with one that fits the cache, in fp32: the blocks of registers behind `linear` and `swiglu_mlp`.
+// Products of a tall matrix with one that fits the cache, in fp32: the blocks of registers behind `linear` and
+// `swiglu_mlp`.
 //
-// A block: R rows x 2 vectors of N lanes. AVX-512: 8 x 2 accumulators; AVX2: 4 x 2. Per step of the depth, R x 2 multiply-adds meet 2 vector loads and R
-// broadcasts.
+// A block: R rows x 2 vectors of N lanes. AVX-512: 8 x 2 accumulators; AVX2: 4 x 2. Per step of the depth, R x 2
+// multiply-adds meet 2 vector loads and R broadcasts.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +16,8 @@
 
 namespace astrobiogen::gemm {
 
-// Rows per partial sum of the weight's gradient: a panel of 32 columns is 16 KB; the sum of 65 such sums also rounds less than one of 8,256 terms.
+// Rows per partial sum of the weight's gradient: a panel of 32 columns is 16 KB; the sum of 65 such sums also rounds
+// less than one of 8,256 terms.
 constexpr int64_t kDepth = 128;
 
 template <Level L>
@@ -28,11 +30,12 @@ struct Blocking {
 constexpr int64_t kWidestPanel = 32;
 constexpr int64_t kMostBlockRows = 8;
 
-// c[r][0 .. V N) (+)= start[0 .. V N) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. V N) for R rows r. `start` (or null)
-// comes last: were the sums to begin with a large bias, each of the `depth` additions would round at its size.
+// c[r][0 .. V N) (+)= start[0 .. V N) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. V N) for R rows r. `start`
+// (or null) comes last: were the sums to begin with a large bias, each of the `depth` additions would round at its
+// size.
 template <Level L, int V, bool Add>
-ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, const float* start, float* c,
-                           int64_t ldc) {
+ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb,
+                           int64_t depth, const float* start, float* c, int64_t ldc) {
   const auto left = [=](int r, int64_t k) ASTRO_LAMBDA_INLINE { return a[r * row_step + k * depth_step]; };
   using Vector = simd::F<Blocking<L>::N>;
   if constexpr (Add) block<Vector, Blocking<L>::R, V>(depth, left, b, ldb, c, ldc, AddTo{});
@@ -41,8 +44,8 @@ ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step,
 
 // The same for the first `live` columns of a panel and `rows` rows of c; a, b and start have whole blocks.
 template <Level L, bool Add>
-ASTRO_INLINE void multiply_edge(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, const float* start,
-                                float* c, int64_t ldc, int64_t rows, int64_t live) {
+ASTRO_INLINE void multiply_edge(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb,
+                                int64_t depth, const float* start, float* c, int64_t ldc, int64_t rows, int64_t live) {
   constexpr int N = Blocking<L>::N, R = Blocking<L>::R, P = Blocking<L>::P;
   alignas(64) float found[R * P];
   if (live > N) multiply<L, 2, false>(a, row_step, depth_step, b, ldb, depth, start, found, P);
@@ -51,7 +54,8 @@ ASTRO_INLINE void multiply_edge(const float* a, int64_t row_step, int64_t depth_
     for (int64_t j = 0; j < live; ++j) c[r * ldc + j] = Add ? c[r * ldc + j] + found[r * P + j] : found[r * P + j];
 }
 
-// out [rows, columns] = a [rows, depth] times a matrix in panels [columns / P][depth][P], plus bias in panels (or null). Rows of a and out may lie apart.
+// out [rows, columns] = a [rows, depth] times a matrix in panels [columns / P][depth][P], plus bias in panels (or
+// null). Rows of a and out may lie apart.
 struct Product {
   const float* a;
   int64_t a_step;
@@ -81,7 +85,8 @@ struct Rows {
   }
 };
 
-// to = matrix [columns, depth] (or, not transposed, [depth, columns]) in panels [columns / P][depth][P], zeros behind the last column.
+// to = matrix [columns, depth] (or, not transposed, [depth, columns]) in panels [columns / P][depth][P], zeros behind
+// the last column.
 struct Pack {
   template <Level L>
   static ASTRO_INLINE void run(const float* matrix, int64_t depth, int64_t columns, bool transposed, float* to) {
@@ -93,7 +98,8 @@ struct Pack {
         for (int64_t j = 0; j < live; ++j)
           for (int64_t k = 0; k < depth; ++k) to[k * P + j] = matrix[(column + j) * depth + k];
       } else {
-        for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * P, matrix + k * columns + column, live * sizeof(float));
+        for (int64_t k = 0; k < depth; ++k)
+          std::memcpy(to + k * P, matrix + k * columns + column, live * sizeof(float));
       }
     }
   }
@@ -135,7 +141,8 @@ struct Outputs {
   }
 
   // `live` columns of `depth` rows, padded to `width` with zeros.
-  static ASTRO_INLINE const float* edge(const float* from, int64_t stride, int64_t depth, int64_t live, int64_t width, float* to) {
+  static ASTRO_INLINE const float* edge(const float* from, int64_t stride, int64_t depth, int64_t live, int64_t width,
+                                        float* to) {
     std::memset(to, 0, depth * width * sizeof(float));
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t j = 0; j < live; ++j) to[k * width + j] = from[k * stride + j];

@@ -1,7 +1,8 @@
 // The register block of every fp32 product: R rows x V vectors of sums, fed one step of the depth at a time.
 //
-// Per step, V vector loads and R broadcasts meet R x V multiply-adds. What differs between the kernels is a parameter: the
-// size of the block, where the left factor of a row lies, what memory is asked for meanwhile, and what becomes of the sums.
+// Per step, V vector loads and R broadcasts meet R x V multiply-adds. What differs between the kernels is a parameter:
+// the size of the block, where the left factor of a row lies, what memory is asked for meanwhile, and what becomes of
+// the sums.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +20,8 @@ struct NothingAhead {
 
 // sums[r][v] += sum over k < depth of left(r, k) * right[k right_step + v N .. + N), N the lanes of a vector.
 template <class Vector, int R, int V, class Left, class Requests = NothingAhead>
-ASTRO_INLINE void multiply_add(Vector (&sums)[R][V], int64_t depth, const Left& left, const float* right, int64_t right_step,
-                               const Requests& ahead = {}) {
+ASTRO_INLINE void multiply_add(Vector (&sums)[R][V], int64_t depth, const Left& left, const float* right,
+                               int64_t right_step, const Requests& ahead = {}) {
   constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
   const auto step = [&](int64_t k) ASTRO_LAMBDA_INLINE {
     Vector values[V];
@@ -90,8 +91,8 @@ ASTRO_INLINE void write_block(const Vector (&sums)[R][V], float* c, int64_t c_st
 
 // One block of c from zero sums.
 template <class Vector, int R, int V, class Left, class Policy, class Requests = NothingAhead>
-ASTRO_INLINE void block(int64_t depth, const Left& left, const float* right, int64_t right_step, float* c, int64_t c_step, const Policy& policy,
-                        const Requests& ahead = {}) {
+ASTRO_INLINE void block(int64_t depth, const Left& left, const float* right, int64_t right_step, float* c,
+                        int64_t c_step, const Policy& policy, const Requests& ahead = {}) {
   Vector sums[R][V] = {};
   multiply_add<Vector, R, V>(sums, depth, left, right, right_step, ahead);
   write_block<Vector, R, V>(sums, c, c_step, policy);

@@ -1,7 +1,9 @@
-// Linear layers of narrow widths on the CPU in fp32: y = x W^T + b, and the gradients. Formulas: astrobiogen/kernels/linear/reference.py.
+// Linear layers of narrow widths on the CPU in fp32: y = x W^T + b, and the gradients. Formulas:
+// astrobiogen/kernels/linear/reference.py.
 //
-// A BLAS packs both operands, whatever their size. Here one of them is a matrix of at most 512 x 512 that stays in the cache and the other one is read
-// once, so only the small one is packed (and nothing for the weight's gradient). Measured in benchmarks/bench_linear.py; other sizes and dtypes go to PyTorch.
+// A BLAS packs both operands, whatever their size. Here one of them is a matrix of at most 512 x 512 that stays in the
+// cache and the other one is read once, so only the small one is packed (and nothing for the weight's gradient).
+// Measured in benchmarks/bench_linear.py; other sizes and dtypes go to PyTorch.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -30,11 +32,13 @@ using gemm::Product;
 using gemm::Rows;
 using gemm::WeightGradient;
 
-// Rows that meet one panel of the packed weight before the next panel: 64 x 136 floats are 35 KB, a second-level cache's worth at the largest width.
+// Rows that meet one panel of the packed weight before the next panel: 64 x 136 floats are 35 KB, a second-level
+// cache's worth at the largest width.
 constexpr int64_t kRows = 64;
 
 // a [rows, depth] times `matrix`, [columns, depth] if transposed, else [depth, columns].
-void product(const float* a, const Tensor& matrix, bool transposed, const float* bias, int64_t rows, int64_t depth, int64_t columns, float* out) {
+void product(const float* a, const Tensor& matrix, bool transposed, const float* bias, int64_t rows, int64_t depth,
+             int64_t columns, float* out) {
   const int64_t padded = gemm::padded_columns(columns);
   const auto panels = std::make_unique_for_overwrite<float[]>(padded * depth);
   dispatch<Pack>(matrix.const_data_ptr<float>(), depth, columns, transposed, panels.get());
@@ -43,7 +47,8 @@ void product(const float* a, const Tensor& matrix, bool transposed, const float*
   const Product p{a, depth, panels.get(), bias == nullptr ? nullptr : starts.data(), out, columns, depth, columns};
   const int64_t chunks = rows / kRows, grain = std::max<int64_t>(1, (1 << 18) / (kRows * depth * columns));
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) dispatch<Rows>(p, chunk * kRows, chunk + 1 == chunks ? rows : (chunk + 1) * kRows);
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      dispatch<Rows>(p, chunk * kRows, chunk + 1 == chunks ? rows : (chunk + 1) * kRows);
   });
 }
 
@@ -63,16 +68,18 @@ Tensor forward(const Tensor& x_any, const Tensor& weight_any, const std::optiona
     op.shape(*bias, "bias", {weight_any.size(0)}, "[N], the rows of weight");
   }
   if (!gemm::serves(x_any, weight_any, gemm::rows_of(x_any))) return at::linear(x_any, weight_any, bias);
-  const Tensor x = x_any.contiguous(), weight = weight_any.contiguous(), start = bias.has_value() ? bias->contiguous() : Tensor();
+  const Tensor x = x_any.contiguous(), weight = weight_any.contiguous(),
+               start = bias.has_value() ? bias->contiguous() : Tensor();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   Tensor out = at::empty(shape, x.options());
-  product(x.const_data_ptr<float>(), weight, true, start.defined() ? start.const_data_ptr<float>() : nullptr, gemm::rows_of(x), weight.size(1), weight.size(0),
-          out.mutable_data_ptr<float>());
+  product(x.const_data_ptr<float>(), weight, true, start.defined() ? start.const_data_ptr<float>() : nullptr,
+          gemm::rows_of(x), weight.size(1), weight.size(0), out.mutable_data_ptr<float>());
   return out;
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any, bool need_x, bool need_weight) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any, bool need_x,
+                                    bool need_weight) {
   constexpr check::Op op("astrobiogen::linear_backward");
   check_layer(op, x_any, weight_any);
   op.dtype(grad_any, "grad", x_any.scalar_type());
@@ -83,40 +90,55 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   Tensor grad_x = at::empty({0}, x_any.options()), grad_weight = at::empty({0}, weight.options());
   if (need_x) {
     grad_x = at::empty(x_any.sizes(), x_any.options());
-    if (own) product(grad.const_data_ptr<float>(), weight, false, nullptr, rows, outputs, inputs, grad_x.mutable_data_ptr<float>());
+    if (own)
+      product(grad.const_data_ptr<float>(), weight, false, nullptr, rows, outputs, inputs,
+              grad_x.mutable_data_ptr<float>());
     else grad_x = at::mm(grad.reshape({-1, outputs}), weight).view(x_any.sizes());
   }
   if (need_weight && own) {
     const Tensor x = x_any.contiguous();
     grad_weight = at::zeros(weight.sizes(), weight.options());
-    const WeightGradient w{grad.const_data_ptr<float>(), outputs, x.const_data_ptr<float>(), grad_weight.mutable_data_ptr<float>(), rows, outputs, inputs};
+    const WeightGradient w{grad.const_data_ptr<float>(),
+                           outputs,
+                           x.const_data_ptr<float>(),
+                           grad_weight.mutable_data_ptr<float>(),
+                           rows,
+                           outputs,
+                           inputs};
     const int64_t blocks = (outputs + gemm::block_rows() - 1) / gemm::block_rows();
-    at::parallel_for(0, blocks, std::max<int64_t>(1, (1 << 20) / (rows * inputs)), [&](int64_t begin, int64_t end) { dispatch<Outputs>(w, begin, end); });
+    at::parallel_for(0, blocks, std::max<int64_t>(1, (1 << 20) / (rows * inputs)),
+                     [&](int64_t begin, int64_t end) { dispatch<Outputs>(w, begin, end); });
   } else if (need_weight) {
     grad_weight = at::mm(grad.reshape({-1, outputs}).t(), x_any.reshape({-1, inputs}));
   }
   return {grad_x, grad_weight};
 }
 
-// Autograd in C++: a Python formula costs about 40 us per call, as much as the arithmetic of [256, 64] x [64, 64]. `linear_backward` goes through the
-// dispatcher, so that its own rule refuses a second derivative.
+// Autograd in C++: a Python formula costs about 40 us per call, as much as the arithmetic of [256, 64] x [64, 64].
+// `linear_backward` goes through the dispatcher, so that its own rule refuses a second derivative.
 struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto call = op<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>("astrobiogen::linear");
+    static const auto call =
+        op<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>("astrobiogen::linear");
     ctx->save_for_backward({x, weight});
     ctx->saved_data["bias"] = bias.has_value();
     return call.call(x, weight, bias);
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
-    static const auto call = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool)>("astrobiogen::linear_backward");
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    static const auto call = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool)>(
+        "astrobiogen::linear_backward");
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
     const auto saved = ctx->get_saved_variables();
     const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
     Tensor grad_x, grad_weight, grad_bias;
-    if (need_x || need_weight) std::tie(grad_x, grad_weight) = call.call(grads[0], saved[0], saved[1], need_x, need_weight);
-    if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) grad_bias = at::sum(grads[0].reshape({-1, grads[0].size(-1)}), 0);
+    if (need_x || need_weight)
+      std::tie(grad_x, grad_weight) = call.call(grads[0], saved[0], saved[1], need_x, need_weight);
+    if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2))
+      grad_bias = at::sum(grads[0].reshape({-1, grads[0].size(-1)}), 0);
     return {need_x ? grad_x : Tensor(), need_weight ? grad_weight : Tensor(), grad_bias};
   }
 };

@@ -1,10 +1,11 @@
-// The fused loss for bf16 on CPUs that multiply bf16 in hardware, by PyTorch's products (oneDNN): both gradients in one pass, or the backward of a loss per
-// token.
+// The fused loss for bf16 on CPUs that multiply bf16 in hardware, by PyTorch's products (oneDNN): both gradients in one
+// pass, or the backward of a loss per token.
 //
-// The vocabulary is cut into tiles of columns. One walk over them makes the logits, rounded to bf16 as F.linear rounds them, and the sums of every row; a
-// second one turns each tile into the gradient of the logits, in scratch, and multiplies it twice. In between the logits of the first tokens, as many as there
-// are hidden columns, wait in the memory that the weight's gradient will take, tile by tile; those of further tokens in memory of their own, a third of all
-// tokens at a time. The gradient of x is summed over the tiles in fp32, each tile's share having been rounded once.
+// The vocabulary is cut into tiles of columns. One walk over them makes the logits, rounded to bf16 as F.linear rounds
+// them, and the sums of every row; a second one turns each tile into the gradient of the logits, in scratch, and
+// multiplies it twice. In between the logits of the first tokens, as many as there are hidden columns, wait in the
+// memory that the weight's gradient will take, tile by tile; those of further tokens in memory of their own, a third of
+// all tokens at a time. The gradient of x is summed over the tiles in fp32, each tile's share having been rounded once.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -33,7 +34,7 @@ constexpr int64_t kTileLogits = 1 << 21, kFewestColumns = 256;
 // Columns [first, first + columns) of the logits of some tokens.
 struct Tile {
   const Bf16* logits;  // [tokens, columns]
-  Bf16* grad_logits;        // [tokens, columns]; may be `logits`
+  Bf16* grad_logits;   // [tokens, columns]; may be `logits`
   int64_t first, columns, vocabulary;
   const int64_t* target;
   Options options;
@@ -66,7 +67,8 @@ struct TileGradLogits {
   static ASTRO_INLINE void run(const Tile& a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       Bf16* to = a.grad_logits + row * a.columns;
-      if (a.target[row] == a.options.ignore_index) std::fill(to, to + a.columns, Bf16(0.0f));  // exactly 0, also where grad is Inf or NaN
+      if (a.target[row] == a.options.ignore_index)
+        std::fill(to, to + a.columns, Bf16(0.0f));  // exactly 0, also where grad is Inf or NaN
       else grad_logits<kWidth<L>>(a, a.logits + row * a.columns, to, row);
     }
   }
@@ -114,20 +116,24 @@ bool has_bf16_products() {
 struct Work {
   Tensor x, weight, target;  // [tokens, H], [V, H], [tokens]
   Options options;
-  Tensor store;  // logits of tile [first, end) from first * store_row on; empty: they are computed in `scratch` when their grad_logits are
+  Tensor store;  // logits of tile [first, end) from first * store_row on; empty: they are computed in `scratch` when
+                 // their grad_logits are
   int64_t store_row;
   Tensor scratch;  // tokens x columns()
   Tensor grad_x, grad_weight;
   bool first;  // grad_weight is still uninitialised memory
 
   int64_t tokens() const { return x.size(0); }
-  int64_t columns() const { return std::min(weight.size(0), std::max(kTileLogits / tokens() / 32 * 32, kFewestColumns)); }
+  int64_t columns() const {
+    return std::min(weight.size(0), std::max(kTileLogits / tokens() / 32 * 32, kFewestColumns));
+  }
   Tensor view(const Tensor& memory, int64_t start, int64_t columns) const {
     return memory.narrow(0, start, tokens() * columns).view({tokens(), columns});
   }
   template <typename Function>
   void for_each_tile(const Function& function) const {
-    for (int64_t first = 0; first < weight.size(0); first += columns()) function(first, std::min(columns(), weight.size(0) - first));
+    for (int64_t first = 0; first < weight.size(0); first += columns())
+      function(first, std::min(columns(), weight.size(0) - first));
   }
   template <class Kernel>
   void visit(const Tile& tile) const {
@@ -143,7 +149,8 @@ double walk_logits(const Work& w, double* lse) {
   w.for_each_tile([&](int64_t first, int64_t columns) {
     Tensor logits = w.view(w.store, first * w.store_row, columns);
     at::mm_out(logits, w.x, w.weight.narrow(0, first, columns).t());
-    w.visit<TileSums>({logits.const_data_ptr<Bf16>(), nullptr, first, columns, w.weight.size(0), y, w.options, sums.data(), logit.data(), nullptr, nullptr});
+    w.visit<TileSums>({logits.const_data_ptr<Bf16>(), nullptr, first, columns, w.weight.size(0), y, w.options,
+                       sums.data(), logit.data(), nullptr, nullptr});
   });
   const double smoothing = w.options.label_smoothing;
   double sum = 0.0;
@@ -170,8 +177,9 @@ void walk_grad_logits(const Work& w, const double* lse, const float* grad) {
     Tensor grad_logits = w.view(w.scratch, 0, columns), logits = grad_logits;
     if (w.store.defined()) logits = w.view(w.store, first * w.store_row, columns);
     else at::mm_out(logits, w.x, weight.t());
-    w.visit<TileGradLogits>({logits.const_data_ptr<Bf16>(), grad_logits.mutable_data_ptr<Bf16>(), first, columns, w.weight.size(0), w.target.const_data_ptr<int64_t>(),
-                     w.options, nullptr, nullptr, lse, grad});
+    w.visit<TileGradLogits>({logits.const_data_ptr<Bf16>(), grad_logits.mutable_data_ptr<Bf16>(), first, columns,
+                             w.weight.size(0), w.target.const_data_ptr<int64_t>(), w.options, nullptr, nullptr, lse,
+                             grad});
     if (need_x) sum.add_(at::mm_out(share, grad_logits, weight));
     if (!need_weight) return;
     Tensor out = w.grad_weight.narrow(0, first, columns);
@@ -183,18 +191,23 @@ void walk_grad_logits(const Work& w, const double* lse, const float* grad) {
 
 // Undefined where it is not needed.
 std::pair<Tensor, Tensor> uninitialised(const Tensor& x, const Tensor& weight, bool need_x, bool need_weight) {
-  return {need_x ? at::empty(x.sizes(), x.options()) : Tensor(),
-          !need_weight ? Tensor() : x.size(0) == 0 ? at::zeros(weight.sizes(), x.options()) : at::empty(weight.sizes(), x.options())};
+  return {need_x ? at::empty(x.sizes(), x.options()) : Tensor(), !need_weight ? Tensor()
+                                                                 : x.size(0) == 0
+                                                                     ? at::zeros(weight.sizes(), x.options())
+                                                                     : at::empty(weight.sizes(), x.options())};
 }
 
-Tensor or_empty(const Tensor& gradient, const Tensor& x) { return gradient.defined() ? gradient : at::empty({0}, x.options()); }
+Tensor or_empty(const Tensor& gradient, const Tensor& x) {
+  return gradient.defined() ? gradient : at::empty({0}, x.options());
+}
 
-std::tuple<Tensor, Tensor, Tensor> gradients_bf16(const Tensor& x, const Tensor& weight, const Tensor& target, float divisor, const Options& o,
-                                                  bool need_x, bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> gradients_bf16(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                                  float divisor, const Options& o, bool need_x, bool need_weight) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
   const int64_t tokens = x.size(0), hidden = x.size(1), vocabulary = weight.size(0);
   const auto [grad_x, grad_weight] = uninitialised(x, weight, need_x, need_weight);
-  const int64_t usual = std::max((tokens + 2) / 3, kFewestTokens), room = need_weight && hidden >= std::min(usual, tokens) ? hidden : 0;
+  const int64_t usual = std::max((tokens + 2) / 3, kFewestTokens),
+                room = need_weight && hidden >= std::min(usual, tokens) ? hidden : 0;
   std::vector<double> lse(tokens);
   const std::vector<float> grad(tokens, 1.0f / divisor);
   Tensor own, scratch;
@@ -203,9 +216,18 @@ std::tuple<Tensor, Tensor, Tensor> gradients_bf16(const Tensor& x, const Tensor&
     const bool in_place = start == 0 && room > 0;
     const int64_t count = std::min(in_place ? room : usual, tokens - start);
     if (!in_place && !own.defined()) own = at::empty({count * vocabulary}, x.options());
-    Work w{x.narrow(0, start, count), weight, target.narrow(0, start, count), o, in_place ? grad_weight.view({-1}) : own, in_place ? hidden : count,
-           {}, need_x ? grad_x.narrow(0, start, count) : Tensor(), grad_weight, start == 0};
-    if (!scratch.defined() || scratch.numel() < count * w.columns()) scratch = at::empty({count * w.columns()}, x.options());
+    Work w{x.narrow(0, start, count),
+           weight,
+           target.narrow(0, start, count),
+           o,
+           in_place ? grad_weight.view({-1}) : own,
+           in_place ? hidden : count,
+           {},
+           need_x ? grad_x.narrow(0, start, count) : Tensor(),
+           grad_weight,
+           start == 0};
+    if (!scratch.defined() || scratch.numel() < count * w.columns())
+      scratch = at::empty({count * w.columns()}, x.options());
     w.scratch = scratch;
     sum += walk_logits(w, lse.data() + start);
     walk_grad_logits(w, lse.data() + start, grad.data() + start);
@@ -216,8 +238,9 @@ std::tuple<Tensor, Tensor, Tensor> gradients_bf16(const Tensor& x, const Tensor&
   return {total, or_empty(grad_x, x), or_empty(grad_weight, x)};
 }
 
-std::tuple<Tensor, Tensor> backward_bf16(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& target, const Tensor& lse,
-                                         const Options& o, bool need_x, bool need_weight) {
+std::tuple<Tensor, Tensor> backward_bf16(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                         const Tensor& target, const Tensor& lse, const Options& o, bool need_x,
+                                         bool need_weight) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
   const auto [grad_x, grad_weight] = uninitialised(x, weight, need_x, need_weight);
   if (x.size(0) > 0) {

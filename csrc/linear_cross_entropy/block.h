@@ -13,15 +13,17 @@
 
 namespace astrobiogen::linear_cross_entropy {
 
-// Vocabulary rows per task: a multiple of every R. At hidden size 512 the rows are 295 KB: those that the product after the logits finds in the second-level
-// cache, and the next ones on their way to it, leave room for the sums in 1 MB.
+// Vocabulary rows per task: a multiple of every R. At hidden size 512 the rows are 295 KB: those that the product after
+// the logits finds in the second-level cache, and the next ones on their way to it, leave room for the sums in 1 MB.
 constexpr int64_t kChunk = 144;
 constexpr int64_t kMostRows = 12;  // the largest R
 // Depth of one walk over hidden columns for the logits: a panel of x is 64 KB.
 constexpr int64_t kDepth = 512;
-// Panels of tokens that take turns on R rows of the weight: 192 KB of x, which stay in the second-level cache for the whole chunk.
+// Panels of tokens that take turns on R rows of the weight: 192 KB of x, which stay in the second-level cache for the
+// whole chunk.
 constexpr int64_t kTurns = 3;
-// Hidden columns of the weight that are taken together for the gradient of x: a multiple of every R and of a line of memory; 144 rows are 28 KB.
+// Hidden columns of the weight that are taken together for the gradient of x: a multiple of every R and of a line of
+// memory; 144 rows are 28 KB.
 constexpr int64_t kStrip = 48;
 // Rows of weight, in floats, that stay in the second-level cache between two products: 1 MB.
 constexpr int64_t kNear = 1 << 18;
@@ -32,8 +34,9 @@ constexpr int64_t kGap = 16;
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
-// Exponentials are taken relative to a logit at most this much below the largest so far, and so are at most e^8 = 2981. One that follows every new largest
-// logit would move in most chunks for one of 96 tokens, and each move is another pass over the sums.
+// Exponentials are taken relative to a logit at most this much below the largest so far, and so are at most e^8 = 2981.
+// One that follows every new largest logit would move in most chunks for one of 96 tokens, and each move is another
+// pass over the sums.
 constexpr float kSlack = 8.0f;
 
 // exp(-Inf) = 0 is to be added, and not NaN, while all logits are -Inf.
@@ -47,8 +50,9 @@ struct Segment {
   int64_t first, last;  // chunks [first, last)
   double* sum_exp;      // [lanes]: of the chunks so far, relative to shift(base) of the last of them
   double* total;        // [lanes]: of the logits
-  float* product;       // [lanes / P][hidden rounded up to kMostRows][P]: what is stored times the weight, transposed; or null
-  float* factor;        // [lanes]: of `product` in the gradient of x
+  float*
+      product;  // [lanes / P][hidden rounded up to kMostRows][P]: what is stored times the weight, transposed; or null
+  float* factor;  // [lanes]: of `product` in the gradient of x
 };
 
 struct Block {
@@ -57,21 +61,23 @@ struct Block {
   int64_t hidden, vocabulary, tokens;  // live tokens of this block
   int64_t lanes;                       // tokens rounded up to kPanel
   Options options;
-  float* store = nullptr;         // per chunk from begin(chunk) store_row on: [lanes / P][rows][P], logits, then exp(logit - shift(base)) or what GradLogits stores
-  int64_t store_row = 0;    // floats per vocabulary row: lanes, or hidden where `store` is grad_weight
+  float* store = nullptr;  // per chunk from begin(chunk) store_row on: [lanes / P][rows][P], logits, then exp(logit -
+                           // shift(base)) or what GradLogits stores
+  int64_t store_row = 0;   // floats per vocabulary row: lanes, or hidden where `store` is grad_weight
   float* packed_x = nullptr;  // [lanes / P][hidden][P], x transposed; then [hidden / P][lanes][P], times `factor`
   float* base = nullptr;  // [chunks][lanes]: largest logit of the chunk; after `follow`, the base of its exponentials
-  float* top = nullptr;           // [lanes]: the largest base
+  float* top = nullptr;   // [lanes]: the largest base
   float* target_logit = nullptr;  // [lanes]
   float* kept = nullptr;          // [lanes]: 1, or 0 for an ignored token and a padded lane
   float* lse = nullptr;           // [lanes]
   float* softmax = nullptr;       // [lanes]: of the gradient of a logit z that which multiplies exp(z - lse)
   float* uniform = nullptr;       // [lanes]
   float* onehot = nullptr;        // [lanes]
-  float* factor = nullptr;        // [lanes]: from exp(z - shift(top)), or from what GradLogits stores, to the gradient of the logits, but for the target's `onehot`
-  float* grad_x = nullptr;        // [tokens][hidden], or null
-  float* grad_weight = nullptr;   // [vocabulary][hidden], or null
-  bool first = true;           // grad_weight is still uninitialised memory
+  float* factor = nullptr;  // [lanes]: from exp(z - shift(top)), or from what GradLogits stores, to the gradient of the
+                            // logits, but for the target's `onehot`
+  float* grad_x = nullptr;  // [tokens][hidden], or null
+  float* grad_weight = nullptr;  // [vocabulary][hidden], or null
+  bool first = true;             // grad_weight is still uninitialised memory
 
   int64_t chunks() const { return (vocabulary + kChunk - 1) / kChunk; }
   int64_t begin(int64_t chunk) const { return chunk * kChunk; }
@@ -81,8 +87,9 @@ struct Block {
   int64_t wide() const { return (hidden + kMostRows - 1) / kMostRows * kMostRows; }
   // Of a chunk: exponentials, and for label smoothing logits, relative to the same base.
   int64_t sums() const { return options.label_smoothing > 0.0 ? 2 : 1; }
-  // The gradient of the logits is exp(z) times a factor of the token, but for the target's: the weight can meet the exponentials at once, while its rows
-  // and they are in the cache, and the factor, known after the last chunk, is for [tokens, hidden] numbers instead of [tokens, vocabulary].
+  // The gradient of the logits is exp(z) times a factor of the token, but for the target's: the weight can meet the
+  // exponentials at once, while its rows and they are in the cache, and the factor, known after the last chunk, is for
+  // [tokens, hidden] numbers instead of [tokens, vocabulary].
   bool proportional() const { return !(options.softcap > 0.0) && !(options.label_smoothing > 0.0); }
 };
 
@@ -98,12 +105,14 @@ ASTRO_INLINE const Memory<N>& lanes_at(const float* p) {
   return *reinterpret_cast<const Memory<N>*>(p);
 }
 
-// to[k][0 .. Width) = from[k][0 .. Width). In vectors: the memcpy of `copy_panel` per row would take a fifth of the time of the products with 48 columns.
+// to[k][0 .. Width) = from[k][0 .. Width). In vectors: the memcpy of `copy_panel` per row would take a fifth of the
+// time of the products with 48 columns.
 template <Level L, int64_t Width>
 ASTRO_INLINE void copy_rows(const float* from, int64_t from_stride, int64_t rows, float* to, int64_t to_stride) {
   constexpr int N = Blocking<L>::N;
   for (int64_t k = 0; k < rows; ++k)
-    for (int64_t n = 0; n < Width; n += N) lanes_at<N>(to + k * to_stride + n) = lanes_at<N>(from + k * from_stride + n);
+    for (int64_t n = 0; n < Width; n += N)
+      lanes_at<N>(to + k * to_stride + n) = lanes_at<N>(from + k * from_stride + n);
 }
 
 // x transposed, for the logits. Lanes past the tokens are zero.
@@ -135,23 +144,28 @@ struct PackRows {
   }
 };
 
-// One vocabulary chunk: logits, capped, their maximum per token, and the logits of the targets. `ahead`: chunks to the one that this thread takes next.
+// One vocabulary chunk: logits, capped, their maximum per token, and the logits of the targets. `ahead`: chunks to the
+// one that this thread takes next.
 struct Logits {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b, int64_t chunk, int64_t ahead) {
     constexpr int N = Blocking<L>::N, R = Blocking<L>::R, P = Blocking<L>::P;
     const int64_t first = b.begin(chunk), rows = b.rows(chunk), panels = b.lanes / P;
-    const int64_t coming = std::min(b.begin(chunk + ahead), b.vocabulary), calls = (rows + R - 1) / R * ((b.hidden + kDepth - 1) / kDepth) * panels;
-    const int64_t floats = kChunk * b.hidden > kNear ? 0 : (std::min(coming + kChunk, b.vocabulary) - coming) * b.hidden;
+    const int64_t coming = std::min(b.begin(chunk + ahead), b.vocabulary),
+                  calls = (rows + R - 1) / R * ((b.hidden + kDepth - 1) / kDepth) * panels;
+    const int64_t floats =
+        kChunk * b.hidden > kNear ? 0 : (std::min(coming + kChunk, b.vocabulary) - coming) * b.hidden;
     int64_t call = 0;
     for (int64_t h = 0; h < b.hidden; h += kDepth)
       for (int64_t turn = 0; turn < panels; turn += kTurns)
         for (int64_t v = 0; v < rows; v += R) {
-          const int64_t stop = std::min(turn + kTurns, panels), live = std::min<int64_t>(R, rows - v), depth = std::min(kDepth, b.hidden - h);
+          const int64_t stop = std::min(turn + kTurns, panels), live = std::min<int64_t>(R, rows - v),
+                        depth = std::min(kDepth, b.hidden - h);
           alignas(64) float copy[R * (kDepth + kGap)];
           const float* weight = b.weight + (first + v) * b.hidden + h;
           int64_t stride = b.hidden;
-          if (live < R || b.hidden % 1024 == 0) {  // 4 KB apart, R rows would share the same few lines of the first-level cache
+          if (live < R ||
+              b.hidden % 1024 == 0) {  // 4 KB apart, R rows would share the same few lines of the first-level cache
             copy_panel(weight, b.hidden, live, depth, kDepth + kGap, copy);
             if (live < R) std::memset(copy + live * (kDepth + kGap), 0, (R - live) * (kDepth + kGap) * sizeof(float));
             weight = copy;
@@ -168,11 +182,13 @@ struct Logits {
         }
     for (int64_t t = 0; t < b.lanes; t += N) highest<L>(b, chunk, t);
     for (int64_t t = 0; t < b.tokens; ++t)
-      if (b.target[t] >= first && b.target[t] < first + rows) b.target_logit[t] = b.stored(chunk)[(t / P * rows + b.target[t] - first) * P + t % P];
+      if (b.target[t] >= first && b.target[t] < first + rows)
+        b.target_logit[t] = b.stored(chunk)[(t / P * rows + b.target[t] - first) * P + t % P];
   }
 
   template <Level L>
-  static ASTRO_INLINE void last_rows(const float* weight, const float* x, int64_t depth, int64_t live, bool add, float* z) {
+  static ASTRO_INLINE void last_rows(const float* weight, const float* x, int64_t depth, int64_t live, bool add,
+                                     float* z) {
     constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
     alignas(64) float sums[R * P];
     multiply<L, false>(weight, kDepth + kGap, 1, x, P, depth, sums, P);
@@ -194,7 +210,8 @@ struct Logits {
   }
 };
 
-// One vocabulary chunk, after `follow`: its sum of exponentials per token, and of logits behind it if they count; `proportional`: the exponentials in place.
+// One vocabulary chunk, after `follow`: its sum of exponentials per token, and of logits behind it if they count;
+// `proportional`: the exponentials in place.
 struct Exponentials {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b, int64_t chunk, float* sums) {
@@ -207,7 +224,8 @@ struct Exponentials {
   template <Level L, bool InPlace>
   static ASTRO_INLINE void add(const Block& b, int64_t chunk, int64_t t, float* sums) {
     constexpr int N = Blocking<L>::N, P = Blocking<L>::P;
-    const simd::F<N> base = shift<simd::F<N>>(lanes_at<N>(b.base + chunk * b.lanes + t)), kept = lanes_at<N>(b.kept + t);
+    const simd::F<N> base = shift<simd::F<N>>(lanes_at<N>(b.base + chunk * b.lanes + t)),
+                     kept = lanes_at<N>(b.kept + t);
     simd::F<N> sum_exp{}, total{};
     float* column = b.stored(chunk) + t / P * b.rows(chunk) * P + t % P;
     for (int64_t v = 0; v < b.rows(chunk); ++v) {
@@ -232,11 +250,13 @@ ASTRO_INLINE bool falls(const float* from, const float* to, int64_t lanes, float
   return any;
 }
 
-// `product` += what is stored times the weight, for chunks [first, last) of a segment in order and hidden columns [begin, end), multiples of
-// kMostRows. Tokens are the lanes: a panel of exponentials (18 KB) stays in the first-level cache while columns of the weight pass as factors.
+// `product` += what is stored times the weight, for chunks [first, last) of a segment in order and hidden columns
+// [begin, end), multiples of kMostRows. Tokens are the lanes: a panel of exponentials (18 KB) stays in the first-level
+// cache while columns of the weight pass as factors.
 struct TimesWeight {
   template <Level L>
-  static ASTRO_INLINE void run(const Block& b, const Segment& s, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  static ASTRO_INLINE void run(const Block& b, const Segment& s, int64_t first, int64_t last, int64_t begin,
+                               int64_t end) {
     alignas(64) float copy[kChunk * kStrip];
     const int64_t columns = std::min(end, b.hidden);
     const bool near = kChunk * b.hidden <= kNear;
@@ -250,7 +270,8 @@ struct TimesWeight {
           continue;
         }
         if (factors.columns == kStrip) copy_rows<L, kStrip>(weight, b.hidden, b.rows(chunk), copy, kStrip);
-        else copy_panel(weight, b.hidden, b.rows(chunk), factors.columns, kStrip, copy);  // with zeros behind the columns
+        else
+          copy_panel(weight, b.hidden, b.rows(chunk), factors.columns, kStrip, copy);  // with zeros behind the columns
         times<L>(b, s, chunk, h, {copy, kStrip, factors.columns}, h + kStrip < columns ? b.rows(chunk) : 0);
       }
     }
@@ -263,7 +284,8 @@ struct TimesWeight {
 
   // `coming` rows of the next strip are asked for.
   template <Level L>
-  static ASTRO_INLINE void times(const Block& b, const Segment& s, int64_t chunk, int64_t h, const Factors& factors, int64_t coming) {
+  static ASTRO_INLINE void times(const Block& b, const Segment& s, int64_t chunk, int64_t h, const Factors& factors,
+                                 int64_t coming) {
     constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
     const int64_t depth = b.rows(chunk), panels = b.lanes / P, groups = (factors.columns + R - 1) / R;
     const float* next = b.weight + b.begin(chunk) * b.hidden + h + kStrip;
@@ -272,7 +294,8 @@ struct TimesWeight {
         const float* lanes = b.stored(chunk) + panel * depth * P;
         float* out = s.product + (panel * b.wide() + h + group * R) * P;
         const auto ahead = RowsAhead<kStrip>::share(next, coming, b.hidden, panel * groups + group, panels * groups);
-        if (chunk > s.first) multiply<L, true>(factors.first + group * R, 1, factors.stride, lanes, P, depth, out, P, ahead);
+        if (chunk > s.first)
+          multiply<L, true>(factors.first + group * R, 1, factors.stride, lanes, P, depth, out, P, ahead);
         else multiply<L, false>(factors.first + group * R, 1, factors.stride, lanes, P, depth, out, P, ahead);
       }
   }

@@ -1,4 +1,5 @@
-// The tasks of the fused loss on one block of tokens once lse is known: gradients of the logits, of the weight and of x.
+// The tasks of the fused loss on one block of tokens once lse is known: gradients of the logits, of the weight and of
+// x.
 #pragma once
 
 #include <vector>
@@ -7,7 +8,8 @@
 
 namespace astrobiogen::linear_cross_entropy {
 
-// One vocabulary chunk, when lse is known: what is stored becomes the gradient of the logits, but for `factor` and the target's `onehot`.
+// One vocabulary chunk, when lse is known: what is stored becomes the gradient of the logits, but for `factor` and the
+// target's `onehot`.
 struct GradLogits {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b, int64_t chunk) {
@@ -30,30 +32,37 @@ struct GradLogits {
   // Exactly 0 for an ignored token, whatever its logits are.
   template <int N>
   static ASTRO_INLINE simd::F<N> grad_logit(const Block& b, int64_t t, simd::F<N> z, float softcap) {
-    simd::F<N> grad_logit = exp_below(z - lanes_at<N>(b.lse + t)) * lanes_at<N>(b.softmax + t) - lanes_at<N>(b.uniform + t);
+    simd::F<N> grad_logit =
+        exp_below(z - lanes_at<N>(b.lse + t)) * lanes_at<N>(b.softmax + t) - lanes_at<N>(b.uniform + t);
     if (softcap > 0.0f) grad_logit *= 1.0f - (z / softcap) * (z / softcap);
     return lanes_at<N>(b.kept + t) == 0.0f ? simd::F<N>{} : grad_logit;
   }
 };
 
-// The rows of the weight's gradient of one vocabulary chunk, after GradLogits, by way of `grad_logits`, [kChunk][lanes + kGap]: they may come to where the gradients of the logits are.
+// The rows of the weight's gradient of one vocabulary chunk, after GradLogits, by way of `grad_logits`, [kChunk][lanes
+// + kGap]: they may come to where the gradients of the logits are.
 struct GradientWeight {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b, int64_t chunk, float* grad_logits) {
     constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
     const int64_t first = b.begin(chunk), rows = b.rows(chunk), stride = b.lanes + kGap;
-    for (int64_t t = 0; t < b.lanes; t += P) copy_rows<L, P>(b.stored(chunk) + t * rows, P, rows, grad_logits + t, stride);
-    const int64_t coming = std::min(b.vocabulary - first - rows, kChunk) * b.lanes, calls = (b.hidden + P - 1) / P * ((rows + R - 1) / R);
+    for (int64_t t = 0; t < b.lanes; t += P)
+      copy_rows<L, P>(b.stored(chunk) + t * rows, P, rows, grad_logits + t, stride);
+    const int64_t coming = std::min(b.vocabulary - first - rows, kChunk) * b.lanes,
+                  calls = (b.hidden + P - 1) / P * ((rows + R - 1) / R);
     int64_t call = 0;
     for (int64_t h = 0; h < b.hidden; h += P)
       for (int64_t v = 0; v < rows; v += R, ++call)
-        tile<L>(b, grad_logits + v * stride, first + v, std::min<int64_t>(R, rows - v), h, Ahead::share(b.stored(chunk) + rows * b.store_row, coming, call, calls));
-    for (int64_t h = 0; h < b.hidden; h += stride) subtract_targets(b, first, rows, h, std::min(stride, b.hidden - h), grad_logits, stride);
+        tile<L>(b, grad_logits + v * stride, first + v, std::min<int64_t>(R, rows - v), h,
+                Ahead::share(b.stored(chunk) + rows * b.store_row, coming, call, calls));
+    for (int64_t h = 0; h < b.hidden; h += stride)
+      subtract_targets(b, first, rows, h, std::min(stride, b.hidden - h), grad_logits, stride);
   }
 
-  // Columns [h, h + columns) of the tokens whose targets are in the chunk. Those of one class meet in `sums`, so that a class of many tokens rounds once per
-  // block, and not once per token, at the size of all of them.
-  static ASTRO_INLINE void subtract_targets(const Block& b, int64_t first, int64_t rows, int64_t h, int64_t columns, float* sums, int64_t stride) {
+  // Columns [h, h + columns) of the tokens whose targets are in the chunk. Those of one class meet in `sums`, so that a
+  // class of many tokens rounds once per block, and not once per token, at the size of all of them.
+  static ASTRO_INLINE void subtract_targets(const Block& b, int64_t first, int64_t rows, int64_t h, int64_t columns,
+                                            float* sums, int64_t stride) {
     bool touched[kChunk] = {};
     for (int64_t t = 0; t < b.tokens; ++t) {
       const int64_t row = b.target[t] - first;
@@ -65,11 +74,13 @@ struct GradientWeight {
       for (int64_t j = 0; j < columns; ++j) sum[j] += b.onehot[t] * x[j];
     }
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t j = 0; touched[row] && j < columns; ++j) b.grad_weight[(first + row) * b.hidden + h + j] -= sums[row * stride + j];
+      for (int64_t j = 0; touched[row] && j < columns; ++j)
+        b.grad_weight[(first + row) * b.hidden + h + j] -= sums[row * stride + j];
   }
 
   template <Level L>
-  static ASTRO_INLINE void tile(const Block& b, const float* grad_logits, int64_t v, int64_t live, int64_t h, const Ahead& ahead) {
+  static ASTRO_INLINE void tile(const Block& b, const float* grad_logits, int64_t v, int64_t live, int64_t h,
+                                const Ahead& ahead) {
     constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
     const float* x = b.packed_x + h * b.lanes;
     float* out = b.grad_weight + v * b.hidden + h;
@@ -82,7 +93,8 @@ struct GradientWeight {
     alignas(64) float sums[R * P];
     multiply<L, false>(grad_logits, b.lanes + kGap, 1, x, P, b.tokens, sums, P);
     for (int64_t r = 0; r < live; ++r)
-      for (int64_t j = 0; j < columns; ++j) out[r * b.hidden + j] = sums[r * P + j] + (b.first ? 0.0f : out[r * b.hidden + j]);
+      for (int64_t j = 0; j < columns; ++j)
+        out[r * b.hidden + j] = sums[r * P + j] + (b.first ? 0.0f : out[r * b.hidden + j]);
   }
 };
 
@@ -90,7 +102,9 @@ struct GradientWeight {
 struct GradientX {
   template <Level L>
   static ASTRO_INLINE void run(const Block& b, const std::vector<Segment>& segments, int64_t begin, int64_t end) {
-    constexpr int64_t P = Blocking<L>::P, kColumns = 16;  // a line of the gradient at a time, so that the lines of `product` serve all their lanes
+    constexpr int64_t P = Blocking<L>::P,
+                      kColumns =
+                          16;  // a line of the gradient at a time, so that the lines of `product` serve all their lanes
     for (int64_t h = 0; h < b.hidden; h += kColumns)
       for (int64_t t = begin; t < end; ++t) {
         const int64_t columns = std::min(kColumns, b.hidden - h);

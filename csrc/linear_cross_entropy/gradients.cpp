@@ -1,15 +1,19 @@
-// Linear layer + cross-entropy with both gradients in one forward pass, for fp32 and a scalar loss: three matrix products instead of the four of
-// `linear_cross_entropy` + `linear_cross_entropy_backward`, which compute the logits twice.
+// Linear layer + cross-entropy with both gradients in one forward pass, for fp32 and a scalar loss: three matrix
+// products instead of the four of `linear_cross_entropy` + `linear_cross_entropy_backward`, which compute the logits
+// twice.
 //
 // Per block of tokens:
-//   1. chunk by chunk of the vocabulary: logits; their exponentials, relative to one that is at most 8 below the largest so far; these times the weight,
-//      which is the gradient of x up to a factor per token (with a soft cap or label smoothing it is not, and this product comes in 2 instead);
+//   1. chunk by chunk of the vocabulary: logits; their exponentials, relative to one that is at most 8 below the
+//   largest so far; these times the weight,
+//      which is the gradient of x up to a factor per token (with a soft cap or label smoothing it is not, and this
+//      product comes in 2 instead);
 //   2. chunk by chunk: the gradient of the logits, and the weight's gradient.
-// Between 1 and 2 the exponentials of the first block, of as many tokens as there are hidden columns, wait in the memory that the weight's gradient will
-// take: each chunk of them is copied to scratch before its rows are written. Tokens beyond those come in blocks of 96 or more with memory of their own.
-// Everything stands token-last, so that the softmax runs lane by lane, without a reduction inside a vector. Chunks are of a fixed size and merged in order:
-// the bits do not depend on the threads. Bytes at 512 x 512 x 32,000: the weight read, exponentials written and read, the gradient written, 4 V H x 4 B =
-// 0.26 GB (0.33 with the lines that a write reads first), beside 50 GFLOP.
+// Between 1 and 2 the exponentials of the first block, of as many tokens as there are hidden columns, wait in the
+// memory that the weight's gradient will take: each chunk of them is copied to scratch before its rows are written.
+// Tokens beyond those come in blocks of 96 or more with memory of their own. Everything stands token-last, so that the
+// softmax runs lane by lane, without a reduction inside a vector. Chunks are of a fixed size and merged in order: the
+// bits do not depend on the threads. Bytes at 512 x 512 x 32,000: the weight read, exponentials written and read, the
+// gradient written, 4 V H x 4 B = 0.26 GB (0.33 with the lines that a write reads first), beside 50 GFLOP.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -31,11 +35,13 @@ namespace astrobiogen::linear_cross_entropy {
 
 using at::Tensor;
 
-// Tokens per block with memory of its own. With T tokens eager adds 8 T V bytes; 96 tokens are 4 x 96 V, below a tenth of that from T = 480 on. More tokens
-// per block are fewer passes over the weight and its gradient; above 288 the traffic is below a tenth of the products.
+// Tokens per block with memory of its own. With T tokens eager adds 8 T V bytes; 96 tokens are 4 x 96 V, below a tenth
+// of that from T = 480 on. More tokens per block are fewer passes over the weight and its gradient; above 288 the
+// traffic is below a tenth of the products.
 constexpr int64_t kBlockTokens = 96;
 constexpr int64_t kMostBlockTokens = 3 * kBlockTokens;
-// Segments of the vocabulary: as many threads work on them without waiting for each other. Their sums of the gradient of x are at most a 24th of the logits.
+// Segments of the vocabulary: as many threads work on them without waiting for each other. Their sums of the gradient
+// of x are at most a 24th of the logits.
 constexpr int64_t kMostSegments = 16, kLogitsPerSum = 24;
 // Chunks per thread between two barriers, where several threads share a segment.
 constexpr int64_t kChunksPerThread = 2;
@@ -45,8 +51,8 @@ void mark_kept(const Block& b) {
   for (int64_t t = 0; t < b.lanes; ++t) b.kept[t] = t < b.tokens && b.target[t] != b.options.ignore_index ? 1.0f : 0.0f;
 }
 
-// From the largest logit of each chunk to the base of its exponentials: that of the chunk before, unless it is more than kSlack below. All segments start
-// from chunk 0, so that most chunks end with the same base.
+// From the largest logit of each chunk to the base of its exponentials: that of the chunk before, unless it is more
+// than kSlack below. All segments start from chunk 0, so that most chunks end with the same base.
 void follow(const Block& b, const Segment& s, int64_t first, int64_t last) {
   for (int64_t chunk = std::max<int64_t>(first, 1); chunk < last; ++chunk) {
     const float* before = b.base + (chunk == s.first ? 0 : chunk - 1) * b.lanes;
@@ -61,8 +67,8 @@ void absorb(const Block& b, const Segment& s, int64_t chunk, const float* sums) 
   for (int64_t t = 0; t < b.lanes; ++t) {
     s.sum_exp[t] = (chunk > s.first ? s.sum_exp[t] * fall(before[t], now[t]) : 0.0) + sums[t];
     if (b.sums() == 2)
-      s.total[t] = (chunk > s.first ? s.total[t] : 0.0) + sums[b.lanes + t] +
-                   static_cast<double>(b.rows(chunk)) * shift(now[t]);
+      s.total[t] =
+          (chunk > s.first ? s.total[t] : 0.0) + sums[b.lanes + t] + static_cast<double>(b.rows(chunk)) * shift(now[t]);
   }
 }
 
@@ -105,20 +111,23 @@ struct Workspace {
   Tensor memory;
   float* next;
 
-  Workspace(int64_t floats, const Tensor& like) : memory(at::empty({floats}, like.options())), next(memory.mutable_data_ptr<float>()) {}
+  Workspace(int64_t floats, const Tensor& like)
+      : memory(at::empty({floats}, like.options())), next(memory.mutable_data_ptr<float>()) {}
   // Multiples of kPanel floats, so that each begins a line.
   float* take(int64_t floats) { return std::exchange(next, next + floats); }
 };
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Tokens per block: a fifth of all of them (eager's extra memory is 8 bytes per logit, this is 4), within the two bounds.
+// Tokens per block: a fifth of all of them (eager's extra memory is 8 bytes per logit, this is 4), within the two
+// bounds.
 int64_t block_tokens(int64_t tokens) {
   const int64_t wanted = std::clamp(tokens / 5 / kBlockTokens * kBlockTokens, kBlockTokens, kMostBlockTokens);
   return std::min(wanted, round_up(tokens, kPanel));
 }
 
-// Where one class stands out by more than 87, all others' exponentials are subnormal, and the products would take 40 times as long.
+// Where one class stands out by more than 87, all others' exponentials are subnormal, and the products would take 40
+// times as long.
 template <class Kernel, class... Arguments>
 void launch(Arguments&&... arguments) {
   const FlushSubnormals flush;
@@ -134,8 +143,9 @@ void for_each(int64_t first, int64_t last, const Task& task) {
 
 void times_weight(const Block& b, const Segment& s, int64_t first, int64_t last) {
   if (b.grad_x == nullptr) return;
-  at::parallel_for(0, round_up(b.hidden, kMostRows) / kMostRows, 1,
-                   [&](int64_t begin, int64_t end) { launch<TimesWeight>(b, s, first, last, begin * kMostRows, end * kMostRows); });
+  at::parallel_for(0, round_up(b.hidden, kMostRows) / kMostRows, 1, [&](int64_t begin, int64_t end) {
+    launch<TimesWeight>(b, s, first, last, begin * kMostRows, end * kMostRows);
+  });
 }
 
 // Chunk 0 has its logits already. `sums`: those of `step` chunks.
@@ -144,14 +154,17 @@ void walk_logits(const Block& b, const Segment& s, int64_t step, float* sums) {
     const int64_t last = std::min(first + step, s.last);
     for_each(std::max<int64_t>(first, 1), last, [&](int64_t chunk) { launch<Logits>(b, chunk, step); });
     follow(b, s, first, last);
-    for_each(first, last, [&](int64_t chunk) { launch<Exponentials>(b, chunk, sums + (chunk - first) * b.sums() * b.lanes); });
+    for_each(first, last,
+             [&](int64_t chunk) { launch<Exponentials>(b, chunk, sums + (chunk - first) * b.sums() * b.lanes); });
     for (int64_t chunk = first; chunk < last; ++chunk) absorb(b, s, chunk, sums + (chunk - first) * b.sums() * b.lanes);
     if (b.proportional()) times_weight(b, s, first, last);
   }
 }
 
 // Rows of grad_logits for a thread. Inside another parallel loop, which has chosen by its own number, this number is 0.
-float* scratch_of_thread(const Block& b, float* scratch) { return scratch + at::get_thread_num() * kChunk * (b.lanes + kGap); }
+float* scratch_of_thread(const Block& b, float* scratch) {
+  return scratch + at::get_thread_num() * kChunk * (b.lanes + kGap);
+}
 
 void walk_grad_logits(const Block& b, const Segment& s, int64_t step, float* scratch) {
   for (int64_t first = s.first; first < s.last; first += step) {
@@ -164,9 +177,12 @@ void walk_grad_logits(const Block& b, const Segment& s, int64_t step, float* scr
 }
 
 // Threads take segments, or, if there are more of them, share one after the other.
-int64_t shared_chunks(int64_t segments) { return at::get_num_threads() <= segments ? 1 : kChunksPerThread * at::get_num_threads(); }
+int64_t shared_chunks(int64_t segments) {
+  return at::get_num_threads() <= segments ? 1 : kChunksPerThread * at::get_num_threads();
+}
 
-void run_block(const Block& b, const std::vector<Segment>& segments, float* sums, float* scratch, float scale, double& loss) {
+void run_block(const Block& b, const std::vector<Segment>& segments, float* sums, float* scratch, float scale,
+               double& loss) {
   const int64_t count = segments.size(), step = shared_chunks(count);
   const auto each = [&](const auto& walk) {
     if (step == 1) for_each(0, count, walk);
@@ -179,16 +195,18 @@ void run_block(const Block& b, const std::vector<Segment>& segments, float* sums
   each([&](int64_t i) { walk_logits(b, segments[i], step, sums + i * b.sums() * b.lanes); });
   loss += finish(b, segments, scale);
   if (b.grad_weight != nullptr) launch<PackRows>(b);
-  if (b.grad_weight != nullptr || !b.proportional()) each([&](int64_t i) { walk_grad_logits(b, segments[i], step, scratch_of_thread(b, scratch)); });
-  if (b.grad_x != nullptr) at::parallel_for(0, b.tokens, 1, [&](int64_t begin, int64_t end) { launch<GradientX>(b, segments, begin, end); });
+  if (b.grad_weight != nullptr || !b.proportional())
+    each([&](int64_t i) { walk_grad_logits(b, segments[i], step, scratch_of_thread(b, scratch)); });
+  if (b.grad_x != nullptr)
+    at::parallel_for(0, b.tokens, 1, [&](int64_t begin, int64_t end) { launch<GradientX>(b, segments, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Tensor& weight_any, const Tensor& target, float divisor, const Options& o,
-                                                   bool need_x, bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Tensor& weight_any, const Tensor& target,
+                                                   float divisor, const Options& o, bool need_x, bool need_weight) {
   const Tensor x = x_any.contiguous(), weight = weight_any.contiguous();
   const int64_t tokens = x.size(0), hidden = x.size(1), vocabulary = weight.size(0);
   Tensor grad_x = need_x ? at::empty({tokens, hidden}, x.options()) : at::empty({0}, x.options());
-  Tensor grad_weight = !need_weight ? at::empty({0}, x.options())
+  Tensor grad_weight = !need_weight  ? at::empty({0}, x.options())
                        : tokens == 0 ? at::zeros({vocabulary, hidden}, x.options())
                                      : at::empty({vocabulary, hidden}, x.options());
   double loss = 0.0;
@@ -199,7 +217,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Te
     const int64_t room = need_weight && hidden / kPanel * kPanel >= usual ? hidden / kPanel * kPanel : 0;
     const int64_t most = std::max(std::min(room, round_up(tokens, kPanel)), usual);
     const int64_t count = std::clamp<int64_t>(vocabulary / (kLogitsPerSum * wide), 1, std::min(chunks, kMostSegments));
-    const int64_t sums = (o.label_smoothing > 0.0 ? 2 : 1) * (count + shared_chunks(count));  // rows, of which segment i takes those from its i-th sums on
+    const int64_t sums = (o.label_smoothing > 0.0 ? 2 : 1) *
+                         (count + shared_chunks(count));  // rows, of which segment i takes those from its i-th sums on
     const int64_t scratch = need_weight ? at::get_num_threads() * kChunk * (most + kGap) : 0;
     const int64_t stored = tokens > room ? vocabulary * std::min(usual, round_up(tokens - room, kPanel)) : 0;
     Workspace w(stored + most * (columns + chunks + 8 + count * ((need_x ? wide : 0) + 5) + sums) + scratch, x);
@@ -207,8 +226,14 @@ std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Te
       w.next = w.memory.mutable_data_ptr<float>();
       const bool in_place = start == 0 && room > 0;
       const int64_t live = std::min(in_place ? room : usual, tokens - start), lanes = round_up(live, kPanel);
-      Block b{x.const_data_ptr<float>() + start * hidden, weight.const_data_ptr<float>(), target.const_data_ptr<int64_t>() + start,
-              hidden, vocabulary, live, lanes, o};
+      Block b{x.const_data_ptr<float>() + start * hidden,
+              weight.const_data_ptr<float>(),
+              target.const_data_ptr<int64_t>() + start,
+              hidden,
+              vocabulary,
+              live,
+              lanes,
+              o};
       b.grad_x = need_x ? grad_x.mutable_data_ptr<float>() + start * hidden : nullptr;
       b.grad_weight = need_weight ? grad_weight.mutable_data_ptr<float>() : nullptr;
       b.first = start == 0;
@@ -216,12 +241,14 @@ std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Te
       b.store_row = in_place ? hidden : lanes;
       b.packed_x = w.take(columns * lanes);
       b.base = w.take(chunks * lanes);
-      for (float** row : {&b.top, &b.target_logit, &b.kept, &b.lse, &b.softmax, &b.uniform, &b.onehot, &b.factor}) *row = w.take(lanes);
+      for (float** row : {&b.top, &b.target_logit, &b.kept, &b.lse, &b.softmax, &b.uniform, &b.onehot, &b.factor})
+        *row = w.take(lanes);
       std::vector<Segment> segments;
       for (int64_t i = 0; i < count; ++i) {
         double* sum_exp = reinterpret_cast<double*>(w.take(4 * lanes));
         float* product = need_x ? w.take(wide * lanes) : nullptr;
-        segments.push_back({i * chunks / count, (i + 1) * chunks / count, sum_exp, sum_exp + lanes, product, w.take(lanes)});
+        segments.push_back(
+            {i * chunks / count, (i + 1) * chunks / count, sum_exp, sum_exp + lanes, product, w.take(lanes)});
       }
       float* chunk_sums = w.take(sums * lanes);
       run_block(b, segments, chunk_sums, w.next, 1.0f / divisor, loss);
@@ -234,18 +261,20 @@ std::tuple<Tensor, Tensor, Tensor> gradients_float(const Tensor& x_any, const Te
 }
 
 // fp64, and half precision without bf16 units: the loss and its gradients one after the other.
-std::tuple<Tensor, Tensor, Tensor> gradients_composed(const Tensor& x, const Tensor& weight, const Tensor& target, const Tensor& divisor,
-                                                      const Options& o, bool need_x, bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> gradients_composed(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                                      const Tensor& divisor, const Options& o, bool need_x,
+                                                      bool need_weight) {
   const auto [loss, lse] = forward(x, weight, target, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap);
   const Tensor divisor_like = divisor.to(loss.scalar_type());
   const Tensor grad = at::ones_like(loss).div(divisor_like);
-  auto [grad_x, grad_weight] = backward(grad, x, weight, target, lse, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap, need_x, need_weight);
+  auto [grad_x, grad_weight] = backward(grad, x, weight, target, lse, o.ignore_index, o.label_smoothing, o.z_loss,
+                                        o.softcap, need_x, need_weight);
   return {loss.sum().div(divisor_like), grad_x, grad_weight};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& weight, const Tensor& target_any, const Tensor& divisor,
-                                             int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool need_x,
-                                             bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& weight, const Tensor& target_any,
+                                             const Tensor& divisor, int64_t ignore_index, double label_smoothing,
+                                             double z_loss, double softcap, bool need_x, bool need_weight) {
   constexpr check::Op op("astrobiogen::linear_cross_entropy_gradients");
   check_arguments(op, x, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
   op.tensor(divisor, "divisor");
@@ -264,4 +293,6 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& weig
 
 }  // namespace astrobiogen::linear_cross_entropy
 
-TORCH_LIBRARY_IMPL(astrobiogen, CPU, m) { m.impl("linear_cross_entropy_gradients", &astrobiogen::linear_cross_entropy::gradients); }
+TORCH_LIBRARY_IMPL(astrobiogen, CPU, m) {
+  m.impl("linear_cross_entropy_gradients", &astrobiogen::linear_cross_entropy::gradients);
+}

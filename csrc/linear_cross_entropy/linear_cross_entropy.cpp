@@ -1,12 +1,15 @@
-// Linear layer + cross-entropy on the CPU, forward and backward. Formulas: astrobiogen/kernels/linear_cross_entropy/reference.py.
+// Linear layer + cross-entropy on the CPU, forward and backward. Formulas:
+// astrobiogen/kernels/linear_cross_entropy/reference.py.
 //
-// The logits exist only as one reused tile of tokens x vocabulary, which the BLAS fills (at::mm_out) and one pass reads. Forward: one GEMM and an
-// online log-sum-exp over the vocabulary tiles. Backward: recomputes each tile (the same GEMM, so the same bits), turns it into the gradient of the
-// logits in place and multiplies it twice; both products accumulate in fp32 (fp64 for fp64). The vocabulary is the outer loop: a tile of the
-// weight, and of its gradient, stays in the cache while all tokens pass.
+// The logits exist only as one reused tile of tokens x vocabulary, which the BLAS fills (at::mm_out) and one pass
+// reads. Forward: one GEMM and an online log-sum-exp over the vocabulary tiles. Backward: recomputes each tile (the
+// same GEMM, so the same bits), turns it into the gradient of the logits in place and multiplies it twice; both
+// products accumulate in fp32 (fp64 for fp64). The vocabulary is the outer loop: a tile of the weight, and of its
+// gradient, stays in the cache while all tokens pass.
 //
-// bf16 on CPUs that multiply it in hardware has tiles of bf16 (the backward is in linear_cross_entropy/bf16.cpp). Elsewhere bf16, and fp16 everywhere, go
-// through fp32 tiles: fp32 GEMMs are exact on them, and machines without such units run the half-precision GEMM ~50x slower.
+// bf16 on CPUs that multiply it in hardware has tiles of bf16 (the backward is in linear_cross_entropy/bf16.cpp).
+// Elsewhere bf16, and fp16 everywhere, go through fp32 tiles: fp32 GEMMs are exact on them, and machines without such
+// units run the half-precision GEMM ~50x slower.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -37,12 +40,14 @@ using at::Tensor;
 
 // Tokens per tile. Above ~256 rows the GEMM's speed no longer depends on it.
 constexpr int64_t kTokens = 512;
-// Logits per tile: 1 MB of fp32, which stays in the cache between the GEMMs. At 512 tokens and hidden size 512 the three GEMMs ran at 75, 82 and 76
-// GFLOP/s with 512 columns, 70, 75 and 67 with 1000, 70, 76 and 77 with 2000 (one core, peak 99).
+// Logits per tile: 1 MB of fp32, which stays in the cache between the GEMMs. At 512 tokens and hidden size 512 the
+// three GEMMs ran at 75, 82 and 76 GFLOP/s with 512 columns, 70, 75 and 67 with 1000, 70, 76 and 77 with 2000 (one
+// core, peak 99).
 constexpr int64_t kTile = 512 * 512;
 // Widest tile: with few tokens the fp32 copy of a half-precision weight tile must stay small too.
 constexpr int64_t kMaxColumns = 4096;
-// Rows are handed to threads in pieces of at least this many logits; below, waking a thread (~5 us) costs more than it saves.
+// Rows are handed to threads in pieces of at least this many logits; below, waking a thread (~5 us) costs more than it
+// saves.
 constexpr int64_t kGrainElements = 16384;
 
 // Running sums of one token over the vocabulary tiles seen so far. Doubles: hundreds of tiles must not cost digits,
@@ -87,7 +92,8 @@ ASTRO_INLINE simd::f32x8 capped(simd::f32x8 z, float softcap) {
 
 ASTRO_INLINE double capped(double z, double softcap) { return softcap > 0.0 ? softcap * std::tanh(z / softcap) : z; }
 
-// Moves the sums to a new maximum. While everything seen is -Inf the shift is 0, so that exp(-Inf) = 0 is added and not NaN.
+// Moves the sums to a new maximum. While everything seen is -Inf the shift is 0, so that exp(-Inf) = 0 is added and not
+// NaN.
 template <typename T>
 ASTRO_INLINE T shift_to(Running<T>& r, T maximum) {
   const T lowest = -std::numeric_limits<T>::infinity();
@@ -107,7 +113,8 @@ ASTRO_INLINE void statistics_row(const Statistics<float, Z>& a, int64_t row) {
   r.sum_exp += sums.sum_exp * std::exp(sums.shift() - shift);
   r.sum += sums.total;
   const int64_t column = a.target[row] - a.first;
-  if (column >= 0 && column < a.columns) a.target_logit[row] = capped(simd::splat8(static_cast<float>(z[column])), a.softcap)[0];
+  if (column >= 0 && column < a.columns)
+    a.target_logit[row] = capped(simd::splat8(static_cast<float>(z[column])), a.softcap)[0];
 }
 
 // fp64 serves gradient checks: plain loops, whatever the level.
@@ -155,8 +162,10 @@ ASTRO_INLINE void grad_logit_row(const GradLogits<T>& a, int64_t row) {
       cap_slope = 1.0f - ratio * ratio;
     }
     const int64_t whole = a.columns - a.columns % kHalfLanes, rest = a.columns - whole;
-    for (int64_t j = 0; j < whole; j += kHalfLanes) store8(z + j, grad_logit(load8(z + j), lse, softmax, uniform, softcap));
-    if (rest > 0) store8_partial(z + whole, grad_logit(load8_partial(z + whole, rest), lse, softmax, uniform, softcap), rest);
+    for (int64_t j = 0; j < whole; j += kHalfLanes)
+      store8(z + j, grad_logit(load8(z + j), lse, softmax, uniform, softcap));
+    if (rest > 0)
+      store8_partial(z + whole, grad_logit(load8_partial(z + whole, rest), lse, softmax, uniform, softcap), rest);
   } else {
     for (int64_t j = 0; j < a.columns; ++j) {
       const T ratio = softcap > T(0) ? std::tanh(z[j] / softcap) : T(0);
@@ -206,8 +215,8 @@ Tensor tile_view(const Tensor& buffer, int64_t rows, int64_t columns) {
 void check_targets(const Tensor& target, int64_t vocabulary, int64_t ignore_index) {
   const int64_t* y = target.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < target.numel(); ++row)
-    TORCH_CHECK(y[row] == ignore_index || (y[row] >= 0 && y[row] < vocabulary), "target must hold values in [0, ", vocabulary,
-                ") or ignore_index = ", ignore_index, "; got ", y[row], " at flat position ", row);
+    TORCH_CHECK(y[row] == ignore_index || (y[row] >= 0 && y[row] < vocabulary), "target must hold values in [0, ",
+                vocabulary, ") or ignore_index = ", ignore_index, "; got ", y[row], " at flat position ", row);
 }
 
 template <typename T>
@@ -228,7 +237,8 @@ void finish(const Tensor& target, const Running<T>* running, const T* target_log
 
 // In tiles of `Z`: as the weight comes, or fp32 for half precision without products of its own.
 template <typename T, typename Z>
-std::tuple<Tensor, Tensor> forward_typed(const Tensor& x_any, const Tensor& weight, const Tensor& target, const Options& o) {
+std::tuple<Tensor, Tensor> forward_typed(const Tensor& x_any, const Tensor& weight, const Tensor& target,
+                                         const Options& o) {
   constexpr at::ScalarType tile_type = c10::CppTypeToScalarType<Z>::value;
   const Tensor x = x_any.to(tile_type);
   const auto sums = x.options().dtype(c10::CppTypeToScalarType<T>::value);
@@ -246,9 +256,15 @@ std::tuple<Tensor, Tensor> forward_typed(const Tensor& x_any, const Tensor& weig
       const int64_t rows = std::min(tiling.tokens, tokens - start);
       Tensor logits = tile_view(buffer, rows, columns);
       at::mm_out(logits, x.narrow(0, start, rows), w);
-      const Statistics<T, Z> a{logits.const_data_ptr<Z>(), target.const_data_ptr<int64_t>() + start, running.data() + start,
-                               target_logit.data() + start, columns, first, static_cast<T>(o.softcap)};
-      at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<StatisticsRows>(a, begin, end); });
+      const Statistics<T, Z> a{logits.const_data_ptr<Z>(),
+                               target.const_data_ptr<int64_t>() + start,
+                               running.data() + start,
+                               target_logit.data() + start,
+                               columns,
+                               first,
+                               static_cast<T>(o.softcap)};
+      at::parallel_for(0, rows, grain(columns),
+                       [&](int64_t begin, int64_t end) { dispatch<StatisticsRows>(a, begin, end); });
     }
   }
   finish<T>(target, running.data(), target_logit.data(), vocabulary, o, loss.mutable_data_ptr<T>(),
@@ -266,8 +282,9 @@ void accumulate(Tensor out, const Tensor& a, const Tensor& b, bool first_visit) 
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_any, const Tensor& weight, const Tensor& target,
-                                          const Tensor& lse, const Options& o, bool need_x, bool need_weight) {
+std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_any, const Tensor& weight,
+                                          const Tensor& target, const Tensor& lse, const Options& o, bool need_x,
+                                          bool need_weight) {
   const Tensor x = wide(x_any);
   const int64_t tokens = x.size(0), hidden = x.size(1), vocabulary = weight.size(0);
   const bool half = weight.scalar_type() != x.scalar_type();
@@ -276,7 +293,8 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_an
             need_weight ? at::zeros({vocabulary, hidden}, weight.options()) : at::empty({0}, weight.options())};
   }
   Tensor grad_x = need_x ? at::empty({tokens, hidden}, x.options()) : at::empty({0}, x.options());
-  Tensor grad_weight = need_weight ? at::empty({vocabulary, hidden}, weight.options()) : at::empty({0}, weight.options());
+  Tensor grad_weight =
+      need_weight ? at::empty({vocabulary, hidden}, weight.options()) : at::empty({0}, weight.options());
   const Tiling tiling(tokens, vocabulary);
   const Tensor buffer = at::empty({tiling.tokens * tiling.columns}, x.options());
   const Tensor partial = need_weight && half ? at::empty({tiling.columns, hidden}, x.options()) : Tensor();
@@ -291,14 +309,15 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_an
       Tensor logits = tile_view(buffer, rows, columns);
       at::mm_out(logits, x_rows, w.t());
       const GradLogits<T> a{logits.mutable_data_ptr<T>(),
-                       target.const_data_ptr<int64_t>() + start,
-                       lse.const_data_ptr<double>() + start,
-                       grad.const_data_ptr<T>() + start,
-                       columns,
-                       first,
-                       vocabulary,
-                       o};
-      at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { dispatch<GradLogitRows>(a, begin, end); });
+                            target.const_data_ptr<int64_t>() + start,
+                            lse.const_data_ptr<double>() + start,
+                            grad.const_data_ptr<T>() + start,
+                            columns,
+                            first,
+                            vocabulary,
+                            o};
+      at::parallel_for(0, rows, grain(columns),
+                       [&](int64_t begin, int64_t end) { dispatch<GradLogitRows>(a, begin, end); });
       if (need_x) accumulate(grad_x.narrow(0, start, rows), logits, w, first == 0);
       if (need_weight) accumulate(grad_w, logits.t(), x_rows, start == 0);
     }
@@ -310,8 +329,8 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad, const Tensor& x_an
 // Inside a CPU kernel an autocast region must not round our fp32 tiles.
 c10::DispatchKeySet no_autocast() { return c10::DispatchKeySet(c10::DispatchKey::AutocastCPU); }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& target_any, int64_t ignore_index,
-                                   double label_smoothing, double z_loss, double softcap) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& target_any,
+                                   int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
   constexpr check::Op op("astrobiogen::linear_cross_entropy");
   check_arguments(op, x, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
   const c10::impl::ExcludeDispatchKeyGuard guard(no_autocast());
@@ -329,7 +348,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {loss, lse};
 }
 
-// x with 0 in the rows of ignored tokens: their grad_logit is 0, and 0 times a NaN that such a row may hold would be NaN.
+// x with 0 in the rows of ignored tokens: their grad_logit is 0, and 0 times a NaN that such a row may hold would be
+// NaN.
 Tensor only_kept(const Tensor& x, const Tensor& target, int64_t ignore_index) {
   const int64_t *y = target.const_data_ptr<int64_t>(), *end = y + target.numel();
   return std::find(y, end, ignore_index) == end ? x : x.masked_fill(target.eq(ignore_index).unsqueeze(-1), 0);

@@ -28,26 +28,30 @@ double lost_in_rounding(double lse) {
 // Error unless each target is `ignore_index` or in [0, vocabulary).
 void check_targets(const at::Tensor& target, int64_t vocabulary, int64_t ignore_index);
 
-// grad_x with 0 in the rows of ignored tokens: their grad_logit is 0, and 0 times a NaN that the weight may hold would be
-// NaN.
+// grad_x with 0 in the rows of ignored tokens: their grad_logit is 0, and 0 times a NaN that the weight may hold would
+// be NaN.
 at::Tensor without_ignored(at::Tensor grad_x, const at::Tensor& target, int64_t ignore_index);
 
 // The ops `linear_cross_entropy` and `linear_cross_entropy_backward`; lse is fp64 for every dtype of x.
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, int64_t ignore_index,
-                                           double label_smoothing, double z_loss, double softcap);
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
-                                            const at::Tensor& lse, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                                            bool need_x, bool need_weight);
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
+                                           int64_t ignore_index, double label_smoothing, double z_loss, double softcap);
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                                            const at::Tensor& target, const at::Tensor& lse, int64_t ignore_index,
+                                            double label_smoothing, double z_loss, double softcap, bool need_x,
+                                            bool need_weight);
 
-// Whether this CPU multiplies bf16 in hardware (AVX512_BF16); without it PyTorch's bf16 products are about 50 times slower than fp32 ones.
+// Whether this CPU multiplies bf16 in hardware (AVX512_BF16); without it PyTorch's bf16 products are about 50 times
+// slower than fp32 ones.
 bool has_bf16_products();
 
 // Summed loss over `divisor`, dx and dweight from bf16 products; contiguous arguments.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients_bf16(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, float divisor,
-                                                              const Options& o, bool need_x, bool need_weight);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients_bf16(const at::Tensor& x, const at::Tensor& weight,
+                                                              const at::Tensor& target, float divisor, const Options& o,
+                                                              bool need_x, bool need_weight);
 
 // `backward` from bf16 products; contiguous arguments, `grad` in fp32.
-std::tuple<at::Tensor, at::Tensor> backward_bf16(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
-                                                 const at::Tensor& lse, const Options& o, bool need_x, bool need_weight);
+std::tuple<at::Tensor, at::Tensor> backward_bf16(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                                                 const at::Tensor& target, const at::Tensor& lse, const Options& o,
+                                                 bool need_x, bool need_weight);
 
 }  // namespace astrobiogen::linear_cross_entropy

@@ -1,7 +1,9 @@
-// Vector functions of the fused loss, and its three products on tiles of its own: fp32, register-blocked, no packing of the weight beyond what the cache needs.
+// Vector functions of the fused loss, and its three products on tiles of its own: fp32, register-blocked, no packing of
+// the weight beyond what the cache needs.
 //
-// A block of the register: R rows x 2 vectors of N lanes. AVX-512: 12 x 2 accumulators + 2 loads + 1 broadcast = 27 of 32 registers; AVX2: 6 x 2 + 3 = 15
-// of 16. Per step of the depth R x 2 multiply-adds meet 2 vector loads and R broadcasts.
+// A block of the register: R rows x 2 vectors of N lanes. AVX-512: 12 x 2 accumulators + 2 loads + 1 broadcast = 27 of
+// 32 registers; AVX2: 6 x 2 + 3 = 15 of 16. Per step of the depth R x 2 multiply-adds meet 2 vector loads and R
+// broadcasts.
 #pragma once
 
 #include <algorithm>
@@ -24,9 +26,10 @@ struct Blocking {
   static constexpr int P = 2 * N;  // columns of a block, and of a panel
 };
 
-// Lines of memory that a product asks for while it multiplies, at most one per four steps of its depth: all at once they would take every miss that a core
-// can wait for, and the product's own loads would queue behind them. At 512 x 512 x 32,000 logits and the product for dx take 2.37 times the time of one
-// product's arithmetic with the next rows of the weight asked for, 2.49 without.
+// Lines of memory that a product asks for while it multiplies, at most one per four steps of its depth: all at once
+// they would take every miss that a core can wait for, and the product's own loads would queue behind them. At 512 x
+// 512 x 32,000 logits and the product for dx take 2.37 times the time of one product's arithmetic with the next rows of
+// the weight asked for, 2.49 without.
 struct Ahead {
   static constexpr int64_t kLine = 16;  // floats
   const float* from;
@@ -71,10 +74,11 @@ struct LinesOf {
   }
 };
 
-// c[r][0 .. P) = (Add ? c : 0) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. P) for R rows r. The lines of c are asked for while the sums form.
+// c[r][0 .. P) = (Add ? c : 0) + sum_k a[r row_step + k depth_step] b[k ldb + 0 .. P) for R rows r. The lines of c are
+// asked for while the sums form.
 template <Level L, bool Add, class Requests = gemm::NothingAhead>
-ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
-                           const Requests& ahead = {}) {
+ASTRO_INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t ldb,
+                           int64_t depth, float* c, int64_t ldc, const Requests& ahead = {}) {
   constexpr int R = Blocking<L>::R, P = Blocking<L>::P;
   using Vector = simd::F<Blocking<L>::N>;
   const auto left = [=](int r, int64_t k) ASTRO_LAMBDA_INLINE { return a[r * row_step + k * depth_step]; };
@@ -124,7 +128,8 @@ ASTRO_INLINE RowSums row_sums(const Z* z, int64_t columns, float softcap) {
     highest[1] = v.second > highest[1] ? v.second : highest[1];
   }
   RowSums sums{lowest, 0.0, 0.0};
-  for (int64_t lane = 0; lane < N; ++lane) sums.maximum = std::max(sums.maximum, std::max(highest[0][lane], highest[1][lane]));
+  for (int64_t lane = 0; lane < N; ++lane)
+    sums.maximum = std::max(sums.maximum, std::max(highest[0][lane], highest[1][lane]));
   for (int64_t j = whole; j < columns; ++j) sums.maximum = std::max(sums.maximum, static_cast<float>(z[j]));
   sums.maximum = cap(sums.maximum);  // the cap is monotonic
   const float shift = sums.shift();

@@ -1,5 +1,6 @@
-// The gradient formulas of `rms_norm` and `add_rms_norm` for CPU tensors in C++. A Python formula (astrobiogen/kernels/rms_norm/op.py, which serves other devices)
-// costs about 40 us per call and gradient, more than the arithmetic of 256 rows of 64; a small model has dozens of norms.
+// The gradient formulas of `rms_norm` and `add_rms_norm` for CPU tensors in C++. A Python formula
+// (astrobiogen/kernels/rms_norm/op.py, which serves other devices) costs about 40 us per call and gradient, more than
+// the arithmetic of 256 rows of 64; a small model has dozens of norms.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/Functions.h>
@@ -22,7 +23,8 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 // Through the dispatcher, so that its own rule refuses a second derivative.
 Two slopes(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd, const Tensor& grad_sum) {
   static const auto call =
-      op<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&)>("astrobiogen::rms_norm_backward");
+      op<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&)>(
+          "astrobiogen::rms_norm_backward");
   return call.call(grad, x, weight, rstd, grad_sum.defined() ? std::optional<Tensor>(grad_sum) : std::nullopt);
 }
 
@@ -46,9 +48,11 @@ struct Norm : torch::autograd::Function<Norm> {
 };
 
 struct AddNorm : torch::autograd::Function<AddNorm> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& residual, const Tensor& weight,
+                               double eps) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto call = op<Three(const Tensor&, const Tensor&, const Tensor&, double)>("astrobiogen::add_rms_norm");
+    static const auto call =
+        op<Three(const Tensor&, const Tensor&, const Tensor&, double)>("astrobiogen::add_rms_norm");
     auto [y, total, rstd] = call.call(x, residual, weight, eps);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({rstd});

@@ -1,4 +1,5 @@
-// RMSNorm on the CPU, forward and backward, with the residual addition fused. Formulas: astrobiogen/kernels/rms_norm/reference.py.
+// RMSNorm on the CPU, forward and backward, with the residual addition fused. Formulas:
+// astrobiogen/kernels/rms_norm/reference.py.
 //
 // Memory-bound: forward reads x twice, the second time from L1/L2 (a row of 4352 floats is 17 KB), and writes y once;
 // while it writes, it asks for the next row. Two tensors in and two out go one of each per walk over the row: asking
@@ -32,7 +33,8 @@ using at::Tensor;
 constexpr int64_t kMaxBlocks = 16;
 // A block below this many elements costs more to schedule (~5 us) than to compute.
 constexpr int64_t kGrainElements = 16384;
-// Vectors of 8 lanes at every level: 16 lanes gain nothing here (1.60 against 1.55 ms at [2048, 4352] bf16), and one order of the weight serves all.
+// Vectors of 8 lanes at every level: 16 lanes gain nothing here (1.60 against 1.55 ms at [2048, 4352] bf16), and one
+// order of the weight serves all.
 constexpr int kLanes = 8;
 // Terms of one chain of fp32 additions, after which its sum goes to a double: columns of a row, and rows of the
 // weight gradient. A rounding error grows with the length of a chain: one over 300,000 columns or 1,000,000 rows was
@@ -46,8 +48,8 @@ int64_t padded(int64_t columns) { return (columns + kPair - 1) / kPair * kPair; 
 template <typename T>
 struct Forward {
   const T* x;
-  const T* residual;  // null: no addition
-  T* sum;             // written only with a residual
+  const T* residual;    // null: no addition
+  T* sum;               // written only with a residual
   const float* weight;  // in the order of Pair of T, padded with zeros to a multiple of kPair
   T* y;
   float* rstd;
@@ -60,7 +62,7 @@ template <typename T>
 struct Backward {
   const T* grad_y;
   const T* x;
-  const T* grad_sum;  // null: no second gradient
+  const T* grad_sum;    // null: no second gradient
   const float* weight;  // in the order of Pair of T, padded with zeros to a multiple of kPair
   const float* rstd;
   T* grad_x;
@@ -117,8 +119,9 @@ ASTRO_INLINE void walk(int64_t hidden, RowSum& sum, Body&& body) {
   if (j < hidden) body(j, std::false_type{}, hidden - j, Chain<1>{});
 }
 
-// The same from the last column to the first: what a walk before it read last is still in L1. A row, the weight and whatever else a walk reads pass 32 KB
-// together, so a second walk in the first one's direction would find nothing there (residual fp32 0.94 of a copy's time, backwards 0.88).
+// The same from the last column to the first: what a walk before it read last is still in L1. A row, the weight and
+// whatever else a walk reads pass 32 KB together, so a second walk in the first one's direction would find nothing
+// there (residual fp32 0.94 of a copy's time, backwards 0.88).
 template <typename Body>
 ASTRO_INLINE void walk_back(int64_t hidden, Body&& body) {
   int64_t j = hidden / kPair * kPair;
@@ -148,7 +151,8 @@ ASTRO_INLINE void prefetch(const T* p, Chain<Index>) {
   if constexpr (sizeof(T) == 4 || Index == 0) simd::prefetch(p);
 }
 
-// The column that a walk reaches when a walk back reaches j: the next row is asked for from its start, where it will be read first.
+// The column that a walk reaches when a walk back reaches j: the next row is asked for from its start, where it will be
+// read first.
 ASTRO_INLINE int64_t mirrored(int64_t hidden, int64_t j) { return std::max<int64_t>(0, hidden - kPair - j); }
 
 // The next row lies `a.hidden` further on; asking for one past the end does no harm.
@@ -164,7 +168,8 @@ ASTRO_INLINE void forward_row(const Forward<T>& a, int64_t row, T* scratch) {
     if constexpr (Add) {
       if constexpr (Streamed) prefetch(x + hidden + j, chain);
       const Pair r = get(residual + j, live, whole);
-      v = rounded<T, kLanes>({v.first + r.first, v.second + r.second});  // the norm must see the very numbers the caller gets
+      v = rounded<T, kLanes>(
+          {v.first + r.first, v.second + r.second});  // the norm must see the very numbers the caller gets
       put_pair<L, Round::kExact, kLanes>(scratch + j, v, false);
       put<L, Round::kExact, Streamed>(sum + j, v, live, whole);
     }
@@ -185,7 +190,8 @@ template <typename T, Level L, bool Add, bool Streamed>
 ASTRO_INLINE void backward_row(const Backward<T>& a, int64_t row, float* grad_weight) {
   using namespace simd;
   const int64_t hidden = a.hidden;
-  const T *x = a.x + row * hidden, *grad_y = a.grad_y + row * hidden, *grad_sum = Add ? a.grad_sum + row * hidden : nullptr;
+  const T *x = a.x + row * hidden, *grad_y = a.grad_y + row * hidden,
+          *grad_sum = Add ? a.grad_sum + row * hidden : nullptr;
   const float rstd = a.rstd[row];
   RowSum dots;
   walk(hidden, dots, [&](int64_t j, auto whole, int64_t live, auto chain) ASTRO_LAMBDA_INLINE {
@@ -217,7 +223,8 @@ template <typename T, bool Add>
 struct ForwardRows {
   template <Level L>
   static ASTRO_INLINE void run(const Forward<T>& a, int64_t begin, int64_t end) {
-    // The rounded sum of one row stays here, in L1, for the second walk: what went past the cache cannot be read back cheaply.
+    // The rounded sum of one row stays here, in L1, for the second walk: what went past the cache cannot be read back
+    // cheaply.
     AlignedArray<T> scratch(Add ? padded(a.hidden) : 0);
     if (a.streamed)
       for (int64_t row = begin; row < end; ++row) forward_row<T, L, Add, true>(a, row, scratch.data());
@@ -254,7 +261,8 @@ AlignedArray<float> weight_table(const Tensor& weight) {
 }
 
 template <typename T>
-void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const Tensor& weight, double eps, Tensor& y, Tensor& rstd) {
+void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const Tensor& weight, double eps, Tensor& y,
+                   Tensor& rstd) {
   const AlignedArray<float> table = weight_table<T>(weight);
   const Forward<T> args{x.const_data_ptr<T>(),
                         residual == nullptr ? nullptr : residual->const_data_ptr<T>(),
@@ -274,8 +282,8 @@ void forward_typed(const Tensor& x, const Tensor* residual, Tensor* sum, const T
 }
 
 template <typename T>
-Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd, const std::optional<Tensor>& grad_sum,
-                      Tensor& grad_x) {
+Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                      const std::optional<Tensor>& grad_sum, Tensor& grad_x) {
   const AlignedArray<float> table = weight_table<T>(weight);
   const int64_t hidden = x.size(-1), rows = rstd.numel(), width = padded(hidden);
   const Backward<T> args{grad_y.const_data_ptr<T>(),
@@ -306,7 +314,8 @@ Tensor backward_typed(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
   return grad_weight.to(weight.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor* residual_any, const Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor* residual_any, const Tensor& weight,
+                                           double eps) {
   const Tensor x = x_any.contiguous();
   const bool add = residual_any != nullptr;
   const Tensor residual = add ? residual_any->contiguous() : Tensor();
@@ -318,7 +327,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor* re
     if (add) sum = at::add(x, residual);
     forward_double(add ? sum : x, weight, eps, y, rstd);
   } else {
-    for_dtype(x.scalar_type(), [&]<typename T>() { forward_typed<T>(x, add ? &residual : nullptr, add ? &sum : nullptr, weight, eps, y, rstd); });
+    for_dtype(x.scalar_type(), [&]<typename T>() {
+      forward_typed<T>(x, add ? &residual : nullptr, add ? &sum : nullptr, weight, eps, y, rstd);
+    });
   }
   return {y, sum, rstd};
 }
@@ -339,7 +350,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   return {y, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps) {
   constexpr check::Op op("astrobiogen::add_rms_norm");
   check_norm(op, x, weight);
   op.like(residual, "residual", x, "the shape of x");
@@ -360,7 +372,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y_any, const Ten
   Tensor grad_x = at::empty(x.sizes(), x.options());
   if (x.scalar_type() == at::kDouble) return backward_double(grad_y, x, weight, rstd, grad_sum, grad_x);
   Tensor grad_weight;
-  for_dtype(x.scalar_type(), [&]<typename T>() { grad_weight = backward_typed<T>(grad_y, x, weight, rstd, grad_sum, grad_x); });
+  for_dtype(x.scalar_type(),
+            [&]<typename T>() { grad_weight = backward_typed<T>(grad_y, x, weight, rstd, grad_sum, grad_x); });
   return {grad_x, grad_weight};
 }
 

@@ -1,8 +1,9 @@
-// Rotary position embedding on the CPU, for any rotary width; its gradient is the same kernel with sin negated. Formulas:
-// astrobiogen/kernels/rope/reference.py.
+// Rotary position embedding on the CPU, for any rotary width; its gradient is the same kernel with sin negated.
+// Formulas: astrobiogen/kernels/rope/reference.py.
 //
-// Memory-bound: x is read once and the result written once; a token's cos and sin are read from L1 by all of its heads. x may have any strides over
-// batch, tokens and heads (a slice of a fused projection, a transposed cache); only a head whose columns are not contiguous is copied first.
+// Memory-bound: x is read once and the result written once; a token's cos and sin are read from L1 by all of its heads.
+// x may have any strides over batch, tokens and heads (a slice of a fused projection, a transposed cache); only a head
+// whose columns are not contiguous is copied first.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -37,8 +38,8 @@ struct Rotation {
   Table sign;
 };
 
-// Columns j and j + half of one head, eight pairs at a time. The last vector overlaps the one before instead of leaving a tail: half = 34 is five
-// vectors, at 0, 8, 16, 24 and 26.
+// Columns j and j + half of one head, eight pairs at a time. The last vector overlaps the one before instead of leaving
+// a tail: half = 34 is five vectors, at 0, 8, 16, 24 and 26.
 template <typename T>
 ASTRO_INLINE void rotate_halves(const T* x, const float* cos, const float* sin, float sign, T* out, int64_t half) {
   using namespace simd;
@@ -69,7 +70,8 @@ ASTRO_INLINE simd::f32x8 swap_pairs(simd::f32x8 v) {
   return v;
 }
 
-// Columns 2i and 2i + 1 of one head; cos comes doubled (c0 c0 c1 c1 ...) and sin doubled with alternating sign (-s0 s0 -s1 s1 ...).
+// Columns 2i and 2i + 1 of one head; cos comes doubled (c0 c0 c1 c1 ...) and sin doubled with alternating sign (-s0 s0
+// -s1 s1 ...).
 template <typename T>
 ASTRO_INLINE void rotate_pairs(const T* x, const float* cos, const float* sin, T* out, int64_t rotary) {
   using namespace simd;
@@ -87,7 +89,8 @@ ASTRO_INLINE void rotate_pairs(const T* x, const float* cos, const float* sin, T
 }
 
 // fp64 in plain loops: PyTorch's operators take 5 times as long.
-ASTRO_INLINE void rotate_double(const double* x, const double* cos, const double* sin, double sign, double* out, int64_t half, bool interleaved) {
+ASTRO_INLINE void rotate_double(const double* x, const double* cos, const double* sin, double sign, double* out,
+                                int64_t half, bool interleaved) {
   for (int64_t j = 0; j < half; ++j) {
     const int64_t first = interleaved ? 2 * j : j, second = interleaved ? 2 * j + 1 : j + half;
     const double a = x[first], b = x[second];
@@ -134,7 +137,8 @@ struct RotateTokens {
 };
 
 template <typename T>
-void rope_typed(const Tensor& x, const Tensor& cos_any, const Tensor& sin_any, bool interleaved, bool transposed, Tensor& out) {
+void rope_typed(const Tensor& x, const Tensor& cos_any, const Tensor& sin_any, bool interleaved, bool transposed,
+                Tensor& out) {
   using Table = typename Rotation<T>::Table;
   const at::ScalarType table_type = wide_dtype(x.scalar_type());
   const Tensor cos = cos_any.to(table_type).contiguous(), sin = sin_any.to(table_type).contiguous();
@@ -154,7 +158,8 @@ void rope_typed(const Tensor& x, const Tensor& cos_any, const Tensor& sin_any, b
                          interleaved,
                          static_cast<Table>(transposed ? -1 : 1)};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (args.heads * args.width));
-  at::parallel_for(0, x.size(0) * length, grain, [&](int64_t begin, int64_t end) { dispatch<RotateTokens>(args, begin, end); });
+  at::parallel_for(0, x.size(0) * length, grain,
+                   [&](int64_t begin, int64_t end) { dispatch<RotateTokens>(args, begin, end); });
 }
 
 void check_arguments(const check::Op& op, const Tensor& x, const Tensor& cos, const Tensor& sin) {

@@ -1,7 +1,9 @@
-// SwiGLU on the CPU, forward and backward, from separate or packed gate and up. Formulas: astrobiogen/kernels/swiglu/reference.py.
+// SwiGLU on the CPU, forward and backward, from separate or packed gate and up. Formulas:
+// astrobiogen/kernels/swiglu/reference.py.
 //
-// Memory-bound: every input element is read once and every output element written once. Inputs may have any strides over their leading axes; only
-// an input whose last axis is not contiguous is copied first. Contiguous inputs are treated as one long row, so that an odd width has no tails.
+// Memory-bound: every input element is read once and every output element written once. Inputs may have any strides
+// over their leading axes; only an input whose last axis is not contiguous is copied first. Contiguous inputs are
+// treated as one long row, so that an odd width has no tails.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -23,22 +25,25 @@ namespace astrobiogen::swiglu {
 
 using at::Tensor;
 
-// Columns per task: long rows are cut here, so that [1, 10^7] runs on all threads. Not shorter: where rows are not aligned, both ends of a task are
-// written through the cache (packed [2048, 11605] fp32 with AVX2: three tasks per row take 1.47 of a copy's time, one takes 1.33).
+// Columns per task: long rows are cut here, so that [1, 10^7] runs on all threads. Not shorter: where rows are not
+// aligned, both ends of a task are written through the cache (packed [2048, 11605] fp32 with AVX2: three tasks per row
+// take 1.47 of a copy's time, one takes 1.33).
 constexpr int64_t kChunk = 16384;
 // A thread's share below this many elements costs more to schedule (~5 us) than to compute.
 constexpr int64_t kGrainElements = 16384;
 constexpr int64_t kMaxAxes = 64;  // PyTorch's own limit
-// How far ahead separate rows (packed gate and up) are asked for, into L1 and across the row's end. The processor's own prefetcher starts anew at every
-// row, about four memory latencies for gate and four for up: packed [2048, 11605] bf16 takes 1.38 of a copy's time without and 1.16 with (AVX2; 1.23 at
-// 512 bytes, 1.18 at 4096, 1.24 into L2). Not for one long row: there it costs up to 0.08.
+// How far ahead separate rows (packed gate and up) are asked for, into L1 and across the row's end. The processor's own
+// prefetcher starts anew at every row, about four memory latencies for gate and four for up: packed [2048, 11605] bf16
+// takes 1.38 of a copy's time without and 1.16 with (AVX2; 1.23 at 512 bytes, 1.18 at 4096, 1.24 into L2). Not for one
+// long row: there it costs up to 0.08.
 constexpr int64_t kAheadBytes = 2048;
-// Columns whose exponentials are taken before their products. In one loop the chain from load to store, 60 to 80 cycles of dependent instructions, is
-// longer than the scheduler's 64 entries cover (fp32 in L1 with AVX2: 1.16 of the time).
+// Columns whose exponentials are taken before their products. In one loop the chain from load to store, 60 to 80 cycles
+// of dependent instructions, is longer than the scheduler's 64 entries cover (fp32 in L1 with AVX2: 1.16 of the time).
 constexpr int64_t kBlock = 64;
 constexpr int64_t kLineBytes = 64;
 
-// The leading axes that the inputs do not let merge, and the row length left over. Outputs are dense rows `out_stride` apart.
+// The leading axes that the inputs do not let merge, and the row length left over. Outputs are dense rows `out_stride`
+// apart.
 struct Layout {
   int64_t axes = 0;
   int64_t rows = 1, columns = 0, chunks = 0;
@@ -72,10 +77,12 @@ ASTRO_INLINE void prefetch(const Starts<T, Count>& inputs, int64_t j) {
     for (int64_t at = 0; at < Columns; at += kLineBytes / sizeof(T)) __builtin_prefetch(input + j + at, 0, 3);
 }
 
-// Calls body(column) for every whole step of `Step` columns from `begin`, asking for this row's inputs kAheadBytes further on and, near its end, for
-// those of the row after it. Returns where it stopped: less than a step, or than a line, before `count`.
+// Calls body(column) for every whole step of `Step` columns from `begin`, asking for this row's inputs kAheadBytes
+// further on and, near its end, for those of the row after it. Returns where it stopped: less than a step, or than a
+// line, before `count`.
 template <int64_t Step, typename T, size_t Count, typename Body>
-ASTRO_INLINE int64_t walk_ahead(const Starts<T, Count>& row, const Starts<T, Count>& next, int64_t begin, int64_t count, Body&& body) {
+ASTRO_INLINE int64_t walk_ahead(const Starts<T, Count>& row, const Starts<T, Count>& next, int64_t begin, int64_t count,
+                                Body&& body) {
   constexpr int64_t kStride = std::max<int64_t>(Step, kLineBytes / sizeof(T)), kAhead = kAheadBytes / sizeof(T);
   int64_t j = begin;
   for (; j + kStride <= count - kAhead; j += kStride) {
@@ -135,7 +142,8 @@ ASTRO_INLINE void forward_row(const Starts<T, 2>& row, const Starts<T, 2>* next,
   };
   const auto block = [&](int64_t start) ASTRO_LAMBDA_INLINE {
     alignas(64) float e[kBlock];
-    for (int64_t at = 0; at < kBlock; at += 2 * N) simd::store_pair<N>(e + at, exponentials(simd::load_pair<N>(gate + start + at)));
+    for (int64_t at = 0; at < kBlock; at += 2 * N)
+      simd::store_pair<N>(e + at, exponentials(simd::load_pair<N>(gate + start + at)));
     for (int64_t at = 0; at < kBlock; at += 2 * N) put(start + at, simd::load_pair<N>(e + at));
   };
   if (Streamed && next != nullptr) j = walk_ahead<kBlock>(row, *next, j, count, block);
@@ -145,7 +153,8 @@ ASTRO_INLINE void forward_row(const Starts<T, 2>& row, const Starts<T, 2>* next,
 }
 
 template <typename T, Level L, bool Streamed>
-ASTRO_INLINE void backward_row(const Starts<T, 3>& row, const Starts<T, 3>* next, T* grad_gate, T* grad_up, T* product, int64_t count) {
+ASTRO_INLINE void backward_row(const Starts<T, 3>& row, const Starts<T, 3>* next, T* grad_gate, T* grad_up, T* product,
+                               int64_t count) {
   const auto [gate, up, grad] = row;
   constexpr int N = kWidth<L>;
   const auto both = [](simd::Pair<N> g, simd::Pair<N> u, simd::Pair<N> d) ASTRO_LAMBDA_INLINE {
@@ -174,7 +183,9 @@ ASTRO_INLINE void backward_row(const Starts<T, 3>& row, const Starts<T, 3>* next
 struct Task {
   int64_t row, column, count;
   Task(const Layout& layout, int64_t index)
-      : row(index / layout.chunks), column(index % layout.chunks * kChunk), count(std::min(kChunk, layout.columns - column)) {}
+      : row(index / layout.chunks),
+        column(index % layout.chunks * kChunk),
+        count(std::min(kChunk, layout.columns - column)) {}
 };
 
 struct Tasks {
@@ -185,7 +196,8 @@ struct Tasks {
 
   template <typename T>
   static ASTRO_INLINE Starts<T, 3> starts(const Backward<T>& a, const Task& t) {
-    return {a.gate.row(a.layout, t.row) + t.column, a.up.row(a.layout, t.row) + t.column, a.grad.row(a.layout, t.row) + t.column};
+    return {a.gate.row(a.layout, t.row) + t.column, a.up.row(a.layout, t.row) + t.column,
+            a.grad.row(a.layout, t.row) + t.column};
   }
 
   template <Level L, bool Streamed, typename T>
@@ -194,9 +206,11 @@ struct Tasks {
   }
 
   template <Level L, bool Streamed, typename T>
-  static ASTRO_INLINE void task(const Backward<T>& a, const Task& t, const Starts<T, 3>& row, const Starts<T, 3>* next) {
+  static ASTRO_INLINE void task(const Backward<T>& a, const Task& t, const Starts<T, 3>& row,
+                                const Starts<T, 3>* next) {
     const int64_t out = t.row * a.layout.out_stride + t.column;
-    backward_row<T, L, Streamed>(row, next, a.grad_gate + out, a.grad_up + out, a.product == nullptr ? nullptr : a.product + out, t.count);
+    backward_row<T, L, Streamed>(row, next, a.grad_gate + out, a.grad_up + out,
+                                 a.product == nullptr ? nullptr : a.product + out, t.count);
   }
 
   template <Level L, typename Arguments>
@@ -212,11 +226,15 @@ struct Tasks {
   }
 };
 
-Tensor unit_columns(const Tensor& x) { return x.dim() == 0 || x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
+Tensor unit_columns(const Tensor& x) {
+  return x.dim() == 0 || x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
 
-// Merge the axes of equally shaped tensors, innermost first, as long as every one of them (and the output rows) is dense across the seam.
+// Merge the axes of equally shaped tensors, innermost first, as long as every one of them (and the output rows) is
+// dense across the seam.
 template <size_t N>
-Layout merge(const std::array<Tensor, N>& tensors, std::array<std::array<int64_t, kMaxAxes>, N>& strides, int64_t out_stride) {
+Layout merge(const std::array<Tensor, N>& tensors, std::array<std::array<int64_t, kMaxAxes>, N>& strides,
+             int64_t out_stride) {
   const Tensor& first = tensors[0];
   const int64_t columns = first.dim() == 0 ? 1 : first.size(-1);
   Layout layout;
@@ -248,7 +266,8 @@ Layout merge(const std::array<Tensor, N>& tensors, std::array<std::array<int64_t
   return layout;
 }
 
-// Large outputs whose rows all start on a cache line. Chunks are multiples of a line, so one long row needs only its own start aligned.
+// Large outputs whose rows all start on a cache line. Chunks are multiples of a line, so one long row needs only its
+// own start aligned.
 template <typename T>
 bool can_stream(const Layout& layout, const T* p) {
   return simd::can_stream(p, layout.rows > 1 ? layout.out_stride : 0, layout.rows * layout.columns);
@@ -256,8 +275,10 @@ bool can_stream(const Layout& layout, const T* p) {
 
 template <typename Args>
 void launch(const Args& args) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::min(kChunk, std::max<int64_t>(1, args.layout.columns)));
-  at::parallel_for(0, args.layout.rows * args.layout.chunks, grain, [&](int64_t begin, int64_t end) { dispatch<Tasks>(args, begin, end); });
+  const int64_t grain =
+      std::max<int64_t>(1, kGrainElements / std::min(kChunk, std::max<int64_t>(1, args.layout.columns)));
+  at::parallel_for(0, args.layout.rows * args.layout.chunks, grain,
+                   [&](int64_t begin, int64_t end) { dispatch<Tasks>(args, begin, end); });
 }
 
 template <typename T>
@@ -274,7 +295,8 @@ void forward_typed(const Tensor& gate, const Tensor& up, Tensor& product) {
 
 // `packed` rows hold both gradients side by side: grad_up is not a tensor of its own then.
 template <typename T>
-void backward_typed(const Tensor& grad, const Tensor& gate, const Tensor& up, Tensor& grad_gate, Tensor* grad_up, Tensor* product) {
+void backward_typed(const Tensor& grad, const Tensor& gate, const Tensor& up, Tensor& grad_gate, Tensor* grad_up,
+                    Tensor* product) {
   const int64_t columns = gate.dim() == 0 ? 1 : gate.size(-1);
   std::array<std::array<int64_t, kMaxAxes>, 3> strides;
   Backward<T> args;
@@ -297,9 +319,12 @@ Tensor forward(const Tensor& gate_any, const Tensor& up_any) {
   return product;
 }
 
-void backward(const Tensor& grad_any, const Tensor& gate_any, const Tensor& up_any, Tensor& grad_gate, Tensor* grad_up, Tensor* product) {
+void backward(const Tensor& grad_any, const Tensor& gate_any, const Tensor& up_any, Tensor& grad_gate, Tensor* grad_up,
+              Tensor* product) {
   const Tensor grad = unit_columns(grad_any), gate = unit_columns(gate_any), up = unit_columns(up_any);
-  if (gate.numel() > 0) for_dtype(gate.scalar_type(), [&]<typename T>() { backward_typed<T>(grad, gate, up, grad_gate, grad_up, product); });
+  if (gate.numel() > 0)
+    for_dtype(gate.scalar_type(),
+              [&]<typename T>() { backward_typed<T>(grad, gate, up, grad_gate, grad_up, product); });
 }
 
 bool is_double(const Tensor& t) { return t.scalar_type() == at::kDouble; }
@@ -319,7 +344,8 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gat
 
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward_product(const Tensor& grad, const Tensor& gate, const Tensor& up) {
   check_pair(check::Op("astrobiogen::swiglu_backward_product"), grad, gate, up);
-  if (is_double(gate)) return reference<std::tuple<Tensor, Tensor, Tensor>>("astrobiogen::swiglu_backward_product", grad, gate, up);
+  if (is_double(gate))
+    return reference<std::tuple<Tensor, Tensor, Tensor>>("astrobiogen::swiglu_backward_product", grad, gate, up);
   Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty(up.sizes(), up.options());
   Tensor product = at::empty(gate.sizes(), gate.options());
   backward(grad, gate, up, grad_gate, &grad_up, &product);

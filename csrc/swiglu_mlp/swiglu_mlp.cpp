@@ -1,9 +1,10 @@
-// The SwiGLU block y = (silu(x G^T) * (x U^T)) D^T on the CPU in fp32 for narrow widths, forward and backward. Formulas:
-// astrobiogen/kernels/swiglu_mlp/reference.py.
+// The SwiGLU block y = (silu(x G^T) * (x U^T)) D^T on the CPU in fp32 for narrow widths, forward and backward.
+// Formulas: astrobiogen/kernels/swiglu_mlp/reference.py.
 //
-// Rows pass in chunks that stay in the second-level cache from the first product to the last: between x and y only gate and up are written, for the
-// backward, and there silu(gate) * up, its gradient, and those of gate and up exist for one chunk at a time. The composition of three linear layers and
-// `swiglu` writes and reads each of them (9 tensors of [rows, intermediate]).
+// Rows pass in chunks that stay in the second-level cache from the first product to the last: between x and y only gate
+// and up are written, for the backward, and there silu(gate) * up, its gradient, and those of gate and up exist for one
+// chunk at a time. The composition of three linear layers and `swiglu` writes and reads each of them (9 tensors of
+// [rows, intermediate]).
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -37,7 +38,8 @@ using gemm::WeightGradient;
 // Floats of one chunk of [rows, intermediate]: 64 KB, of which the backward holds four.
 constexpr int64_t kChunk = 1 << 14;
 constexpr int64_t kFewestRows = 32;
-// Segments of rows with a partial sum of the weights' gradients each: their number does not depend on the threads, so neither do the bits.
+// Segments of rows with a partial sum of the weights' gradients each: their number does not depend on the threads, so
+// neither do the bits.
 constexpr int64_t kSegmentRows = 256, kMostSegments = 16;
 
 struct Sizes {
@@ -46,7 +48,8 @@ struct Sizes {
   int64_t chunk() const { return std::clamp<int64_t>(kChunk / inner, kFewestRows, gemm::kDepth); }
   // The last chunk of a segment takes what is left over, so a chunk is up to twice as long.
   int64_t buffer() const { return 2 * chunk(); }
-  // Rows of the gradients of gate and up lie a line further apart than a power of two, which would share the cache's sets.
+  // Rows of the gradients of gate and up lie a line further apart than a power of two, which would share the cache's
+  // sets.
   int64_t step() const { return 2 * inner + 16; }
   int64_t segments() const { return std::clamp<int64_t>(rows / kSegmentRows, 1, kMostSegments); }
   int64_t begin(int64_t segment) const { return rows * segment / segments(); }
@@ -85,7 +88,9 @@ struct ForwardRows {
   static ASTRO_INLINE void gated(const float* gate, int64_t inner, float* product) {
     const float* up = gate + inner;
     int64_t j = 0;
-    for (; j + N <= inner; j += N) simd::store_as<simd::F<N>>(product + j, simd::silu<N>(simd::load_as<simd::F<N>>(gate + j)) * simd::load_as<simd::F<N>>(up + j));
+    for (; j + N <= inner; j += N)
+      simd::store_as<simd::F<N>>(
+          product + j, simd::silu<N>(simd::load_as<simd::F<N>>(gate + j)) * simd::load_as<simd::F<N>>(up + j));
     for (; j < inner; ++j) product[j] = gate[j] / (1.0f + std::exp(-gate[j])) * up[j];
   }
 };
@@ -94,7 +99,7 @@ struct Backward {
   Sizes s;
   const float *grad, *x, *gates;
   const float *down, *both;  // panels of D and of [G; U]
-  float *grad_x;             // or null
+  float* grad_x;             // or null
 };
 
 // Buffers of one thread.
@@ -106,28 +111,36 @@ struct Scratch {
 struct BackwardRows {
   // grad_both [2 inner, hidden] and grad_down [hidden, inner] take this segment's part; null if not wanted.
   template <Level L>
-  static ASTRO_INLINE void run(const Backward& b, Scratch& scratch, int64_t begin, int64_t end, float* grad_both, float* grad_down) {
+  static ASTRO_INLINE void run(const Backward& b, Scratch& scratch, int64_t begin, int64_t end, float* grad_both,
+                               float* grad_down) {
     const int64_t hidden = b.s.hidden, inner = b.s.inner, blocks = gemm::Blocking<L>::R;
-    float *product = scratch.product.data(), *of_product = scratch.slopes.data(), *of_gates = of_product + b.s.buffer() * inner;
+    float *product = scratch.product.data(), *of_product = scratch.slopes.data(),
+          *of_gates = of_product + b.s.buffer() * inner;
     in_chunks(b.s, begin, end, [&](int64_t first, int64_t rows) ASTRO_LAMBDA_INLINE {
       const float *grad = b.grad + first * hidden, *x = b.x + first * hidden;
       Rows::run<L>({grad, hidden, b.down, nullptr, of_product, inner, hidden, inner}, 0, rows);
       for (int64_t row = 0; row < rows; ++row)
-        slopes<kWidth<L>>(b.gates + (first + row) * 2 * inner, of_product + row * inner, inner, product + row * inner, of_gates + row * b.s.step());
-      if (b.grad_x != nullptr) Rows::run<L>({of_gates, b.s.step(), b.both, nullptr, b.grad_x + first * hidden, hidden, 2 * inner, hidden}, 0, rows);
+        slopes<kWidth<L>>(b.gates + (first + row) * 2 * inner, of_product + row * inner, inner, product + row * inner,
+                          of_gates + row * b.s.step());
+      if (b.grad_x != nullptr)
+        Rows::run<L>({of_gates, b.s.step(), b.both, nullptr, b.grad_x + first * hidden, hidden, 2 * inner, hidden}, 0,
+                     rows);
       if (grad_both == nullptr) return;
-      Outputs::run<L>({of_gates, b.s.step(), x, grad_both, rows, 2 * inner, hidden}, 0, (2 * inner + blocks - 1) / blocks);
+      Outputs::run<L>({of_gates, b.s.step(), x, grad_both, rows, 2 * inner, hidden}, 0,
+                      (2 * inner + blocks - 1) / blocks);
       Outputs::run<L>({grad, hidden, product, grad_down, rows, hidden, inner}, 0, (hidden + blocks - 1) / blocks);
     });
   }
 
   template <int N>
-  static ASTRO_INLINE void slopes(const float* gate, const float* of_product, int64_t inner, float* product, float* of_gate) {
+  static ASTRO_INLINE void slopes(const float* gate, const float* of_product, int64_t inner, float* product,
+                                  float* of_gate) {
     const float* up = gate + inner;
     float* of_up = of_gate + inner;
     int64_t j = 0;
     for (; j + N <= inner; j += N) {
-      const auto g = simd::load_as<simd::F<N>>(gate + j), u = simd::load_as<simd::F<N>>(up + j), d = simd::load_as<simd::F<N>>(of_product + j);
+      const auto g = simd::load_as<simd::F<N>>(gate + j), u = simd::load_as<simd::F<N>>(up + j),
+                 d = simd::load_as<simd::F<N>>(of_product + j);
       const auto s = simd::gate_of<N>(g);
       const auto silu = g * s.open;
       simd::store_as<simd::F<N>>(product + j, silu * u);
@@ -163,7 +176,8 @@ std::tuple<Tensor, Tensor> compose_forward(const Tensor& x, const Tensor& gate, 
   const Tensor rows = x.reshape({-1, gate.size(1)});
   const int64_t inner = gate.size(0);
   const Tensor gates = at::empty({rows.size(0), 2 * inner}, rows.options());
-  Tensor of_gate = gates.narrow(1, 0, inner), of_up = gates.narrow(1, inner, inner);  // the weights side by side would be copied in every call
+  Tensor of_gate = gates.narrow(1, 0, inner),
+         of_up = gates.narrow(1, inner, inner);  // the weights side by side would be copied in every call
   at::mm_out(of_gate, rows, gate.t());
   at::mm_out(of_up, rows, up.t());
   return {at::mm(swiglu.call(gates), down.t()).view(x.sizes()), gates};
@@ -176,13 +190,16 @@ std::tuple<Tensor, Tensor> compose_tangents(const Tensor& x, const Tensor& gate,
   return {at::linear(swiglu.call(gates), down), gates.reshape({-1, gates.size(-1)})};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> compose_backward(const Tensor& grad_any, const Tensor& x, const Tensor& gates, const Tensor& gate,
-                                                            const Tensor& up, const Tensor& down, bool need_x, bool need_weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> compose_backward(const Tensor& grad_any, const Tensor& x,
+                                                            const Tensor& gates, const Tensor& gate, const Tensor& up,
+                                                            const Tensor& down, bool need_x, bool need_weights) {
   static const auto swiglu = op<Tensor(const Tensor&)>("astrobiogen::swiglu_packed");
   static const auto slopes = op<Tensor(const Tensor&, const Tensor&)>("astrobiogen::swiglu_packed_backward");
   const int64_t inner = gate.size(0);
-  const Tensor grad = grad_any.reshape({-1, down.size(0)}), rows = x.reshape({-1, gate.size(1)}), of_gates = slopes.call(at::mm(grad, down), gates);
-  const Tensor of_gate = of_gates.narrow(1, 0, inner), of_up = of_gates.narrow(1, inner, inner), none = at::empty({0}, x.options());
+  const Tensor grad = grad_any.reshape({-1, down.size(0)}), rows = x.reshape({-1, gate.size(1)}),
+               of_gates = slopes.call(at::mm(grad, down), gates);
+  const Tensor of_gate = of_gates.narrow(1, 0, inner), of_up = of_gates.narrow(1, inner, inner),
+               none = at::empty({0}, x.options());
   const Tensor grad_x = need_x ? at::addmm(at::mm(of_gate, gate), of_up, up).view(x.sizes()) : none;
   if (!need_weights) return {grad_x, none, none, none};
   return {grad_x, at::mm(of_gate.t(), rows), at::mm(of_up.t(), rows), at::mm(grad.t(), swiglu.call(gates))};
@@ -200,19 +217,28 @@ void check_block(const check::Op& op, const Tensor& x, const Tensor& gate, const
 }
 
 // (y, [gate, up] of each row).
-std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& gate_any, const Tensor& up_any, const Tensor& down_any) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& gate_any, const Tensor& up_any,
+                                   const Tensor& down_any) {
   constexpr check::Op op("astrobiogen::swiglu_mlp");
   check_block(op, x_any, gate_any, up_any, down_any);
-  const Tensor x = x_any.contiguous(), gate = gate_any.contiguous(), up = up_any.contiguous(), down = down_any.contiguous();
+  const Tensor x = x_any.contiguous(), gate = gate_any.contiguous(), up = up_any.contiguous(),
+               down = down_any.contiguous();
   const Sizes s{gemm::rows_of(x), gate.size(1), gate.size(0)};
   if (!gemm::serves(x, gate, s.rows) || !gemm::serves(x, down, s.rows)) return compose_forward(x, gate, up, down);
   Tensor out = at::empty(x.sizes(), x.options()), gates = at::empty({s.rows, 2 * s.inner}, x.options());
   const std::vector<float> both = stacked(gate, up);
-  const auto first = packed(both.data(), s.hidden, 2 * s.inner, true), second = packed(down.const_data_ptr<float>(), s.inner, s.hidden, true);
-  const Forward f{s, x.const_data_ptr<float>(), first.get(), second.get(), gates.mutable_data_ptr<float>(), out.mutable_data_ptr<float>()};
+  const auto first = packed(both.data(), s.hidden, 2 * s.inner, true),
+             second = packed(down.const_data_ptr<float>(), s.inner, s.hidden, true);
+  const Forward f{s,
+                  x.const_data_ptr<float>(),
+                  first.get(),
+                  second.get(),
+                  gates.mutable_data_ptr<float>(),
+                  out.mutable_data_ptr<float>()};
   at::parallel_for(0, s.segments(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> product(s.buffer() * s.inner);
-    for (int64_t segment = begin; segment < end; ++segment) dispatch<ForwardRows>(f, product.data(), s.begin(segment), s.end(segment));
+    for (int64_t segment = begin; segment < end; ++segment)
+      dispatch<ForwardRows>(f, product.data(), s.begin(segment), s.end(segment));
   });
   return {out, gates};
 }
@@ -227,14 +253,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   op.dtype(gates_any, "gates", x_any.scalar_type());
   op.shape(gates_any, "gates", {gemm::rows_of(x_any), check::product(2, gate_any.size(0))}, "[rows of x, 2 I]");
   const Tensor gates = gates_any.contiguous();
-  const Tensor grad = grad_any.contiguous(), x = x_any.contiguous(), gate = gate_any.contiguous(), up = up_any.contiguous(), down = down_any.contiguous();
+  const Tensor grad = grad_any.contiguous(), x = x_any.contiguous(), gate = gate_any.contiguous(),
+               up = up_any.contiguous(), down = down_any.contiguous();
   const Sizes s{gemm::rows_of(x), gate.size(1), gate.size(0)};
   if (!gemm::serves(x, gate, s.rows) || !gemm::serves(x, down, s.rows))
     return compose_backward(grad, x, gates, gate, up, down, need_x, need_weights);
   Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const std::vector<float> both = stacked(gate, up);
-  const auto second = packed(down.const_data_ptr<float>(), s.hidden, s.inner, false), first = packed(both.data(), 2 * s.inner, s.hidden, false);
-  const Backward b{s, grad.const_data_ptr<float>(), x.const_data_ptr<float>(), gates.const_data_ptr<float>(), second.get(), first.get(),
+  const auto second = packed(down.const_data_ptr<float>(), s.hidden, s.inner, false),
+             first = packed(both.data(), 2 * s.inner, s.hidden, false);
+  const Backward b{s,
+                   grad.const_data_ptr<float>(),
+                   x.const_data_ptr<float>(),
+                   gates.const_data_ptr<float>(),
+                   second.get(),
+                   first.get(),
                    need_x ? grad_x.mutable_data_ptr<float>() : nullptr};
   const int64_t weights = 3 * s.inner * s.hidden;
   std::vector<float> parts(need_weights ? s.segments() * weights : 0);
@@ -242,13 +275,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
     Scratch scratch(s);
     for (int64_t segment = begin; segment < end; ++segment) {
       float* part = need_weights ? parts.data() + segment * weights : nullptr;
-      dispatch<BackwardRows>(b, scratch, s.begin(segment), s.end(segment), part, need_weights ? part + 2 * s.inner * s.hidden : nullptr);
+      dispatch<BackwardRows>(b, scratch, s.begin(segment), s.end(segment), part,
+                             need_weights ? part + 2 * s.inner * s.hidden : nullptr);
     }
   });
-  if (!need_weights) return {grad_x, at::empty({0}, x.options()), at::empty({0}, x.options()), at::empty({0}, x.options())};
+  if (!need_weights)
+    return {grad_x, at::empty({0}, x.options()), at::empty({0}, x.options()), at::empty({0}, x.options())};
   for (int64_t segment = 1; segment < s.segments(); ++segment)
     for (int64_t i = 0; i < weights; ++i) parts[i] += parts[segment * weights + i];
-  Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty_like(grad_gate), grad_down = at::empty(down.sizes(), down.options());
+  Tensor grad_gate = at::empty(gate.sizes(), gate.options()), grad_up = at::empty_like(grad_gate),
+         grad_down = at::empty(down.sizes(), down.options());
   const int64_t one = s.inner * s.hidden, bytes = one * static_cast<int64_t>(sizeof(float));
   std::memcpy(grad_gate.mutable_data_ptr<float>(), parts.data(), bytes);
   std::memcpy(grad_up.mutable_data_ptr<float>(), parts.data() + one, bytes);
@@ -257,23 +293,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
 }
 
 struct Function : torch::autograd::Function<Function> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& gate, const Tensor& up,
-                                                const Tensor& down) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                                                const Tensor& gate, const Tensor& up, const Tensor& down) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto call = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("astrobiogen::swiglu_mlp");
+    static const auto call = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+        "astrobiogen::swiglu_mlp");
     auto [out, gates] = call.call(x, gate, up, down);
     ctx->save_for_backward({x, gates, gate, up, down});
     ctx->mark_non_differentiable({gates});  // internal: the public function never returns them
     return {out, gates};
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
-    static const auto call = op<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                                            const Tensor&, bool, bool)>("astrobiogen::swiglu_mlp_backward");
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    static const auto call = op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool)>(
+        "astrobiogen::swiglu_mlp_backward");
     if (!grads[0].defined()) return torch::autograd::variable_list(4);
     const auto saved = ctx->get_saved_variables();
-    const bool need_x = ctx->needs_input_grad(0), need_weights = ctx->needs_input_grad(1) || ctx->needs_input_grad(2) || ctx->needs_input_grad(3);
-    auto [of_x, of_gate, of_up, of_down] = call.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], need_x, need_weights);
+    const bool need_x = ctx->needs_input_grad(0),
+               need_weights = ctx->needs_input_grad(1) || ctx->needs_input_grad(2) || ctx->needs_input_grad(3);
+    auto [of_x, of_gate, of_up, of_down] =
+        call.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], need_x, need_weights);
     if (!need_weights) return {of_x, Tensor(), Tensor(), Tensor()};
     return {need_x ? of_x : Tensor(), of_gate, of_up, of_down};
   }

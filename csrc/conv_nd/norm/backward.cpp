@@ -1,9 +1,11 @@
-// Backward of a channel or group norm with activation over channel-last rows: gradient of the norm's input, and of its weight and bias.
+// Backward of a channel or group norm with activation over channel-last rows: gradient of the norm's input, and of its
+// weight and bias.
 //
 // With h = (z - mean) rstd, u = gamma h + beta, d = dy act'(u), e = gamma d:   dgamma = sum d h,   dbeta = sum d,
 //   dz = rstd (e - mean(e) - h mean(e h))     (RMS norm: without mean(e))
-// where the means run over the channels of a position, or over a group's channels and positions. A channel norm is one pass; a group norm's means
-// follow from the per-channel sums that dgamma and dbeta need anyway, so it is two. Partials per chunk of positions, added in order.
+// where the means run over the channels of a position, or over a group's channels and positions. A channel norm is one
+// pass; a group norm's means follow from the per-channel sums that dgamma and dbeta need anyway, so it is two. Partials
+// per chunk of positions, added in order.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -41,10 +43,14 @@ struct Backward {
 };
 
 template <typename T>
-ASTRO_INLINE f32x16 lanes_of(const T* p, int64_t left) { return left >= kLanes ? simd::load(p) : simd::load_partial(p, left); }
+ASTRO_INLINE f32x16 lanes_of(const T* p, int64_t left) {
+  return left >= kLanes ? simd::load(p) : simd::load_partial(p, left);
+}
 
 template <typename T>
-ASTRO_INLINE void add_lanes(T* p, f32x16 v, int64_t left) { put(p, lanes_of(p, left) + v, left, false); }
+ASTRO_INLINE void add_lanes(T* p, f32x16 v, int64_t left) {
+  put(p, lanes_of(p, left) + v, left, false);
+}
 
 // Calls rows(begin, end, sum_d, sum_dh) for runs of positions, whose sums of `channels` channels go to `sums`
 // [2][channels].
@@ -69,7 +75,9 @@ ASTRO_INLINE void channel_rows(const Backward& b, int64_t begin, int64_t end, fl
       const int64_t left = c - i;
       f32x16 h = (lanes_of(z + i, left) - mean) * rstd;
       const f32x16 gamma = lanes_of(b.gamma + i, left);
-      const f32x16 d = lanes_of(grad + i, left) * activation_slope(gamma * h + lanes_of(b.beta + i, left), b.activation), e = gamma * d;
+      const f32x16 d = lanes_of(grad + i, left) *
+                       activation_slope(gamma * h + lanes_of(b.beta + i, left), b.activation),
+                   e = gamma * d;
       add_lanes(b.sum_d + i, d, left);
       add_lanes(b.sum_dh + i, d * h, left);
       simd::store(e_row + i, e);
@@ -77,8 +85,10 @@ ASTRO_INLINE void channel_rows(const Backward& b, int64_t begin, int64_t end, fl
       sum += e;  // absent lanes: gamma = 0
       projection += e * h;
     }
-    const float m = b.centred ? simd::sum(sum) / static_cast<float>(c) : 0.0f, q = simd::sum(projection) / static_cast<float>(c);
-    for (int64_t i = 0; i < c; i += kLanes) put(to + i, (simd::load(e_row + i) - m - simd::load(h_row + i) * q) * rstd, c - i, false);
+    const float m = b.centred ? simd::sum(sum) / static_cast<float>(c) : 0.0f,
+                q = simd::sum(projection) / static_cast<float>(c);
+    for (int64_t i = 0; i < c; i += kLanes)
+      put(to + i, (simd::load(e_row + i) - m - simd::load(h_row + i) * q) * rstd, c - i, false);
   }
 }
 
@@ -89,8 +99,10 @@ ASTRO_INLINE void group_rows(const Backward& b, int64_t begin, int64_t end) {
     const T *grad = static_cast<const T*>(b.grad) + p * c, *z = static_cast<const T*>(b.z) + p * c;
     for (int64_t i = 0; i < c; i += kLanes) {
       const int64_t left = c - i;
-      const f32x16 rstd = lanes_of(b.rstd + i, left), h = (lanes_of(z + i, left) - lanes_of(b.mean + i, left)) * rstd, gamma = lanes_of(b.gamma + i, left);
-      const f32x16 d = lanes_of(grad + i, left) * activation_slope(gamma * h + lanes_of(b.beta + i, left), b.activation);
+      const f32x16 rstd = lanes_of(b.rstd + i, left), h = (lanes_of(z + i, left) - lanes_of(b.mean + i, left)) * rstd,
+                   gamma = lanes_of(b.gamma + i, left);
+      const f32x16 d =
+          lanes_of(grad + i, left) * activation_slope(gamma * h + lanes_of(b.beta + i, left), b.activation);
       if constexpr (Sums) {
         add_lanes(b.sum_d + i, d, left);
         add_lanes(b.sum_dh + i, d * h, left);
@@ -118,7 +130,8 @@ struct GroupRows {
 };
 
 void channel_backward(Backward b, int64_t positions, Tensor& sums) {
-  const int64_t c = b.channels, chunks = std::clamp<int64_t>(positions * c / kGrain, 1, kMaxChunks), padded = (c + kLanes - 1) / kLanes * kLanes;
+  const int64_t c = b.channels, chunks = std::clamp<int64_t>(positions * c / kGrain, 1, kMaxChunks),
+                padded = (c + kLanes - 1) / kLanes * kLanes;
   Tensor partial = at::zeros({chunks, 2, c}, sums.options());
   double* to = partial.mutable_data_ptr<double>();
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -135,12 +148,14 @@ void channel_backward(Backward b, int64_t positions, Tensor& sums) {
   sums = partial.sum(0);
 }
 
-void group_backward(Backward b, int64_t batch, int64_t positions, const float* mean, const float* rstd, int64_t groups, Tensor& sums) {
+void group_backward(Backward b, int64_t batch, int64_t positions, const float* mean, const float* rstd, int64_t groups,
+                    Tensor& sums) {
   const int64_t c = b.channels, width = c / groups, chunks = std::clamp<int64_t>(positions * c / kGrain, 1, kMaxChunks);
   std::vector<float> spread(4 * batch * c);  // mean, rstd, mean(e), mean(e h) per sample and channel
   const auto part = [&](int64_t which, int64_t sample) { return spread.data() + (which * batch + sample) * c; };
   for (int64_t s = 0; s < batch; ++s)
-    for (int64_t i = 0; i < c; ++i) part(0, s)[i] = mean[s * groups + i / width], part(1, s)[i] = rstd[s * groups + i / width];
+    for (int64_t i = 0; i < c; ++i)
+      part(0, s)[i] = mean[s * groups + i / width], part(1, s)[i] = rstd[s * groups + i / width];
   Tensor partial = at::zeros({batch, chunks, 2, c}, sums.options());
   double* to = partial.mutable_data_ptr<double>();
   const auto sample_of = [&](int64_t s) {
@@ -176,7 +191,8 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
   at::parallel_for(0, batch * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t s = item / chunks, chunk = item % chunks;
-      dispatch<GroupRows<false>>(sample_of(s), s * positions + positions * chunk / chunks, s * positions + positions * (chunk + 1) / chunks);
+      dispatch<GroupRows<false>>(sample_of(s), s * positions + positions * chunk / chunks,
+                                 s * positions + positions * (chunk + 1) / chunks);
     }
   });
   sums = per_sample.sum(0);
@@ -184,19 +200,35 @@ void group_backward(Backward b, int64_t batch, int64_t positions, const float* m
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& pre_activation, const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta,
-                                                 const Tensor& mean, const Tensor& rstd, int64_t norm, int64_t norm_groups, int64_t activation) {
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& pre_activation,
+                                                 const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta,
+                                                 const Tensor& mean, const Tensor& rstd, int64_t norm,
+                                                 int64_t norm_groups, int64_t activation) {
   const Tensor g = to_channels_last(grad), z = to_channels_last(pre_activation);
   const int64_t channels = z.size(-1), batch = z.size(0), positions = batch == 0 ? 0 : z.numel() / batch / channels;
   const auto single = mean.options();
   const Tensor wide_gamma = gamma ? gamma->to(at::kFloat).contiguous() : at::empty({channels}, single).fill_(1.0);
   const Tensor wide_beta = beta ? beta->to(at::kFloat).contiguous() : at::zeros({channels}, single);
   Tensor grad_z = at::empty_like(z), sums = at::zeros({2, channels}, single.dtype(at::kDouble));
-  Backward b{g.const_data_ptr(), z.const_data_ptr(), grad_z.mutable_data_ptr(), z.scalar_type(), channels, activation, norm == kLayer,
-             wide_gamma.const_data_ptr<float>(), wide_beta.const_data_ptr<float>(), mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(),
-             nullptr, nullptr, nullptr, nullptr};
+  Backward b{g.const_data_ptr(),
+             z.const_data_ptr(),
+             grad_z.mutable_data_ptr(),
+             z.scalar_type(),
+             channels,
+             activation,
+             norm == kLayer,
+             wide_gamma.const_data_ptr<float>(),
+             wide_beta.const_data_ptr<float>(),
+             mean.const_data_ptr<float>(),
+             rstd.const_data_ptr<float>(),
+             nullptr,
+             nullptr,
+             nullptr,
+             nullptr};
   if (z.numel() > 0) {
-    if (norm == kGroup) group_backward(b, batch, positions, mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(), norm_groups, sums);
+    if (norm == kGroup)
+      group_backward(b, batch, positions, mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(), norm_groups,
+                     sums);
     else channel_backward(b, batch * positions, sums);
   }
   return {from_channels_last(grad_z), sums[1].to(z.scalar_type()), sums[0].to(z.scalar_type())};

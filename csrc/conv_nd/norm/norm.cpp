@@ -1,7 +1,8 @@
 // Norm over the channels of a convolution's output: statistics, normalisation and activation, forward.
 //
-// Channel norms take one pass over a position's channels while they are in L1. A group norm needs the whole sample first: the convolution leaves mean
-// and sum of squared deviations per row, these are merged in a fixed order in fp64 (Chan et al.), and one pass scales, shifts and activates.
+// Channel norms take one pass over a position's channels while they are in L1. A group norm needs the whole sample
+// first: the convolution leaves mean and sum of squared deviations per row, these are merged in a fixed order in fp64
+// (Chan et al.), and one pass scales, shifts and activates.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -21,7 +22,9 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements of one task: below, scheduling (~5 us) costs more than the work
 
-ASTRO_INLINE f32x16 lanes_of(const float* p, int64_t left, float fill) { return left >= kLanes ? simd::load(p) : simd::load_partial(p, left, fill); }
+ASTRO_INLINE f32x16 lanes_of(const float* p, int64_t left, float fill) {
+  return left >= kLanes ? simd::load(p) : simd::load_partial(p, left, fill);
+}
 
 template <typename T>
 ASTRO_INLINE void set_lanes(T* p, f32x16 v, int64_t left, bool streamed) {
@@ -56,7 +59,8 @@ ASTRO_INLINE void normalize(const NormTarget& t, const float* z, int64_t first, 
     const float rstd = 1.0f / std::sqrt(variance + e.eps);
     if (e.mean != nullptr) e.mean[at] = mean;
     if (e.rstd != nullptr) e.rstd[at] = rstd;
-    T *y = static_cast<T*>(e.y) + at * c, *pre_activation = e.pre_activation == nullptr ? nullptr : static_cast<T*>(e.pre_activation) + at * c;
+    T *y = static_cast<T*>(e.y) + at * c,
+      *pre_activation = e.pre_activation == nullptr ? nullptr : static_cast<T*>(e.pre_activation) + at * c;
     for (int64_t i = 0; i < c; i += kLanes) {
       const f32x16 v = lanes_of(row.data() + i, c - i, 0.0f);
       if (pre_activation != nullptr) set_lanes(pre_activation + i, v, c - i, e.streamed);
@@ -95,7 +99,8 @@ struct ScaleShift {
   template <Level L>
   static ASTRO_INLINE void run(const Scaling& s) {
     for_dtype(s.dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE {
-      scale_shift(static_cast<const T*>(s.z), static_cast<T*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count, s.activation, s.streamed);
+      scale_shift(static_cast<const T*>(s.z), static_cast<T*>(s.y), s.mean, s.scale, s.shift, s.channels, s.count,
+                  s.activation, s.streamed);
     });
   }
 };
@@ -155,7 +160,9 @@ struct Normalize {
 
 }  // namespace
 
-void normalize_positions(const NormTarget& target, const float* z, int64_t first, int64_t count) { dispatch<Normalize>(target, z, first, count); }
+void normalize_positions(const NormTarget& target, const float* z, int64_t first, int64_t count) {
+  dispatch<Normalize>(target, z, first, count);
+}
 
 void partial_groups(const NormTarget& t, float* z, int64_t first, int64_t count, int64_t slot) {
   const Epilogue& e = *t.epilogue;
@@ -184,17 +191,21 @@ struct ChannelScales {
   std::vector<float> mean, scale, shift;
 };
 
-ChannelScales merge_statistics(const PartialStatistics& partial, int64_t channels, const Epilogue& e, Tensor& mean, Tensor& rstd) {
-  const int64_t batch = partial.mean.size(0), groups = e.norm_groups, width = channels / groups, slots = static_cast<int64_t>(partial.counts.size());
+ChannelScales merge_statistics(const PartialStatistics& partial, int64_t channels, const Epilogue& e, Tensor& mean,
+                               Tensor& rstd) {
+  const int64_t batch = partial.mean.size(0), groups = e.norm_groups, width = channels / groups,
+                slots = static_cast<int64_t>(partial.counts.size());
   const float *means = partial.mean.const_data_ptr<float>(), *squares = partial.squares.const_data_ptr<float>();
   float *mean_to = mean.mutable_data_ptr<float>(), *rstd_to = rstd.mutable_data_ptr<float>();
-  ChannelScales result{std::vector<float>(batch * channels), std::vector<float>(batch * channels), std::vector<float>(batch * channels)};
+  ChannelScales result{std::vector<float>(batch * channels), std::vector<float>(batch * channels),
+                       std::vector<float>(batch * channels)};
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t g = 0; g < groups; ++g) {
       double seen = 0.0, center = 0.0, spread = 0.0;
       for (int64_t s = 0; s < slots; ++s) {
         const int64_t at = (b * slots + s) * groups + g;
-        const double count = static_cast<double>(partial.counts[s] * width), delta = means[at] - center, total = seen + count;
+        const double count = static_cast<double>(partial.counts[s] * width), delta = means[at] - center,
+                     total = seen + count;
         center += delta * count / total;
         spread += squares[at] + delta * delta * seen * count / total;
         seen = total;
@@ -206,7 +217,8 @@ ChannelScales merge_statistics(const PartialStatistics& partial, int64_t channel
         const double factor = inverse * (e.gamma == nullptr ? 1.0f : e.gamma[i]);
         result.mean[b * channels + i] = rounded;
         result.scale[b * channels + i] = static_cast<float>(factor);
-        result.shift[b * channels + i] = static_cast<float>((e.beta == nullptr ? 0.0f : e.beta[i]) - (center - rounded) * factor);
+        result.shift[b * channels + i] =
+            static_cast<float>((e.beta == nullptr ? 0.0f : e.beta[i]) - (center - rounded) * factor);
       }
     }
   return result;
@@ -214,8 +226,10 @@ ChannelScales merge_statistics(const PartialStatistics& partial, int64_t channel
 
 }  // namespace
 
-void finish_groups(const Tensor& z, Tensor& y, const PartialStatistics& partial, const Epilogue& e, Tensor& mean, Tensor& rstd) {
-  const int64_t batch = z.size(0), channels = z.size(-1), positions = z.numel() / std::max<int64_t>(1, batch * channels);
+void finish_groups(const Tensor& z, Tensor& y, const PartialStatistics& partial, const Epilogue& e, Tensor& mean,
+                   Tensor& rstd) {
+  const int64_t batch = z.size(0), channels = z.size(-1),
+                positions = z.numel() / std::max<int64_t>(1, batch * channels);
   const ChannelScales scales = merge_statistics(partial, channels, e, mean, rstd);
   const char* from = static_cast<const char*>(z.const_data_ptr());
   char* to = static_cast<char*>(y.mutable_data_ptr());
@@ -225,7 +239,8 @@ void finish_groups(const Tensor& z, Tensor& y, const PartialStatistics& partial,
       const int64_t b = begin / positions, stop = std::min(end, (b + 1) * positions);
       dispatch<ScaleShift>(Scaling{from + begin * row_bytes, to + begin * row_bytes, z.scalar_type(),
                                    scales.mean.data() + b * channels, scales.scale.data() + b * channels,
-                                   scales.shift.data() + b * channels, channels, stop - begin, e.activation, e.streamed});
+                                   scales.shift.data() + b * channels, channels, stop - begin, e.activation,
+                                   e.streamed});
       begin = stop;
     }
     if (e.streamed) simd::stream_fence();
@@ -233,7 +248,8 @@ void finish_groups(const Tensor& z, Tensor& y, const PartialStatistics& partial,
 }
 
 NormResult normalize_rows(const Tensor& total, at::ScalarType dtype, Epilogue e, bool keep) {
-  const int64_t channels = total.size(-1), batch = total.size(0), positions = batch == 0 ? 0 : total.numel() / batch / channels;
+  const int64_t channels = total.size(-1), batch = total.size(0),
+                positions = batch == 0 ? 0 : total.numel() / batch / channels;
   const bool single = dtype == at::kFloat;
   const auto options = total.options().dtype(dtype);
   NormResult r{total, at::empty({0}, options), at::empty({0}, total.options()), at::empty({0}, total.options())};
@@ -249,12 +265,14 @@ NormResult normalize_rows(const Tensor& total, at::ScalarType dtype, Epilogue e,
       if (e.norm == kLayer) r.mean = at::empty_like(r.rstd);
       e.rstd = r.rstd.mutable_data_ptr<float>(), e.mean = e.norm == kLayer ? r.mean.mutable_data_ptr<float>() : nullptr;
     }
-    at::parallel_for(0, batch * positions, 1 + kGrain / channels,
-                     [&](int64_t begin, int64_t end) { normalize_positions(target, z + begin * channels, begin, end - begin); });
+    at::parallel_for(0, batch * positions, 1 + kGrain / channels, [&](int64_t begin, int64_t end) {
+      normalize_positions(target, z + begin * channels, begin, end - begin);
+    });
     return r;
   }
   const int64_t slot = std::max<int64_t>(1, kGrain / channels), slots = (positions + slot - 1) / slot;
-  PartialStatistics partial{at::empty({batch, slots, e.norm_groups}, total.options()), {}, std::vector<int64_t>(slots, slot)};
+  PartialStatistics partial{
+      at::empty({batch, slots, e.norm_groups}, total.options()), {}, std::vector<int64_t>(slots, slot)};
   partial.squares = at::empty_like(partial.mean);
   if (slots > 0) partial.counts.back() = positions - (slots - 1) * slot;
   e.mean = partial.mean.mutable_data_ptr<float>(), e.rstd = partial.squares.mutable_data_ptr<float>();

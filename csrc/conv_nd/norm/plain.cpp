@@ -15,7 +15,8 @@ using at::Tensor;
 
 namespace {
 
-// Rows as [batch, positions, groups, channels of a group]; channel norms reduce the last axis, a group norm the second too.
+// Rows as [batch, positions, groups, channels of a group]; channel norms reduce the last axis, a group norm the second
+// too.
 struct View {
   std::vector<int64_t> shape;
   std::vector<int64_t> reduced;
@@ -30,8 +31,8 @@ struct View {
 
 }  // namespace
 
-NormResult normalize_plain(const Tensor& total, const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, int64_t norm, int64_t norm_groups,
-                           double eps, int64_t activation, bool keep) {
+NormResult normalize_plain(const Tensor& total, const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta,
+                           int64_t norm, int64_t norm_groups, double eps, int64_t activation, bool keep) {
   const View view(total, norm, norm_groups);
   const Tensor z = view.of(total), mean = norm == kRms ? at::zeros({}, total.options()) : z.mean(view.reduced, true);
   const Tensor rstd = ((z - mean).square().mean(view.reduced, true) + eps).rsqrt();
@@ -44,13 +45,16 @@ NormResult normalize_plain(const Tensor& total, const std::optional<Tensor>& gam
   std::vector<int64_t> shape = total.sizes().slice(0, total.dim() - 1).vec();
   if (norm == kGroup) shape = {total.size(0), norm_groups};
   const bool pre_activation = keep || norm == kGroup;
-  return {u.reshape(total.sizes()), keep ? total : nothing, pre_activation && norm != kRms ? mean.reshape(shape).contiguous() : nothing,
+  return {u.reshape(total.sizes()), keep ? total : nothing,
+          pre_activation && norm != kRms ? mean.reshape(shape).contiguous() : nothing,
           pre_activation ? rstd.reshape(shape).contiguous() : nothing};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward_plain(const Tensor& grad, const Tensor& pre_activation, const std::optional<Tensor>& gamma,
-                                                       const std::optional<Tensor>& beta, const Tensor& mean, const Tensor& rstd, int64_t norm,
-                                                       int64_t norm_groups, int64_t activation) {
+std::tuple<Tensor, Tensor, Tensor> norm_backward_plain(const Tensor& grad, const Tensor& pre_activation,
+                                                       const std::optional<Tensor>& gamma,
+                                                       const std::optional<Tensor>& beta, const Tensor& mean,
+                                                       const Tensor& rstd, int64_t norm, int64_t norm_groups,
+                                                       int64_t activation) {
   const Tensor rows = to_channels_last(pre_activation);
   const View view(rows, norm, norm_groups);
   std::vector<int64_t> stats = view.shape;
@@ -66,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_plain(const Tensor& grad, const
   Tensor inside = e - h * (e * h).mean(view.reduced, true);
   if (norm != kRms) inside = inside - e.mean(view.reduced, true);
   const std::vector<int64_t> positions{0, 1};
-  return {from_channels_last((inside * inverse).reshape(rows.sizes())), (d * h).sum(positions).flatten(), d.sum(positions).flatten()};
+  return {from_channels_last((inside * inverse).reshape(rows.sizes())), (d * h).sum(positions).flatten(),
+          d.sum(positions).flatten()};
 }
 
 }  // namespace astrobiogen::conv_nd

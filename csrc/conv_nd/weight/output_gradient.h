@@ -1,5 +1,5 @@
-// Output gradients as a weight gradient reads them: the rows of dy of a group of tiles, spread over blocks of channels, combined per component of the
-// Winograd axes, and asked for ahead.
+// Output gradients as a weight gradient reads them: the rows of dy of a group of tiles, spread over blocks of channels,
+// combined per component of the Winograd axes, and asked for ahead.
 #pragma once
 
 #include <vector>
@@ -13,7 +13,7 @@ namespace astrobiogen::conv_nd {
 namespace {
 
 constexpr int64_t kSegment = 128;  // positions of the last axis at a time
-constexpr int64_t kMaxGroup = 8;            // tiles whose short rows are one row of positions
+constexpr int64_t kMaxGroup = 8;   // tiles whose short rows are one row of positions
 
 struct Job {
   const Plan* plan;
@@ -30,14 +30,17 @@ struct Share {
   int64_t first_component, last_component, first_block, last_block;
 };
 
-// One row of dy as fp32 [blocks][tile rows][positions][block] (this row's part of it), absent channels zero. All channels of a position together: dy is
-// read in its order, once per tile. Read per block of channels and component, it missed the cache every time (pack 78 ms, products 37 ms on the stem).
+// One row of dy as fp32 [blocks][tile rows][positions][block] (this row's part of it), absent channels zero. All
+// channels of a position together: dy is read in its order, once per tile. Read per block of channels and component, it
+// missed the cache every time (pack 78 ms, products 37 ms on the stem).
 template <typename T>
-ASTRO_INLINE void spread_row(const Plan& plan, const T* from, int64_t count, const Share& share, float* to, int64_t step) {
+ASTRO_INLINE void spread_row(const Plan& plan, const T* from, int64_t count, const Share& share, float* to,
+                             int64_t step) {
   using namespace simd;
   for (int64_t p = 0; p < count; ++p, from += plan.outputs)
     for (int64_t b = share.first_block; b < share.last_block; ++b) {
-      const int64_t inside = b % plan.group_blocks * plan.block, channel = b / plan.group_blocks * plan.group_outputs + inside;
+      const int64_t inside = b % plan.group_blocks * plan.block,
+                    channel = b / plan.group_blocks * plan.group_outputs + inside;
       for (int64_t v = 0; v < plan.block; v += kLanes) {
         const int64_t lanes = std::clamp<int64_t>(plan.group_outputs - inside - v, 0, kLanes);
         f32x16 value = splat(0.0f);
@@ -50,7 +53,8 @@ ASTRO_INLINE void spread_row(const Plan& plan, const T* from, int64_t count, con
 
 struct SpreadRow {
   template <Level L>
-  static ASTRO_INLINE void run(const Job& job, int64_t first, int64_t count, const Share& share, float* to, int64_t step) {
+  static ASTRO_INLINE void run(const Job& job, int64_t first, int64_t count, const Share& share, float* to,
+                               int64_t step) {
     const int64_t offset = first * job.plan->outputs;
     for_dtype(job.dtype, [&]<typename T>() ASTRO_LAMBDA_INLINE {
       spread_row(*job.plan, static_cast<const T*>(job.grad) + offset, count, share, to, step);
@@ -71,8 +75,8 @@ struct Combine {
   }
 };
 
-// The adjoint of the output transform along the last axis, [4][tiles][steps][block], from rows [tiles][count][block]. Of whole tiles only the sums
-// and differences: the outer components take every second position where it lies.
+// The adjoint of the output transform along the last axis, [4][tiles][steps][block], from rows [tiles][count][block].
+// Of whole tiles only the sums and differences: the outer components take every second position where it lies.
 struct OutputTransformAdjoint {
   template <Level L>
   static ASTRO_INLINE void run(const float* from, int64_t tiles, int64_t count, int64_t block, float* to) {
@@ -110,7 +114,8 @@ GradRows grad_rows(const Plan& plan, int64_t component) {
   return result;
 }
 
-// Asks for the rows of dy of some tiles, a few lines at a time beside the products of those before: the stem's 126 MB are then in L2 when they are spread.
+// Asks for the rows of dy of some tiles, a few lines at a time beside the products of those before: the stem's 126 MB
+// are then in L2 when they are spread.
 class Ahead {
  public:
   Ahead(const Job& job, int64_t tile, int64_t steps) {

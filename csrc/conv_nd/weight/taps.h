@@ -12,7 +12,8 @@ struct Sums {
   int64_t first_tap, subset;
 };
 
-// Adds up the chunks in order and writes the subset's taps of block b of output channels into dW [O, C / groups, *kernel].
+// Adds up the chunks in order and writes the subset's taps of block b of output channels into dW [O, C / groups,
+// *kernel].
 void write_taps(const Plan& plan, const KernelRows& kernel, const Sums& sums, int64_t b, float* grad_weight);
 
 }  // namespace astrobiogen::conv_nd

@@ -1,10 +1,12 @@
-// Own CPU weight gradient: dW[k, o] = sum over positions of x[position + k] dy[position, o], the adjoint of the forward kernel's tiles.
+// Own CPU weight gradient: dW[k, o] = sum over positions of x[position + k] dy[position, o], the adjoint of the forward
+// kernel's tiles.
 //
-// The gradient of a transformed weight is (its input lines) x (its share of dy): with F(2,3) 4 products for 2 outputs instead of 6, and the transform's
-// adjoint gives the taps, g0 = m0 + (m1 + m2) / 2, g1 = (m1 - m2) / 2, g2 = (m1 + m2) / 2 + m3 (conv_nd/weight/taps.cpp). Per group of tiles, component
-// and block of channels, dy's rows are combined once to [positions][block], and transformed where the last axis is a Winograd axis; then register blocks
-// of 8 taps x 32 channels (AVX-512; 16 x 16 or, AVX2, 6 x 16) run along the positions.
-// Sums go to one partial per chunk of tiles; the number of chunks depends on the shape only, so any thread count gives the same bits.
+// The gradient of a transformed weight is (its input lines) x (its share of dy): with F(2,3) 4 products for 2 outputs
+// instead of 6, and the transform's adjoint gives the taps, g0 = m0 + (m1 + m2) / 2, g1 = (m1 - m2) / 2, g2 = (m1 + m2)
+// / 2 + m3 (conv_nd/weight/taps.cpp). Per group of tiles, component and block of channels, dy's rows are combined once
+// to [positions][block], and transformed where the last axis is a Winograd axis; then register blocks of 8 taps x 32
+// channels (AVX-512; 16 x 16 or, AVX2, 6 x 16) run along the positions. Sums go to one partial per chunk of tiles; the
+// number of chunks depends on the shape only, so any thread count gives the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -41,13 +43,15 @@ struct LiveTap {
 };
 
 struct Scratch {
-  std::vector<float> lines, row, sums;     // row: `build_line`'s
-  std::vector<float> grad, packed, winograd;  // a group's rows of dy, [blocks][tile rows][kSegment][block]; of one component and block; of its last components
+  std::vector<float> lines, row, sums;        // row: `build_line`'s
+  std::vector<float> grad, packed, winograd;  // a group's rows of dy, [blocks][tile rows][kSegment][block]; of one
+                                              // component and block; of its last components
   std::vector<Piece> pieces;
   std::vector<LiveTap> taps;
 };
 
-// The pieces of one outer tap, `count` positions each, from float `offset` of their lines on; `grad` [positions][block].
+// The pieces of one outer tap, `count` positions each, from float `offset` of their lines on; `grad`
+// [positions][block].
 struct Operands {
   const Piece* pieces;
   int64_t size, offset;
@@ -56,8 +60,8 @@ struct Operands {
   int64_t count;
 };
 
-// The positions of one call are summed for themselves and then added: two short chains of additions instead of one over all positions of a chunk, which
-// was 3 times as inexact as eager's at 4,096 positions.
+// The positions of one call are summed for themselves and then added: two short chains of additions instead of one over
+// all positions of a chunk, which was 3 times as inexact as eager's at 4,096 positions.
 template <typename Vec, int N, int M>
 ASTRO_INLINE void block(const Plan& plan, const Operands& from, int64_t at, float* sums) {
   constexpr int64_t kBlock = N * sizeof(Vec) / sizeof(float);
@@ -97,15 +101,25 @@ struct Products {
   }
 };
 
-// The sums of `size` tiles from `index` on. More than one tile only where a row is one segment: their rows of dy stand one after the other, as if they
-// were one row, so that the sums of a register block are read and written once per group (space layer, rows of 32 positions: one tile at a time 60 to
-// 71 ms, four 51 to 59, eight, whose lines and rows of dy no longer fit into L2 beside the sums, 57 to 64).
+// The sums of `size` tiles from `index` on. More than one tile only where a row is one segment: their rows of dy stand
+// one after the other, as if they were one row, so that the sums of a register block are read and written once per
+// group (space layer, rows of 32 positions: one tile at a time 60 to 71 ms, four 51 to 59, eight, whose lines and rows
+// of dy no longer fit into L2 beside the sums, 57 to 64).
 class Group {
  public:
-  Group(const Job& job, int64_t index, int64_t size, int64_t first_tap, int64_t taps, const Share& share, Scratch& scratch, float* sums)
-      : job_(job), plan_(*job.plan), share_(share), s_(scratch), sums_(sums), size_(size), first_tap_(first_tap), taps_(taps),
+  Group(const Job& job, int64_t index, int64_t size, int64_t first_tap, int64_t taps, const Share& share,
+        Scratch& scratch, float* sums)
+      : job_(job),
+        plan_(*job.plan),
+        share_(share),
+        s_(scratch),
+        sums_(sums),
+        size_(size),
+        first_tap_(first_tap),
+        taps_(taps),
         width_(std::min(plan_.out_width, kSegment)),
-        ahead_(job, index + size, (share.last_component - share.first_component) * (share.last_block - share.first_block)) {
+        ahead_(job, index + size,
+               (share.last_component - share.first_component) * (share.last_block - share.first_block)) {
     for (int64_t r = 0; r < size; ++r) tiles_[r] = tile_at(plan_, index + r), tile_outputs(plan_, tiles_[r], rows_[r]);
   }
 
@@ -115,9 +129,11 @@ class Group {
       spread();
       if (job_.resident) {
         clear(share_.first_component);
-        for (int64_t component = share_.first_component; component < share_.last_component; ++component) build(component);
+        for (int64_t component = share_.first_component; component < share_.last_component; ++component)
+          build(component);
         for (int64_t b = share_.first_block; b < share_.last_block; ++b)
-          for (int64_t component = share_.first_component; component < share_.last_component; ++component) multiply(component, b);
+          for (int64_t component = share_.first_component; component < share_.last_component; ++component)
+            multiply(component, b);
       } else {
         for (int64_t component = share_.first_component; component < share_.last_component; ++component) {
           clear(component);
@@ -138,8 +154,11 @@ class Group {
     for (int64_t r = 0; r < size_; ++r)
       for (int64_t which = 0; which < plan_.tile_rows; ++which) {
         float* to = s_.grad.data() + which * row_step() + r * tile_step;
-        if (rows_[r][which] >= 0) dispatch<SpreadRow>(job_, rows_[r][which] * plan_.out_width + begin_, count_, share_, to, block_step());
-        else for (int64_t b = share_.first_block; b < share_.last_block; ++b) std::fill_n(to + b * block_step(), tile_step, 0.0f);
+        if (rows_[r][which] >= 0)
+          dispatch<SpreadRow>(job_, rows_[r][which] * plan_.out_width + begin_, count_, share_, to, block_step());
+        else
+          for (int64_t b = share_.first_block; b < share_.last_block; ++b)
+            std::fill_n(to + b * block_step(), tile_step, 0.0f);
       }
   }
 
@@ -166,12 +185,15 @@ class Group {
   // The gradients [tiles][count][block] of component and block, or null where no tile has one.
   const float* gradients(int64_t component, int64_t b) {
     const GradRows from = grad_rows(plan_, component);
-    const auto present = [&](const int64_t* tile) { return std::any_of(from.which, from.which + from.count, [&](int64_t which) { return tile[which] >= 0; }); };
+    const auto present = [&](const int64_t* tile) {
+      return std::any_of(from.which, from.which + from.count, [&](int64_t which) { return tile[which] >= 0; });
+    };
     if (std::none_of(rows_, rows_ + size_, present)) return nullptr;
     const float* row[kMaxTile];
     for (int k = 0; k < from.count; ++k) row[k] = s_.grad.data() + b * block_step() + from.which[k] * row_step();
     if (from.count == 1) return row[0];  // a single row has the sign +1
-    dispatch<Combine>(static_cast<const float* const*>(row), from.sign, from.count, size_ * count_ * plan_.block, s_.packed.data());
+    dispatch<Combine>(static_cast<const float* const*>(row), from.sign, from.count, size_ * count_ * plan_.block,
+                      s_.packed.data());
     return s_.packed.data();
   }
 
@@ -190,8 +212,10 @@ class Group {
         const LiveTap& live = s_.taps[at];
         const int64_t offset = b / plan_.group_blocks * plan_.group_channels + k * plan_.line_step(count_);
         Operands operands{s_.pieces.data() + live.first, live.last - live.first, offset, mine, step, steps_};
-        float* to = sums_ + (component * plan_.last_components + k) * component_floats + (b * job_.subset + live.tap) * tap_floats;
-        for (int64_t run = 0; run < plan_.run_count; ++run, operands.offset += plan_.run_step, to += plan_.run_length * plan_.block)
+        float* to = sums_ + (component * plan_.last_components + k) * component_floats +
+                    (b * job_.subset + live.tap) * tap_floats;
+        for (int64_t run = 0; run < plan_.run_count;
+             ++run, operands.offset += plan_.run_step, to += plan_.run_length * plan_.block)
           dispatch<Products>(plan_, operands, to);
       }
     }
@@ -210,19 +234,32 @@ class Group {
 };
 
 // Floats of one outer tap of all components and blocks.
-int64_t tap_floats(const Plan& plan) { return plan.components * plan.last_components * plan.blocks * plan.row_taps * plan.block; }
+int64_t tap_floats(const Plan& plan) {
+  return plan.components * plan.last_components * plan.blocks * plan.row_taps * plan.block;
+}
 
 Job make_job(const Plan& plan, const Tensor& grad, const Tensor& rows) {
   const int64_t tap_bytes = 4 * tap_floats(plan), whole = tap_bytes * plan.taps;
-  Job job{&plan, rows.const_data_ptr(), grad.const_data_ptr(), rows.scalar_type(), 1, 1, 1, 1, false, static_cast<int64_t>(grad.nbytes()) >= simd::kStreamBytes};
+  Job job{&plan,
+          rows.const_data_ptr(),
+          grad.const_data_ptr(),
+          rows.scalar_type(),
+          1,
+          1,
+          1,
+          1,
+          false,
+          static_cast<int64_t>(grad.nbytes()) >= simd::kStreamBytes};
   job.subset = std::clamp<int64_t>(kUnitBytes / tap_bytes, 1, plan.taps);
   const int64_t width = std::min(plan.out_width, kSegment), line_bytes = 4 * plan.line_floats(width);
   job.resident = plan.components * job.subset * line_bytes <= kLineBytes;
   job.subsets = (plan.taps + job.subset - 1) / job.subset;
   const int64_t limit = std::max<int64_t>(kPartialBytes, (rows.numel() + grad.numel()) * rows.element_size() / 20);
-  job.chunks = std::clamp<int64_t>(std::min(kMaxChunks / job.subsets, limit / whole), 1, std::max<int64_t>(1, plan.tiles()));
+  job.chunks =
+      std::clamp<int64_t>(std::min(kMaxChunks / job.subsets, limit / whole), 1, std::max<int64_t>(1, plan.tiles()));
   if (!job.resident && plan.out_width > 0)
-    job.group = std::clamp<int64_t>(std::min(kSegment / plan.steps(plan.out_width), kLineBytes / (job.subset * line_bytes)), 1, kMaxGroup);
+    job.group = std::clamp<int64_t>(
+        std::min(kSegment / plan.steps(plan.out_width), kLineBytes / (job.subset * line_bytes)), 1, kMaxGroup);
   return job;
 }
 
@@ -240,17 +277,20 @@ Scratch make_scratch(const Job& job, int64_t width) {
 
 }  // namespace
 
-Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRef whole_kernel, const Geometry& geometry) {
+Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRef whole_kernel,
+                          const Geometry& geometry) {
   const Crop cropped = crop(geometry, rows.sizes().slice(1, geometry.axes()), whole_kernel);
   const at::IntArrayRef kernel = cropped.count;
   const Plan plan = make_plan(rows, grad.size(-1), kernel, cropped.geometry, Winograd::kAll);
   const Job job = make_job(plan, grad, rows);
   const int64_t width = std::min(plan.out_width, kSegment);
   const int64_t unit_floats = tap_floats(plan) * job.subset, units = job.chunks * job.subsets;
-  // Fewer units than threads (one, where the components of many channels pass the memory for partials): components are shared out, then blocks of output channels.
-  // Each sum is taken in the same order whoever does it, so the bits do not change. Shared blocks have the input's lines added up once per share.
+  // Fewer units than threads (one, where the components of many channels pass the memory for partials): components are
+  // shared out, then blocks of output channels. Each sum is taken in the same order whoever does it, so the bits do not
+  // change. Shared blocks have the input's lines added up once per share.
   const int64_t threads = at::get_num_threads(), wanted = (threads + units - 1) / units;
-  const int64_t component_shares = std::clamp<int64_t>(wanted, 1, plan.components), block_shares = std::clamp<int64_t>(wanted / component_shares, 1, plan.blocks);
+  const int64_t component_shares = std::clamp<int64_t>(wanted, 1, plan.components),
+                block_shares = std::clamp<int64_t>(wanted / component_shares, 1, plan.blocks);
   const int64_t shares = component_shares * block_shares, items = units * shares;
   // A unit that is one thread's is finished where it was summed and needs no memory beyond the threads'.
   const bool own = job.chunks == 1 && shares == 1;
@@ -264,7 +304,8 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
   run_tasks(items, scratch, [&](int64_t item, Scratch& s) {
     const int64_t index = item / shares, subset = index / job.chunks, chunk = index % job.chunks, share = item % shares;
     const int64_t components = share / block_shares, blocks = share % block_shares;
-    const Share mine{plan.components * components / component_shares, plan.components * (components + 1) / component_shares, plan.blocks * blocks / block_shares,
+    const Share mine{plan.components * components / component_shares,
+                     plan.components * (components + 1) / component_shares, plan.blocks * blocks / block_shares,
                      plan.blocks * (blocks + 1) / block_shares};
     if (own) s.sums.assign(unit_floats, 0.0f);
     float* target = own ? s.sums.data() : sums + index * unit_floats;
@@ -272,13 +313,15 @@ Tensor direct_weight_grad(const Tensor& grad, const Tensor& rows, at::IntArrayRe
     const int64_t last = plan.tiles() * (chunk + 1) / job.chunks;
     for (int64_t tile = plan.tiles() * chunk / job.chunks; tile < last; tile += job.group)
       Group(job, tile, std::min(job.group, last - tile), first_tap, taps, mine, s, target).add();
-    for (int64_t b = 0; own && b < plan.blocks; ++b) write_taps(plan, table, {s.sums.data(), 0, 1, subset * job.subset, job.subset}, b, to);
+    for (int64_t b = 0; own && b < plan.blocks; ++b)
+      write_taps(plan, table, {s.sums.data(), 0, 1, subset * job.subset, job.subset}, b, to);
   });
   if (!own)
     at::parallel_for(0, job.subsets * plan.blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t subset = item / plan.blocks;
-        const Sums found{sums + subset * job.chunks * unit_floats, unit_floats, job.chunks, subset * job.subset, job.subset};
+        const Sums found{sums + subset * job.chunks * unit_floats, unit_floats, job.chunks, subset * job.subset,
+                         job.subset};
         write_taps(plan, table, found, item % plan.blocks, to);
       }
     });
