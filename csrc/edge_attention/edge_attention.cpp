@@ -83,6 +83,25 @@ ASTRO_INLINE void forward_nodes(const Forward<T>& a, int64_t first, int64_t last
   }
 }
 
+// Per head g·out, from its terms since out was rounded to T, and 1 / the sum of the weights; both begin at 0.
+template <typename A>
+ASTRO_INLINE void own_and_total(const A* weights, const A* slopes, int64_t count, int64_t heads, A* own, A* total) {
+  for (int64_t e = 0; e < count; ++e)
+    for (int64_t h = 0; h < heads; ++h) {
+      own[h] += weights[e * heads + h] * slopes[e * heads + h];
+      total[h] += weights[e * heads + h];
+    }
+  // The weights sum up to 1 but for the rounding of lse, up to 3e-5 where scores pass 500.
+  for (int64_t h = 0; h < heads; ++h) total[h] = total[h] == A(0) ? A(0) : A(1) / total[h], own[h] *= total[h];
+  // What the slopes leave of a sum that is 0 is the rounding of `own`; neighbours' rows are alike, so it would add up
+  // over nodes.
+  for (int64_t h = 0; h < heads; ++h) {
+    A rest = A(0);
+    for (int64_t e = 0; e < count; ++e) rest += weights[e * heads + h] * (slopes[e * heads + h] - own[h]);
+    own[h] += rest * total[h];
+  }
+}
+
 // dq, dbias, and p and ds for the senders.
 template <typename T, typename W>
 ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_t last, W width) {
@@ -117,20 +136,7 @@ ASTRO_INLINE void backward_receivers(const Backward<T>& a, int64_t first, int64_
     exponentials(weights.data(), count * heads);
     for (int64_t i = 0; i < count * heads; ++i)
       if (cut[i]) weights[i] = A(0), found = true;
-    for (int64_t e = 0; e < count; ++e)  // g·out from its terms: out was rounded to T
-      for (int64_t h = 0; h < heads; ++h) {
-        own[h] += weights[e * heads + h] * slopes[e * heads + h];
-        total[h] += weights[e * heads + h];
-      }
-    // The weights sum up to 1 but for the rounding of lse, up to 3e-5 where scores pass 500.
-    for (int64_t h = 0; h < heads; ++h) total[h] = total[h] == A(0) ? A(0) : A(1) / total[h], own[h] *= total[h];
-    // What the slopes leave of a sum that is 0 is the rounding of `own`; neighbours' rows are alike, so it would add up
-    // over nodes.
-    for (int64_t h = 0; h < heads; ++h) {
-      A rest = A(0);
-      for (int64_t e = 0; e < count; ++e) rest += weights[e * heads + h] * (slopes[e * heads + h] - own[h]);
-      own[h] += rest * total[h];
-    }
+    own_and_total(weights.data(), slopes.data(), count, heads, own.data(), total.data());
     for (int64_t e = 0; e < count; ++e) {
       const T* key = in.k[in.lists.sender[edges[e]]];
       for (int64_t h = 0; h < heads; ++h) {
