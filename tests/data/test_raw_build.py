@@ -132,7 +132,7 @@ EXPECTED = (
     (r"p3_g2_test_seg2.nc: is missing", "climate left out"),
     (r"p4_g1_test_seg1.nc [parameters.startemp]: is None", "climate left out"),
     (r"p4_g2_test_seg1.nc: cannot be read", "climate left out"),
-    (r"p5_g1_test_seg1.nc [parameters.pO2]: is 'little', expected a positive number", "climate left out"),
+    (r"p5_g1_test_seg1.nc [parameters.pO2]: is 'little', expected 0 to 200 bar", "climate left out"),
     (r"p5_g2_test_seg1.nc [lat]: 16 values from", "climate left out"),
     (r"organisms.csv [Nameless.json]: says nothing in species", "organism left out"),
     (r"organisms.csv [row 1 by file name]: says nothing in file_gz", "organism left out"),
@@ -338,5 +338,5 @@ def test_raw_files_are_checked_without_a_build(
     assert len(expected) > 15
     found = [line.removeprefix("PROBLEM ") for line in said.splitlines() if line.endswith(kinds)]
     assert sorted(found) == sorted(expected)
-    assert "7 climates and 9 networks can be used" in said
+    assert "7 climates and 8 networks can be used" in said
     assert main(["check", "--raw", str(raw / "climate")]) == 2
