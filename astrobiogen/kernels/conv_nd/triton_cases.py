@@ -99,7 +99,7 @@ def _case(name: str, launch: Launch, tensors: dict[str, str], targets: tuple[int
         kernel=launch.kernel,
         signature={**tensors, **dict.fromkeys(launch.integers, "i32")},
         constexprs=launch.constants,
-        aligned=tuple(pointers),
+        aligned=(*pointers, *(key for key, value in launch.integers.items() if value % 16 == 0)),
         num_warps=launch.warps,
         num_stages=launch.stages,
         needs_mma=tensors["x"] != "*fp32" or launch.constants["PRECISION"] == "tf32",

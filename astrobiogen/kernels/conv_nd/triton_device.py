@@ -8,9 +8,6 @@ then walks the convolution's *input* positions and reads its outputs.
 import triton
 import triton.language as tl
 
-# Sizes are not compiled in by their alignment, which loads do not need: a channel row's is known from its length.
-SIZES = ["D1", "D2", "D3", "H", "W", "N1", "N2", "N3", "NH", "NW"]
-
 
 @triton.jit
 def source(q, tap, size, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr):

@@ -9,10 +9,10 @@ that its loop does not take.
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels.conv_nd.triton_device import SIZES, end_tap, finish, first_tap, outer_position, product, source
+from astrobiogen.kernels.conv_nd.triton_device import end_tap, finish, first_tap, outer_position, product, source
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit
 def conv_taps(
     x, weight, bias, y, kept, gamma, beta, mean, rstd, eps,
     D1, D2, D3, H, W, N1, N2, N3, NH, NW,
@@ -77,7 +77,7 @@ def conv_taps(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit
 def conv_packed(
     x, weight, bias, y, kept, gamma, beta, mean, rstd, eps,
     D1, D2, D3, H, W, N1, N2, N3, NH, NW,

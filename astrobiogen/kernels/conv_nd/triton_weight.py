@@ -9,10 +9,10 @@ reach are skipped.
 import triton
 import triton.language as tl
 
-from astrobiogen.kernels.conv_nd.triton_device import SIZES, outer_position, product, source
+from astrobiogen.kernels.conv_nd.triton_device import outer_position, product, source
 
 
-@triton.jit(do_not_specialize=["PLANES"], do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize=["PLANES"])
 def weight_taps(
     x, grad, partial,
     PLANES, D1, D2, D3, H, W, N1, N2, N3, NH, NW,
@@ -75,7 +75,7 @@ def weight_taps(
     tl.store(partial + slot + c[:, None] * NG + n[None, :], acc, mask=(c < KG)[:, None] & (n < NG)[None, :])
 
 
-@triton.jit(do_not_specialize=["PLANES"], do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize=["PLANES"])
 def weight_packed(
     x, grad, partial,
     PLANES, D1, D2, D3, H, W, N1, N2, N3, NH, NW,
