@@ -10,7 +10,8 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("specialisation_counts.py")
 # The pack kernel serves keys (turned), values and gradients (not turned), each made finite or not: no matter of sizes.
-ROLES = {"attention: pack_kernel": 4}
+# A layer norm and a group norm are two epilogues of a convolution.
+ROLES = {"attention: pack_kernel": 4, "conv_nd_norm: conv_taps": 4}
 MOST = 2
 
 
