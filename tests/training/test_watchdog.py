@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from astrobiogen import evaluate, train
+from astrobiogen.training import checkpoint
 from astrobiogen.training import run as whole_run
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import CheckpointStore
@@ -272,7 +273,7 @@ def test_what_comes_before_training_and_beside_it_is_watched(
 
 
 def test_a_hung_evaluation_is_named(tmp_path: Path) -> None:
-    hangs = {evaluate.checkpoint: ("read", lambda _path: sleeping_beauty())}
+    hangs = {checkpoint: ("read", lambda _path: sleeping_beauty())}
     (tmp_path / "manifest.json").touch()
     status, errors = child(command(lambda: evaluate.main([str(tmp_path)]), hangs), tmp_path)
     assert status == EXIT_HUNG, errors

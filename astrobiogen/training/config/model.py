@@ -1,6 +1,7 @@
 """What a run changes in the model of its preset: a key for each of the model's, of the same type."""
 
 import dataclasses
+import sys
 import typing
 from typing import Any, TypeVar
 
@@ -12,9 +13,16 @@ _FILLED_IN = ("modality_dims",)
 Config = TypeVar("Config")
 
 
-def _by_modality(name: str, kind: Any) -> type:
+def _made(name: str, fields: list[tuple[str, Any, Any]]) -> type[Any]:
+    """A frozen dataclass that this module has by its name, so that processes can send each other its values."""
+    made = dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__module__": __name__})
+    setattr(sys.modules[__name__], name, made)
+    return made
+
+
+def _by_modality(name: str, kind: Any) -> type[Any]:
     """A dictionary from modalities to values as a dataclass, whose keys are then as known as any."""
-    return dataclasses.make_dataclass(name, [(modality, kind | None, None) for modality in MODALITIES], frozen=True)
+    return _made(name, [(modality, kind | None, None) for modality in MODALITIES])
 
 
 def _changes(owner: type[Any], name: str) -> type[Any]:
@@ -33,7 +41,7 @@ def _changes(owner: type[Any], name: str) -> type[Any]:
         if field.name not in _FILLED_IN:
             default = part() if part else None
             fields.append((field.name, part or (kind | None), dataclasses.field(default=default)))
-    made = dataclasses.make_dataclass(name, fields, frozen=True)
+    made = _made(name, fields)
     made.__doc__ = owner.__doc__
     return made
 
