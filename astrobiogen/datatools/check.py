@@ -286,7 +286,7 @@ def _collect(part: Callable[[], Iterator[str]]) -> list[str]:
 
 def _raw(raw: Path) -> int:
     """Print what a build would leave out of ``raw``; 1 if there is anything."""
-    found = importlib.import_module("astrobiogen.datatools.build.raw_check").inspect(raw)  # needs astrobiogen[data]
+    found = importlib.import_module("astrobiogen.datatools.builders.raw_check").inspect(raw)  # needs astrobiogen[data]
     for problem in found.problems:
         sys.stdout.write(f"PROBLEM {problem}\n")
     count = len(found.problems)
@@ -325,7 +325,7 @@ def main(arguments: list[str]) -> int:
         raise DataError(root, "", "dataset folder is missing")
     problems = check(root)
     if options.raw is not None and not problems:
-        recompute = importlib.import_module("astrobiogen.datatools.build.recompute")  # needs astrobiogen[data]
+        recompute = importlib.import_module("astrobiogen.datatools.builders.recompute")  # needs astrobiogen[data]
         problems = recompute.recomputed(open_pack(root), options.raw, options.pairs, options.seed)
     for problem in problems:
         sys.stdout.write(f"PROBLEM {problem}\n")

@@ -11,7 +11,7 @@ from astrobiogen.system import console
 # Subcommand -> module with ``main(arguments) -> exit status``, and what it does. Only the chosen one is loaded:
 # ``build`` needs packages that loading does not.
 COMMANDS = {
-    "build": ("build.run", "raw files to a packed dataset"),
+    "build": ("builders.run", "raw files to a packed dataset"),
     "check": (
         "check",
         "verify a packed dataset; with --raw, recompute labels from the raw files",

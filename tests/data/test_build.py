@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from astrobiogen import data
 from astrobiogen.data import features
-from astrobiogen.datatools.build import text
+from astrobiogen.datatools.builders import text
 from astrobiogen.datatools.climates import climate, planets
 from astrobiogen.datatools.networks import chemistry, cobra_json, fba, sbml
 
@@ -76,12 +76,12 @@ def test_bad_sbml_is_refused(tmp_path: Path) -> None:
 
 
 def write_climate(path: Path, **changes: object) -> None:
-    lat, lon, lev = np.linspace(85, -85, 4), np.arange(0.0, 360.0, 90.0), np.array([0.25, 0.75])
+    lat, lon, lev = np.linspace(85, -85, 4), np.arange(0.0, 360.0, 90.0), np.array([0.1, 0.3, 0.6, 0.9])
     dims = ("time", "lev", "lat", "lon")
-    ta = changes.get("ta", np.full((12, 2, 4, 4), 280.0))
+    ta = changes.get("ta", np.full((12, 4, 4, 4), 280.0))
     fields = {
         "ta": (dims, ta, {"units": changes.get("units", "K")}),
-        "hus": (dims, np.full((12, 2, 4, 4), 0.01), {"units": "1"}),
+        "hus": (dims, np.full((12, 4, 4, 4), 0.01), {"units": "1"}),
         "rst": (("time", "lat", "lon"), np.full((12, 4, 4), 240.0), {"units": "W m-2"}),
         "rlut": (("time", "lat", "lon"), np.full((12, 4, 4), -239.0), {"units": "W m-2"}),
     }
@@ -95,12 +95,12 @@ def test_climate_reader(tmp_path: Path) -> None:
     found = climate.read_climate(tmp_path / "good.nc", ("ta", "hus"))
     assert found.grid.latitudes[0] > found.grid.latitudes[-1]  # turned to north first
     assert found.toa_imbalance == pytest.approx(1.0)
-    hole = np.full((12, 2, 4, 4), 280.0)
+    hole = np.full((12, 4, 4, 4), 280.0)
     hole[3, 1, 2, 0] = np.nan
     for name, changes, message in (
         ("units.nc", {"units": "furlong"}, r"\[ta\]: units 'furlong'"),
         ("nan.nc", {"ta": hole}, r"\[ta\]: 1 values are NaN"),
-        ("cold.nc", {"ta": np.zeros((12, 2, 4, 4))}, r"\[ta\]: values 0"),
+        ("cold.nc", {"ta": np.zeros((12, 4, 4, 4))}, r"\[ta\]: values 0"),
         ("none.nc", {"drop": "hus"}, r"\[hus\]: variable absent"),
     ):
         write_climate(tmp_path / name, **changes)

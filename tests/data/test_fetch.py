@@ -21,7 +21,7 @@ import pytest
 import xarray as xr
 
 from astrobiogen import data
-from astrobiogen.datatools.build.spectra import read_psg
+from astrobiogen.datatools.builders.spectra import read_psg
 from astrobiogen.datatools.climates.planets import read_catalogue
 from astrobiogen.datatools.fetch import biomodels, climates, download, oec, run
 from astrobiogen.datatools.fetch.download import Web

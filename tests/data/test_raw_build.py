@@ -15,8 +15,8 @@ from astrobiogen import data
 from astrobiogen.data.__main__ import main
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.pack import Pack, open_pack
-from astrobiogen.datatools.build.recompute import recomputed
-from astrobiogen.datatools.build.run import build
+from astrobiogen.datatools.builders.recompute import recomputed
+from astrobiogen.datatools.builders.run import build
 from astrobiogen.datatools.check import check
 from tests.data.raw_files import GRID, climate, network
 

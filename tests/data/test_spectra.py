@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from astrobiogen import data
-from astrobiogen.datatools.build import spectra
-from astrobiogen.datatools.build.spectra import read_psg, read_psg_table
+from astrobiogen.datatools.builders import spectra
+from astrobiogen.datatools.builders.spectra import read_psg, read_psg_table
 
 RECORDED = Path(__file__).parent / "recorded"
 

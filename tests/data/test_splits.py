@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from astrobiogen.data import splits
 from astrobiogen.data.load import SAMPLE_FOLDER
 from astrobiogen.data.pack import Pack, held_out, open_pack, parts_of
-from astrobiogen.datatools.build.run import placed
+from astrobiogen.datatools.builders.run import placed
 from astrobiogen.datatools.check import check
 
 NAMES = st.lists(st.text(st.characters(categories=("L", "N")), min_size=1, max_size=12), max_size=6, unique=True)

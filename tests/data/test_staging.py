@@ -13,8 +13,8 @@ import pytest
 from astrobiogen import data
 from astrobiogen.data import pack
 from astrobiogen.data.__main__ import main
-from astrobiogen.datatools.build import run
-from astrobiogen.datatools.build.work import Work
+from astrobiogen.datatools.builders import run
+from astrobiogen.datatools.builders.work import Work
 from astrobiogen.datatools.climates import store
 from astrobiogen.datatools.fetch import download
 from astrobiogen.system import staging

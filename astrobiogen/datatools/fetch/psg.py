@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from astrobiogen.data.errors import DataError, unreadable
-from astrobiogen.datatools.build.spectra import parse_psg
+from astrobiogen.datatools.builders.spectra import parse_psg
 from astrobiogen.datatools.fetch.download import Web, looks_like_a_page
 from astrobiogen.datatools.fetch.each import Fetched, each
 

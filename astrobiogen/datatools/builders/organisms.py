@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from astrobiogen.data import labels
-from astrobiogen.datatools.build import text
-from astrobiogen.datatools.networks import fba
-from astrobiogen.datatools.networks.network import PackedNetwork, pack_network
-from astrobiogen.datatools.build.work import Work
-from astrobiogen.datatools.workers import map_isolated
 from astrobiogen.data.container import write_arrays
 from astrobiogen.data.errors import DataError, unreadable
-from astrobiogen.datatools.progress import track
 from astrobiogen.data.tables import OrganismRow
+from astrobiogen.datatools.builders import text
+from astrobiogen.datatools.builders.work import Work
+from astrobiogen.datatools.networks import fba
+from astrobiogen.datatools.networks.network import PackedNetwork, pack_network
+from astrobiogen.datatools.progress import track
+from astrobiogen.datatools.workers import map_isolated
 
 TABLE, FOLDER = "metabolic/organisms.csv", "metabolic/sbml"
 _COLUMNS = ("file_gz", "species", "domain", "ogt_c", "corkrey_obs", "corkrey_tmin", "corkrey_tmax")

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astrobiogen.data import cubes, labels, pack
-from astrobiogen.datatools.build import text
-from astrobiogen.datatools.climates import climate, grids, planets
-from astrobiogen.datatools.climates.planets import Body
-from astrobiogen.datatools.build.work import Work
 from astrobiogen.data.container import write_arrays
 from astrobiogen.data.errors import DataError
-from astrobiogen.datatools.progress import track
 from astrobiogen.data.tables import ClimateRow
+from astrobiogen.datatools.builders import text
+from astrobiogen.datatools.builders.work import Work
+from astrobiogen.datatools.climates import climate, grids, planets
+from astrobiogen.datatools.climates.planets import Body
+from astrobiogen.datatools.progress import track
 
 # <planet>_g<epoch>_<setting>_seg1, a netCDF file, a Zarr store or a folder of netCDF files
 _NAME = re.compile(r"(?P<planet>[A-Za-z0-9-]+)_g(?P<epoch>\d)_(?P<setting>.+)_seg1(?P<suffix>\.(?i:nc4?|zarr)|)")

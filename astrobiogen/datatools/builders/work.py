@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from astrobiogen.datatools.climates.grids import Grid
 from astrobiogen.data.errors import DataError
+from astrobiogen.datatools.climates.grids import Grid
 
 
 @dataclass

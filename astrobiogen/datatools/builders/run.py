@@ -21,20 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from astrobiogen.data import cubes, labels, pack, splits
-from astrobiogen.datatools.build import spectra, text
-from astrobiogen.datatools.climates import planets
-from astrobiogen.datatools.build.climates import build_climates
-from astrobiogen.datatools.climates.grids import Grid
-from astrobiogen.datatools.build.organisms import build_networks
-from astrobiogen.datatools.build.work import Work, digest
 from astrobiogen.data.container import write_arrays
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.graphs import LAPLACIAN_DIM, RANDOM_WALK_DIM
 from astrobiogen.data.load import SAMPLE_FOLDER
-from astrobiogen.datatools.progress import say
 from astrobiogen.data.spec import DataSpec
 from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, PartRow, write_rows
 from astrobiogen.data.text import BOS, EOS, MAX_TEXT_TOKENS, PAD, SEP, VOCAB_SIZE
+from astrobiogen.datatools.builders import spectra, text
+from astrobiogen.datatools.builders.climates import build_climates
+from astrobiogen.datatools.builders.organisms import build_networks
+from astrobiogen.datatools.builders.work import Work, digest
+from astrobiogen.datatools.climates import planets
+from astrobiogen.datatools.climates.grids import Grid
+from astrobiogen.datatools.progress import say
 from astrobiogen.system import staging
 
 N_EPOCHS = 3

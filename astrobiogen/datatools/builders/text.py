@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from astrobiogen.datatools.files import unpacked
 from astrobiogen.data.errors import DataError, unreadable
 from astrobiogen.data.text import SPECIAL_TOKENS, label_words_in
+from astrobiogen.datatools.files import unpacked
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _BOILERPLATE = re.compile(

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from astrobiogen.datatools.files import unpacked
 from astrobiogen.data.errors import DataError, unreadable
 from astrobiogen.data.guarded import MOST_UNPACKED, open_regular, read_bounded
+from astrobiogen.datatools.files import unpacked
 
 WAVELENGTH_RANGE, BINS = (0.30, 2.40), 256  # micrometres; inside the range of both Earth spectra
 # name -> (file, columns of wavelength and albedo); "modern_earth" is the quadrature spectrum of Robinson et al. 2011,

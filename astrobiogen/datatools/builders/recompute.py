@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from astrobiogen.data import cubes, labels
+from astrobiogen.data.errors import DataError
+from astrobiogen.data.pack import MANIFEST, Pack, latitude_bounds
+from astrobiogen.data.tables import PairRow
+from astrobiogen.datatools.builders.organisms import FOLDER, TABLE, niche, organism_name, read_table
+from astrobiogen.datatools.builders.work import digest
 from astrobiogen.datatools.climates import climate, grids
 from astrobiogen.datatools.networks import fba
 from astrobiogen.datatools.networks.network import read_network
-from astrobiogen.datatools.build.organisms import FOLDER, TABLE, niche, organism_name, read_table
-from astrobiogen.datatools.build.work import digest
-from astrobiogen.datatools.workers import map_isolated
-from astrobiogen.data.errors import DataError
-from astrobiogen.data.pack import MANIFEST, Pack, latitude_bounds
 from astrobiogen.datatools.progress import track
-from astrobiogen.data.tables import PairRow
+from astrobiogen.datatools.workers import map_isolated
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""`build`: raw climates, networks, spectra and texts to one packed data set."""
