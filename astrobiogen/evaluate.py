@@ -99,16 +99,22 @@ def _run(given: Sequence[str]) -> int:
         return _examined(arguments, output, watchdog)
 
 
-def _examined(arguments: argparse.Namespace, output: Path | None, watchdog: Watchdog) -> int:
-    """Examine what `arguments` name, print it and write it to `output`, a folder of our own."""
-    found = [trained.find(Path(source)) for source in arguments.sources]
-    configs = [_config(one, arguments) for one in found]
+def _check_members(found: Sequence[trained.Trained], configs: Sequence[TrainConfig]) -> None:
+    """UserError unless the members of an ensemble share preset and data."""
     config, path = configs[0], found[0].path
     for other, its in zip(found[1:], configs[1:], strict=True):
         if (its.preset, its.data.path) != (config.preset, config.data.path):
             raise UserError(
                 f"{other.path}: another preset or other data than {path}; members of an ensemble share both"
             )
+
+
+def _examined(arguments: argparse.Namespace, output: Path | None, watchdog: Watchdog) -> int:
+    """Examine what `arguments` name, print it and write it to `output`, a folder of our own."""
+    found = [trained.find(Path(source)) for source in arguments.sources]
+    configs = [_config(one, arguments) for one in found]
+    config, path = configs[0], found[0].path
+    _check_members(found, configs)
     device = runtime.choose_device(config.runtime.device)
     dtype, _ = precision.choose_dtype(config.precision, device)
     runtime.prepare(config.runtime, config.seed)

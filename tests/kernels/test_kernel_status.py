@@ -80,10 +80,11 @@ def test_a_gpu_without_kernels_warns_once_and_computes(pretend: Pretend, monkeyp
 
 
 class FakeOnGpu:
-    """A tensor as far as its device is asked for."""
+    """A tensor as far as the registry asks."""
 
     device = torch.device("cuda", 0)
     layout = torch.strided
+    dtype = torch.float32
 
 
 def test_the_kernels_are_compiled_for_what_the_status_claims() -> None:
