@@ -12,6 +12,9 @@ SCRIPT = Path(__file__).with_name("specialisation_counts.py")
 # The pack kernel serves keys (turned), values and gradients (not turned), each made finite or not: no matter of sizes.
 # A layer norm and a group norm are two epilogues of a convolution.
 ROLES = {"attention: pack_kernel": 4, "conv_nd_norm: conv_taps": 4}
+# Whether 16 divides the lengths and the strides of batches is compiled in: without it the widest heads spill.
+ROLES |= {"attention: forward_kernel": 4, "attention: grad_query_kernel": 4, "attention: grad_key_kernel": 4}
+ROLES |= {"decode: forward_kernel": 3}
 MOST = 2
 
 

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from astrobiogen.kernels.attention.triton_device import (
     LOG2E,
-    SIZES,
     finite,
     key_range,
     load_columns,
@@ -27,7 +26,7 @@ from astrobiogen.kernels.attention.triton_device import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit
 def row_constants_kernel(
     grad, out, lse, rest, grad_lse, log_sums, delta, factors,
     g_batch, g_token, g_head, o_batch, o_token, o_head, heads, queries,
@@ -131,7 +130,7 @@ def query_tiles(
     return dq, dq_tail
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit
 def grad_query_kernel(
     q, k, v, grad, log_sums, delta, cos, sin, starts, ends, grad_q,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
@@ -245,7 +244,7 @@ def key_tiles(
     return dk, dk_tail, dv, dv_tail
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit
 def grad_key_kernel(
     q, k, v, grad, log_sums, delta, cos, sin, starts, ends, grad_k, grad_v,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,

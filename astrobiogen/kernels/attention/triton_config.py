@@ -40,7 +40,7 @@ class Tiles:
 PACK_ROWS = 32
 PACK_WARPS = 4
 CONSTANT_ROWS = 128  # no kernel reads row constants in larger blocks, so padding to it needs no mask
-CONSTANT_WARPS = 4
+CONSTANT_WARPS = 8  # with four, the rows of out, of its rest and of its gradient spilled
 # Up to this many query tokens the heads of a group share a program's rows, and the keys are split over programs.
 FEW_QUERIES = 16
 SPLIT_CHUNK = 256  # fewest keys per program: below, the combination costs more than the chunk

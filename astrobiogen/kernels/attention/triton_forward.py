@@ -121,7 +121,7 @@ def hear(acc, v_base, v_token, begin, end, low, high, column, V_WIDTH: tl.conste
     return acc
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit
 def forward_kernel(
     q, k, v, cos, sin, starts, ends, sinks, out, lse, totals, rest,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
@@ -225,7 +225,7 @@ def forward_kernel(
             tl.store(rest + row, correction, mask=live)
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit
 def combine_kernel(
     partial, tops, totals, sinks, out, lse, rest, heads, queries, splits,
     DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr, REST: tl.constexpr,
