@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one go and within nine minutes: facts, correctness, flagship benchmarks, a training
-# run, tuning, the other benchmarks. See docs/gpu_validation.md.
+# Everything that waits for a GPU, in one go and within nine minutes: facts, correctness, flagship benchmarks, a
+# training run, tuning, the other benchmarks. See docs/gpu_validation.md.
 #
 #   OUT=/path/to/folder benchmarks/run_gpu.sh [op ...]      (default OUT: runs/gpu-<date>; default ops: all)
 #
-# Each step writes as it goes, so that one that is ended keeps what it has; a step that fails is written down and the next
-# one runs. The exit code is the number of failed steps (at most 99).
-# LIMIT seconds in all (default 540), STEP_LIMIT per step (default 150); PYTHON names the interpreter; INSTALL=1 sets up
-# .venv with the CUDA build of PyTorch first, which counts in no limit.
+# Each step writes as it goes, so that one that is ended keeps what it has; a step that fails is written down and the
+# next one runs. The exit code is the number of failed steps (at most 99). LIMIT seconds in all (default 540),
+# STEP_LIMIT per step (default 150); PYTHON names the interpreter; INSTALL=1 sets up .venv with the CUDA build of
+# PyTorch first, which counts in no limit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

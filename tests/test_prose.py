@@ -9,6 +9,7 @@ from tests.test_structure import PACKAGE, ROOT, relative
 MAX_LINE = 120
 MAX_README_WORDS = 600
 MARKDOWN = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(PACKAGE / "kernels").rglob("*.md")])
+RECIPES = [ROOT / "Makefile", ROOT / ".ci" / "run", *(ROOT / "benchmarks").rglob("*.sh")]
 # What cannot be wrapped: tables, code by indentation, HTML, pictures.
 FREE = ("|", "<", "![")
 
@@ -25,6 +26,12 @@ def long_prose(text: str) -> list[int]:
 @pytest.mark.parametrize("path", MARKDOWN, ids=relative)
 def test_prose_is_as_wide_as_code(path: Path) -> None:
     assert not (found := long_prose(path.read_text())), f"{relative(path)}: lines {found} pass {MAX_LINE} columns"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=relative)
+def test_recipes_are_as_wide_as_code(path: Path) -> None:
+    found = [number for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > MAX_LINE]
+    assert not found, f"{relative(path)}: lines {found} pass {MAX_LINE} columns"
 
 
 def test_the_rule_finds_planted_faults() -> None:

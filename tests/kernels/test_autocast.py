@@ -173,7 +173,7 @@ def leaves(drawn: Tensors, types: dict[str, torch.dtype]) -> Tensors:
     return {name: t if name in ("cos", "sin") else t.requires_grad_() for name, t in tensors.items()}
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor, eps: float, label: str) -> None:
+def assert_close_to(got: torch.Tensor, wanted: torch.Tensor, eps: float, label: str) -> None:
     """Both chains round the same operands; then each rounds a handful of intermediate results."""
     assert got.dtype == wanted.dtype, f"{label}: {got.dtype} instead of {wanted.dtype}"
     got, wanted = got.detach().double(), wanted.detach().double()
@@ -202,7 +202,7 @@ def test_on_the_cpu_every_combination_of_types_gives_what_pytorch_gives(name: st
         if any(one != torch.float64 for one in types.values()) and pair.strict:
             eps = max(eps, torch.finfo(dtype).eps)
         for number, (one, other) in enumerate(zip(got, wanted)):
-            close(one, other, eps, f"{label}, result {number}")
+            assert_close_to(one, other, eps, f"{label}, result {number}")
         cotangents = [torch.ones_like(value) for value in wanted]
         torch.autograd.backward(got, cotangents)
         torch.autograd.backward(wanted, cotangents)
@@ -211,7 +211,7 @@ def test_on_the_cpu_every_combination_of_types_gives_what_pytorch_gives(name: st
                 one, other = leaf.grad, theirs[argument].grad
                 assert one is not None
                 assert other is not None
-                close(one, other, 2 * eps, f"{label}, gradient of {argument}")
+                assert_close_to(one, other, 2 * eps, f"{label}, gradient of {argument}")
         compared += 1
     assert compared >= 4
 
@@ -267,7 +267,7 @@ def test_the_references_follow_the_same_rule(name: str, dtype: torch.dtype) -> N
                 plain = PAIRS[name].ours(*tensors)
         eps = 4 * max(torch.finfo(one).eps for one in (dtype if given != torch.float64 else given, given))
         for one, other in zip(*(out if isinstance(out, tuple) else (out,) for out in (ours, plain))):
-            close(one, other, eps, f"{name} {given}")
+            assert_close_to(one, other, eps, f"{name} {given}")
 
 
 @pytest.mark.parametrize("mode", ["auto", "reference"])

@@ -10,7 +10,8 @@ from astrobiogen.kernels.conv_nd import triton_kernels as conv_nd
 from astrobiogen.kernels.rms_norm import reference as rms_norm_reference
 from astrobiogen.kernels.rms_norm import triton_kernels as rms_norm
 
-MATRICES, CONVOLUTIONS = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+MATRICES = torch.backends.cuda.matmul
+CONVOLUTIONS = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.fixture(autouse=True)

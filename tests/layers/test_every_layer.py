@@ -114,7 +114,7 @@ def test_every_layer_has_a_row() -> None:
     assert {name.split("/")[0] for name in ROWS} | set(NO_ROW) == set(layers.__all__)
 
 
-def equal(layer: nn.Module, other: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+def assert_equal(layer: nn.Module, other: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     torch.testing.assert_close(layer(*inputs), other(*inputs), rtol=0, atol=0)
 
 
@@ -147,7 +147,7 @@ def test_made_on_meta_and_initialised_later(row: Row) -> None:
     for module in late.modules():
         if not list(module.children()) and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
-    equal(late, made, row.inputs())
+    assert_equal(late, made, row.inputs())
     for module in late.modules():
         module.reset_parameters()  # type: ignore[operator]  # every one of ours has it
     assert all(torch.isfinite(value).all() for value in (*late.parameters(), *late.buffers()))
@@ -191,15 +191,15 @@ def test_writing_into_the_state_dict_writes_the_layer(row: Row) -> None:
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(source[name])
-    equal(layer, other, inputs)
+    assert_equal(layer, other, inputs)
     assert_padding_is_zero(layer)
 
 
 @every_layer
 def test_copies(row: Row) -> None:
     layer, inputs = scrambled(row.make()), row.inputs()
-    equal(copy.deepcopy(layer), layer, inputs)
-    equal(pickle.loads(pickle.dumps(layer)), layer, inputs)
+    assert_equal(copy.deepcopy(layer), layer, inputs)
+    assert_equal(pickle.loads(pickle.dumps(layer)), layer, inputs)
     stream = io.BytesIO()
     torch.save(layer.state_dict(), stream)
     stream.seek(0)
@@ -207,11 +207,11 @@ def test_copies(row: Row) -> None:
     for assign in (False, True):
         other = row.make()
         other.load_state_dict(state, assign=assign)
-        equal(other, layer, inputs)
+        assert_equal(other, layer, inputs)
     late = row.make(device="meta")
     late.load_state_dict(state, assign=True)
     if not list(late.buffers()):
-        equal(late, layer, inputs)
+        assert_equal(late, layer, inputs)
 
 
 @every_layer
@@ -221,10 +221,10 @@ def test_another_dtype(row: Row, dtype: torch.dtype) -> None:
     layer, inputs = row.make(), tuple(t.to(dtype) if t.is_floating_point() else t for t in row.inputs())
     moved, made = copy.deepcopy(layer).to(dtype), row.make(dtype=dtype)
     made.load_state_dict(layer.state_dict())
-    equal(moved, made, inputs)
+    assert_equal(moved, made, inputs)
     back = moved.to(torch.float32)
     back.load_state_dict(layer.state_dict())
-    equal(back, layer, row.inputs())
+    assert_equal(back, layer, row.inputs())
 
 
 def description(values: Any) -> list[Any]:
