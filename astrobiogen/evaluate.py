@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 import astrobiogen
-from astrobiogen.system import console
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import chosen
 from astrobiogen.training.config import HangConfig, TrainConfig, claim
@@ -186,11 +185,7 @@ def _run_facts(model: Any, taken: chosen.Chosen) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input."""
-    given = sys.argv[1:] if arguments is None else arguments
-    with console.best_effort():
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-        logging.getLogger("astrobiogen").setLevel(logging.INFO)
-        return failure.guarded(lambda: _run(given), lambda: None)
+    return failure.command(_run, arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -129,77 +130,51 @@ class ConvNd(nn.Module):
         )
 
 
-class Conv4d(ConvNd):
+class _FixedAxes(ConvNd):
+    axes: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
+        activation: Activation = None,
+        *,
+        memory_format: MemoryFormat = "preserve",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            self.axes,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            activation,
+            memory_format=memory_format,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class Conv4d(_FixedAxes):
     """`ConvNd` with four spatial axes: the arguments of `torch.nn.Conv3d`, and `ConvNd`'s activation and layout."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: Padding = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
-        activation: Activation = None,
-        *,
-        memory_format: MemoryFormat = "preserve",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            4,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            activation,
-            memory_format=memory_format,
-            device=device,
-            dtype=dtype,
-        )
+    axes = 4
 
 
-class Conv5d(ConvNd):
+class Conv5d(_FixedAxes):
     """`ConvNd` with five spatial axes: the arguments of `torch.nn.Conv3d`, and `ConvNd`'s activation and layout."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: Padding = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode | Sequence[PaddingMode] = "zeros",
-        activation: Activation = None,
-        *,
-        memory_format: MemoryFormat = "preserve",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            5,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            activation,
-            memory_format=memory_format,
-            device=device,
-            dtype=dtype,
-        )
+    axes = 5

@@ -223,19 +223,17 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   });
 }
 
+Inputs inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin,
+              const Optional& cu_seqlens, const Optional& sinks, const Options& options) {
+  return {unit_stride(q), unit_stride(k), unit_stride(v), cos, sin, cu_seqlens, sinks, options};
+}
+
 ForwardResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin,
                         const Optional& cu_seqlens, const Optional& sinks, bool causal, double scale, int64_t window,
                         double softcap, bool interleaved, bool keep) {
   constexpr check::Op op("astrobiogen::attention");
   check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
-  const Inputs in{unit_stride(q),
-                  unit_stride(k),
-                  unit_stride(v),
-                  cos,
-                  sin,
-                  cu_seqlens,
-                  sinks,
-                  {causal, scale, window, softcap, interleaved}};
+  const Inputs in = inputs(q, k, v, cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved});
   const bool wide = q.scalar_type() == at::kDouble;
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide ? at::kDouble : at::kFloat));
@@ -256,14 +254,7 @@ BackwardResult attention_backward(const Optional& grad_out, const Optional& grad
   constexpr check::Op op("astrobiogen::attention_backward");
   check_arguments(op, q, k, v, cos, sin, cu_seqlens, sinks, scale, window, softcap);
   check_results(op, grad_out, grad_lse, q, out, lse, rest);
-  const Inputs in{unit_stride(q),
-                  unit_stride(k),
-                  unit_stride(v),
-                  cos,
-                  sin,
-                  cu_seqlens,
-                  sinks,
-                  {causal, scale, window, softcap, interleaved}};
+  const Inputs in = inputs(q, k, v, cos, sin, cu_seqlens, sinks, {causal, scale, window, softcap, interleaved});
   const Tensor grad = grad_out ? unit_stride(*grad_out) : at::zeros(out.sizes(), out.options());
   const Optional grad_of_lse = grad_lse ? std::optional(grad_lse->contiguous()) : std::nullopt;
   return backward(in, grad, grad_of_lse, unit_stride(out), lse.contiguous(), rest.contiguous());

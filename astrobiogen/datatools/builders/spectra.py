@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from astrobiogen.data.errors import DataError, unreadable
-from astrobiogen.data.guarded import MOST_UNPACKED, open_regular, read_bounded
 from astrobiogen.datatools.files import unpacked
 
 WAVELENGTH_RANGE, BINS = (0.30, 2.40), 256  # micrometres; inside the range of both Earth spectra
@@ -88,12 +87,7 @@ def read_psg(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     Raises:
         DataError: Unreadable, an error message instead of a spectrum, another unit, or non-finite values.
     """
-    try:
-        with open_regular(path) as file:
-            body = read_bounded(file, MOST_UNPACKED)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    return parse_psg(path, body)
+    return parse_psg(path, unpacked(path))
 
 
 def parse_psg(path: Path | str, body: bytes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
