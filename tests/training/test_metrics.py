@@ -122,3 +122,4 @@ def test_baselines_learn_and_compare() -> None:
     wrong = metrics.Predictions(1 - item.probability, *list(vars(item).values())[1:])
     reversed_verdict = comparison.against_majority(comparison.compare(wrong, made, 100, 0))
     assert not any(item["better"] for item in reversed_verdict.values())
+    assert all(item["worse"] for item in reversed_verdict.values())

@@ -95,6 +95,8 @@ def test_a_run_leaves_everything_behind(run: Path) -> None:
     gain = result["baselines"]["planet + organism effects"]["model_minus_baseline_by_cell"]["new_planet"]
     assert gain["auroc"]["low"] <= gain["auroc"]["value"] <= gain["auroc"]["high"]
     assert set(result["against_additive_new_planet"]) == {"accuracy", "auroc", "loss"}
+    losses = {name: one["cells"]["all"]["loss"]["value"] for name, one in result["baselines"].items()}
+    assert losses[result["against_best_baseline"]["baseline"]] == min(losses.values())
     assert result["seed"] == 0
     assert result["run"]["epochs"] == 2
     for name in ("accuracy", "auroc", "loss"):

@@ -113,6 +113,7 @@ def _against_baselines(
         "baselines": compared,
         "against_majority_class": comparison.against_majority(compared),
         "against_additive_new_planet": comparison.against_additive(compared),
+        "against_best_baseline": comparison.against_best(compared),
     }
     return result, {name: dataclasses.replace(ours, probability=p) for name, p in probabilities.items()}
 

@@ -41,11 +41,16 @@ def write_predictions(path: Path, samples: data.HabitatDataset, found: passes.Ev
     run_folder.write_text(path, text.getvalue())
 
 
+def _readings(differences: Mapping[str, Any]) -> str:
+    words = {"accuracy": "accuracy", "auroc": "AUROC", "loss": "cross-entropy"}
+    return ", ".join(f"{words[name]} {_signed(item)}" for name, item in differences.items())
+
+
 def _signed(item: dict[str, Any]) -> str:
     """A paired difference with its interval and verdict."""
     if None in (item["value"], item["low"], item["high"]):
         return "undefined"
-    verdict = "better" if item["better"] else "no difference shown"
+    verdict = "better" if item["better"] else "worse" if item["worse"] else "no difference shown"
     return f"{item['value']:+.3f} [{item['low']:+.3f}, {item['high']:+.3f}] ({verdict})"
 
 
@@ -65,13 +70,12 @@ def show(result: dict[str, Any], folder: Path | None) -> None:
         readings = ", ".join(f"{name}: {report.verdict(item)}" for name, item in result["ablation"].items())
         console.print(f"Masking a modality at evaluation, by cross-entropy: {readings}")
     if "against_majority_class" in result:
-        words = {"accuracy": "accuracy", "auroc": "AUROC", "loss": "cross-entropy"}
-        readings = ", ".join(f"{words[n]} {_signed(item)}" for n, item in result["against_majority_class"].items())
-        console.print(f"Model minus majority class, paired: {readings}")
-    if result.get("against_additive_new_planet"):
-        items = result["against_additive_new_planet"].items()
-        readings = ", ".join(f"{name} {_signed(item)}" for name, item in items)
-        console.print(f"Model minus planet + organism effects on new planets, paired: {readings}")
+        console.print(f"Model minus majority class, paired: {_readings(result['against_majority_class'])}")
+    if best := result.get("against_best_baseline"):
+        readings = _readings(best["difference"])
+        console.print(f"Model minus the best baseline on these data, {best['baseline']}, paired: {readings}")
+    if found := result.get("against_additive_new_planet"):
+        console.print(f"Model minus planet + organism effects on new planets, paired: {_readings(found)}")
     if reason := result["run"]["weights"].get("reason"):
         taken = result["run"]["weights"]
         console.print(f"Not the best model ({reason}): figures of {taken['checkpoint']}, epoch {taken['epoch']}")
