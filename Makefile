@@ -85,7 +85,7 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo "building the C++ kernels and installing astrobiogen (one to three minutes)"
 	$(PIP) install -q -c constraints.txt setuptools ninja
-	MAX_JOBS=$${MAX_JOBS:-2} $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train]'
+	MAX_JOBS=$${MAX_JOBS:-2} $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[data]'
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed

@@ -2,18 +2,23 @@
 that have no label."""
 
 import argparse
-import logging
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from astrobiogen import predict
 from astrobiogen.data.errors import DataError
-from astrobiogen.predict.model import load_model, read_pairs
-from astrobiogen.predict.plot import write_png
-from astrobiogen.predict.rows import Predictions
-from astrobiogen.system import console
+from astrobiogen.system.extras import Later
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.observe import failure
+
+if typing.TYPE_CHECKING:
+    from astrobiogen.predict.rows import Predictions
+
+# Loaded when the command line is understood and the packages that they need are there.
+trained = Later("astrobiogen.predict.model")
+plot = Later("astrobiogen.predict.plot")
 
 OUTPUT = "predictions.csv"
 _DESCRIPTION = """Predict with a trained model: how likely each climate is a habitat for the organism of each metabolic
@@ -49,8 +54,9 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
 
 def _run(given: Sequence[str]) -> int:
     options = _arguments(given)
-    pairs = read_pairs(options.pairs) if options.pairs else None
-    model = load_model(options.runs, options.device)
+    predict.require_packages()
+    pairs = trained.read_pairs(options.pairs) if options.pairs else None
+    model = trained.load_model(options.runs, options.device)
     try:
         found = model.predict(
             options.climates, options.networks, pairs, workers=options.workers, catalogue=options.catalogue
@@ -59,13 +65,13 @@ def _run(given: Sequence[str]) -> int:
         raise UserError(str(error)) from error
     picture = options.output.with_suffix(".png")
     found.write_csv(options.output)
-    write_png(found, picture)
+    plot.write_png(found, picture)
     _say(found, options.output, picture)
     answered = sum(count for flag, count in found.counts().items() if flag != "refused")
     return 2 if not answered else 1 if found.refused else 0
 
 
-def _say(found: Predictions, table: Path, picture: Path) -> None:
+def _say(found: "Predictions", table: Path, picture: Path) -> None:
     counts = ", ".join(f"{count} {flag}" for flag, count in found.counts().items())
     lines = [
         f"{table}: {len(found.rows)} pairs ({counts}); low and high: {found.interval}",
@@ -77,11 +83,7 @@ def _say(found: Predictions, table: Path, picture: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    with console.best_effort():
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-        logging.getLogger("astrobiogen").setLevel(logging.INFO)
-        return failure.guarded(lambda: _run(given), lambda: None)
+    return failure.command(_run, arguments)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class MissingExtraError(ModuleNotFoundError):
+    """A package of an extra is not installed; the message says how to install it."""
+
+
 def require(part: str, extra: str, packages: Iterable[str]) -> None:
     """Check that `packages` can be imported, without importing them.
 
@@ -17,12 +21,12 @@ def require(part: str, extra: str, packages: Iterable[str]) -> None:
         packages: names to import.
 
     Raises:
-        ModuleNotFoundError: the first that is missing is its `name`; the message lists all of them.
+        MissingExtraError: the first that is missing is its `name`; the message lists all of them.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         needs = f"{part} needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}"
-        raise ModuleNotFoundError(f"{needs}: pip install 'astrobiogen[{extra}]'", name=missing[0])
+        raise MissingExtraError(f"{needs}: pip install 'astrobiogen[{extra}]'", name=missing[0])
 
 
 class Later:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import xarray as xr
 
 import astrobiogen
-from astrobiogen import data
+from astrobiogen import data, predict
 from astrobiogen.data import cubes
 from astrobiogen.data.pack import open_pack
 from astrobiogen.predict import Prediction, Predictions, TrainedModel, reading
@@ -187,3 +188,15 @@ def test_members_of_an_ensemble_share_their_data(runs: list[Path], tmp_path: Pat
         astrobiogen.load_model([runs[0], tmp_path / "none"], device="cpu")
     with pytest.raises(UserError, match="got no folder"):
         astrobiogen.load_model([])
+
+
+def test_a_missing_package_is_one_line_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xarray" else find(name))
+    assert main(["run", "--climates", "a.nc", "--networks", "b.xml"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == "error: astrobiogen.predict needs the package xarray: pip install 'astrobiogen[data]'"
+    with pytest.raises(ModuleNotFoundError, match=r"astrobiogen\[data\]"):
+        _ = predict.load_model

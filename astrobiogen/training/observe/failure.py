@@ -3,15 +3,18 @@
 import contextlib
 import datetime
 import errno
+import logging
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from astrobiogen.system import console
+from astrobiogen.system.extras import MissingExtraError
 from astrobiogen.training.config.run_folder import CRASH, LOG
 from astrobiogen.training.errors import UserError
 
@@ -28,6 +31,8 @@ def guarded(command: Callable[[], int], folder: Callable[[], Path | None]) -> in
         return command()
     except UserError as error:
         message, code = str(error), error.exit_code
+    except MissingExtraError as error:
+        message, code = str(error), 2
     except KeyboardInterrupt:
         message, code = "interrupted before there was anything to save", 130
     except Exception as error:  # the outermost frame: whatever it is, the user gets one line and a file
@@ -43,6 +48,17 @@ def guarded(command: Callable[[], int], folder: Callable[[], Path | None]) -> in
     note(folder(), f"error: {message}")
     sys.stderr.write(f"error: {message}\n")
     return code
+
+
+def command(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
+    """A command without a folder that outlives it: `run` on `arguments` (those of the process if None), with the
+    library's log on stderr. Returns the exit status: 0 done, 1 failed, 2 wrong input, or what `run` gives.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    with console.best_effort():
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        logging.getLogger("astrobiogen").setLevel(logging.INFO)
+        return guarded(lambda: run(given), lambda: None)
 
 
 def _memory_advice(error: BaseException) -> str:
