@@ -11,6 +11,7 @@ away is nearer to no training item than the loneliest of them is to its neighbou
 import dataclasses
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from astrobiogen import data
@@ -106,9 +107,8 @@ def climate(entry: PlanetEntry) -> Floats:
     """Means of the target epoch over time, longitude and four latitude bands [V · lev · 4], in training deviations."""
     cube = entry.epochs[-1]
     assert cube is not None, "the target epoch is always there"
-    v, _, lev, lat, _ = cube.shape
     zonal = cube.double().mean(dim=(1, 4))
-    return zonal.reshape(v, lev, _BANDS, lat // _BANDS).mean(-1).flatten().numpy()
+    return torch.nn.functional.adaptive_avg_pool1d(zonal, _BANDS).flatten().numpy()
 
 
 def network(entry: OrganismEntry) -> Floats:
