@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="OP.NAME=VALUE",
         help="give a named constant of an op another value, for tuning; repeatable: rms_norm.MOST_STEPS=64, or a tile, "
-        "conv_nd.triton_launch.SMALL_SHARED.taps=128,128,64,8,3, attention.triton_config.TILES.86.80.forward=64,64,4,3",
+        "conv_nd.triton.launch.SMALL_SHARED.taps=128,128,64,8,3, attention.triton_config.TILES.86.80.forward=64,64,4,3",
     )
     group.addoption(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (default: a GPU if present)"
@@ -84,10 +85,7 @@ def set_constant(setting: str) -> None:
     exist, so that no sweep times the same thing twice.
     """
     target, _, text = setting.partition("=")
-    op, *path = target.split(".")
-    folder = f"astrobiogen.kernels.{op}"
-    chosen = path.pop(0) if len(path) > 1 and importlib.util.find_spec(f"{folder}.{path[0]}") else "triton_kernels"
-    module = importlib.import_module(f"{folder}.{chosen}")
+    module, path = home_of(target)
     name, *steps = path or [""]
     try:
         values = [int(part) for part in text.split(",")]
@@ -95,6 +93,22 @@ def set_constant(setting: str) -> None:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise pytest.UsageError(f"--set {setting}: {module.__name__} has no such constant ({error!r})") from error
     setattr(module, name, changed)
+
+
+def home_of(target: str) -> tuple[ModuleType, list[str]]:
+    """The module that OP.MODULE... names (`triton_kernels` if it names none), and what follows it."""
+    op, *path = target.split(".")
+    package = importlib.import_module(f"astrobiogen.kernels.{op}")
+    module = package
+    while len(path) > 1 and hasattr(module, "__path__"):
+        inner = f"{module.__name__}.{path[0]}"
+        if importlib.util.find_spec(inner) is None:
+            break
+        module = importlib.import_module(inner)
+        path.pop(0)
+    if module is package:
+        module = importlib.import_module(f"{package.__name__}.triton_kernels")
+    return module, path
 
 
 def replaced(value: Any, steps: Sequence[str], new: Sequence[int]) -> Any:

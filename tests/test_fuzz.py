@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from astrobiogen import ops
-from astrobiogen.testing import _fuzz_report
+from astrobiogen.testing.fuzzing import report
 
 CALLS = 540  # 20 of each operator
 RAW = torch.ops.astrobiogen
@@ -22,7 +22,7 @@ import ctypes, os, signal
 import torch
 
 from astrobiogen.testing import fuzz
-from astrobiogen.testing._fuzz_memory import Arena
+from astrobiogen.testing.fuzzing.memory import Arena
 
 arena = Arena(slots=2)
 
@@ -139,11 +139,11 @@ def test_errors_name_the_op_the_argument_and_both_shapes() -> None:
 
 def test_the_figures_go_into_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{_fuzz_report.BEGIN}\n{_fuzz_report.END}\nafter\n")
+    page.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
     counts = {"swiglu": Counter(refused=3, accepted=2), "rope": Counter(signal=1, elsewhere=1)}
-    _fuzz_report.update(page, "astrobiogen", False, 0, counts)
-    _fuzz_report.update(page, "aten", False, 0, counts)
-    _fuzz_report.update(page, "astrobiogen", False, 7, counts)
+    report.update(page, "astrobiogen", False, 0, counts)
+    report.update(page, "aten", False, 0, counts)
+    report.update(page, "astrobiogen", False, 7, counts)
     text = page.read_text()
     assert "| 2 astrobiogen operators | guard pages | 6 | 3 | 2 | 0 | 1 | 0 | 0 |" in text
     assert text.count("astrobiogen operators") == text.count("aten operators") == 1
@@ -152,4 +152,4 @@ def test_the_figures_go_into_the_page(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     page.write_text("no table")
     with pytest.raises(ValueError, match="must have the lines"):
-        _fuzz_report.update(page, "aten", False, 0, counts)
+        report.update(page, "aten", False, 0, counts)

@@ -91,8 +91,7 @@ def test_the_sweeps_name_constants_that_exist(monkeypatch: pytest.MonkeyPatch) -
         for line in path.read_text().splitlines():
             if not line.startswith("#"):
                 name, *values = line.split()
-                module, constant, *_ = name.split(".")
-                home = __import__(f"astrobiogen.kernels.{path.parent.name}.{module}", fromlist=[module])
+                home, (constant, *_) = conftest.home_of(f"{path.parent.name}.{name}")
                 monkeypatch.setattr(home, constant, getattr(home, constant))
                 for value in values:
                     conftest.set_constant(f"{path.parent.name}.{name}={value}")

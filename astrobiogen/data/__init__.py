@@ -14,18 +14,18 @@ from astrobiogen.system import extras
 extras.require(__name__, "train", ("tokenizers", "torch_geometric"))
 
 from astrobiogen.data import synthetic
-from astrobiogen.data.axes import from_canonical, to_canonical
 from astrobiogen.data.baseline_features import baseline_features
-from astrobiogen.data.batch import HabitatBatch, validate
-from astrobiogen.data.collate import MODALITIES, collate
+from astrobiogen.data.batches.batch import HabitatBatch, validate
+from astrobiogen.data.batches.collate import MODALITIES, collate
+from astrobiogen.data.batches.sampler import EpochSampler
+from astrobiogen.data.climates.axes import from_canonical, to_canonical
 from astrobiogen.data.controls import without_near_surface
 from astrobiogen.data.corpus import load_corpus
 from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, Sample
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.identity import content_digest
 from astrobiogen.data.load import SAMPLE_FOLDER, load, load_bundled
-from astrobiogen.data.sampler import EpochSampler
 from astrobiogen.data.spec import DataSpec
+from astrobiogen.data.storage.identity import content_digest
 
 __all__ = [
     "MODALITIES",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astrobiogen.data.errors import DataError, unreadable
-from astrobiogen.data.guarded import MOST_UNPACKED, unxz
 from astrobiogen.data.load import SAMPLE_FOLDER
-from astrobiogen.data.pack import read_manifest, verified_bytes
+from astrobiogen.data.storage.guarded import MOST_UNPACKED, unxz
+from astrobiogen.data.storage.pack import read_manifest, verified_bytes
 
 CORPUS = "corpus.jsonl.xz"
 

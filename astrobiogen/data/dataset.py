@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.spec import DataSpec
+from astrobiogen.data.storage.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.text import PairTokens
 
 if TYPE_CHECKING:

@@ -16,14 +16,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from astrobiogen.data import splits
-from astrobiogen.data.cubes import check_header, read_codes, standardised
+from astrobiogen.data.climates.cubes import check_header, read_codes, standardised
 from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, OrganismEntry, PairEntry, PlanetEntry, Store
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.graphs import unpack_graph
-from astrobiogen.data.lazy import MIB, CubeCache, LazyEpochs
-from astrobiogen.data.pack import Pack, open_pack, verified_bytes
+from astrobiogen.data.networks.graphs import unpack_graph
 from astrobiogen.data.spec import DataSpec
-from astrobiogen.data.tables import ClimateRow, OrganismRow
+from astrobiogen.data.storage.lazy import MIB, CubeCache, LazyEpochs
+from astrobiogen.data.storage.pack import Pack, open_pack, verified_bytes
+from astrobiogen.data.storage.tables import ClimateRow, OrganismRow
 from astrobiogen.data.text import TextEncoder, load_tokenizer, tokenizer_of
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample"

@@ -11,11 +11,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from astrobiogen.data import features, geometric, splits
+from astrobiogen.data import splits
 from astrobiogen.data.dataset import DatasetBundle, HabitatDataset, OrganismEntry, PairEntry, PlanetEntry, Store
 from astrobiogen.data.labels import CLASS_THRESHOLD
-from astrobiogen.data.lazy import CubeCache, LazyEpochs
+from astrobiogen.data.networks import features, geometric
 from astrobiogen.data.spec import DataSpec
+from astrobiogen.data.storage.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.text import SPECIAL_TOKENS, TextEncoder
 
 if TYPE_CHECKING:

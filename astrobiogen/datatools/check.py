@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from astrobiogen.data import cubes, labels, splits
-from astrobiogen.data.container import Contents
+from astrobiogen.data import labels, splits
+from astrobiogen.data.climates import cubes
 from astrobiogen.data.corpus import CORPUS, load_corpus
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.graphs import unpack_graph
 from astrobiogen.data.load import SAMPLE_FOLDER
-from astrobiogen.data.pack import (
+from astrobiogen.data.networks.graphs import unpack_graph
+from astrobiogen.data.storage.container import Contents
+from astrobiogen.data.storage.pack import (
     BY_NAME,
     IN_SAMPLE,
     IN_TABLE,
@@ -42,7 +43,7 @@ from astrobiogen.data.pack import (
     spectrum_statistics,
     verified_bytes,
 )
-from astrobiogen.data.tables import ClimateRow
+from astrobiogen.data.storage.tables import ClimateRow
 from astrobiogen.data.text import label_words_in
 from astrobiogen.datatools.progress import track
 

@@ -16,9 +16,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from astrobiogen.data import cubes, labels, splits
+from astrobiogen.data import labels, splits
+from astrobiogen.data.climates import cubes
 from astrobiogen.data.load import SAMPLE_FOLDER, load
-from astrobiogen.data.pack import BY_NAME, IN_SAMPLE, IN_TABLE, Pack, open_pack
+from astrobiogen.data.storage.pack import BY_NAME, IN_SAMPLE, IN_TABLE, Pack, open_pack
 from astrobiogen.datatools.progress import track
 
 _DPI = 100

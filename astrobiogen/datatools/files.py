@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 from astrobiogen.data.errors import unreadable
-from astrobiogen.data.guarded import GZIP, MOST_UNPACKED, gunzip, open_regular, read_bounded
+from astrobiogen.data.storage.guarded import GZIP, MOST_UNPACKED, gunzip, open_regular, read_bounded
 
 
 def unpacked(path: Path) -> bytes:

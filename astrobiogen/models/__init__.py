@@ -1,15 +1,15 @@
 """Language model, graph autoencoder, datacube network, two small encoders, their fusion, and the whole system."""
 
 from astrobiogen.models import presets
-from astrobiogen.models._common import CountsUpdates
-from astrobiogen.models.datacube_cnn import RebuiltDatacubeCNN, cube_from_legacy
-from astrobiogen.models.datacube_config import DatacubeConfig
-from astrobiogen.models.graph_vae import GraphVAEConfig, RebuiltGraphVAE
+from astrobiogen.models.common import CountsUpdates
+from astrobiogen.models.datacube.cnn import RebuiltDatacubeCNN, cube_from_legacy
+from astrobiogen.models.datacube.config import DatacubeConfig
+from astrobiogen.models.datacube.physics import AtmosphereBudgets
+from astrobiogen.models.graph.vae import GraphVAEConfig, RebuiltGraphVAE
 from astrobiogen.models.llm_config import LLMConfig
 from astrobiogen.models.llm_integration import RebuiltLLMIntegration
 from astrobiogen.models.multimodal_integration import FusionConfig, RebuiltMultimodalIntegration
 from astrobiogen.models.multimodal_loss import compute_multimodal_loss
-from astrobiogen.models.physics import AtmosphereBudgets
 from astrobiogen.models.planet_encoder import PlanetParameterConfig, PlanetParameterEncoder
 from astrobiogen.models.spectrum_encoder import SpectrumConfig, SpectrumEncoder
 from astrobiogen.models.unified_system import MODALITIES, MultiModalTrainingConfig, UnifiedMultiModalSystem

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from astrobiogen.models._common import require
+from astrobiogen.models.common import require
 
 DOMAINS = ("astrobiology", "climate_science", "molecular_biology", "planetary_science", "spectroscopy")
 

@@ -12,7 +12,7 @@ from astrobiogen.kernels.values import has_values, require_values
 from astrobiogen.layers import GroupedQueryAttention, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from astrobiogen.layers.children import globally_hooked, is_plain
 from astrobiogen.layers.linear import LINEAR
-from astrobiogen.models._common import (
+from astrobiogen.models.common import (
     at_least_float32,
     check_axes,
     masked_mean,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from astrobiogen.layers import RMSNorm, SwiGLU
-from astrobiogen.models._common import at_least_float32, check_axes, require, resolve_config
+from astrobiogen.models.common import at_least_float32, check_axes, require, resolve_config
 
 
 @dataclasses.dataclass(frozen=True)

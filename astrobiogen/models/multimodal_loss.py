@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from astrobiogen.models._common import at_least_float32
+from astrobiogen.models.common import at_least_float32
 from astrobiogen.models.unified_system import MODALITIES, MultiModalTrainingConfig
 
 

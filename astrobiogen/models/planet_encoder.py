@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from astrobiogen.layers import RMSNorm
-from astrobiogen.models._common import check_axes, require, resolve_config
+from astrobiogen.models.common import check_axes, require, resolve_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from astrobiogen.models.datacube_config import DatacubeConfig
-from astrobiogen.models.graph_vae import GraphVAEConfig
+from astrobiogen.models.datacube.config import DatacubeConfig
+from astrobiogen.models.graph.vae import GraphVAEConfig
 from astrobiogen.models.llm_config import LLMConfig
 from astrobiogen.models.multimodal_integration import FusionConfig
 from astrobiogen.models.planet_encoder import PlanetParameterConfig

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from astrobiogen.layers import Linear, RMSNorm, SwiGLU
-from astrobiogen.models._common import at_least_float32, check_axes, require, resolve_config
+from astrobiogen.models.common import at_least_float32, check_axes, require, resolve_config
 
 
 @dataclasses.dataclass(frozen=True)

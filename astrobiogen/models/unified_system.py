@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from astrobiogen.kernels.registry import use_kernels
-from astrobiogen.models._common import check_axes, require, resolve_config
-from astrobiogen.models.datacube_cnn import RebuiltDatacubeCNN
-from astrobiogen.models.datacube_config import DatacubeConfig
-from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors
-from astrobiogen.models.graph_vae import GraphVAEConfig, RebuiltGraphVAE
+from astrobiogen.models.common import check_axes, require, resolve_config
+from astrobiogen.models.datacube.cnn import RebuiltDatacubeCNN
+from astrobiogen.models.datacube.config import DatacubeConfig
+from astrobiogen.models.graph.inputs import GraphTensors, graph_tensors
+from astrobiogen.models.graph.summary import NetworkSummary
+from astrobiogen.models.graph.vae import GraphVAEConfig, RebuiltGraphVAE
 from astrobiogen.models.llm_config import LLMConfig
 from astrobiogen.models.llm_integration import RebuiltLLMIntegration
 from astrobiogen.models.multimodal_integration import FusionConfig, RebuiltMultimodalIntegration, mean_answer
-from astrobiogen.models.network_summary import NetworkSummary
 from astrobiogen.models.planet_encoder import PlanetParameterConfig, PlanetParameterEncoder
 from astrobiogen.models.spectrum_encoder import SpectrumConfig, SpectrumEncoder
 

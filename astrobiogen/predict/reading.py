@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from astrobiogen.data import cubes
-from astrobiogen.data.container import packed_arrays, parse_arrays
+from astrobiogen.data.climates import cubes
 from astrobiogen.data.dataset import OrganismEntry, PlanetEntry, Store
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.graphs import unpack_graph
-from astrobiogen.data.lazy import CubeCache, LazyEpochs
+from astrobiogen.data.networks.graphs import unpack_graph
 from astrobiogen.data.spec import DataSpec
+from astrobiogen.data.storage.container import packed_arrays, parse_arrays
+from astrobiogen.data.storage.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.text import TextEncoder, tokenizer_of
 from astrobiogen.datatools.climates import climate, planets, variables
 from astrobiogen.datatools.climates.grids import Grid

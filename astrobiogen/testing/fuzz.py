@@ -29,10 +29,11 @@ from pathlib import Path
 import torch
 
 from astrobiogen.kernels import registry
-from astrobiogen.testing import _fuzz_calls, _fuzz_report, _fuzz_worker
-from astrobiogen.testing._fuzz_calls import Call
-from astrobiogen.testing._fuzz_memory import Arena
-from astrobiogen.testing._fuzz_worker import ACCEPTED, REFUSED, WRONG
+from astrobiogen.testing.fuzzing import calls as valid_calls
+from astrobiogen.testing.fuzzing import report, worker
+from astrobiogen.testing.fuzzing.calls import Call
+from astrobiogen.testing.fuzzing.memory import Arena
+from astrobiogen.testing.fuzzing.worker import ACCEPTED, REFUSED, WRONG
 
 HANG, SANITIZER, ELSEWHERE = "hang", "sanitizer", "elsewhere"
 FOUND = ("signal", HANG, SANITIZER, WRONG)
@@ -147,7 +148,7 @@ def _work(run: Runner, indices: Sequence[int], progress: Progress, sanitized: bo
     code = 70
     os.dup2(progress.errors.fileno(), 2)
     try:
-        _fuzz_worker.confine(sanitized)
+        worker.confine(sanitized)
         for index in indices:
             progress.note(index, BUILDING)
             progress.add(index, *run(index, progress))
@@ -198,16 +199,16 @@ def runner(calls: Sequence[Call], seed: int, sanitized: bool) -> Runner:
     arena = None if sanitized else Arena()
 
     def run(index: int, progress: Progress) -> tuple[str, str]:
-        call, mutant, draw = _fuzz_worker.prepare(calls, seed, index)
-        arguments = _fuzz_worker.place(mutant.arguments, arena, draw)
-        progress.running(index, call.name, _fuzz_worker.text_of(call, mutant))
-        got, why = _fuzz_worker.attempt(call, arguments)
+        call, mutant, draw = worker.prepare(calls, seed, index)
+        arguments = worker.place(mutant.arguments, arena, draw)
+        progress.running(index, call.name, worker.text_of(call, mutant))
+        got, why = worker.attempt(call, arguments)
         if got is None:
             return REFUSED, why
         if not call.op.startswith(registry.NAMESPACE):
             return ACCEPTED, ""
         progress.note(index, COMPARING)
-        text = _fuzz_worker.compare(call, mutant, arguments, got)
+        text = worker.compare(call, mutant, arguments, got)
         return (WRONG, text) if text else (ACCEPTED, "")
 
     return run
@@ -238,14 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--update", type=Path, help="write the figures into this Markdown file's table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # a forked process has no threads of its parent
-    calls = [call for call in _fuzz_calls.record(options.library) if not options.op or call.name in options.op]
+    calls = [call for call in valid_calls.record(options.library) if not options.op or call.name in options.op]
     if not calls:
         parser.error(f"no operator {options.op} in {options.library}")
     sanitized = sanitizer_is_loaded()
     run = runner(calls, options.seed, sanitized)
     if options.only is not None:
-        call, mutant, _ = _fuzz_worker.prepare(calls, options.seed, options.only)
-        say(_fuzz_worker.text_of(call, mutant))
+        call, mutant, _ = worker.prepare(calls, options.seed, options.only)
+        say(worker.text_of(call, mutant))
         say(": ".join(run(options.only, Progress())))
         return 0
     begin = time.monotonic()
@@ -256,10 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts: dict[str, Counter[str]] = {}
     for verdict in verdicts:
         counts.setdefault(verdict.op, Counter())[verdict.outcome] += 1
-    say(_fuzz_report.table(counts))
+    say(report.table(counts))
     say(f"{len(verdicts):,} calls of seed {options.seed} in {time.monotonic() - begin:.0f} s")
     if options.update is not None:
-        _fuzz_report.update(options.update, options.library, sanitized, options.seed, counts)
+        report.update(options.update, options.library, sanitized, options.seed, counts)
     bad = sum(counts[op][outcome] for op in counts for outcome in FOUND)
     return int(bad > 0 and options.library == registry.NAMESPACE)
 

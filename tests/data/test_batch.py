@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astrobiogen import data
-from astrobiogen.data import axes
-from astrobiogen.data.batch import HabitatBatch, validate
+from astrobiogen.data.batches.batch import HabitatBatch, validate
+from astrobiogen.data.climates import axes
 
 
 @given(order=st.permutations(axes.CANONICAL))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astrobiogen import data
-from astrobiogen.data import features
+from astrobiogen.data.networks import features
 from astrobiogen.datatools.builders import text
 from astrobiogen.datatools.climates import climate, planets
 from astrobiogen.datatools.networks import chemistry, cobra_json, fba, sbml

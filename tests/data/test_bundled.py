@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from astrobiogen import data
-from astrobiogen.data.features import FEATURE_NAMES
 from astrobiogen.data.load import SAMPLE_FOLDER
+from astrobiogen.data.networks.features import FEATURE_NAMES
 from astrobiogen.data.text import label_words_in
 from astrobiogen.datatools import __name__ as builders_name
 

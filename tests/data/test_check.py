@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from astrobiogen import data
-from astrobiogen.data import cubes
 from astrobiogen.data.__main__ import main
-from astrobiogen.data.container import read_arrays, write_arrays
-from astrobiogen.data.graphs import unpack_graph
+from astrobiogen.data.climates import cubes
 from astrobiogen.data.load import SAMPLE_FOLDER
-from astrobiogen.data.pack import cube_statistics
+from astrobiogen.data.networks.graphs import unpack_graph
+from astrobiogen.data.storage.container import read_arrays, write_arrays
+from astrobiogen.data.storage.pack import cube_statistics
 from astrobiogen.datatools.check import check
 
 Reseal = Callable[[Path, str], None]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from astrobiogen import data
-from astrobiogen.data import container, guarded
-from astrobiogen.data.pack import read_manifest, verified_bytes
+from astrobiogen.data.storage import container, guarded
+from astrobiogen.data.storage.pack import read_manifest, verified_bytes
 from astrobiogen.datatools.fetch import biomodels, climates, oec
 from astrobiogen.datatools.fetch.download import Web, differs, stated_checksums
 from astrobiogen.datatools.files import unpacked

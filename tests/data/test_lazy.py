@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from astrobiogen import data
-from astrobiogen.data.lazy import CubeCache, LazyEpochs
 from astrobiogen.data.load import SAMPLE_FOLDER, read_cube
-from astrobiogen.data.pack import open_pack
+from astrobiogen.data.storage.lazy import CubeCache, LazyEpochs
+from astrobiogen.data.storage.pack import open_pack
 from astrobiogen.data.text import TextEncoder, load_tokenizer
 from astrobiogen.training.batches import loading
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from astrobiogen import data
-from astrobiogen.data import features
+from astrobiogen.data.networks import features
 from astrobiogen.datatools.networks import assemble, cobra_json, encodings, fba, network, sbml
 from astrobiogen.datatools.workers import map_isolated
 

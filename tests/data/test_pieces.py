@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from astrobiogen import data
 from astrobiogen.data import labels
-from astrobiogen.data.container import parse_arrays, read_arrays, write_arrays
-from astrobiogen.data.graphs import unpack_graph
 from astrobiogen.data.load import SAMPLE_FOLDER
+from astrobiogen.data.networks.graphs import unpack_graph
+from astrobiogen.data.storage.container import parse_arrays, read_arrays, write_arrays
 
 
 @given(

@@ -14,7 +14,7 @@ import pytest
 from astrobiogen import data
 from astrobiogen.data.__main__ import main
 from astrobiogen.data.load import SAMPLE_FOLDER
-from astrobiogen.data.pack import Pack, open_pack
+from astrobiogen.data.storage.pack import Pack, open_pack
 from astrobiogen.datatools.builders.recompute import recomputed
 from astrobiogen.datatools.builders.run import build
 from astrobiogen.datatools.check import check

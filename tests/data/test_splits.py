@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from astrobiogen.data import splits
 from astrobiogen.data.load import SAMPLE_FOLDER
-from astrobiogen.data.pack import Pack, held_out, open_pack, parts_of
+from astrobiogen.data.storage.pack import Pack, held_out, open_pack, parts_of
 from astrobiogen.datatools.builders.run import placed
 from astrobiogen.datatools.check import check
 

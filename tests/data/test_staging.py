@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from astrobiogen import data
-from astrobiogen.data import pack
 from astrobiogen.data.__main__ import main
+from astrobiogen.data.storage import pack
 from astrobiogen.datatools.builders import run
 from astrobiogen.datatools.builders.work import Work
 from astrobiogen.datatools.climates import store

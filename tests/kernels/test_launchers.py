@@ -5,7 +5,7 @@ import torch
 
 from astrobiogen.kernels import operand_rules, registry
 from astrobiogen.testing import route
-from astrobiogen.testing._fuzz_calls import record
+from astrobiogen.testing.fuzzing.calls import record
 
 LAUNCHED = [name for name in registry.ops() if registry.triton_launcher(name)]
 SEEN = {call.name.split("::")[-1]: call for call in record("astrobiogen")}

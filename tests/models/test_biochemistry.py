@@ -11,8 +11,8 @@ from torch_geometric.data import Batch, Data
 
 from astrobiogen import data as bundled
 from astrobiogen.models import GraphVAEConfig, RebuiltGraphVAE
-from astrobiogen.models.biochemistry import Network, network_of, normalise_flux, violations
-from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors
+from astrobiogen.models.graph.biochemistry import Network, network_of, normalise_flux, violations
+from astrobiogen.models.graph.inputs import GraphTensors, graph_tensors
 
 # Combustion of methane in three reactions with exchange of every species:
 #   R0: CH4 + 2 O2 -> CO2 + 2 H2O, R1: -> CH4, R2: -> O2, R3: CO2 ->, R4: H2O ->   and   R5: H2O -> H+ + OH- (charge)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from astrobiogen.models.climate_statistics import FLOOR, ClimateStatistics
-from astrobiogen.models.physics import area_weights
+from astrobiogen.models.datacube.physics import area_weights
+from astrobiogen.models.datacube.statistics import FLOOR, ClimateStatistics
 
 BOUNDS = (90.0, 60.0, 10.0, -20.0, -90.0)
 LIMITS = (-2.0, 2.5)

@@ -8,7 +8,7 @@ import torch
 
 from astrobiogen import ops
 from astrobiogen.models import DatacubeConfig, RebuiltDatacubeCNN, cube_from_legacy
-from astrobiogen.models._common import trainable_parameters
+from astrobiogen.models.common import trainable_parameters
 
 CONFIG = DatacubeConfig(
     grid=(4, 3, 4, 8, 16), patch_size=(2, 1, 2, 2, 2), vit_patch_size=(2, 1, 1, 2, 4), base_channels=8,

@@ -10,7 +10,7 @@ from astrobiogen.models import (
     SpectrumConfig,
     SpectrumEncoder,
 )
-from astrobiogen.models._common import trainable_parameters
+from astrobiogen.models.common import trainable_parameters
 from astrobiogen.models.multimodal_integration import _drop_modalities
 
 DIMS = {"climate": 6, "graph": 5, "text": 4}

@@ -8,10 +8,10 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from astrobiogen.models import GraphVAEConfig, RebuiltGraphVAE
-from astrobiogen.models._common import trainable_parameters
-from astrobiogen.models.graph_attention import node_structure
-from astrobiogen.models.graph_inputs import graph_tensors
-from astrobiogen.models.graph_vae import sample_negatives
+from astrobiogen.models.common import trainable_parameters
+from astrobiogen.models.graph.attention import node_structure
+from astrobiogen.models.graph.inputs import graph_tensors
+from astrobiogen.models.graph.vae import sample_negatives
 
 CONFIG = GraphVAEConfig(
     hidden_dim=16, latent_dim=8, num_layers=2, heads=2, global_tokens=2, edge_dim=8, dropout=0.0, beta=0.1

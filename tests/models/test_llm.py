@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from astrobiogen.models import LLMConfig, RebuiltLLMIntegration
-from astrobiogen.models._common import trainable_parameters
+from astrobiogen.models.common import trainable_parameters
 from astrobiogen.models.llm_config import DOMAINS
 
 SMALL = LLMConfig(

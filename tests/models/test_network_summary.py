@@ -9,8 +9,8 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from astrobiogen.models import MODALITIES, UnifiedMultiModalSystem, presets
-from astrobiogen.models.graph_inputs import GraphTensors, graph_tensors
-from astrobiogen.models.network_summary import TRUST, NetworkSummary
+from astrobiogen.models.graph.inputs import GraphTensors, graph_tensors
+from astrobiogen.models.graph.summary import TRUST, NetworkSummary
 
 CERTAIN = torch.tensor(TRUST[1]).item()
 MakeGraph = Callable[..., Data]

@@ -8,8 +8,8 @@ import torch
 
 from astrobiogen import ops
 from astrobiogen.models import AtmosphereBudgets, DatacubeConfig
-from astrobiogen.models.datacube_head import PatchBudgets, PatchDecoder, unpatchify
-from astrobiogen.models.physics import HEAT_CAPACITY, LATENT_HEAT, area_weights
+from astrobiogen.models.datacube.head import PatchBudgets, PatchDecoder, unpatchify
+from astrobiogen.models.datacube.physics import HEAT_CAPACITY, LATENT_HEAT, area_weights
 
 BOUNDS = (90.0, 50.0, 10.0, -20.0, -90.0)
 SIGMA = (0.0, 0.2, 0.5, 1.0)

@@ -17,7 +17,7 @@ from astrobiogen.models import (
     compute_multimodal_loss,
     presets,
 )
-from astrobiogen.models._common import trainable_parameters
+from astrobiogen.models.common import trainable_parameters
 
 KEYS = {
     "climate": "climate_datacube",

@@ -14,8 +14,8 @@ import xarray as xr
 
 import astrobiogen
 from astrobiogen import data, predict
-from astrobiogen.data import cubes
-from astrobiogen.data.pack import open_pack
+from astrobiogen.data.climates import cubes
+from astrobiogen.data.storage.pack import open_pack
 from astrobiogen.predict import Prediction, Predictions, TrainedModel, reading
 from astrobiogen.predict.__main__ import main
 from astrobiogen.training.errors import UserError

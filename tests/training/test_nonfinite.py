@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from astrobiogen import data
-from astrobiogen.models.climate_statistics import ClimateStatistics
+from astrobiogen.models.datacube.statistics import ClimateStatistics
 from astrobiogen.training import checkpoint, evaluation
 from astrobiogen.training import run as whole_run
 from astrobiogen.training.batches import assemble

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from astrobiogen import data
-from astrobiogen.data.lazy import CubeCache, LazyEpochs
-from astrobiogen.data.pack import MANIFEST, verified_bytes
+from astrobiogen.data.storage.lazy import CubeCache, LazyEpochs
+from astrobiogen.data.storage.pack import MANIFEST, verified_bytes
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.config import DataConfig, OptimizerConfig, RuntimeConfig, StopConfig, TrainConfig
 from astrobiogen.training.config.model import ModelChanges

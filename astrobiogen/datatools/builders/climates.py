@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from astrobiogen.data import cubes, labels, pack
-from astrobiogen.data.container import write_arrays
+from astrobiogen.data import labels
+from astrobiogen.data.climates import cubes
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.tables import ClimateRow
+from astrobiogen.data.storage import pack
+from astrobiogen.data.storage.container import write_arrays
+from astrobiogen.data.storage.tables import ClimateRow
 from astrobiogen.datatools.builders import text
 from astrobiogen.datatools.builders.work import Work
 from astrobiogen.datatools.climates import climate, grids, planets

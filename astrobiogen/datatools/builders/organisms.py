@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from astrobiogen.data import labels
-from astrobiogen.data.container import write_arrays
 from astrobiogen.data.errors import DataError, unreadable
-from astrobiogen.data.tables import OrganismRow
+from astrobiogen.data.storage.container import write_arrays
+from astrobiogen.data.storage.tables import OrganismRow
 from astrobiogen.datatools.builders import text
 from astrobiogen.datatools.builders.work import Work
 from astrobiogen.datatools.networks import fba

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from astrobiogen.data import pack
 from astrobiogen.data.errors import DataError
+from astrobiogen.data.storage import pack
 from astrobiogen.datatools.builders import organisms, spectra
 from astrobiogen.datatools.builders.climates import climate_files, read_raw, read_tables
 from astrobiogen.datatools.builders.work import Work

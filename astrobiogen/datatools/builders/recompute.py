@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from astrobiogen.data import cubes, labels
+from astrobiogen.data import labels
+from astrobiogen.data.climates import cubes
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.pack import MANIFEST, Pack, latitude_bounds
-from astrobiogen.data.tables import PairRow
+from astrobiogen.data.storage.pack import MANIFEST, Pack, latitude_bounds
+from astrobiogen.data.storage.tables import PairRow
 from astrobiogen.datatools.builders.organisms import FOLDER, TABLE, niche, organism_name, read_table
 from astrobiogen.datatools.builders.work import digest
 from astrobiogen.datatools.climates import climate, grids

@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from astrobiogen.data import cubes, labels, pack, splits
-from astrobiogen.data.container import write_arrays
+from astrobiogen.data import labels, splits
+from astrobiogen.data.climates import cubes
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.graphs import LAPLACIAN_DIM, RANDOM_WALK_DIM
 from astrobiogen.data.load import SAMPLE_FOLDER
+from astrobiogen.data.networks.graphs import LAPLACIAN_DIM, RANDOM_WALK_DIM
 from astrobiogen.data.spec import DataSpec
-from astrobiogen.data.tables import ClimateRow, OrganismRow, PairRow, PartRow, write_rows
+from astrobiogen.data.storage import pack
+from astrobiogen.data.storage.container import write_arrays
+from astrobiogen.data.storage.tables import ClimateRow, OrganismRow, PairRow, PartRow, write_rows
 from astrobiogen.data.text import BOS, EOS, MAX_TEXT_TOKENS, PAD, SEP, VOCAB_SIZE
 from astrobiogen.datatools.builders import spectra, text
 from astrobiogen.datatools.builders.climates import build_climates

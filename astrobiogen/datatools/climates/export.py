@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from astrobiogen.data.load import SAMPLE_FOLDER
-from astrobiogen.data.pack import open_pack
+from astrobiogen.data.storage.pack import open_pack
 from astrobiogen.datatools.climates.store import ClimateStore, export_pack
 
 

@@ -21,9 +21,9 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
-from astrobiogen.data import cubes
+from astrobiogen.data.climates import cubes
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.pack import Pack
+from astrobiogen.data.storage.pack import Pack
 from astrobiogen.datatools.climates.grids import Grid
 from astrobiogen.datatools.climates.variables import VARIABLES
 from astrobiogen.datatools.progress import track

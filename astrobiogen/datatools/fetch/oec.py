@@ -16,7 +16,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.guarded import GZIP, gunzip, xml_problem
+from astrobiogen.data.storage.guarded import GZIP, gunzip, xml_problem
 from astrobiogen.datatools.fetch.download import Web, keep, looks_like_a_page
 
 URL = "https://github.com/OpenExoplanetCatalogue/oec_gzip/raw/master/systems.xml.gz"

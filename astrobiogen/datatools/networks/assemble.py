@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from astrobiogen.data import features
 from astrobiogen.data.errors import DataError
+from astrobiogen.data.networks import features
 from astrobiogen.datatools.networks import chemistry
 
 DEFAULT_FLUX = 1000.0  # mmol / gDW / h: the customary "no limit" where a model states none

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from astrobiogen.data.features import COFACTORS, COMPARTMENTS, ELEMENTS, GASES
+from astrobiogen.data.networks.features import COFACTORS, COMPARTMENTS, ELEMENTS, GASES
 
 _FORMULA = re.compile(r"([A-Z][a-z]?)(\d*)")
 _EC = re.compile(

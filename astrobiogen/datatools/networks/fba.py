@@ -6,7 +6,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
-from astrobiogen.data import features
+from astrobiogen.data.networks import features
 from astrobiogen.datatools.networks.assemble import Network
 
 GROWTH_THRESHOLD = 1e-6  # 1/h; only "grows or not" is used, since published objectives are scaled differently

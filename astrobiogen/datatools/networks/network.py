@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.graphs import LAPLACIAN_DIM, RANDOM_WALK_DIM, pack_graph
+from astrobiogen.data.networks.graphs import LAPLACIAN_DIM, RANDOM_WALK_DIM, pack_graph
 from astrobiogen.datatools.networks import cobra_json, encodings, fba, sbml
 from astrobiogen.datatools.networks.assemble import NONE, Network
 

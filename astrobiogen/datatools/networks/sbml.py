@@ -12,7 +12,7 @@ import libsbml
 import numpy as np
 
 from astrobiogen.data.errors import DataError
-from astrobiogen.data.guarded import xml_problem
+from astrobiogen.data.storage.guarded import xml_problem
 from astrobiogen.datatools.files import unpacked
 from astrobiogen.datatools.networks import assemble, chemistry
 from astrobiogen.datatools.networks.assemble import DEFAULT_FLUX, Network

@@ -10,7 +10,7 @@ from typing import Any
 from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.conv_nd.geometry import GROUP, LAYER
 from astrobiogen.kernels.conv_nd.samples import BENCHMARK_SIZES, Size
-from astrobiogen.kernels.conv_nd.triton_launch import (
+from astrobiogen.kernels.conv_nd.triton.launch import (
     LARGE_SHARED_TARGETS,
     Launch,
     Problem,
@@ -19,7 +19,7 @@ from astrobiogen.kernels.conv_nd.triton_launch import (
     holds_all_channels,
     weight_launch,
 )
-from astrobiogen.kernels.conv_nd.triton_norm import (
+from astrobiogen.kernels.conv_nd.triton.norm import (
     group_rows_backward,
     group_sums,
     merge_tiles,
@@ -27,14 +27,14 @@ from astrobiogen.kernels.conv_nd.triton_norm import (
     norm_rows_backward,
     scale_rows,
 )
-from astrobiogen.kernels.conv_nd.triton_norm_launch import (
+from astrobiogen.kernels.conv_nd.triton.norm_launch import (
     GROUP_CHANNELS,
     MERGE_BLOCK,
     TILE_ELEMENTS,
     row_blocks,
     row_warps,
 )
-from astrobiogen.kernels.conv_nd.triton_weight import row_sums, weight_taps
+from astrobiogen.kernels.conv_nd.triton.weight import row_sums, weight_taps
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 PRECISIONS = {"fp32": "ieee", "fp32 as tf32": "tf32"}

@@ -17,8 +17,7 @@ from astrobiogen.kernels.conv_nd.geometry import (
     add_halo,
     fold_halo,
 )
-from astrobiogen.kernels.conv_nd.triton_cases import compile_cases
-from astrobiogen.kernels.conv_nd.triton_launch import (
+from astrobiogen.kernels.conv_nd.triton.launch import (
     Problem,
     adjoint_problem,
     forward_launch,
@@ -26,7 +25,7 @@ from astrobiogen.kernels.conv_nd.triton_launch import (
     position_tile,
     weight_launch,
 )
-from astrobiogen.kernels.conv_nd.triton_norm_launch import (
+from astrobiogen.kernels.conv_nd.triton.norm_launch import (
     GROUP_CHANNELS,
     SUM_PROGRAMS,
     TILE_ELEMENTS,
@@ -37,7 +36,8 @@ from astrobiogen.kernels.conv_nd.triton_norm_launch import (
     row_blocks,
     scale_group,
 )
-from astrobiogen.kernels.conv_nd.triton_weight import row_sums
+from astrobiogen.kernels.conv_nd.triton.weight import row_sums
+from astrobiogen.kernels.conv_nd.triton_cases import compile_cases
 from astrobiogen.kernels.triton_launch import INTERPRETER, capability, launch
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors
 
-from astrobiogen.data.guarded import MIB, open_inside, read_bounded
+from astrobiogen.data.storage.guarded import MIB, open_inside, read_bounded
 from astrobiogen.training.errors import CheckpointError
 
 MOST_MANIFEST = 16 * MIB

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from astrobiogen.data.guarded import gunzip
+from astrobiogen.data.storage.guarded import gunzip
 
 Record = dict[str, Any]
 PART_BYTES = 64 * 2**20

@@ -1,0 +1,1 @@
+"""Metabolic networks as arrays and graphs."""

@@ -1,0 +1,1 @@
+"""Climate datacubes: the encoder, what it predicts, and the physics that it is held to."""

@@ -1,0 +1,1 @@
+"""Metabolic networks: attention along edges, the variational autoencoder, what chemistry demands."""
