@@ -62,9 +62,8 @@ Geometry after_far_poles(Geometry geometry) {
   return geometry;
 }
 
-// Trailing axes of one tap without stride or padding are one long axis: rows and weight are the same memory. Rows of 8
-// positions cost more in finding and copying lines than in products (kernel (3, 3, 1, 1, 1) over [4, 3, 5, 8, 8], 16
-// channels).
+// Trailing axes of one tap without stride or padding are one long axis: rows and weight are the same memory. Short rows
+// cost more in finding and copying lines than in products.
 struct Flat {
   Geometry geometry;
   int64_t axes;  // that are left

@@ -23,9 +23,8 @@ double axis_share(int64_t size, int64_t out, int64_t kernel, const Geometry& g, 
   return live == 0 ? 1.0 : static_cast<double>(4 * ((out + 1) / 2)) / static_cast<double>(live);
 }
 
-// Channels per group and positions of a row from which the last axis is a Winograd axis. Kernel 3 x 3, both gradients:
-// from here on 0.75 to 1.0 of the time without; with 32 channels or 4 to 12 positions 0.87 to 1.22, where the
-// transforms cost what the products save and register blocks are not filled.
+// Channels per group and positions of a row from which the last axis is a Winograd axis: below, the transforms cost
+// what the products save, and register blocks are not filled (the op's notes).
 constexpr int64_t kWinogradChannels = 64, kWinogradWidth = 16;
 
 // The best Winograd axes, best first; -1 where there is none.

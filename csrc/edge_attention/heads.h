@@ -1,6 +1,6 @@
 // Attention along edges, four heads of 8 or 16 columns at a time: the four scores of an edge are one vector, so that
-// maxima, exponentials and slopes are vector operations, and the sums over a node's edges stay in registers. At [8256,
-// 4, 8] with 36,800 edges one head at a time took 2.3 times as long.
+// maxima, exponentials and slopes are vector operations, and the sums over a node's edges stay in registers: less than
+// half the time of one head at a time.
 #pragma once
 
 #include "edge_attention/edge_attention.h"

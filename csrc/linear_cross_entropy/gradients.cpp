@@ -12,8 +12,7 @@
 // memory that the weight's gradient will take: each chunk of them is copied to scratch before its rows are written.
 // Tokens beyond those come in blocks of 96 or more with memory of their own. Everything stands token-last, so that the
 // softmax runs lane by lane, without a reduction inside a vector. Chunks are of a fixed size and merged in order: the
-// bits do not depend on the threads. Bytes at 512 x 512 x 32,000: the weight read, exponentials written and read, the
-// gradient written, 4 V H x 4 B = 0.26 GB (0.33 with the lines that a write reads first), beside 50 GFLOP.
+// bits do not depend on the threads. Bytes: the weight read, exponentials written and read, the gradient written.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -35,9 +34,8 @@ namespace astrobiogen::linear_cross_entropy {
 
 using at::Tensor;
 
-// Tokens per block with memory of its own. With T tokens eager adds 8 T V bytes; 96 tokens are 4 x 96 V, below a tenth
-// of that from T = 480 on. More tokens per block are fewer passes over the weight and its gradient; above 288 the
-// traffic is below a tenth of the products.
+// Tokens per block with memory of its own: a tenth of eager's logits from five blocks on. More tokens per block are
+// fewer passes over the weight and its gradient, and more memory (the op's notes).
 constexpr int64_t kBlockTokens = 96;
 constexpr int64_t kMostBlockTokens = 3 * kBlockTokens;
 // Segments of the vocabulary: as many threads work on them without waiting for each other. Their sums of the gradient

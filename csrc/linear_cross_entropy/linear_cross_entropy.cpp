@@ -40,9 +40,7 @@ using at::Tensor;
 
 // Tokens per tile. Above ~256 rows the GEMM's speed no longer depends on it.
 constexpr int64_t kTokens = 512;
-// Logits per tile: 1 MB of fp32, which stays in the cache between the GEMMs. At 512 tokens and hidden size 512 the
-// three GEMMs ran at 75, 82 and 76 GFLOP/s with 512 columns, 70, 75 and 67 with 1000, 70, 76 and 77 with 2000 (one
-// core, peak 99).
+// Logits per tile: 1 MB of fp32, which stays in the cache between the GEMMs; wider tiles were slower (the op's notes).
 constexpr int64_t kTile = 512 * 512;
 // Widest tile: with few tokens the fp32 copy of a half-precision weight tile must stay small too.
 constexpr int64_t kMaxColumns = 4096;

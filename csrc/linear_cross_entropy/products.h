@@ -1,9 +1,8 @@
 // Vector functions of the fused loss, and its three products on tiles of its own: fp32, register-blocked, no packing of
 // the weight beyond what the cache needs.
 //
-// A block of the register: R rows x 2 vectors of N lanes. AVX-512: 12 x 2 accumulators + 2 loads + 1 broadcast = 27 of
-// 32 registers; AVX2: 6 x 2 + 3 = 15 of 16. Per step of the depth R x 2 multiply-adds meet 2 vector loads and R
-// broadcasts.
+// A block of the registers: R rows x two vectors, as many rows as leave room for two loads and a broadcast. Per step of
+// the depth each row adds a broadcast and two multiply-adds to the two loads that all share.
 #pragma once
 
 #include <algorithm>

@@ -11,11 +11,10 @@ namespace astrobiogen::swiglu {
 inline constexpr float kCubic[4] = {0.05517167f, 0.24261112f, 0.69326099f, 0.99992807f};
 inline constexpr float kLog2e = 0x1.715476p0f, kRound = 0x1.8p23f + 127.0f;
 
-// What bf16 needs: 1 + e^-g to a relative 8e-5 (a unit in the last place of bf16 is 8e-3), Inf from g = -88.7 down,
-// where the sigmoid rounds to 0. 2^t = 2^n 2^f with a cubic for 2^f (minimax, relative error 7.5e-5). AVX-512, which
-// alone has sixteen lanes, splits and scales in one instruction each: [64, 1024] in L2 takes 1.13 to 1.18 times as long
-// without. Elsewhere n goes through the rounding constant, and the clamps are integer ones (sign-magnitude order),
-// which leave the two multiply-add pipes alone.
+// What bf16 needs: 1 + e^-g to a hundredth of its unit in the last place, Inf where the sigmoid rounds to 0.
+// 2^t = 2^n 2^f with a minimax cubic for 2^f. AVX-512, which alone has sixteen lanes, splits and scales in one
+// instruction each, an eighth of the time. Elsewhere n goes through the rounding constant, and the clamps are integer
+// ones (sign-magnitude order), which leave the two multiply-add pipes alone.
 template <int N>
 ASTRO_INLINE simd::F<N> one_plus_exp(simd::F<N> g) {
   using Vector = simd::F<N>;

@@ -16,9 +16,8 @@ from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.linear_cross_entropy import reference
 from astrobiogen.kernels.triton_launch import launch
 
-# Logits per slab: 33.5 MB in half precision stay in the 50 MB L2 of an H100-class GPU between the GEMM and our kernel.
-# An RTX A5000 (6 MB) streams them: 14 bytes per logit in all against 8 x 4352 flops, 18 ps beside 313 ps by the data
-# sheet, 6 % of the GEMMs' time.
+# Logits per slab: in half precision they stay in the L2 of an H100-class GPU between the GEMM and our kernel. An RTX
+# A5000 streams them, at a small part of the GEMMs' time (the op's notes).
 SLAB_ELEMENTS = 2**24
 # Narrowest slab, however many tokens: the fp32 sum of dx is read and written once per slab, 8 bytes per element against
 # 2 x 2048 flops.

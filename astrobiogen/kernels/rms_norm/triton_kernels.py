@@ -32,9 +32,8 @@ MAX_ROW = 16384
 WIDE_TILE = 4096
 # Narrow rows are batched until a program holds about this many elements, enough to fill 4 warps with 16-byte loads.
 ELEMENTS_PER_PROGRAM = 2048
-# Backward programs per multiprocessor: two rows of x and grad_y in flight cover the ~29 KB per SM that an H100-class
-# memory needs, and
-# the fp32 partials stay at 2 x 132 x 4352 x 4 B = 4.6 MB beside the 53.5 MB that 2048 rows move.
+# Backward programs per multiprocessor: two rows of x and grad_y in flight cover what an H100-class memory needs, and
+# the fp32 partials stay below a tenth of the bytes that the rows move.
 BACKWARD_PROGRAMS_PER_SM = 2
 # Steps of a backward program at most: the rounding error of a sum in fp32 grows with the length of its chain. More
 # programs than are resident share a multiprocessor one after the other, at 8 bytes of partials per 128 rows and column

@@ -16,9 +16,8 @@ from astrobiogen.kernels.cases import CompileCase
 from astrobiogen.kernels.swiglu.samples import BENCHMARK_SIZES, Size
 from astrobiogen.kernels.triton_launch import launch, wide
 
-# Columns per program: 8 per thread of 4 warps are one 16-byte load per tensor in half precision (two in fp32). Enough
-# programs fit on a multiprocessor to keep 2 tensors x 16 B x 1536 threads = 48 KB in flight; an A5000 needs about 7 KB,
-# an H200 about 29 KB.
+# Columns per program: one 16-byte load per thread and tensor in half precision (two in fp32). Enough programs fit on a
+# multiprocessor to keep more in flight than either memory needs (the op's notes).
 TILE = 1024
 # Columns per warp: 32 threads x 8.
 COLUMNS_PER_WARP = 256

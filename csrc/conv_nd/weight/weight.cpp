@@ -103,8 +103,7 @@ struct Products {
 
 // The sums of `size` tiles from `index` on. More than one tile only where a row is one segment: their rows of dy stand
 // one after the other, as if they were one row, so that the sums of a register block are read and written once per
-// group (space layer, rows of 32 positions: one tile at a time 60 to 71 ms, four 51 to 59, eight, whose lines and rows
-// of dy no longer fit into L2 beside the sums, 57 to 64).
+// group. Beyond four, lines and rows of dy no longer fit into L2 beside the sums.
 class Group {
  public:
   Group(const Job& job, int64_t index, int64_t size, int64_t first_tap, int64_t taps, const Share& share,

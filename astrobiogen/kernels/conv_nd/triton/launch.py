@@ -35,14 +35,13 @@ class Tile:
     stages: int
 
 
-# Half precision: 128 x 128 of sums over 8 warps are 64 registers per thread. (128 + 128) * 32 * 2 B * 3 stages = 48
-# KiB of the 100 KiB of sm_86 and sm_89. With more than 128 registers per thread 8 warps are all that is resident.
+# Half precision: the sums take half of the registers that eight warps leave a thread, and three stages half of the
+# shared memory of sm_86 and sm_89.
 SMALL_SHARED = {"taps": Tile(128, 128, 32, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 32, 8, 3)}
 # sm_80 (164 KiB) and sm_90 (228 KiB): K = 64 halves the barriers; 96 KiB.
 LARGE_SHARED = {"taps": Tile(128, 128, 64, 8, 3), "packed": Tile(64, 128, 64, 8, 2), "weight": Tile(128, 128, 64, 8, 3)}
-# fp32 operands (tf32 or ieee): twice the bytes and, for ieee, no tensor cores: smaller tiles. 4 warps spilled 3 to 17
-# registers in "taps" (8 warps: none), 64 x 64 x 32 with 4 or 8 warps 6 to 15 in "packed".
-# A third stage spilled 6 in "weight" on sm_80.
+# fp32 operands (tf32 or ieee): twice the bytes and, for ieee, no tensor cores: smaller tiles. Fewer warps, larger tiles
+# and more stages spilled (the op's notes).
 SINGLE = {"taps": Tile(64, 64, 32, 8, 3), "packed": Tile(64, 32, 32, 4, 2), "weight": Tile(64, 64, 32, 4, 2)}
 # Up to this many outputs per group 128 positions share one narrow block of sums, and the loads of x take the registers:
 # ptxas spilled 6 (128 x 16 x 32, sm_86) and 11 (64 x 16 x 64, sm_80). 64 x 16 x 32: 98 registers, no spill.
