@@ -17,6 +17,9 @@ import pytest
 from astrobiogen import data
 from astrobiogen.data.storage import container, guarded
 from astrobiogen.data.storage.pack import read_manifest, verified_bytes
+from astrobiogen.datatools.builders import spectra
+from astrobiogen.datatools.climates.climate import opened
+from astrobiogen.datatools.climates.store import ClimateStore
 from astrobiogen.datatools.fetch import biomodels, climates, oec
 from astrobiogen.datatools.fetch.download import Web, differs, stated_checksums
 from astrobiogen.datatools.files import unpacked
@@ -215,3 +218,40 @@ def test_an_answer_without_end_is_cut_off(server: str, monkeypatch: pytest.Monke
     Server.answers["/a"] = (200, bytes(101))
     with pytest.raises(data.DataError, match="sends more than 100 bytes"):
         Web(retries=1).get(f"{server}/a")
+
+
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+def test_a_climate_file_of_kilobytes_that_states_gigabytes_is_refused_from_its_headers(
+    tmp_path: Path, suffix: str
+) -> None:
+    """Chunks that were never written take no room; reading the variable would fill the memory."""
+    path = tmp_path / f"cube{suffix}"
+    if suffix == ".nc":
+        netcdf = pytest.importorskip("netCDF4")
+        with netcdf.Dataset(path, "w") as file:
+            for name, size in (("time", 2**17), ("lat", 256), ("lon", 512)):
+                file.createDimension(name, size)
+            file.createVariable("ts", "f4", ("time", "lat", "lon"), zlib=True, chunksizes=(1, 256, 512))
+    else:
+        zarr = pytest.importorskip("zarr")
+        group = zarr.open_group(path, mode="w", zarr_format=2)
+        made = group.create_array("ts", shape=(2**17, 256, 512), chunks=(1, 256, 512), dtype="f4")
+        made.attrs["_ARRAY_DIMENSIONS"] = ["time", "lat", "lon"]
+    with pytest.raises(data.DataError, match=r"states a variable of 68719476736 bytes in \d+ bytes"), opened(path):
+        pass
+    with pytest.raises(data.DataError, match="climate store"):
+        ClimateStore(path)
+
+
+def test_a_table_of_spectra_of_kilobytes_that_unpacks_to_gigabytes_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One list of numbers that all rows repeat: a dictionary and run lengths in the file."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = arrow.DictionaryArray.from_arrays(np.zeros(4096, np.int32), [",".join(["0.5"] * 2**10)])
+    path = tmp_path / "spectra.parquet"
+    parquet.write_table(arrow.table({"wavelength": column, "albedo": column}), path)
+    assert path.stat().st_size < 2**16
+    monkeypatch.setattr(spectra, "_PSG_MOST", 2**20)
+    with pytest.raises(data.DataError, match="holds more than 1048576 numbers or letters"):
+        spectra.read_psg_table(path)

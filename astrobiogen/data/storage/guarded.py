@@ -17,10 +17,25 @@ from xml.parsers import expat
 GZIP = b"\x1f\x8b"
 MIB = 2**20
 MOST_UNPACKED = 1024 * MIB  # of one file; the largest known network unpacks to 0.04 GiB, a bundled climate to 1 MiB
+MOST_PACKED = 1100  # deflate, which netCDF-4 and Zarr use, packs 1 : 1032 at most
+MOST_EMPTY = 64 * MIB  # of a variable that was never written: its chunks take no room
 # Of LZMA's own tables: preset 6, which packs use, takes 9 MiB, preset 9 65 MiB; a header may ask for 4 GiB.
 _LZMA_MEMORY = 128 * MIB
 MOST_NESTED = 200  # XML elements within one another; SBML takes about 12, with notes and formulas 40
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def check_stated_size(path: Path, stated: int) -> None:
+    """``stated`` bytes, what the headers of the file or folder of files at ``path`` say that a variable holds, can be
+    in it: packed as well as anything packs, an empty variable of a map's size aside.
+
+    Raises:
+        ValueError: They cannot: reading the variable would take memory that no file of this size is worth.
+    """
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    packed = sum(p.stat().st_size for p in files)
+    if stated > MOST_EMPTY + MOST_PACKED * packed:
+        raise ValueError(f"states a variable of {stated} bytes in {packed} bytes of files: refused")
 
 
 def open_inside(root: Path, name: str) -> BinaryIO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ LIBRARY: dict[str, tuple[str, int, int]] = {
 PAIRED = {("earth", 0): "archean_earth", ("earth", 2): "modern_earth"}
 
 _PSG_UNITS = {"GENERATOR-RANGEUNIT": "um", "GENERATOR-RADUNITS": "rif"}
+_PSG_MOST = 2**28  # numbers, or letters of texts with numbers, of one table
+_PSG_ROWS = 64  # read at a time; a spectrum is a list of some thousand numbers
 # words of a wavelength unit -> factor to micrometres
 _LENGTHS = ((("um", "micron", "microns"), 1.0), (("nm",), 1e-3), (("A", "Angstrom", "Angstroms"), 1e-4))
 
@@ -142,7 +145,7 @@ def read_psg_table(path: Path) -> dict[str, tuple[NDArray[np.float32], NDArray[n
             if wave is None or albedo is None:
                 raise DataError(path, "wavelength, albedo", f"absent; the columns are {names[:8]}")
             units = [c for c in _PSG_UNITS if c in names]
-            columns = file.read([wave, albedo, *units]).to_pydict()
+            columns = _bounded_rows(file, [wave, albedo, *units])
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from them
         if isinstance(error, DataError):
             raise
@@ -155,6 +158,23 @@ def read_psg_table(path: Path) -> dict[str, tuple[NDArray[np.float32], NDArray[n
         place = f"row {k}"
         found[f"{path.stem}:{k}"] = _binned(path, _numbers(path, place, x), _numbers(path, place, y), f"{place}, ")
     return found
+
+
+def _bounded_rows(file: Any, names: list[str]) -> dict[str, list[Any]]:
+    """The columns ``names`` of a ``pyarrow.parquet.ParquetFile``, read a few rows at a time.
+
+    Raises:
+        ValueError: They hold more than ``_PSG_MOST`` numbers: values that repeat take no room in a file.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    held = 0
+    for batch in file.iter_batches(_PSG_ROWS, columns=names):
+        for name, values in batch.to_pydict().items():
+            held += sum(len(value) for value in values if isinstance(value, (str, list)))
+            columns[name] += values
+        if held > _PSG_MOST:
+            raise ValueError(f"holds more than {_PSG_MOST} numbers or letters: refused")
+    return columns
 
 
 def _numbers(path: Path, place: str, value: object) -> NDArray[np.float64]:

@@ -22,6 +22,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from astrobiogen.data.errors import DataError
+from astrobiogen.data.storage.guarded import check_stated_size
 from astrobiogen.datatools.climates import grids, variables
 from astrobiogen.datatools.climates.grids import Floats, Grid
 
@@ -63,26 +64,34 @@ def opened(path: Path) -> Iterator[xr.Dataset]:
     try:
         if path.suffix == ".zarr":
             with xr.open_zarr(path, decode_times=False, chunks=None, consolidated=False) as dataset:
-                yield variables.with_our_axes(dataset)
+                yield _with_our_axes(path, dataset)
         elif path.is_dir():
-            parts = [xr.open_dataset(p, decode_times=False, engine="netcdf4") for p in sorted(path.glob("*.nc"))]
-            if not parts:
+            names = sorted(path.glob("*.nc"))
+            if not names:
                 raise DataError(path, "", "is a folder without .nc files")
+            parts = [xr.open_dataset(p, decode_times=False, engine="netcdf4") for p in names]
             try:
-                yield xr.merge([variables.with_our_axes(p) for p in parts], compat="override", join="exact",
+                ours = [_with_our_axes(p, part) for p, part in zip(names, parts, strict=True)]
+                yield xr.merge(ours, compat="override", join="exact",
                                combine_attrs="drop_conflicts")  # fmt: skip
             finally:
                 for part in parts:
                     part.close()
         else:
             with xr.open_dataset(path, decode_times=False, engine="netcdf4") as dataset:
-                yield variables.with_our_axes(dataset)
+                yield _with_our_axes(path, dataset)
     except DataError:
         raise
     except (AttributeError, OSError, KeyError, RuntimeError, ValueError, TypeError, zipfile.BadZipFile) as error:
         if isinstance(error, AttributeError) and "NetCDF" not in str(error):  # netCDF4's for a damaged attribute
             raise
         raise DataError(path, "", f"cannot be read as a climate file ({' '.join(str(error).split())[:200]})") from error
+
+
+def _with_our_axes(path: Path, dataset: xr.Dataset) -> xr.Dataset:
+    """``dataset`` of ``path`` with our axes, none of its variables larger than the file can hold."""
+    check_stated_size(path, max((variable.nbytes for variable in dataset.variables.values()), default=0))
+    return variables.with_our_axes(dataset)
 
 
 def _gap(values: Floats, axis: str) -> str:

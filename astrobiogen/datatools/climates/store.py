@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from astrobiogen.data.climates import cubes
 from astrobiogen.data.errors import DataError
+from astrobiogen.data.storage.guarded import check_stated_size
 from astrobiogen.data.storage.pack import Pack
 from astrobiogen.datatools.climates.grids import Grid
 from astrobiogen.datatools.climates.variables import VARIABLES
@@ -160,6 +161,7 @@ class ClimateStore:
                 self.dataset = xr.open_zarr(self.path, chunks=None, consolidated=False)
             else:
                 self.dataset = xr.open_dataset(self.path, engine="netcdf4")
+            check_stated_size(self.path, max((v.nbytes for v in self.dataset.variables.values()), default=0))
             self.climates: tuple[str, ...] = tuple(json.loads(self.dataset.attrs["climates"]))
             self.toa_imbalance = np.asarray(self.dataset["toa_imbalance"].values, np.float64)
             self.ts_drift = np.asarray(self.dataset["ts_drift"].values, np.float64)
