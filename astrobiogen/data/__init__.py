@@ -14,7 +14,7 @@ from astrobiogen.system import extras
 extras.require(__name__, "train", ("tokenizers", "torch_geometric"))
 
 from astrobiogen.data import synthetic
-from astrobiogen.data.baseline_features import baseline_features
+from astrobiogen.data.baseline_features import baseline_features, summary_features
 from astrobiogen.data.batches.batch import HabitatBatch, validate
 from astrobiogen.data.batches.collate import MODALITIES, collate
 from astrobiogen.data.batches.sampler import EpochSampler
@@ -44,6 +44,7 @@ __all__ = [
     "load",
     "load_bundled",
     "load_corpus",
+    "summary_features",
     "synthetic",
     "to_canonical",
     "validate",

@@ -13,6 +13,9 @@ from astrobiogen.data.dataset import HabitatDataset, OrganismEntry, PlanetEntry
 
 _BANDS, _SECTORS, _SEASONS = 4, 4, 2
 _SPECTRUM_BINS, _TOKEN_BUCKETS = 16, 64
+_TEMPERATURE = "ta"
+_THRESHOLDS = np.linspace(-2.5, 3.0, 28)  # standard deviations of the temperature
+_QUANTILES = np.array([0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98])
 
 
 def _cube_features(epoch: Tensor | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -91,3 +94,37 @@ def _row(
     pair = dataset.pairs[index]
     tokens = _token_features(dataset.store.tokens[pair.climate, pair.organism])
     return np.concatenate([planet[pair.climate], organism[pair.organism], tokens])
+
+
+def summary_features(dataset: HabitatDataset) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What a scientist would tell of a sample by hand, in the order of the dataset.
+
+    Of the last epoch's lowest level: the shares of area and time that are warmer than 28 thresholds, the mean and 7
+    quantiles of temperature, weighted by area, and whether the epoch is present. Of the organism: means of the
+    network's node features. No identity, and nothing of the label's segment.
+
+    Returns:
+        climate float32 [n, 37]; network float32 [n, 131].
+    """
+    store = dataset.store
+    planet = {k: _temperature_summary(dataset, store.planets[k]) for k in sorted({p.climate for p in dataset.pairs})}
+    organism = {k: _graph_features(store.organisms[k]) for k in {p.organism for p in dataset.pairs}}
+    climate = [planet[pair.climate] for pair in dataset.pairs]
+    network = [organism[pair.organism] for pair in dataset.pairs]
+    if not climate:
+        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
+    return np.stack(climate), np.stack(network)
+
+
+def _temperature_summary(dataset: HabitatDataset, planet: PlanetEntry) -> NDArray[np.float32]:
+    spec = dataset.store.spec
+    epoch = list(planet.epochs)[-1]
+    if epoch is None or _TEMPERATURE not in spec.variables:
+        return np.zeros(_THRESHOLDS.size + _QUANTILES.size + 2, np.float32)
+    field = epoch[spec.variables.index(_TEMPERATURE), :, -1].numpy().astype(np.float64)  # [month, lat, lon]
+    area = np.diff(np.sin(np.radians(np.sort(np.asarray(spec.latitude_bounds)))))[::-1]
+    weight = np.broadcast_to(area[:, None], field.shape).ravel() / (area.sum() * field.shape[0] * field.shape[2])
+    order = np.argsort(field, axis=None)
+    warmer = [(weight * (field.ravel() > threshold)).sum() for threshold in _THRESHOLDS]
+    quantiles = np.interp(_QUANTILES, weight[order].cumsum(), field.ravel()[order])
+    return np.array([*warmer, (weight * field.ravel()).sum(), *quantiles, 1.0], np.float32)

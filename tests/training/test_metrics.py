@@ -1,11 +1,13 @@
 """Figures against scikit-learn, intervals against their meaning."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
+from astrobiogen import data
 from astrobiogen.training.evaluation import baselines, comparison, metrics
 
 
@@ -96,6 +98,46 @@ def features(count: int, seed: int, planets: int) -> baselines.Features:
     flat[:, 0] = params[:, 0]
     groups = np.stack([[f"p{number}" for number in planet], [f"o{number}" for number in organism]], axis=1)
     return baselines.Features(params, flat, label, groups)
+
+
+def test_baselines_on_summaries_learn_what_the_summaries_hold() -> None:
+    def summarised(count: int, seed: int) -> baselines.Features:
+        made = features(count, seed, planets=6)
+        generator = np.random.default_rng(seed + 10)
+        climate = np.hstack([made.params[:, :1], generator.standard_normal((count, 4))])
+        return made._replace(climate=climate, network=generator.standard_normal((count, 20)))
+
+    test = summarised(150, 2)
+    made = baselines.predict(summarised(300, 0), summarised(80, 1), test, seed=0)
+    names = [name for name in made if name.endswith("temperature shares + network")]
+    assert len(names) == 2
+    for name in names:
+        assert ((made[name] > 0.5) == test.label).mean() > 0.8
+        assert np.array_equal(made[name], baselines.predict(summarised(300, 0), summarised(80, 1), test, seed=0)[name])
+
+
+def test_summary_features_of_a_known_temperature() -> None:
+    """Half of the globe by area at -1, half at +1 standard deviations."""
+    bundle = data.load_bundled()
+    climate, network = data.summary_features(bundle.test)
+    assert climate.shape == (len(bundle.test), 37)
+    assert network.shape == (len(bundle.test), 131)
+    assert np.isfinite(climate).all()
+    assert (np.diff(climate[:, :28], axis=1) <= 1e-6).all()  # fewer are warmer than a higher threshold
+    store, pair = bundle.test.store, bundle.test.pairs[0]
+    entry = store.planets[pair.climate]
+    spec = store.spec
+    cube = list(entry.epochs)[-1].clone()  # type: ignore[union-attr]
+    cube[spec.variables.index("ta"), :, -1] = -1.0
+    cube[spec.variables.index("ta"), :, -1, : len(spec.latitudes) // 2] = 1.0
+    planets = dict(store.planets) | {pair.climate: dataclasses.replace(entry, epochs=(cube,))}
+    changed = data.HabitatDataset(dataclasses.replace(store, planets=planets), [pair], "test")
+    row = data.summary_features(changed)[0][0]
+    thresholds = np.linspace(-2.5, 3.0, 28)
+    expected = np.where(thresholds < -1.0, 1.0, np.where(thresholds < 1.0, 0.5, 0.0))
+    np.testing.assert_allclose(row[:28], expected, atol=1e-6)
+    np.testing.assert_allclose(row[28], 0.0, atol=1e-6)
+    np.testing.assert_allclose(row[[29, 35, 36]], [-1.0, 1.0, 1.0], atol=1e-6)
 
 
 def test_baselines_learn_and_compare() -> None:

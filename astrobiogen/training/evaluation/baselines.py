@@ -12,6 +12,7 @@ from astrobiogen.system.extras import Later
 from astrobiogen.training.evaluation import metrics
 
 # scikit-learn takes as long to load as torch: `--help` need not wait for it.
+decomposition = Later("sklearn.decomposition")
 ensemble = Later("sklearn.ensemble")
 exceptions = Later("sklearn.exceptions")
 linear_model = Later("sklearn.linear_model")
@@ -21,6 +22,9 @@ sparse = Later("scipy.sparse")
 
 _FEW_PARAMS = ("stellar_flux", "star_temperature", "log10_p_co2")
 _REGULARISATION = (0.01, 0.1, 1.0, 10.0)
+_LEAVES = (1, 3, 10, 30)  # samples in a leaf of the extremely randomised trees
+_TREES = 400
+_NETWORK_COMPONENTS = 12
 
 
 class Features(NamedTuple):
@@ -33,6 +37,7 @@ class Features(NamedTuple):
         groups: names of planet and organism of each sample [n, 2].
         few: stellar flux, star temperature and CO2 [n, 3], where the data have them.
         control: `flat` without near-surface temperature.
+        climate, network: the summaries of `data.summary_features` [n, C], [n, N], where the caller made them.
     """
 
     params: npt.NDArray[Any]
@@ -41,6 +46,8 @@ class Features(NamedTuple):
     groups: npt.NDArray[np.str_]
     few: npt.NDArray[Any] | None = None
     control: npt.NDArray[Any] | None = None
+    climate: npt.NDArray[Any] | None = None
+    network: npt.NDArray[Any] | None = None
 
 
 def _best_logistic(
@@ -87,6 +94,8 @@ def predict(train: Features, validation: Features, test: Features, seed: int) ->
     * "logistic regression, planet parameters", and "logistic regression, flux + star + CO2" on three of them;
     * "gradient boosting, all features": HistGradientBoostingClassifier with as many trees as `validation` likes best;
     * "gradient boosting, no near-surface temperature": the same, trained and tested without it;
+    * "extra trees, temperature shares + network" and "gradient boosting, temperature shares + network": on the summary
+      of the lowest level's temperature and the first 12 principal components of the network's node means;
     * "planet + organism effects": logistic regression on indicators of both; an unseen one adds nothing.
     """
     share = float(train.label.mean())
@@ -110,6 +119,7 @@ def predict(train: Features, validation: Features, test: Features, seed: int) ->
     if len(controls) == len(sets):
         name = "gradient boosting, no near-surface temperature"
         result[name] = _boosting(controls, train, validation, seed)
+    result |= _on_summaries(sets, seed)
     known = [sorted(set(train.groups[:, column])) for column in range(2)]
     effects = [_one_hot(features.groups, known) for features in sets]
     additive = _best_logistic(
@@ -121,6 +131,33 @@ def predict(train: Features, validation: Features, test: Features, seed: int) ->
     )
     result["planet + organism effects"] = additive.predict_proba(effects[2])[:, 1]
     return result
+
+
+def _on_summaries(sets: tuple[Features, Features, Features], seed: int) -> dict[str, metrics.Floats]:
+    """P(class 1) on the test set of the two baselines on summaries; none where a set lacks them."""
+    climates = [s.climate for s in sets if s.climate is not None]
+    networks = [s.network for s in sets if s.network is not None]
+    if not len(climates) == len(networks) == len(sets):
+        return {}
+    train, validation, _ = sets
+    count = min(_NETWORK_COMPONENTS, *networks[0].shape)
+    scale = pipeline.make_pipeline(preprocessing.StandardScaler(), decomposition.PCA(count, random_state=seed))
+    scale.fit(networks[0])
+    inputs = [
+        np.hstack([climate, scale.transform(network)]) for climate, network in zip(climates, networks, strict=True)
+    ]
+    trees, lowest = None, np.inf
+    for leaf in _LEAVES:
+        model = ensemble.ExtraTreesClassifier(_TREES, min_samples_leaf=leaf, max_features=0.5, random_state=seed)
+        model.fit(inputs[0], train.label)
+        loss = metrics.cross_entropy(model.predict_proba(inputs[1])[:, 1], validation.label).mean()
+        if trees is None or loss < lowest:
+            trees, lowest = model, loss
+    assert trees is not None
+    return {
+        "extra trees, temperature shares + network": np.asarray(trees.predict_proba(inputs[2])[:, 1]),
+        "gradient boosting, temperature shares + network": _boosting(inputs, train, validation, seed),
+    }
 
 
 def _boosting(inputs: list[npt.NDArray[Any]], train: Features, validation: Features, seed: int) -> metrics.Floats:
@@ -149,4 +186,5 @@ def baseline_inputs(samples: data.HabitatDataset) -> Features:
     names = samples.spec.planet_param_names
     few = params[:, [names.index(n) for n in _FEW_PARAMS]] if set(_FEW_PARAMS) <= set(names) else None
     _, control, _, _ = data.baseline_features(data.without_near_surface(samples))
-    return Features(params, flat, label, np.asarray(groups), few, control)
+    climate, network = data.summary_features(samples)
+    return Features(params, flat, label, np.asarray(groups), few, control, climate, network)
