@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := 2.13.0
+TORCH ?= 2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h")
 WORKERS ?= 2
@@ -12,7 +12,7 @@ WORKERS ?= 2
 ASAN := detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024:exitcode=77
 ASAN := $(ASAN):max_malloc_fill_size=4096:malloc_fill_byte=165
 
-.PHONY: train test bench lint types doctor emulate fuzz fuzz-asan clean help
+.PHONY: train test bench lint types doctor emulate fuzz fuzz-asan release clean help
 
 help:
 	@echo "make train   set up, then train the tiny preset on the bundled real data (ARGS='--smoke': under a minute)"
@@ -23,6 +23,7 @@ help:
 	@echo "make fuzz-asan   the same under AddressSanitizer, with a build of its own"
 	@echo "make emulate   every operator's cases on the compiled kernels of sm_86, without a GPU; hours"
 	@echo "               (ARGS='attention --case window --arch 80')"
+	@echo "make release   the source archive and a wheel in build/release/dist/, tried in an environment of its own"
 	@echo "make lint types   ruff and pyright"
 
 train: $(VENV)/.installed
@@ -51,6 +52,10 @@ fuzz-asan: $(VENV)/.installed
 	cd build/asan/lib* && LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) \
 	  ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(CURDIR)/$(BIN)/python -m astrobiogen.testing.fuzz $(ARGS)
+
+release: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt build
+	.ci/release
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
