@@ -146,7 +146,10 @@ def _more_than_its_class(module: nn.Module) -> str:
 
 
 def _adopt(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Give `new` the very parameters and children of `old` that it has itself."""
+    """Give `new` the very parameters and children of `old` that it has itself, and what others read from `old`."""
+    for name, value in old.__dict__.items():
+        if not hasattr(new, name):  # variance_epsilon, normalized_shape, config
+            new.__dict__[name] = value  # a module hidden there must not become a child
     for name, parameter in old._parameters.items():
         setattr(new, name, parameter)
     for name in new._modules:

@@ -67,6 +67,18 @@ def test_logits_gradients_and_generation_stay(family: str) -> None:
     assert torch.equal(model.generate(ids, **settings), swapped.generate(ids, **settings))
 
 
+def test_swapped_layers_keep_the_attributes_that_others_read() -> None:
+    model = build("Llama")
+    model.torch_norm = nn.RMSNorm(6, eps=1e-5)
+    astrobiogen.swap_layers(model)
+    assert isinstance(model.model.norm, RMSNorm)
+    assert model.model.norm.variance_epsilon == model.config.rms_norm_eps
+    assert model.model.layers[0].mlp.intermediate_size == 80
+    assert model.model.layers[0].mlp.config is model.config
+    assert isinstance(model.torch_norm, RMSNorm)
+    assert model.torch_norm.normalized_shape == (6,)
+
+
 def test_padding_is_masked_by_sdpa() -> None:
     model = build("Mistral")
     swapped = copy.deepcopy(model)
