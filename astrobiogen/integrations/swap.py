@@ -52,7 +52,8 @@ def swap_layers(model: nn.Module) -> SwapTable:
 
     * `torch.nn.RMSNorm` over the last axis; RMSNorm and SiLU-gated MLP of Hugging Face Llama, Mistral, Qwen2, Qwen3;
     * `torch.nn.Conv1d` to `Conv3d` where the CPU kernels of `ops.conv_nd` serve the shape;
-    * attention of these Hugging Face models, through their attention interface (see `register_attention`).
+    * attention of these Hugging Face models, through their attention interface (see `register_attention`),
+      unless the model was set to "eager".
 
     Subclasses are left alone, and so are layers that do more than their class says: with hooks, a parametrisation, a
     method replaced on the instance, other parts or another kind of weight. The projections of an MLP stay the same
@@ -211,6 +212,9 @@ def _swap_attention(model: nn.Module, table: SwapTable) -> None:
             table.append(Swap(prefix, type(module).__name__, "", "its forward was replaced on the instance"))
             continue
         config: Any = module.config
+        if config._attn_implementation == "eager":  # by choice: these families take sdpa by themselves
+            table.append(Swap(prefix, type(module).__name__, "", "the model was asked for eager attention"))
+            continue
         if config._attn_implementation != hugging_face.NAME:
             if not hasattr(model, "set_attn_implementation"):
                 table.append(Swap(prefix, type(module).__name__, "", "the model has no attention interface"))

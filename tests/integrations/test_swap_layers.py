@@ -79,6 +79,15 @@ def test_swapped_layers_keep_the_attributes_that_others_read() -> None:
     assert model.torch_norm.normalized_shape == (6,)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_choice_of_eager_attention_stays(family: str) -> None:
+    model = build(family)
+    model.set_attn_implementation("eager")
+    rows = [row for row in astrobiogen.swap_layers(model) if row.was == f"{family}Attention"]
+    assert model.config._attn_implementation == "eager"
+    assert [(row.now, "eager" in row.reason) for row in rows] == [("", True)] * 2
+
+
 def test_padding_is_masked_by_sdpa() -> None:
     model = build("Mistral")
     swapped = copy.deepcopy(model)
