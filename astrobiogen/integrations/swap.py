@@ -1,17 +1,19 @@
 """Replace eager layers of an existing model by the library's, in place and with the same parameters."""
 
-import dataclasses
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from astrobiogen.integrations import hugging_face
+from astrobiogen.integrations.attention import swap_attention
+from astrobiogen.integrations.formulas import GatedMLP, Norm, mlp_of, norm_of
+from astrobiogen.integrations.replacements import FormulaRMSNorm, FormulaSwiGLU
+from astrobiogen.integrations.table import Swap, SwapTable, put
+from astrobiogen.integrations.trial import Trials
 from astrobiogen.layers import ConvNd, RMSNorm, SwiGLU
 
-# Families whose norm, MLP and attention have exactly the library's formulas: transformers.models.<family>.
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 # The rule of kernels/conv_nd on the CPU: its own kernels serve these, everything else is a composition of PyTorch's.
 _MOST_INPUTS, _FEWEST_OUTPUTS = 4, 8
 _HOOKS = (
@@ -20,91 +22,93 @@ _HOOKS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Swap:
-    """One layer that was looked at: its name in the model, its class, what it is now (empty: as before) and why."""
-
-    name: str
-    was: str
-    now: str
-    reason: str
-
-
-class SwapTable(list[Swap]):
-    """What `swap_layers` did; prints as a table."""
-
-    @property
-    def swapped(self) -> list[Swap]:
-        """The layers that were replaced."""
-        return [row for row in self if row.now]
-
-    def __str__(self) -> str:
-        rows = [
-            ("layer", "was", "is", "why"),
-            *((row.name, row.was, row.now or "unchanged", row.reason) for row in self),
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
-
-
-def swap_layers(model: nn.Module) -> SwapTable:
+def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> SwapTable:
     """Replace layers of `model` in place by the library's; parameters, names and the state dict stay the same objects.
 
-    * `torch.nn.RMSNorm` over the last axis; RMSNorm and SiLU-gated MLP of Hugging Face Llama, Mistral, Qwen2, Qwen3;
+    * RMSNorm, with the weight or 1 + weight, in any class whose `forward` computes it, and `torch.nn.RMSNorm`;
+    * SiLU-gated MLPs, with separate or packed gate and up projections, in any class whose `forward` computes them;
     * `torch.nn.Conv1d` to `Conv3d` where the CPU kernels of `ops.conv_nd` serve the shape;
-    * attention of these Hugging Face models, through their attention interface (see `register_attention`),
-      unless the model was set to "eager".
+    * attention of Hugging Face models, through their attention interface (see `register_attention`), unless the model
+      was set to "eager" or a trial with a few tokens gives other values.
 
-    Subclasses are left alone, and so are layers that do more than their class says: with hooks, a parametrisation, a
-    method replaced on the instance, other parts or another kind of weight. The projections of an MLP stay the same
-    modules and are called while they do more than `torch.nn.Linear` does (hooks, pruning, a bias put there), before the
-    swap or after it; an MLP whose projections are of another class (an adapter) is left alone.
+    A class is known by the formula of its `forward`, read from its source, not by its name; the first layer of each
+    kind and size is then tried against the original with random input, values and gradients. Layers are left alone that
+    do more than their class says: with hooks, a parametrisation, a method replaced on the instance, other parts or
+    another kind of weight. The projections of an MLP stay the same modules and are called while they do more than
+    `torch.nn.Linear` does (hooks, pruning, a bias put there), before the swap or after it; an MLP whose projections are
+    of another class (an adapter) is left alone.
+
+    Args:
+        model: any module that contains such layers.
+        only: what may be replaced: "norm", "mlp", "convolution", "attention", or patterns of layer names
+            ("model.layers.0.*"); empty for everything.
+        exclude: what stays, in the same words.
 
     Returns:
-        every layer of these kinds with what was done and why.
+        every norm, MLP, attention, linear layer and convolution with what was done and why; its `restore()` takes the
+        swap back.
 
     Raises:
-        TypeError: `model` is not a module, or is itself a layer that would have to be replaced.
+        TypeError: `model` is not a module, is itself a layer that would have to be replaced, or `only` or `exclude` is
+            not a sequence of texts.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    if _maker(model) is not None:
+    if _kind(model) in _TORCH_KINDS or _kind_of(model) in ("norm", "mlp"):
         raise TypeError(f"model: got a bare {type(model).__name__}, expected a model that contains such layers")
-    table = SwapTable()
+    chosen = _chosen("only", only, True), _chosen("exclude", exclude, False)
+    table, trials = SwapTable(), Trials()
     made: dict[int, nn.Module] = {}  # a layer that occurs twice is replaced by one and the same
+    inside: set[int] = set()  # projections of an MLP are told of with it
     for prefix, parent in list(model.named_modules()):
         for child_name, child in list(parent._modules.items()):  # named_children() leaves out the second of two names
             if child is None:
                 continue
             name = f"{prefix}.{child_name}" if prefix else child_name
-            maker = _maker(child)
-            if maker is None:
+            kind = _kind_of(child)
+            if kind == "mlp":
+                inside.add(id(child))
+            if not kind or (kind == "linear" and id(parent) in inside):
                 continue
-            new, reason = (made[id(child)], "as before") if id(child) in made else _replacement(child, maker)
+            if not chosen[0](kind, name) or chosen[1](kind, name):
+                table.append(Swap(name, type(child).__name__, "", "not chosen"))
+                continue
+            new, reason = (made[id(child)], "as before") if id(child) in made else _replacement(child, kind, trials)
             if new is not None:
                 made[id(child)] = new
-                setattr(parent, child_name, new)
+                table.on_restore(put(parent, child_name, new))
             table.append(Swap(name, type(child).__name__, type(new).__name__ if new is not None else "", reason))
-    _swap_attention(model, table)
+    swap_attention(model, table, lambda name: chosen[0]("attention", name) and not chosen[1]("attention", name))
     return table
 
 
 Made = tuple[nn.Module | None, str]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TORCH_KINDS = (nn.RMSNorm, *_CONVOLUTIONS)
+_KINDS = ("norm", "mlp", "convolution", "attention", "linear")
+_MLP_NAMES = ("MLP", "FeedForward", "FFN")
 
 
-def _maker(module: nn.Module) -> Callable[[Any], Made] | None:
-    """The function that builds the replacement of a layer of this very class."""
+def _chosen(argument: str, words: Sequence[str], default: bool) -> Callable[[str, str], bool]:
+    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        raise TypeError(f"{argument}: got {words!r}, expected a sequence of kinds {_KINDS} or patterns of layer names")
+    if not words:
+        return lambda _kind, _name: default
+    return lambda kind, name: any(word == kind or fnmatch.fnmatchcase(name, word) for word in words)
+
+
+def _kind_of(module: nn.Module) -> str:
+    """The sort of layer that a row is written for: of `_KINDS` without attention, or empty."""
     kind = _kind(module)
-    if kind is nn.RMSNorm:
-        return _torch_norm
-    if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return _convolution
-    family = _family(kind)
-    if family and kind.__name__ == f"{FAMILIES[family]}RMSNorm":
-        return _hugging_face_norm
-    if family and kind.__name__ == f"{FAMILIES[family]}MLP":
-        return _mlp
-    return None
+    if issubclass(kind, _CONVOLUTIONS) or ("Conv" in kind.__name__ and isinstance(module, nn.modules.conv._ConvNd)):
+        return "convolution"
+    if issubclass(kind, nn.Linear):
+        return "linear"
+    if "Norm" in kind.__name__ and not set(module._modules) - {"parametrizations"}:
+        return "norm"
+    if len(module._modules) >= 2 and (kind.__name__.endswith(_MLP_NAMES) or isinstance(mlp_of(module), GatedMLP)):
+        return "mlp"
+    return "norm" if set(module._parameters) == {"weight"} and isinstance(norm_of(module), Norm) else ""
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
@@ -113,17 +117,15 @@ def _kind(module: nn.Module) -> type[nn.Module]:
     return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
-def _family(kind: type[nn.Module]) -> str:
-    parts = kind.__module__.split(".")
-    return parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 3 and parts[2] in FAMILIES else ""
-
-
-def _replacement(module: nn.Module, maker: Callable[[Any], Made]) -> Made:
+def _replacement(module: nn.Module, kind: str, trials: Trials) -> Made:
     more = _more_than_its_class(module)
     if more:
         return None, more
-    new, reason = maker(module)
+    new, reason = _MAKERS[kind](module)
     if new is not None:
+        different = "" if kind == "convolution" else trials.difference(new, module)
+        if different:
+            return None, different
         new.training = module.training  # the children keep theirs
     return new, reason
 
@@ -132,6 +134,8 @@ def _more_than_its_class(module: nn.Module) -> str:
     """What `module` does beyond the `forward` of its class, which its replacement would not do; empty for nothing."""
     if parametrize.is_parametrized(module):
         return "it is parametrised"
+    if type(module).__call__ is not nn.Module.__call__:
+        return "its class has a __call__ of its own"
     if any(getattr(module, name) for name in _HOOKS):
         return "it has hooks"
     replaced = [name for name, value in module.__dict__.items() if callable(value) and hasattr(type(module), name)]
@@ -164,30 +168,52 @@ def _torch_norm(module: nn.RMSNorm) -> Made:
     return _adopt(RMSNorm(module.normalized_shape[0], module.eps, device="meta"), module), "one pass"
 
 
-def _hugging_face_norm(module: Any) -> Made:
-    return _adopt(RMSNorm(len(module.weight), module.variance_epsilon, device="meta"), module), "one pass"
+def _norm(module: Any) -> Made:
+    if isinstance(module, nn.RMSNorm) and type(module) is nn.RMSNorm:
+        return _torch_norm(module)
+    formula = norm_of(module)
+    if isinstance(formula, str):
+        torch_kind = type(module).__module__.startswith("torch.nn")
+        return None, f"no operator here computes a {type(module).__name__}" if torch_kind else formula
+    if set(module._parameters) != {"weight"} or module.weight.dim() != 1:
+        return None, "it has another weight than one row"
+    return _adopt(FormulaRMSNorm(len(module.weight), formula, device="meta"), module), "one pass"
 
 
 def _mlp(module: Any) -> Made:
-    activation, projections = module.act_fn, ("gate_proj", "up_proj", "down_proj")
-    name = type(activation).__name__
-    if name not in ("SiLU", "SiLUActivation"):
-        return None, f"its activation is {name}, expected SiLU"
-    more = _more_than_its_class(activation)
-    if more:
-        return None, f"act_fn: {more}"
-    parts = set(module._modules) - {*projections, "act_fn"}
+    formula = mlp_of(module)
+    if isinstance(formula, str):
+        return None, formula
+    if formula.activation:
+        activation = module._modules[formula.activation]
+        name = type(activation).__name__
+        if name not in ("SiLU", "SiLUActivation"):
+            return None, f"its activation is {name}, expected SiLU"
+        more = _more_than_its_class(activation)
+        if more:
+            return None, f"{formula.activation}: {more}"
+    projections = (formula.gate, formula.up, formula.down)
+    parts = set(module._modules) - {*projections, formula.activation}
     if parts:
         return None, f"it has {sorted(parts)[0]} beside its projections"
     kinds = {type(getattr(module, part)) for part in projections}
     if kinds != {nn.Linear}:
         other = next(kind for kind in kinds if kind is not nn.Linear)
         return None, f"its projections are not plain torch.nn.Linear but {other.__name__}"
-    new = SwiGLU(module.gate_proj.in_features, module.gate_proj.out_features, device="meta")
+    if projections == ("gate_proj", "up_proj", "down_proj"):
+        new: nn.Module = SwiGLU(module.gate_proj.in_features, module.gate_proj.out_features, device="meta")
+    else:
+        new = FormulaSwiGLU(formula)
     return _adopt(new, module), "silu and product in one pass"
 
 
+def _linear(_module: nn.Module) -> Made:
+    return None, "PyTorch's own product"
+
+
 def _convolution(module: Any) -> Made:
+    if type(module) not in _CONVOLUTIONS:
+        return None, f"{type(module).__name__} is none of torch.nn.Conv1d to Conv3d"
     inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
     if module.weight.device.type != "cpu":
         return None, f"not measured on {module.weight.device.type}"
@@ -203,21 +229,6 @@ def _convolution(module: Any) -> Made:
     return _adopt(new, module), "own kernel for few input channels"
 
 
-def _swap_attention(model: nn.Module, table: SwapTable) -> None:
-    for prefix, module in model.named_modules():
-        family = _family(type(module))
-        if not family or type(module).__name__ != f"{FAMILIES[family]}Attention":
-            continue
-        if "forward" in module.__dict__:
-            table.append(Swap(prefix, type(module).__name__, "", "its forward was replaced on the instance"))
-            continue
-        config: Any = module.config
-        if config._attn_implementation == "eager":  # by choice: these families take sdpa by themselves
-            table.append(Swap(prefix, type(module).__name__, "", "the model was asked for eager attention"))
-            continue
-        if config._attn_implementation != hugging_face.NAME:
-            if not hasattr(model, "set_attn_implementation"):
-                table.append(Swap(prefix, type(module).__name__, "", "the model has no attention interface"))
-                continue
-            model.set_attn_implementation(hugging_face.register_attention())  # type: ignore[operator]
-        table.append(Swap(prefix, type(module).__name__, "ops.attention", "by the attention interface"))
+_MAKERS: dict[str, Callable[[Any], Made]] = {
+    "norm": _norm, "mlp": _mlp, "convolution": _convolution, "linear": _linear,
+}  # fmt: skip
