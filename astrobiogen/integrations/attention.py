@@ -22,7 +22,8 @@ def swap_attention(model: nn.Module, table: SwapTable, chosen: Callable[[str], b
         return
     reason = _left_because(model, layers, chosen)
     if not reason:
-        before = model.config._attn_implementation  # type: ignore[union-attr]
+        config: Any = model.config
+        before = config._attn_implementation
         if before != hugging_face.NAME:
             reason = _try(model, before)
             if not reason:

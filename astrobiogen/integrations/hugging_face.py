@@ -46,17 +46,19 @@ def attention_mask(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **options: Any,
-) -> torch.Tensor | None:
-    """None where the mask is causal, perhaps with a sliding window, without padding and with the queries at the end of
-    the keys: `ops.attention` then needs none. Otherwise the bool [B, 1, Sq, Sk] mask of transformers.
+) -> torch.Tensor:
+    """The bool [B, 1, Sq, Sk] mask of transformers; or, where it is causal, perhaps with a sliding window, without
+    padding and with the queries at the end of the keys, one without rows that says so: [1, 1, 0, W] for a window of W
+    keys, W = 0 for none (see `attention_forward`).
     """
     masking = importlib.import_module("transformers.masking_utils")
     function = mask_function or masking.causal_mask_function
     at_the_end = int(kv_length) + int(kv_offset) == int(q_length) + int(q_offset)  # not in a static cache
     whole = attention_mask is None or bool(attention_mask[:, -(kv_length + kv_offset) :].all())
-    plain = function is masking.causal_mask_function or (local_size is not None and _slides(function, local_size))
-    if allow_is_causal_skip and at_the_end and whole and plain:
-        return None
+    slides = local_size is not None and _slides(function, local_size)
+    if allow_is_causal_skip and at_the_end and whole and (slides or function is masking.causal_mask_function):
+        width = int(local_size) if slides and local_size is not None else 0
+        return torch.empty(1, 1, 0, width, dtype=torch.bool, device=options.get("device"))
     return masking.sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, local_size,
         allow_is_causal_skip=False, **options,
@@ -91,6 +93,9 @@ def attention_forward(
     """`ops.attention` as transformers calls it: query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], already rotated;
     returns [B, Sq, Hq, D].
 
+    A mask without rows, [1, 1, 0, W], is that of `attention_mask`: causal, with a window of W keys or none at W = 0,
+    whatever `sliding_window` says: layers may leave it out where their mask has it, and name it where it has none.
+
     A mask (padding, packed rows, a static cache), dropout, a position bias, values of another width and heads of more
     than 256 columns are not `ops.attention`'s: plain PyTorch serves such calls, with everything else that the call asks
     for, and a warning says so once.
@@ -106,6 +111,8 @@ def attention_forward(
             "choose another one with model.set_attn_implementation('eager')"
         )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == 0:
+        causal, sliding_window, attention_mask = True, attention_mask.shape[3] or None, None
     bounds = _packed(cu_seq_lens_q, cu_seq_lens_k, query, key)
     reasons = {
         "a mask (padding, packed rows or a static cache)": attention_mask is not None,

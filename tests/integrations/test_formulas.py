@@ -111,6 +111,18 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, dict[s
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("family", ["Phimoe", "Olmoe"])
+def test_the_window_is_that_of_the_mask(family: str) -> None:
+    """Phimoe's layers leave a window out that its mask has, Olmoe's name one that its mask has not."""
+    config = getattr(transformers, f"{family}Config")(**SIZES, sliding_window=5)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    ids = torch.randint(3, 97, (2, 12))
+    expected = model(input_ids=ids, use_cache=False).logits
+    table = astrobiogen.swap_layers(model, only=("attention",))
+    assert len(table.swapped) == 2
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_of_other_families_are_swapped_and_stay_the_same(family: str) -> None:
     model = build(family)
