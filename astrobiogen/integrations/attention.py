@@ -10,6 +10,7 @@ from torch import nn
 from astrobiogen.integrations import hugging_face
 from astrobiogen.integrations.table import Swap, SwapTable
 
+_TOKENS = 24  # of a trial: so many that short windows and chunks of keys show
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # Of the largest logit, in a trial with a few tokens; attention of another formula is off by far more.
 _LIMITS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -94,7 +95,7 @@ def _logits(model: Any) -> torch.Tensor | None:
     if getattr(model.config, "is_encoder_decoder", False):
         return None
     device = model.get_input_embeddings().weight.device
-    ids = (torch.arange(10, device=device) % words).view(2, 5)
+    ids = (torch.arange(2 * _TOKENS, device=device) % words).view(2, _TOKENS)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -48,8 +48,9 @@ def attention_mask(
     **options: Any,
 ) -> torch.Tensor:
     """The bool [B, 1, Sq, Sk] mask of transformers; or, where it is causal, perhaps with a sliding window, without
-    padding and with the queries at the end of the keys, one without rows that says so: [1, 1, 0, W] for a window of W
-    keys, W = 0 for none (see `attention_forward`).
+    padding and with the queries at the end of the keys, one without rows that says so: [1, 1 + W, 0, 2 Sk + 1] for a
+    window of W keys, W = 0 for none. `attention_forward` reads it, and knows by the odd last axis whether a model has
+    added keys to it on the way.
     """
     masking = importlib.import_module("transformers.masking_utils")
     function = mask_function or masking.causal_mask_function
@@ -58,7 +59,7 @@ def attention_mask(
     slides = local_size is not None and _slides(function, local_size)
     if allow_is_causal_skip and at_the_end and whole and (slides or function is masking.causal_mask_function):
         width = int(local_size) if slides and local_size is not None else 0
-        return torch.empty(1, 1, 0, width, dtype=torch.bool, device=options.get("device"))
+        return torch.empty(1, 1 + width, 0, 2 * int(kv_length) + 1, dtype=torch.bool, device=options.get("device"))
     return masking.sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, local_size,
         allow_is_causal_skip=False, **options,
@@ -93,16 +94,17 @@ def attention_forward(
     """`ops.attention` as transformers calls it: query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], already rotated;
     returns [B, Sq, Hq, D].
 
-    A mask without rows, [1, 1, 0, W], is that of `attention_mask`: causal, with a window of W keys or none at W = 0,
-    whatever `sliding_window` says: layers may leave it out where their mask has it, and name it where it has none.
+    A mask without rows is that of `attention_mask`: causal, with its window or none, whatever `sliding_window` says:
+    layers may leave it out where their mask has it, and name it where it has none.
 
     A mask (padding, packed rows, a static cache), dropout, a position bias, values of another width and heads of more
     than 256 columns are not `ops.attention`'s: plain PyTorch serves such calls, with everything else that the call asks
     for, and a warning says so once.
 
     Raises:
-        ValueError: an argument that may change the result is not known here (a paged cache, attention weights as
-            output), or the bounds of packed sequences are not those of one row of queries and keys alike.
+        ValueError: keys were added to a mask without rows, an argument that may change the result is not known here (a
+            paged cache, attention weights as output), or the bounds of packed sequences are not those of one row of
+            queries and keys alike.
     """
     unknown = sorted(name for name, given in options.items() if name not in _WITHOUT_EFFECT and _is_set(given))
     if unknown:
@@ -112,7 +114,7 @@ def attention_forward(
         )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == 0:
-        causal, sliding_window, attention_mask = True, attention_mask.shape[3] or None, None
+        causal, sliding_window, attention_mask = True, _width(module, attention_mask, key.shape[2]), None
     bounds = _packed(cu_seq_lens_q, cu_seq_lens_k, query, key)
     reasons = {
         "a mask (padding, packed rows or a static cache)": attention_mask is not None,
@@ -136,6 +138,16 @@ def attention_forward(
         causal=causal, scale=scaling, window=sliding_window, softcap=softcap, cu_seqlens=bounds, sinks=s_aux,
     )  # fmt: skip
     return out, None
+
+
+def _width(module: torch.nn.Module, mask: torch.Tensor, keys: int) -> int | None:
+    """The window that a mask without rows stands for."""
+    if mask.shape[3] != 2 * keys + 1:
+        raise ValueError(
+            f"{type(module).__name__} gives the attention interface {NAME!r} {keys} keys with the mask of "
+            f"{mask.shape[3] // 2}: choose another one with model.set_attn_implementation('sdpa') or 'eager'"
+        )
+    return mask.shape[1] - 1 or None
 
 
 def _is_set(given: Any) -> bool:
