@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from astrobiogen import swap_layers
 
-COLUMNS = ("family", "class", "swapped", "left", "logits_error", "gradient_error", "greedy_equal", "note")
+COLUMNS = ("family", "class", "swapped", "left", "logits_error", "gradient_error", "loss_error", "greedy_equal", "note")
 LARGEST = 50_000_000  # parameters: a family whose small configuration is larger is listed, not run
 TOLERANCE = 1e-4  # of the largest value; fp32 sums in another order give 1e-7 to 1e-6
 TOKENS, NEW_TOKENS = 12, 6
@@ -122,9 +122,19 @@ def row_of(family: str) -> dict[str, Any]:
     ours = gradients(swapped, tokens)
     scale = max(float(one.abs().max()) for one in exact.values())  # of all: the gradient of a key's bias is rounding
     row["gradient_error"] = f"{max(float((ours[name] - one).abs().max()) for name, one in exact.items()) / scale:.1e}"
+    row["loss_error"] = _loss_error(swapped, model, tokens)
     after = greedy(swapped, tokens)
     row["greedy_equal"] = "" if before is None else str(after is not None and torch.equal(before, after))
     return row
+
+
+def _loss_error(ours: Any, theirs: Any, tokens: torch.Tensor) -> str:
+    """Relative difference of the losses; empty where the family takes no labels."""
+    try:
+        expected = float(theirs(input_ids=tokens, labels=tokens, use_cache=False).loss)
+    except Exception:  # as unlike as the families are
+        return ""
+    return f"{abs(float(ours(input_ids=tokens, labels=tokens, use_cache=False).loss) / expected - 1.0):.1e}"
 
 
 def _counted(entries: Any) -> str:
@@ -141,7 +151,7 @@ def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def agrees(row: dict[str, Any]) -> bool:
     """Whether the swapped model is the same function."""
-    errors = [float(row[name] or 0.0) for name in ("logits_error", "gradient_error")]
+    errors = [float(row[name] or 0.0) for name in ("logits_error", "gradient_error", "loss_error")]
     return max(errors) <= TOLERANCE and row["greedy_equal"] != "False"
 
 

@@ -14,7 +14,7 @@ _LARGEST_HEAD = 256
 # already in the rotated keys, lengths that the bounds of packed sequences tell as well.
 _WITHOUT_EFFECT = frozenset({
     "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "seq_idx", "use_cache",
+    "output_router_logits", "position_ids", "return_dict", "seq_idx", "shift_labels", "use_cache",
 })  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Replace eager layers of an existing model by the library's, in place and with the same parameters."""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from astrobiogen.integrations.attention import swap_attention
+from astrobiogen.integrations.causal_loss import swap_loss
 from astrobiogen.integrations.formulas import GatedMLP, Norm, mlp_of, norm_of
 from astrobiogen.integrations.replacements import FormulaRMSNorm, FormulaSwiGLU
 from astrobiogen.integrations.table import Swap, SwapTable, put
@@ -28,6 +30,8 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
     * RMSNorm, with the weight or 1 + weight, in any class whose `forward` computes it, and `torch.nn.RMSNorm`;
     * SiLU-gated MLPs, with separate or packed gate and up projections, in any class whose `forward` computes them;
     * `torch.nn.Conv1d` to `Conv3d` where the CPU kernels of `ops.conv_nd` serve the shape;
+    * output layer and loss of causal language models: the loss is computed without the logits, which are multiplied out
+      when something asks for their values;
     * attention of Hugging Face models, through their attention interface (see `register_attention`), unless the model
       was set to "eager" or a trial with a few tokens gives other values.
 
@@ -40,7 +44,7 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
 
     Args:
         model: any module that contains such layers.
-        only: what may be replaced: "norm", "mlp", "convolution", "attention", or patterns of layer names
+        only: what may be replaced: "norm", "mlp", "convolution", "attention", "loss", or patterns of layer names
             ("model.layers.0.*"); empty for everything.
         exclude: what stays, in the same words.
 
@@ -56,7 +60,7 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if _kind(model) in _TORCH_KINDS or _kind_of(model) in ("norm", "mlp"):
         raise TypeError(f"model: got a bare {type(model).__name__}, expected a model that contains such layers")
-    chosen = _chosen("only", only, True), _chosen("exclude", exclude, False)
+    wanted = _wanted(only, exclude)
     table, trials = SwapTable(), Trials()
     made: dict[int, nn.Module] = {}  # a layer that occurs twice is replaced by one and the same
     inside: set[int] = set()  # projections of an MLP are told of with it
@@ -70,7 +74,7 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
                 inside.add(id(child))
             if not kind or (kind == "linear" and id(parent) in inside):
                 continue
-            if not chosen[0](kind, name) or chosen[1](kind, name):
+            if not wanted(kind, name):
                 table.append(Swap(name, type(child).__name__, "", "not chosen"))
                 continue
             new, reason = (made[id(child)], "as before") if id(child) in made else _replacement(child, kind, trials)
@@ -78,23 +82,30 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
                 made[id(child)] = new
                 table.on_restore(put(parent, child_name, new))
             table.append(Swap(name, type(child).__name__, type(new).__name__ if new is not None else "", reason))
-    swap_attention(model, table, lambda name: chosen[0]("attention", name) and not chosen[1]("attention", name))
+    swap_attention(model, table, functools.partial(wanted, "attention"))
+    swap_loss(model, table, wanted("loss", "loss"), _more_than_its_class)
     return table
 
 
 Made = tuple[nn.Module | None, str]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TORCH_KINDS = (nn.RMSNorm, *_CONVOLUTIONS)
-_KINDS = ("norm", "mlp", "convolution", "attention", "linear")
+_KINDS = ("norm", "mlp", "convolution", "attention", "loss", "linear")
 _MLP_NAMES = ("MLP", "FeedForward", "FFN")
 
 
-def _chosen(argument: str, words: Sequence[str], default: bool) -> Callable[[str, str], bool]:
-    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
-        raise TypeError(f"{argument}: got {words!r}, expected a sequence of kinds {_KINDS} or patterns of layer names")
-    if not words:
-        return lambda _kind, _name: default
-    return lambda kind, name: any(word == kind or fnmatch.fnmatchcase(name, word) for word in words)
+def _wanted(only: Sequence[str], exclude: Sequence[str]) -> Callable[[str, str], bool]:
+    """Whether a layer of a kind and name may be replaced."""
+    for argument, words in (("only", only), ("exclude", exclude)):
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise TypeError(
+                f"{argument}: got {words!r}, expected a sequence of kinds {_KINDS} or patterns of layer names"
+            )
+
+    def among(words: Sequence[str], kind: str, name: str) -> bool:
+        return any(word == kind or fnmatch.fnmatchcase(name, word) for word in words)
+
+    return lambda kind, name: (not only or among(only, kind, name)) and not among(exclude, kind, name)
 
 
 def _kind_of(module: nn.Module) -> str:

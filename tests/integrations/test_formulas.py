@@ -141,6 +141,7 @@ def test_models_of_other_families_are_swapped_and_stay_the_same(family: str) -> 
     after = model.generate(ids, **settings)
     table.restore()
     assert not [name for name, part in model.named_modules() if type(part).__module__.startswith("astrobiogen")]
+    assert "_loss_function" not in model.__dict__
     assert torch.equal(model.generate(ids, **settings), after)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
 
@@ -202,7 +203,7 @@ def test_only_and_exclude() -> None:
     model = build("Olmo2")
     first = astrobiogen.swap_layers(copy.deepcopy(model), only=("norm",))
     assert {row.was for row in first.swapped} == {"Olmo2RMSNorm"}
-    second = astrobiogen.swap_layers(copy.deepcopy(model), exclude=("attention", "model.layers.0.*"))
+    second = astrobiogen.swap_layers(copy.deepcopy(model), exclude=("attention", "loss", "model.layers.0.*"))
     assert {row.was for row in second.swapped} == {"Olmo2RMSNorm", "Olmo2MLP"}
     assert not [row for row in second.swapped if row.name.startswith("model.layers.0.")]
     assert {row.reason for row in second if row.name == "model.layers.0.mlp"} == {"not chosen"}
