@@ -75,12 +75,12 @@ def swap_loss(model: Any, table: SwapTable, chosen: bool, left_because: Any) -> 
 
         def undo() -> None:
             if type(head) is LazyHead:
-                head.__class__ = nn.Linear
+                _turn(head, nn.Linear)
             model.__dict__.pop("_loss_function", None)
             if before is not None:
                 model._loss_function = before
 
-        head.__class__ = LazyHead  # the same object: others hold it, by its name or by its weight
+        _turn(head, LazyHead)  # the same object: others hold it, by its name or by its weight
         model.loss_function = causal_loss
         got = _loss(model)
         if expected is not None and (got is None or not abs(got - expected) <= _LIMIT * abs(expected)):
@@ -92,6 +92,10 @@ def swap_loss(model: Any, table: SwapTable, chosen: bool, left_because: Any) -> 
 
 
 _BY = "the loss is computed without the logits, which are made when they are asked for"
+
+
+def _turn(module: Any, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
 
 
 def _output_layer(model: Any) -> tuple[str, Any] | None:

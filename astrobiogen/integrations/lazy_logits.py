@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._C._functorch import maybe_current_level
 from torch.utils import _pytree as pytree
 
 from astrobiogen.layers.children import PLAIN_TENSORS
@@ -44,8 +45,8 @@ class LazyLogits(torch.Tensor):
     ) -> "LazyLogits":
         shape = (*hidden.shape[:-1], weight.shape[0])
         made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or product, device=hidden.device)
-        made.__dict__.update(hidden=hidden, weight=weight, product=product, _value=None)
-        made.__dict__["_versions"] = _version(hidden), _version(weight)
+        versions = _version(hidden), _version(weight)
+        made.__dict__.update(hidden=hidden, weight=weight, product=product, _versions=versions, _value=None)
         return made
 
     def __init__(self, *_: Any) -> None:
@@ -53,7 +54,7 @@ class LazyLogits(torch.Tensor):
 
     def value(self) -> torch.Tensor:
         """The logits as an ordinary tensor."""
-        held = self.__dict__
+        held: dict[str, Any] = vars(self)
         if held["_value"] is None:
             hidden, weight, product = held["hidden"], held["weight"], held["product"]
             if (_version(hidden), _version(weight)) != held["_versions"]:
@@ -75,13 +76,13 @@ class LazyLogits(torch.Tensor):
         if func is torch.Tensor.float and args[0].__dict__["_value"] is None:  # what mixed-precision wrappers do
             held = args[0].__dict__
             return cls(held["hidden"], held["weight"], held["product"], torch.float32)
-        args, kwargs = pytree.tree_map_only(cls, cls.value, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        args, options = pytree.tree_map_only(cls, cls.value, (args, dict(kwargs or {})))
+        return func(*args, **options)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(cls, cls.value, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        args, options = pytree.tree_map_only(cls, cls.value, (args, dict(kwargs or {})))
+        return func(*args, **options)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -107,7 +108,5 @@ class LazyHead(nn.Linear):
 
 def _traced() -> bool:
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.maybe_current_level() is not None  # vmap, grad, jvp
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or maybe_current_level() is not None  # vmap, grad, jvp
     )

@@ -122,12 +122,15 @@ class ConvNd(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Sizes for `print(module)`."""
-        return (
-            f"{self.n_axes} axes, {self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
-            f"padding_mode={self.padding_mode}, activation={self.activation}"
-        )
+        """Sizes and what differs from the defaults, for `print(module)`."""
+        ones, told = (1,) * self.n_axes, [f"{self.n_axes} axes, {self.in_channels}, {self.out_channels}"]
+        told += [f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
+        defaults = {
+            "padding": (0,) * self.n_axes, "dilation": ones, "groups": 1, "padding_mode": "zeros", "activation": None,
+            "memory_format": "preserve",
+        }  # fmt: skip
+        told += [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
+        return ", ".join(told + (["bias=False"] if self.bias is None else []))
 
 
 class _FixedAxes(ConvNd):
@@ -166,6 +169,24 @@ class _FixedAxes(ConvNd):
             device=device,
             dtype=dtype,
         )
+
+
+class Conv1d(_FixedAxes):
+    """`ConvNd` with one spatial axis: the arguments of `torch.nn.Conv1d`, and `ConvNd`'s activation and layout."""
+
+    axes = 1
+
+
+class Conv2d(_FixedAxes):
+    """`ConvNd` with two spatial axes: the arguments of `torch.nn.Conv2d`, and `ConvNd`'s activation and layout."""
+
+    axes = 2
+
+
+class Conv3d(_FixedAxes):
+    """`ConvNd` with three spatial axes: the arguments of `torch.nn.Conv3d`, and `ConvNd`'s activation and layout."""
+
+    axes = 3
 
 
 class Conv4d(_FixedAxes):

@@ -26,6 +26,7 @@ class RotaryEmbedding(nn.Module):
         rotary_dim: number of leading columns that rotate, even, at most `head_dim`; default all of them.
         position_scale: positions are divided by this (linear position interpolation, Chen et al. 2023,
             arXiv:2306.15595).
+        device: where the frequencies are.
 
     Raises:
         TypeError: a size is not an integer.
@@ -35,7 +36,13 @@ class RotaryEmbedding(nn.Module):
     inverse_frequencies: torch.Tensor
 
     def __init__(
-        self, head_dim: int, theta: float = 10_000.0, rotary_dim: int | None = None, position_scale: float = 1.0
+        self,
+        head_dim: int,
+        theta: float = 10_000.0,
+        rotary_dim: int | None = None,
+        position_scale: float = 1.0,
+        *,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         head_dim = check_int("head_dim", head_dim, 1)
@@ -47,7 +54,7 @@ class RotaryEmbedding(nn.Module):
         self.rotary_dim = rotary
         self.theta = theta
         self.position_scale = position_scale
-        self.register_buffer("inverse_frequencies", self._frequencies(None), persistent=False)
+        self.register_buffer("inverse_frequencies", self._frequencies(device), persistent=False)
 
     def reset_parameters(self) -> None:
         """Compute the frequencies anew, on the device where they are."""
@@ -57,7 +64,7 @@ class RotaryEmbedding(nn.Module):
         else:
             self.inverse_frequencies = self._frequencies(buffer.device)
 
-    def _frequencies(self, device: torch.device | None) -> torch.Tensor:
+    def _frequencies(self, device: torch.device | str | None) -> torch.Tensor:
         exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
         return self.theta**-exponents / self.position_scale
 
@@ -80,4 +87,5 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""
-        return f"rotary_dim={self.rotary_dim}, theta={self.theta}, position_scale={self.position_scale}"
+        scale = "" if self.position_scale == 1.0 else f", position_scale={self.position_scale}"
+        return f"rotary_dim={self.rotary_dim}, theta={self.theta}{scale}"

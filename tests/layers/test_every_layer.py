@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -78,6 +79,12 @@ ROWS: dict[str, Row] = {
     "Linear": Row(lambda **p: layers.Linear(12, 5, **p), rows_of(3, 12), lambda: nn.Linear(12, 5)),
     "RMSNorm": Row(lambda **p: layers.RMSNorm(12, **p), rows_of(3, 12), lambda: nn.RMSNorm(12, eps=1e-6)),
     "RMSNorm/no-eps": Row(lambda **p: layers.RMSNorm(12, None, **p), rows_of(3, 12), lambda: nn.RMSNorm(12)),
+    "RMSNorm/axes": Row(
+        lambda **p: layers.RMSNorm((3, 4), None, **p), rows_of(5, 3, 4), lambda: nn.RMSNorm((3, 4))
+    ),
+    "RMSNorm/no-weight": Row(
+        lambda **p: layers.RMSNorm(12, None, False, **p), rows_of(3, 12), lambda: nn.RMSNorm(12, None, False)
+    ),
     "SwiGLU": Row(lambda **p: layers.SwiGLU(12, 20, **p), rows_of(3, 12), lambda: EagerSwiGLU(False)),
     "SwiGLU/padded": Row(
         lambda **p: layers.SwiGLU(12, 20, True, True, **p), rows_of(3, 12), lambda: EagerSwiGLU(True)
@@ -94,9 +101,43 @@ ROWS: dict[str, Row] = {
         lambda: (torch.randn(6, 12), torch.randint(31, (6,))),
         lambda: EagerLoss(12, 31, bias=False),
     ),
+    "LinearCrossEntropy/bias": Row(
+        lambda **p: layers.LinearCrossEntropy(12, 31, bias=True, **p),
+        lambda: (torch.randn(6, 12), torch.randint(31, (6,))),
+        lambda: EagerLoss(12, 31),
+    ),
     "ConvNd": Row(
         lambda **p: layers.ConvNd(2, 3, 8, (3, 2), padding="same", **p), rows_of(2, 3, 5, 4),
         lambda: nn.Conv2d(3, 8, (3, 2), padding="same"),
+    ),
+    "Conv1d": Row(
+        lambda **p: layers.Conv1d(3, 8, 3, 1, 1, **p), rows_of(2, 3, 7), lambda: nn.Conv1d(3, 8, 3, 1, 1)
+    ),
+    "Conv2d": Row(
+        lambda **p: layers.Conv2d(4, 8, 3, 2, 1, 1, 2, False, "circular", **p), rows_of(2, 4, 5, 6),
+        lambda: nn.Conv2d(4, 8, 3, 2, 1, 1, 2, False, "circular"),
+    ),
+    "Conv3d": Row(
+        lambda **p: layers.Conv3d(2, 8, (1, 2, 3), **p), rows_of(1, 2, 3, 4, 5), lambda: nn.Conv3d(2, 8, (1, 2, 3))
+    ),
+    "ConvTranspose1d": Row(
+        lambda **p: layers.ConvTranspose1d(3, 8, 3, 2, 1, 1, **p), rows_of(2, 3, 7),
+        lambda: nn.ConvTranspose1d(3, 8, 3, 2, 1, 1),
+    ),
+    "ConvTranspose2d": Row(
+        lambda **p: layers.ConvTranspose2d(4, 8, 3, 2, 1, 0, 2, False, 2, **p), rows_of(2, 4, 5, 6),
+        lambda: nn.ConvTranspose2d(4, 8, 3, 2, 1, 0, 2, False, 2),
+    ),
+    "ConvTranspose3d": Row(
+        lambda **p: layers.ConvTranspose3d(2, 8, (1, 2, 3), **p), rows_of(1, 2, 3, 4, 5),
+        lambda: nn.ConvTranspose3d(2, 8, (1, 2, 3)),
+    ),
+    "ConvTransposeNd": Row(
+        lambda **p: layers.ConvTransposeNd(2, 3, 8, 2, 2, **p), rows_of(3, 5, 4), lambda: nn.ConvTranspose2d(3, 8, 2, 2)
+    ),
+    "ConvTranspose4d": Row(lambda **p: layers.ConvTranspose4d(2, 8, 2, 2, **p), rows_of(1, 2, 2, 3, 2, 2)),
+    "ConvTranspose5d": Row(
+        lambda **p: layers.ConvTranspose5d(2, 8, (1, 2, 1, 3, 2), **p), rows_of(1, 2, 2, 2, 2, 3, 3)
     ),
     "Conv4d": Row(lambda **p: layers.Conv4d(2, 8, 2, padding="same", **p), rows_of(1, 2, 3, 3, 4, 4)),
     "Conv5d": Row(lambda **p: layers.Conv5d(2, 8, (1, 2, 1, 3, 3), **p), rows_of(1, 2, 2, 3, 2, 4, 4)),
@@ -264,6 +305,12 @@ INTEGERS: dict[str, Callable[[Any], nn.Module]] = {
     "ConvNd": lambda n: layers.ConvNd(n(2), n(4), n(8), n(3), n(1), n(1), n(1), n(2)),
     "Conv4d": lambda n: layers.Conv4d(n(2), n(8), [n(1), n(2), n(1), n(1)], padding=[n(1)] * 4),
     "Conv5d": lambda n: layers.Conv5d(n(2), n(8), n(2)),
+    **{f"Conv{axes}d": lambda n, a=axes: getattr(layers, f"Conv{a}d")(n(2), n(8), n(2), n(1)) for axes in (1, 2, 3)},
+    **{
+        f"ConvTranspose{axes}d": lambda n, a=axes: getattr(layers, f"ConvTranspose{a}d")(n(2), n(8), n(2), n(3), n(1))
+        for axes in range(1, 6)
+    },
+    "ConvTransposeNd": lambda n: layers.ConvTransposeNd(n(2), n(4), n(8), n(3), n(2), n(1), n(1), n(2)),
     "ConvNormAct": lambda n: layers.ConvNormAct(n(2), n(3), n(8), n(3), "group", n(2), padding=n(1)),
 }
 
@@ -277,6 +324,37 @@ def test_integers_of_numpy(name: str) -> None:
         for kind, error in ((float, TypeError), (lambda value: -value, ValueError)):
             with pytest.raises((error, ValueError)):
                 INTEGERS[name](kind)
+
+
+# Arguments that the replaced class has and the layer leaves out, with the reason.
+REPLACED: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "Linear": (nn.Linear, ()),
+    "RMSNorm": (nn.RMSNorm, ()),
+    **{f"Conv{axes}d": (getattr(nn, f"Conv{min(axes, 3)}d"), ()) for axes in range(1, 6)},
+    **{f"ConvTranspose{axes}d": (getattr(nn, f"ConvTranspose{min(axes, 3)}d"), ()) for axes in range(1, 6)},
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_arguments_are_those_of_what_it_replaces(name: str) -> None:
+    """The same names in the same order, positional where the replaced class takes them so."""
+    theirs, left_out = REPLACED[name]
+    wanted = [argument for argument in inspect.signature(theirs).parameters if argument not in left_out]
+    ours = inspect.signature(getattr(layers, name)).parameters
+    positional = [n for n in wanted if n not in ("device", "dtype")]
+    assert list(ours)[: len(positional)] == positional
+    assert {"device", "dtype"} <= set(ours)
+    skipped = nn.utils.skip_init(getattr(layers, name), *([4, 4, 3][: 3 if "Conv" in name else 2 - ("RMS" in name)]))
+    assert isinstance(skipped, getattr(layers, name))
+
+
+def test_repr_tells_what_differs_from_the_defaults() -> None:
+    plain, other = layers.Conv2d(3, 8, 3), layers.Conv2d(4, 8, 3, padding=1, groups=2, bias=False, activation="silu")
+    assert repr(plain) == "Conv2d(2 axes, 3, 8, kernel_size=(3, 3), stride=(1, 1))"
+    assert "padding=(1, 1), groups=2, activation=silu, bias=False" in repr(other)
+    assert "output_padding=(1, 1)" in repr(layers.ConvTranspose2d(3, 8, 3, 2, 0, 1))
+    assert repr(layers.RMSNorm((3, 4), None, False)) == "RMSNorm((3, 4), eps=None, elementwise_affine=False)"
+    assert repr(layers.LinearCrossEntropy(4, 5, softcap=30.0)) == "LinearCrossEntropy(4, 5, softcap=30.0)"
 
 
 def test_eps_of_the_computation() -> None:
