@@ -11,16 +11,23 @@ import platform
 import sys
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError
 
 ROOT = pathlib.Path(__file__).parent
+REASON_FILE = "extension_missing.txt"  # read by astrobiogen/extension.py
 
 
 def native_files(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
 
 
-def notice(reason: str) -> None:
+def notice(reason: str, build_lib: str | None) -> None:
+    """Say why there is no extension, here and, for those who never see a build's output, in the built package."""
+    if build_lib is not None:
+        place = pathlib.Path(build_lib, "astrobiogen")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / REASON_FILE).write_text(reason + "\n", encoding="utf-8")
     print(
         f"\nNOTICE: the C++ extension of astrobiogen was not built: {reason}\n"
         "        astrobiogen works without it, but its CPU operators run their slower plain PyTorch references.\n"
@@ -29,14 +36,25 @@ def notice(reason: str) -> None:
     )
 
 
+class BuildWithoutPyTorch(build_py):
+    """Copies the Python files, and says why that is all."""
+
+    def run(self) -> None:
+        super().run()
+        reason = (
+            "PyTorch was not there when the package was built (an isolated build does not see an installed one): "
+            "pip install --no-build-isolation ."
+        )
+        notice(reason, None if self.editable_mode else self.build_lib)
+
+
 def extension_arguments() -> dict:
     """Arguments of `setup` that build the extension; empty, with a notice, where PyTorch is not there to build
     against."""
     try:
         from torch.utils import cpp_extension  # a build without PyTorch must get past this line
     except ImportError:
-        notice("PyTorch is not installed in this build environment (an isolated build does not see it)")
-        return {}
+        return {"cmdclass": {"build_py": BuildWithoutPyTorch}}
 
     class OptionalBuild(cpp_extension.BuildExtension):
         """The compile step that reports a failure and lets the pure Python package install."""
@@ -48,7 +66,8 @@ def extension_arguments() -> dict:
                 if os.environ.get("ASTROBIOGEN_REQUIRE_EXTENSION") == "1":
                     raise
                 self.extensions.clear()
-                notice(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no compiler'}")
+                text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no compiler'}"
+                notice(text, None if self.inplace else self.build_lib)
 
     flags = [
         "-O3",

@@ -187,8 +187,7 @@ def _oldest(package: str, oldest: str) -> Check:
 
 def _extension_check() -> Check:
     if extension.CPU_CAPABILITY is None:
-        found = "not built, CPU ops run plain PyTorch; install a C++ compiler and `pip install --no-build-isolation .`"
-        return Check("C++ kernels", "warning", found)
+        return Check("C++ kernels", "warning", f"CPU ops run plain PyTorch: {extension.PROBLEM}")
     missing = [name for name in registry.ops() if not registry.has_kernel(name, "CPU")]
     if missing:
         return Check("C++ kernels", "warning", f"no CPU kernel for {', '.join(missing)}: plain PyTorch serves")

@@ -2,6 +2,7 @@
 // Its Python face only tells how it was built and what this CPU offers.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
+#include <torch/version.h>
 
 #include <atomic>
 #include <stdexcept>
@@ -59,6 +60,7 @@ astrobiogen::Level level_named(const std::string& name) {
 
 pybind11::dict build_info() {
   pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
   info["cxx_standard"] = static_cast<long>(__cplusplus);
 #ifdef _OPENMP
@@ -88,6 +90,6 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "set_cpu_level", [](const std::string& name) { astrobiogen::set_level(level_named(name)); },
       pybind11::arg("level"), "Run the kernels at a lower level than the CPU has, for tests and benchmarks.");
-  module.def("build_info", &build_info, "Compiler version, C++ standard and whether OpenMP is on.");
+  module.def("build_info", &build_info, "PyTorch and compiler version, C++ standard and whether OpenMP is on.");
   module.def("num_threads", [] { return at::get_num_threads(); }, "Threads that a kernel may use now.");
 }

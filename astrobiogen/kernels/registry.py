@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
+from astrobiogen import extension
 from astrobiogen.kernels import autocast, devices, operand_rules
 
 NAMESPACE = "astrobiogen"
@@ -308,10 +309,7 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 def _cpu_status(entry: _Entry) -> KernelStatus:
     if has_kernel(entry.name, "CPU"):
         return KernelStatus(entry.name, "cpu", "c++", entry.cpu_rule or "the extension astrobiogen._C is loaded")
-    if importlib.util.find_spec("astrobiogen._C") is None:
-        reason = "the extension astrobiogen._C was not built: a C++ compiler was missing when astrobiogen was installed"
-    else:
-        reason = "the extension has no kernel for this op"
+    reason = extension.PROBLEM or "the extension has no kernel for this op"
     return KernelStatus(entry.name, "cpu", "reference", reason)
 
 
