@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from astrobiogen.integrations.attention import swap_attention
 from astrobiogen.integrations.causal_loss import swap_loss
 from astrobiogen.integrations.formulas import GatedMLP, Norm, mlp_of, norm_of
+from astrobiogen.integrations.graph_layers import swap_graph_layers
 from astrobiogen.integrations.replacements import FormulaRMSNorm, FormulaSwiGLU
 from astrobiogen.integrations.table import Swap, SwapTable, put
 from astrobiogen.integrations.trial import Trials
@@ -30,6 +31,7 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
     * RMSNorm, with the weight or 1 + weight, in any class whose `forward` computes it, and `torch.nn.RMSNorm`;
     * SiLU-gated MLPs, with separate or packed gate and up projections, in any class whose `forward` computes them;
     * `torch.nn.Conv1d` to `Conv3d` where the CPU kernels of `ops.conv_nd` serve the shape;
+    * `TransformerConv`, `GATConv` and `GATv2Conv` of PyTorch Geometric, through `ops.edge_attention`;
     * output layer and loss of causal language models: the loss is computed without the logits, which are multiplied out
       when something asks for their values;
     * attention of Hugging Face models, through their attention interface (see `register_attention`), unless the model
@@ -44,8 +46,8 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
 
     Args:
         model: any module that contains such layers.
-        only: what may be replaced: "norm", "mlp", "convolution", "attention", "loss", or patterns of layer names
-            ("model.layers.0.*"); empty for everything.
+        only: what may be replaced: "norm", "mlp", "convolution", "attention", "graph", "loss", or patterns of layer
+            names ("model.layers.0.*"); empty for everything.
         exclude: what stays, in the same words.
 
     Returns:
@@ -83,6 +85,7 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
                 table.on_restore(put(parent, child_name, new))
             table.append(Swap(name, type(child).__name__, type(new).__name__ if new is not None else "", reason))
     swap_attention(model, table, functools.partial(wanted, "attention"))
+    swap_graph_layers(model, table, wanted, functools.partial(_more_than_its_class, names=None))
     swap_loss(model, table, wanted("loss", "loss"), _more_than_its_class)
     return table
 
@@ -90,7 +93,7 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
 Made = tuple[nn.Module | None, str]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TORCH_KINDS = (nn.RMSNorm, *_CONVOLUTIONS)
-_KINDS = ("norm", "mlp", "convolution", "attention", "loss", "linear")
+_KINDS = ("norm", "mlp", "convolution", "attention", "graph", "loss", "linear")
 _MLP_NAMES = ("MLP", "FeedForward", "FFN")
 
 
@@ -141,8 +144,12 @@ def _replacement(module: nn.Module, kind: str, trials: Trials) -> Made:
     return new, reason
 
 
-def _more_than_its_class(module: nn.Module) -> str:
-    """What `module` does beyond the `forward` of its class, which its replacement would not do; empty for nothing."""
+def _more_than_its_class(module: nn.Module, names: frozenset[str] | None = frozenset({"weight", "bias"})) -> str:
+    """What `module` does beyond the `forward` of its class, which its replacement would not do; empty for nothing.
+
+    A parameter
+    or buffer that is not one of `names` is more; None leaves them out of it.
+    """
     if parametrize.is_parametrized(module):
         return "it is parametrised"
     if type(module).__call__ is not nn.Module.__call__:
@@ -153,8 +160,8 @@ def _more_than_its_class(module: nn.Module) -> str:
     if replaced:
         return f"its {replaced[0]} was replaced on the instance"
     own = {name for name, value in {**module._parameters, **module._buffers}.items() if value is not None}
-    if not own <= {"weight", "bias"}:
-        return f"it has {sorted(own - {'weight', 'bias'})[0]} beside its weight"
+    if names is not None and not own <= names:
+        return f"it has {sorted(own - names)[0]} beside its weight"
     for value in module._parameters.values():
         if value is not None and type(value) is not nn.Parameter:
             return f"its weight is a {type(value).__name__}"
