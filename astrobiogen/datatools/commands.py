@@ -27,7 +27,7 @@ COMMANDS = {
         "run ExoPlaSim, an external program, for catalogue planets",
     ),
 }
-OPTIONAL_PACKAGES = ("xarray", "netCDF4", "zarr", "libsbml", "scipy", "matplotlib", "pandas")
+OPTIONAL_PACKAGES = ("xarray", "cf_xarray", "pint", "netCDF4", "zarr", "libsbml", "scipy", "matplotlib", "pandas")
 
 
 def usage() -> str:

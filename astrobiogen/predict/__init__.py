@@ -16,7 +16,7 @@ _MODULES = {"Prediction": "rows", "Predictions": "rows", "TrainedModel": "model"
 
 def require_packages() -> None:
     """ModuleNotFoundError that names the extra unless what reads climates and networks is installed."""
-    extras.require(__name__, "data", ("libsbml", "netCDF4", "xarray", "zarr"))
+    extras.require(__name__, "data", ("libsbml", "netCDF4", "xarray", "cf_xarray", "pint", "zarr"))
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 
 from astrobiogen.data.errors import DataError
 from astrobiogen.data.storage.guarded import check_stated_size
-from astrobiogen.datatools.climates import grids, variables
+from astrobiogen.datatools.climates import conventions, grids, times, variables
 from astrobiogen.datatools.climates.grids import Floats, Grid
 
 _PRESSURE_UNITS = variables.PASCAL
 _SIGMA_UNITS = ("1", "", "nondimensional", "nondimen", "sigma", "sigma_level", "level", "layer")
 _FEWEST_LEVELS, _LOWEST_SIGMA, _HIGHEST_SIGMA = 4, 0.8, 1.2
 _LEAST_P0 = 5000.0  # a reference pressure without a unit below this is more likely in hPa than of a thin atmosphere
-_CALENDAR = "since"  # "days since 1850-01-01": time steps have dates
+_SUFFIXES = (".nc", ".nc4")
+_ACCUMULATED = ("J m**-2", "J m-2", "J/m2", "J m^-2")
 _PARAMETERS = "parameters"
 _LARGEST_GAP = 2.5  # of the median step of a coordinate, between neighbours or to the pole: more is no global grid
 
@@ -66,14 +67,12 @@ def opened(path: Path) -> Iterator[xr.Dataset]:
             with xr.open_zarr(path, decode_times=False, chunks=None, consolidated=False) as dataset:
                 yield _with_our_axes(path, dataset)
         elif path.is_dir():
-            names = sorted(path.glob("*.nc"))
+            names = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
             if not names:
-                raise DataError(path, "", "is a folder without .nc files")
+                raise DataError(path, "", "is a folder without .nc or .nc4 files")
             parts = [xr.open_dataset(p, decode_times=False, engine="netcdf4") for p in names]
             try:
-                ours = [_with_our_axes(p, part) for p, part in zip(names, parts, strict=True)]
-                yield xr.merge(ours, compat="override", join="exact",
-                               combine_attrs="drop_conflicts")  # fmt: skip
+                yield times.as_one(path, [_with_our_axes(p, part) for p, part in zip(names, parts, strict=True)])
             finally:
                 for part in parts:
                     part.close()
@@ -91,7 +90,7 @@ def opened(path: Path) -> Iterator[xr.Dataset]:
 def _with_our_axes(path: Path, dataset: xr.Dataset) -> xr.Dataset:
     """``dataset`` of ``path`` with our axes, none of its variables larger than the file can hold."""
     check_stated_size(path, max((variable.nbytes for variable in dataset.variables.values()), default=0))
-    return variables.with_our_axes(dataset)
+    return variables.with_our_axes(dataset, path)
 
 
 def _gap(values: Floats, axis: str) -> str:
@@ -136,6 +135,13 @@ def _checked(values: NDArray[Any], path: Path, name: str, below_ground: bool = F
     if name == "hus" and values.ndim == 4 and not np.nan_to_num(values[:, -1]).any():
         raise DataError(path, name, "the lowest level is zero everywhere")
     return values
+
+
+def _without_land(values: NDArray[Any], name: str) -> NDArray[Any]:
+    """Sea ice of 0 where a file has none at any time: NaN over land."""
+    unknown = np.isnan(values)
+    always = unknown.all(axis=0) if name == "sic" and unknown.any() else np.zeros(values.shape[1:], bool)
+    return np.where(always, 0.0, values) if always.any() and not always.all() else values
 
 
 def _sigma(dataset: xr.Dataset, array: xr.DataArray, path: Path) -> tuple[Floats, bool]:
@@ -209,29 +215,6 @@ def _surface_pressure(dataset: xr.Dataset, path: Path) -> Floats:
     return _checked(_oriented(array, path, "ps").values, path, "ps")
 
 
-def _to_months(values: Floats, time: xr.DataArray, path: Path) -> Floats:
-    """Twelve parts: calendar months where the steps have dates, equal parts of the period where not; 12 undated steps
-    pass unchanged.
-    """
-    steps = values.shape[0]
-    if steps < grids.MONTHS:
-        raise DataError(path, "time", f"{steps} steps, expected at least {grids.MONTHS}; months are never repeated")
-    unit = str(time.attrs.get("units", ""))
-    if _CALENDAR in unit:
-        try:
-            dated = xr.decode_cf(xr.Dataset(coords={"time": time}))["time"]
-            matrix = grids.month_matrix(np.asarray(dated.dt.month.values))
-        except ValueError as error:
-            raise DataError(path, "time", f"cannot be binned into calendar months ({error})") from error
-        if steps == grids.MONTHS and (matrix.argmax(axis=1) == np.arange(grids.MONTHS)).all():
-            return values
-    elif steps == grids.MONTHS:
-        return values
-    else:
-        matrix = grids.time_matrix(steps)
-    return np.tensordot(matrix, values, axes=1)
-
-
 def _field(dataset: xr.Dataset, path: Path, name: str, target: Grid | None) -> tuple[Floats, Grid]:
     """One variable on ``target`` (or on its own map and levels), 12 times."""
     array = _oriented(variables.pick(dataset, path, name), path, name)
@@ -254,8 +237,8 @@ def _field(dataset: xr.Dataset, path: Path, name: str, target: Grid | None) -> t
             values = _checked(grids.interpolate_levels(values, sigma, wanted), path, name)
             own = replace(own, levels=wanted)
     else:
-        values = _checked(array.values, path, name)
-    values = _to_months(values, array["time"], path)
+        values = _checked(_without_land(array.values, name), path, name)
+    values = times.to_months(values, times.dates(dataset, path), path)
     if target is not None and not own.same_map(target):
         values = grids.regrid(values, own, target)
         own = replace(own, latitudes=target.latitudes, longitudes=target.longitudes)
@@ -273,8 +256,12 @@ def _mean_or_nan(dataset: xr.Dataset, path: Path, names: tuple[str, ...]) -> flo
     """Area-time mean of the net sum of surface fields; NaN when one of them is not in the file."""
     total = 0.0
     for name in names:
-        if not any(alias in dataset.data_vars for alias in variables.VARIABLES[name].all_names):
+        rule = variables.VARIABLES[name]
+        aliases = [alias for alias in rule.all_names if alias in dataset.data_vars]
+        if not aliases and not conventions.of_quantity(dataset, rule.standard_names):
             return math.nan
+        if any(str(dataset[alias].attrs.get("units", "")) in _ACCUMULATED for alias in aliases):
+            return math.nan  # over a time that the file does not state
         array = _oriented(variables.pick(dataset, path, name), path, name)
         values = _checked(array.values, path, name)
         mean = area_mean(-np.abs(values) if name == "rlut" else values, np.asarray(array["lat"].values, np.float64))

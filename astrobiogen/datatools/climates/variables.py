@@ -9,6 +9,7 @@ from pathlib import Path
 import xarray as xr
 
 from astrobiogen.data.errors import DataError
+from astrobiogen.datatools.climates import conventions
 
 VOLUME, SURFACE = ("time", "lev", "lat", "lon"), ("time", "lat", "lon")
 Units = dict[str, tuple[float, float]]  # unit string -> (scale, offset) to the unit of the library
@@ -36,6 +37,7 @@ class Variable:
     names: Mapping[str, tuple[str, ...]]
     units: Mapping[str, tuple[float, float]]
     limits: tuple[float, float]
+    standard_names: tuple[str, ...] = ()
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -56,6 +58,7 @@ VARIABLES: dict[str, Variable] = {
         },
         KELVIN,
         (90.0, 500.0),
+        ("air_temperature",),
     ),
     "hus": Variable(
         "kg kg-1",
@@ -69,6 +72,7 @@ VARIABLES: dict[str, Variable] = {
         },
         MASS_RATIO,
         (-1e-6, 1.0),
+        ("specific_humidity",),
     ),
     "ts": Variable(
         "K",
@@ -82,6 +86,7 @@ VARIABLES: dict[str, Variable] = {
         },
         KELVIN,
         (90.0, 500.0),
+        ("surface_temperature",),
     ),
     "sic": Variable(
         "1",
@@ -95,6 +100,7 @@ VARIABLES: dict[str, Variable] = {
         },
         FRACTION,
         (-1e-3, 1.001),
+        ("sea_ice_area_fraction",),
     ),
     "ps": Variable(
         "Pa",
@@ -108,6 +114,7 @@ VARIABLES: dict[str, Variable] = {
         },
         PASCAL,
         (1.0, 1e8),
+        ("surface_air_pressure",),
     ),
     "rst": Variable(
         "W m-2",
@@ -121,6 +128,7 @@ VARIABLES: dict[str, Variable] = {
         },
         FLUX,
         (-1e5, 1e5),
+        ("toa_net_downward_shortwave_flux",),
     ),
     # Outgoing long-wave radiation cannot be negative, so its sign tells the convention: `net_at_top` takes its size.
     "rlut": Variable(
@@ -135,6 +143,7 @@ VARIABLES: dict[str, Variable] = {
         },
         FLUX,
         (-1e5, 1e5),
+        ("toa_outgoing_longwave_flux",),
     ),
 }
 COORDINATES: dict[str, tuple[str, ...]] = {
@@ -145,30 +154,64 @@ COORDINATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def with_our_axes(dataset: xr.Dataset) -> xr.Dataset:
-    """``dataset`` with its axes named time, lev, lat, lon; other axes are left alone."""
+def with_our_axes(dataset: xr.Dataset, path: Path) -> xr.Dataset:
+    """``dataset`` with its axes named time, lev, lat, lon: by the names that models use, in any case, else by what
+    their attributes say of them (CF). Other axes are left alone.
+
+    Raises:
+        DataError: A latitude or longitude is a text.
+    """
     found = {}
     for ours, names in COORDINATES.items():
-        present = next((n for n in names if n in dataset.dims), None)
+        known = {name.lower() for name in names}
+        present = next((n for n in (*names, *dataset.dims) if n in dataset.dims and str(n).lower() in known), None)
+        if present is None:
+            present = conventions.axis(dataset, ours)
         if present is not None and present != ours:
             found[present] = ours
-    return dataset.rename(found) if found else dataset
+    renamed = dataset.rename(found) if found else dataset
+    for axis in ("lat", "lon"):
+        if axis in renamed.coords and renamed[axis].dtype.kind not in "fiu":
+            raise DataError(path, axis, f"values are of type {renamed[axis].dtype}, expected numbers")
+    return renamed
 
 
 def pick(dataset: xr.Dataset, path: Path, name: str) -> xr.DataArray:
-    """Variable ``name`` (ours) under whatever name the file has it, converted to our unit by its ``units`` attribute.
+    """Variable ``name`` (ours) under whatever name the file has it, else by its ``standard_name``, converted to our
+    unit by its ``units`` attribute.
 
     Raises:
-        DataError: No alias is in the file, or the unit is absent or unknown: a unit is never guessed from the values.
+        DataError: No alias is in the file, several are and their ``standard_name`` does not tell which is meant, or the
+            unit is absent or unknown: a unit is never guessed from the values.
     """
     rule = VARIABLES[name]
-    alias = next((n for n in rule.all_names if n in dataset.data_vars), None)
-    if alias is None:
+    named = conventions.of_quantity(dataset, rule.standard_names)
+    found = [n for n in rule.all_names if n in dataset.data_vars] or named
+    if len(found) > 1:
+        found = [n for n in found if n in named] if len(set(found) & set(named)) == 1 else found
+    if not found:
         held = sorted(map(str, dataset.data_vars))
-        raise DataError(path, name, f"variable absent (looked for {rule.all_names}); the file holds {held}")
-    array = dataset[alias]
-    stated = array.attrs.get("units")
-    if not isinstance(stated, str) or stated not in rule.units:
-        raise DataError(path, alias, f"units {stated!r}, expected {rule.unit!r} or one of {sorted(rule.units)}")
-    scale, offset = rule.units[stated]
+        text = f"variable absent (looked for {rule.all_names} and standard_name {rule.standard_names})"
+        raise DataError(path, name, f"{text}; the file holds {held}")
+    if len(found) > 1:
+        text = f"the file holds {sorted(map(str, found))}: which one is meant cannot be told, leave one"
+        raise DataError(path, name, text)
+    array = dataset[found[0]]
+    scale, offset = unit_of(array, path, name)
     return array if (scale, offset) == (1.0, 0.0) else array * scale + offset
+
+
+def unit_of(array: xr.DataArray, path: Path, name: str) -> tuple[float, float]:
+    """(scale, offset) from the unit of ``array`` to ours for ``name``.
+
+    Raises:
+        DataError: The unit is absent or unknown.
+    """
+    rule, stated = VARIABLES[name], array.attrs.get("units")
+    known = None
+    if isinstance(stated, str):
+        known = rule.units.get(stated) or conventions.conversion(stated, rule.unit)
+    if known is None:
+        text = f"units {stated!r}, expected {rule.unit!r}, one of {sorted(rule.units)}, or what converts to it"
+        raise DataError(path, str(array.name), text)
+    return known
