@@ -10,9 +10,13 @@ from astrobiogen.models.llm_config import LLMConfig
 from astrobiogen.models.llm_integration import RebuiltLLMIntegration
 from astrobiogen.models.multimodal_integration import FusionConfig, RebuiltMultimodalIntegration
 from astrobiogen.models.multimodal_loss import compute_multimodal_loss
+from astrobiogen.models.original.batch import config_from_original, from_original
 from astrobiogen.models.planet_encoder import PlanetParameterConfig, PlanetParameterEncoder
 from astrobiogen.models.spectrum_encoder import SpectrumConfig, SpectrumEncoder
-from astrobiogen.models.unified_system import MODALITIES, MultiModalTrainingConfig, UnifiedMultiModalSystem
+from astrobiogen.models.system_config import MODALITIES, MultiModalTrainingConfig
+from astrobiogen.models.unified_system import UnifiedMultiModalSystem
+
+RebuiltMultiModalIntegration = RebuiltMultimodalIntegration  # the original exports both spellings
 
 __all__ = [
     "MODALITIES",
@@ -28,11 +32,14 @@ __all__ = [
     "RebuiltDatacubeCNN",
     "RebuiltGraphVAE",
     "RebuiltLLMIntegration",
+    "RebuiltMultiModalIntegration",
     "RebuiltMultimodalIntegration",
     "SpectrumConfig",
     "SpectrumEncoder",
     "UnifiedMultiModalSystem",
     "compute_multimodal_loss",
+    "config_from_original",
     "cube_from_legacy",
+    "from_original",
     "presets",
 ]

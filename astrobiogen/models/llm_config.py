@@ -3,6 +3,7 @@
 import dataclasses
 
 from astrobiogen.models.common import require
+from astrobiogen.models.original.names import LLM_NAMES, takes_original_names
 
 DOMAINS = ("astrobiology", "climate_science", "molecular_biology", "planetary_science", "spectroscopy")
 
@@ -15,6 +16,7 @@ def default_kv_heads(num_attention_heads: int) -> int:
     return num_attention_heads
 
 
+@takes_original_names(LLM_NAMES)
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
     """Sizes and switches of `RebuiltLLMIntegration`.

@@ -82,6 +82,9 @@ class RebuiltLLMIntegration(nn.Module):
         modality_present: dict[str, torch.Tensor] | None = None,
         domain: str | torch.Tensor | None = None,
         return_logits: bool = False,
+        *,
+        numerical_data: torch.Tensor | None = None,
+        spectral_data: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run the decoder.
 
@@ -93,6 +96,8 @@ class RebuiltLLMIntegration(nn.Module):
             modality_present: bool [B] per modality; default True for every entry of `modality_features`.
             domain: a name of `DOMAINS` or int64 [B]; default the configured one.
             return_logits: also return the [B, L, V] logits; without it they are never formed.
+            numerical_data, spectral_data: the original's names for the features of modalities "numerical" and
+                "spectral", which `modality_dims` must hold: {"numerical": 512, "spectral": 1024} in the original.
 
         Returns:
             ``hidden_states`` [B, L, H] after the final norm, ``features`` [B, H] their mean over real tokens (0 for
@@ -117,7 +122,11 @@ class RebuiltLLMIntegration(nn.Module):
                 mask[:, :-1] | ~mask[:, 1:],
                 "attention_mask: a real token follows padding, expected padding on the right only",
             )
-        prefix = self._prefix(batch, input_ids.device, modality_features or {}, modality_present or {}, domain)
+        features = dict(modality_features or {})
+        for name, value in (("numerical", numerical_data), ("spectral", spectral_data)):
+            if value is not None:
+                features[name] = value
+        prefix = self._prefix(batch, input_ids.device, features, modality_present or {}, domain)
         hidden = self._trunk(torch.cat([*prefix, self.embed_tokens(input_ids)], dim=1))
         text = hidden[:, len(prefix) :]
         outputs = {"hidden_states": text, "features": masked_mean(text, attention_mask, axis=1)}
@@ -213,7 +222,7 @@ class RebuiltLLMIntegration(nn.Module):
         require(
             not unknown,
             f"modality_features: unknown modalities {sorted(unknown)}, "
-            f"expected some of {sorted(self.config.modality_dims)}",
+            f"expected some of {sorted(self.config.modality_dims)}, the names in modality_dims",
         )
         prefix: list[torch.Tensor] = []
         if self.config.use_scientific_reasoning:

@@ -10,8 +10,10 @@ from torch import nn
 
 from astrobiogen.layers import RMSNorm, SwiGLU
 from astrobiogen.models.common import at_least_float32, check_axes, require, resolve_config
+from astrobiogen.models.original.names import FUSION_NAMES, takes_original_names
 
 
+@takes_original_names(FUSION_NAMES)
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
     """Sizes and switches of `RebuiltMultimodalIntegration`.

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from astrobiogen.models.common import at_least_float32
-from astrobiogen.models.unified_system import MODALITIES, MultiModalTrainingConfig
+from astrobiogen.models.system_config import MODALITIES, MultiModalTrainingConfig
 
 
 def compute_multimodal_loss(
-    outputs: dict[str, Any], batch: dict[str, Any], config: MultiModalTrainingConfig
+    outputs: dict[str, Any], batch: dict[str, Any], config: MultiModalTrainingConfig, annotations: None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted sum of seven terms, each a mean over the samples that have what it needs (0 if none has).
 
@@ -29,10 +29,18 @@ def compute_multimodal_loss(
         batch: what it was given, with ``habitability_label`` int64 [B] and, for the regression,
             ``habitability_fraction`` [B].
         config: holds the weights.
+        annotations: an argument of the original's, which multiplies the whole loss by the mean quality of the samples;
+            only None is taken: multiply the result.
 
     Returns:
         (loss, parts): a scalar to differentiate, and the seven unweighted terms plus ``total``, detached.
+
+    Raises:
+        TypeError: `annotations` are given.
+        KeyError: the batch holds no ``habitability_label``.
     """
+    if annotations is not None:
+        raise TypeError("annotations are not read: multiply the loss by the mean quality of the batch yourself")
     present = dict(zip(MODALITIES, outputs["present"].unbind(1)))
     logits = at_least_float32(outputs["logits"])
     zero = logits.sum() * 0.0

@@ -11,7 +11,7 @@ from astrobiogen.models.llm_config import LLMConfig
 from astrobiogen.models.multimodal_integration import FusionConfig
 from astrobiogen.models.planet_encoder import PlanetParameterConfig
 from astrobiogen.models.spectrum_encoder import SpectrumConfig
-from astrobiogen.models.unified_system import MultiModalTrainingConfig
+from astrobiogen.models.system_config import MultiModalTrainingConfig
 
 
 class SpecLike(Protocol):

@@ -3,95 +3,23 @@
 import contextlib
 import dataclasses
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from astrobiogen.kernels.registry import use_kernels
+from astrobiogen.models.batch_keys import batch_size, check_keys, per_sample
 from astrobiogen.models.common import check_axes, require, resolve_config
 from astrobiogen.models.datacube.cnn import RebuiltDatacubeCNN
-from astrobiogen.models.datacube.config import DatacubeConfig
 from astrobiogen.models.graph.inputs import GraphTensors, graph_tensors
 from astrobiogen.models.graph.summary import NetworkSummary
-from astrobiogen.models.graph.vae import GraphVAEConfig, RebuiltGraphVAE
-from astrobiogen.models.llm_config import LLMConfig
+from astrobiogen.models.graph.vae import RebuiltGraphVAE
 from astrobiogen.models.llm_integration import RebuiltLLMIntegration
 from astrobiogen.models.multimodal_integration import FusionConfig, RebuiltMultimodalIntegration, mean_answer
-from astrobiogen.models.planet_encoder import PlanetParameterConfig, PlanetParameterEncoder
-from astrobiogen.models.spectrum_encoder import SpectrumConfig, SpectrumEncoder
-
-MODALITIES = ("climate", "graph", "spectrum", "text", "planet_params")
-PER_ITEM = (
-    "features", "reconstruction_loss", "physics_violations", "physics_loss", "mu", "logvar", "z", "node_loss",
-    "edge_loss", "stoichiometry_loss", "kl", "constraints", "loss_per_sample", "statistics_features",
-    "summary_features", "familiarity",
-)  # fmt: skip
-WEIGHTS = (
-    "classification_weight",
-    "regression_weight",
-    "reconstruction_weight",
-    "physics_weight",
-    "consistency_weight",
-    "llm_weight",
-    "graph_weight",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class MultiModalTrainingConfig:
-    """Configuration of `UnifiedMultiModalSystem` and of `compute_multimodal_loss`.
-
-    Attributes:
-        llm_config, graph_config, cnn_config, fusion_config, spectrum_config, planet_config: of the parts.
-            `modality_dims` of the language model and of the fusion are filled in by the system from the parts'
-            feature sizes and must be empty here.
-        modalities: which encoders exist, some of `MODALITIES`.
-        use_network_summary: add `NetworkSummary` to the graph features. In evaluation, a metabolic network unlike those
-            of the training set, which `remember_networks` takes in, then counts as hidden in the fusion, in proportion.
-        summary_share: weight s of a second fusion, with weights of its own, that sees `ClimateStatistics` and
-            `NetworkSummary` only: in evaluation the class probabilities and the regression are 1 − s times those of the
-            whole fusion plus s times its; the same mean in the classification and regression losses. 0: there is none.
-        text_share: share of a batch's samples, drawn anew each time, whose text is read in training (at least one); the
-            others count as having none. A pair's text is the one input that no two samples share, so it costs most.
-        label_smoothing: of the classification's target, in [0, 1).
-        classification_weight, regression_weight, reconstruction_weight, physics_weight, consistency_weight, llm_weight,
-            graph_weight: weights of the terms of the loss, >= 0.
-        kernels: "auto" (the dispatcher's choice) or "reference" (plain PyTorch for every op).
-    """
-
-    llm_config: LLMConfig = dataclasses.field(default_factory=LLMConfig)
-    graph_config: GraphVAEConfig = dataclasses.field(default_factory=GraphVAEConfig)
-    cnn_config: DatacubeConfig = dataclasses.field(default_factory=DatacubeConfig)
-    fusion_config: FusionConfig = dataclasses.field(default_factory=FusionConfig)
-    spectrum_config: SpectrumConfig = dataclasses.field(default_factory=SpectrumConfig)
-    planet_config: PlanetParameterConfig = dataclasses.field(default_factory=PlanetParameterConfig)
-    modalities: tuple[str, ...] = MODALITIES
-    use_network_summary: bool = False
-    summary_share: float = 0.0
-    text_share: float = 1.0
-    label_smoothing: float = 0.0
-    classification_weight: float = 1.0
-    regression_weight: float = 0.5
-    reconstruction_weight: float = 0.1
-    physics_weight: float = 0.2
-    consistency_weight: float = 0.15
-    llm_weight: float = 0.3
-    graph_weight: float = 0.2
-    kernels: Literal["auto", "reference"] = "auto"
-
-    def __post_init__(self) -> None:
-        require(bool(self.modalities), "modalities must not be empty")
-        for name in self.modalities:
-            require(name in MODALITIES, f"modalities must be some of {MODALITIES}, got {name!r}")
-        for name in WEIGHTS:
-            require(getattr(self, name) >= 0.0, f"{name} must not be negative, got {getattr(self, name)}")
-        require(self.kernels in ("auto", "reference"), f"kernels must be 'auto' or 'reference', got {self.kernels!r}")
-        require(0.0 < self.text_share <= 1.0, f"text_share must be in (0, 1], got {self.text_share}")
-        require(0.0 <= self.summary_share < 1.0, f"summary_share must be in [0, 1), got {self.summary_share}")
-        require(0.0 <= self.label_smoothing < 1.0, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        for name in ("llm_config", "fusion_config"):
-            require(not getattr(self, name).modality_dims, f"{name}.modality_dims is set by the system; leave it empty")
+from astrobiogen.models.planet_encoder import PlanetParameterEncoder
+from astrobiogen.models.spectrum_encoder import SpectrumEncoder
+from astrobiogen.models.system_config import MODALITIES, MultiModalTrainingConfig
 
 
 class UnifiedMultiModalSystem(nn.Module):
@@ -163,12 +91,16 @@ class UnifiedMultiModalSystem(nn.Module):
             ``planet_features``, ``llm_features`` ([B, size] or None), and the parts' own results ``cnn_outputs``,
             ``graph_vae_outputs``, ``llm_outputs``, ``fusion_outputs`` (empty when the part did not run; per-sample
             entries are [B]).
+
+        Raises:
+            ValueError: the batch has an unknown key, holds none of the modalities, or an axis has the wrong size.
         """
         reference = self.config.kernels == "reference"
         with use_kernels("reference") if reference else contextlib.nullcontext():
             return self._forward(batch)
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        check_keys(batch)
         size = batch_size(batch)
         present = self._present(batch, size)
         require(
@@ -180,16 +112,14 @@ class UnifiedMultiModalSystem(nn.Module):
         graph: dict[str, Any] = {}
         text: dict[str, Any] = {}
         if "climate" in present:
-            cnn = _per_sample(
-                self.climate(batch["climate_datacube"], batch.get("climate_mask")), batch, "climate_index"
-            )
+            cnn = per_sample(self.climate(batch["climate_datacube"], batch.get("climate_mask")), batch, "climate_index")
             features["climate"] = cnn["features"]
         if "graph" in present:
             graph = self.graph(batch["metabolic_graph"])
             if self.config.use_network_summary:
                 graph |= self.network_summary(self._networks(batch["metabolic_graph"]))
                 graph["features"] = graph["features"] + graph["summary_features"]
-            graph = _per_sample(graph, batch, "graph_index")
+            graph = per_sample(graph, batch, "graph_index")
             features["graph"] = graph["features"]
         if "spectrum" in present:
             features["spectrum"] = self.spectrum(batch["spectroscopy"], batch.get("spectroscopy_mask"))
@@ -348,36 +278,6 @@ class UnifiedMultiModalSystem(nn.Module):
         built = list(self.fusion.config.modality_dims)
         columns = [values[:, built.index(n)] if n in built else torch.zeros_like(values[:, 0]) for n in MODALITIES]
         return torch.stack(columns, dim=1)
-
-
-def batch_size(batch: dict[str, Any]) -> int:
-    """Number of samples B in a batch.
-
-    Raises:
-        ValueError: the batch has no key that tells.
-    """
-    for key in ("run_ids", "habitability_label", "modality_mask", "climate_index", "graph_index", "planet_params",
-                "spectroscopy", "input_ids", "climate_datacube"):  # fmt: skip
-        if batch.get(key) is not None:
-            return int(batch[key].shape[0])
-    if batch.get("metabolic_graph") is not None:
-        return int(batch["metabolic_graph"].num_graphs)
-    raise ValueError(f"batch holds no modality and no run_ids; its keys are {sorted(batch)}")
-
-
-def _per_sample(outputs: dict[str, Any], batch: dict[str, Any], index_key: str) -> dict[str, Any]:
-    """Give the entries of `PER_ITEM` one row per sample where the batch holds each distinct item once."""
-    index = batch.get(index_key)
-    if index is None:
-        return outputs
-    expanded = dict(outputs)
-    for name in PER_ITEM:
-        value = outputs.get(name)
-        if isinstance(value, dict):
-            expanded[name] = {key: entry[index] for key, entry in value.items()}
-        elif value is not None:
-            expanded[name] = value[index]
-    return expanded
 
 
 def _of_the_present(config: FusionConfig, present: Collection[str]) -> FusionConfig:

@@ -25,8 +25,8 @@ def graphs(make_graph: MakeGraph, *sizes: tuple[int, int]) -> list[Data]:
 
 
 def test_unknown_names_raise() -> None:
-    with pytest.raises(TypeError, match="max_nodes"):
-        RebuiltGraphVAE(max_nodes=50)
+    with pytest.raises(TypeError, match="max_edges"):
+        RebuiltGraphVAE(max_edges=50)
 
 
 @pytest.mark.parametrize("sizes", [[(1, 0)], [(0, 0), (4, 3)], [(2, 1), (1, 0), (5, 6)], [(1400, 1600)]])
@@ -127,7 +127,9 @@ def test_negatives_are_absent_type_correct_and_of_the_same_graph(make_graph: Mak
 
 
 def test_only_x_and_edges_are_required() -> None:
-    outputs = RebuiltGraphVAE(CONFIG)(Data(x=torch.randn(5, 64), edge_index=torch.tensor([[0, 1, 2], [1, 2, 3]])))
+    model = RebuiltGraphVAE(CONFIG)
+    with pytest.warns(UserWarning, match="carries no stoichiometry, node_type, is_internal"):
+        outputs = model(Data(x=torch.randn(5, 64), edge_index=torch.tensor([[0, 1, 2], [1, 2, 3]])))
     assert torch.isfinite(outputs["loss"])
     assert all(value.item() == 0.0 for value in outputs["constraints"].values())
 

@@ -5,12 +5,14 @@ import math
 from typing import Literal
 
 from astrobiogen.models.common import require
+from astrobiogen.models.original.names import CUBE_NAMES, takes_original_names
 
 AXES = ("climate_time", "geological_time", "lev", "lat", "lon")
 Ints5 = tuple[int, int, int, int, int]
 Table = tuple[tuple[float, ...], ...]
 
 
+@takes_original_names(CUBE_NAMES)
 @dataclasses.dataclass(frozen=True)
 class DatacubeConfig:
     """Sizes and switches of `RebuiltDatacubeCNN`. Axis order everywhere: climate_time, geological_time, lev, lat, lon.

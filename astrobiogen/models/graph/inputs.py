@@ -10,6 +10,7 @@ from astrobiogen.models.common import check_axes
 
 METABOLITE, REACTION = 0, 1
 N_ELEMENTS = 8  # C H N O P S Fe Mg
+CHEMISTRY = ("stoichiometry", "node_type", "is_internal")  # what the balances of a network are made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,17 @@ def graph_tensors(data: Any, node_features: int, laplacian_dim: int, random_walk
                 index, count, lambda got, n=name, c=count: f"metabolic_graph.{n}: got {got}, expected 0 to {c - 1}"
             )
     return graph
+
+
+def missing_chemistry(data: Any) -> str:
+    """What a batch of graphs lacks for its balances to say anything, as a sentence; empty: nothing."""
+    missing = [name for name in CHEMISTRY if getattr(data, name, None) is None]
+    if not missing:
+        return ""
+    return (
+        f"metabolic_graph carries no {', '.join(missing)}: its biochemical constraints are zero and teach nothing "
+        "(use_biochemical_constraints=False leaves them out)"
+    )
 
 
 def segment_sum(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Variational autoencoder of metabolic networks."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from astrobiogen.models.graph.attention import (
     node_structure,
 )
 from astrobiogen.models.graph.biochemistry import network_of, normalise_flux, violations
-from astrobiogen.models.graph.inputs import GraphTensors, graph_tensors, segment_mean, segment_sum
+from astrobiogen.models.graph.inputs import GraphTensors, graph_tensors, missing_chemistry, segment_mean, segment_sum
+from astrobiogen.models.original.names import GRAPH_NAMES, takes_original_names
 
 SMALLEST_COEFFICIENT = 1e-6  # stoichiometric coefficients below this count as this in log space
 
 
+@takes_original_names(GRAPH_NAMES)
 @dataclasses.dataclass(frozen=True)
 class GraphVAEConfig:
     """Sizes and switches of `RebuiltGraphVAE`.
@@ -127,6 +130,7 @@ class RebuiltGraphVAE(CountsUpdates, nn.Module):
         self.decoder = GraphDecoder(config)
         if config.beta_warmup_steps:
             self.register_buffer("beta_steps", torch.zeros((), dtype=torch.long))
+        self._told_of_chemistry = not config.use_biochemical_constraints
 
     @property
     def feature_dim(self) -> int:
@@ -150,6 +154,9 @@ class RebuiltGraphVAE(CountsUpdates, nn.Module):
         """
         config = self.config
         graph = graph_tensors(data, config.node_features, config.laplacian_dim, config.random_walk_dim)
+        if not self._told_of_chemistry and not torch.compiler.is_compiling() and (lack := missing_chemistry(data)):
+            self._told_of_chemistry = True
+            warnings.warn(lack, stacklevel=2)
         products = laplacian_products(graph, graph.source, graph.target)
         structure = node_structure(graph)
         features = self._encode(graph, structure, products)

@@ -6,7 +6,7 @@ import typing
 from typing import Any, TypeVar
 
 from astrobiogen import models
-from astrobiogen.models.unified_system import MODALITIES
+from astrobiogen.models.system_config import MODALITIES
 
 # Sizes of the parts, which the model fills in by itself.
 _FILLED_IN = ("modality_dims",)
