@@ -45,14 +45,14 @@ def from_dictionaries(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: a dictionary holds a name that is no field of its part.
     """
-    kept = {name: value for name, value in given.items() if value is not None or name not in PARTS}
+    kept: dict[str, Any] = {name: value for name, value in given.items() if value is not None or name not in PARTS}
     if not any(isinstance(kept.get(name), Mapping) for name in PARTS):
         return kept
     for name, sizes in ORIGINAL_SIZES.items():
         part = kept.setdefault(name, {})
         if isinstance(part, Mapping):
             kept[name] = sizes | dict(part)
-    parts = {name: dict(kept[name]) for name in PARTS if isinstance(kept.get(name), Mapping)}
+    parts: dict[str, dict[str, Any]] = {name: {**kept[name]} for name in PARTS if isinstance(kept.get(name), Mapping)}
     return kept | {name: PARTS[name](**part) for name, part in parts.items()}
 
 
