@@ -10,16 +10,13 @@
 #include <limits>
 #include <tuple>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "attention/checks.h"
+#include "attention/decode.h"
 #include "attention/geometry.h"
 #include "attention/kernels.h"
 #include "attention/panel.h"
+#include "attention/results.h"
 #include "common/dtypes.h"
-#include "common/simd.h"
 
 namespace astrobiogen::attention {
 
@@ -58,67 +55,16 @@ void visible_ranges(int64_t queries, int64_t keys, const Options& options, const
   }
 }
 
-typedef int16_t i16x8 __attribute__((vector_size(16)));
-
-// Eight words cut off at the ends of int16. (The portable form takes SSE2 9 instructions more.)
-ASTRO_INLINE i16x8 saturated(simd::i32x8 words) {
-#if defined(__SSE2__)
-  __m128i half[2];
-  std::memcpy(half, &words, sizeof(half));
-  return (i16x8)_mm_packs_epi32(half[0], half[1]);
-#else
-  words = words > 32767 ? simd::i32x8{} + 32767 : words;
-  words = words < -32768 ? simd::i32x8{} - 32768 : words;
-  return __builtin_convertvector(words, i16x8);
-#endif
-}
-
-// Rounds one row, and keeps what rounding takes away.
-template <typename T>
-void round_row(const float* row, int64_t dim, T* to, int16_t* rest) {
-  int64_t d = 0;
-  for (; d + simd::kHalfLanes <= dim; d += simd::kHalfLanes) {
-    const simd::f32x8 exact = simd::load8(row + d);
-    simd::store8(to + d, exact);
-    const simd::f32x8 rounded = simd::load8(to + d);
-    simd::i32x8 words = (simd::i32x8)exact - (simd::i32x8)rounded;
-    words &= (rounded - rounded) == 0.0f;  // finite
-    const i16x8 narrow = saturated(words);
-    std::memcpy(rest + d, &narrow, sizeof(narrow));
-  }
-  for (; d < dim; ++d) {
-    to[d] = static_cast<T>(row[d]);
-    rest[d] = rest_of(row[d], static_cast<float>(to[d]));
-  }
-}
-
-// Divides by the sum, writes the output rows, the log-sum-exp, and what rounding took: from the output in half
-// precision, from the log-sum-exp in fp32.
+// Writes one task's rows.
 template <typename T>
 void write_rows(const Geometry<float>& g, const TaskRows& t, int64_t width, const float* panels, const float* maximum,
-                const float* total, const int32_t* low, const int32_t* high, const Rows<T>& out, Rest<T>* rest,
-                float* lse) {
+                const float* total, const Results<T>& to) {
+  float row[kMaxHeadDim];
   for (int64_t i = 0; i < t.count; ++i) {
     const int64_t token = (t.first + i) / g.group, head = t.kv_head * g.group + (t.first + i) % g.group;
     const float* from = panels + i / width * g.dim * width + i % width;
-    T* to = out.at(t.batch, token, head);
-    const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
-    const int64_t place = ((t.batch * g.queries + token) * g.heads + head) * g.dim;
-    if (low[i] >= high[i]) {  // sees nothing: 0, also where the sink is not finite
-      std::fill_n(to, g.dim, T(0.0f));
-      if constexpr (!std::is_same_v<T, float>)
-        if (rest != nullptr) std::fill_n(rest + place, g.dim, Rest<T>{0});
-    } else if (rest == nullptr || std::is_same_v<T, float>) {
-      for (int64_t d = 0; d < g.dim; ++d) to[d] = static_cast<T>(from[d * width] * inverse);
-    } else if constexpr (!std::is_same_v<T, float>) {
-      float row[kMaxHeadDim];
-      for (int64_t d = 0; d < g.dim; ++d) row[d] = from[d * width] * inverse;
-      round_row(row, g.dim, to, rest + place);
-    }
-    const int64_t index = (t.batch * g.heads + head) * g.queries + token;
-    lse[index] = total[i] == 0.0f ? -std::numeric_limits<float>::infinity() : (maximum[i] + std::log2(total[i])) * kLn2;
-    if constexpr (std::is_same_v<T, float>)
-      if (rest != nullptr) rest[index] = correction_of(lse[index], maximum[i], total[i]);
+    for (int64_t d = 0; d < g.dim; ++d) row[d] = from[d * width];
+    write_row<T>(g, to, t.batch, token, head, row, maximum[i], total[i]);
   }
 }
 
@@ -128,21 +74,6 @@ struct KeyRows {
   Tensor storage;
   Rows<const float> rows;
 };
-
-// Whether every value is finite that some queries see and others do not: for those its weight is 0, and 0 times NaN
-// would be NaN.
-template <typename T>
-bool partly_seen_are_finite(const Geometry<float>& g, const Rows<T>& values) {
-  const auto [first, all_from] = std::minmax_element(g.low.begin(), g.low.end());
-  const auto [all_to, last] = std::minmax_element(g.high.begin(), g.high.end());
-  for (int64_t key = *first; key < *last; ++key) {
-    if (key >= *all_from && key < *all_to) continue;
-    for (int64_t b = 0; b < g.batch; ++b)
-      for (int64_t h = 0; h < g.kv_heads; ++h)
-        if (!all_finite(values.at(b, key, h), g.dim)) return false;
-  }
-  return true;
-}
 
 // Takes what is not finite out of packed values [pairs, Sk, D]; returns the rows where that was.
 std::vector<int64_t> silence_rows(const Tensor& packed, int64_t dim) {
@@ -187,6 +118,10 @@ KeyRows key_rows(const Geometry<float>& g, const Tensor& t, bool turn, bool copy
 template <typename T>
 void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   const Geometry<float> g = make_geometry<float>(in.q, in.k, in.cos, in.sin, in.cu_seqlens, in.sinks, in.options);
+  const Results<T> results = results_of<T>(out, lse, rest);
+  // Where a gradient is wanted the backward pass recomputes the scores, and must round them as the forward did: with
+  // panels. A difference in the last place of a score of 200 changes its probability by 1e-5.
+  if (rest.numel() == 0 && decode_forward<T>(g, in, results)) return;
   const Kernels& kernel = kernels();
   const int64_t width = kernel.width, blocks = (g.rows() + kTaskRows - 1) / kTaskRows, pairs = g.batch * g.kv_heads;
   bool copy_values = blocks > 1;
@@ -195,9 +130,6 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
   const bool copied = copy_values || !std::is_same_v<T, float>;
   const std::vector<int64_t> silenced = copied ? silence_rows(v.storage, g.dim) : std::vector<int64_t>{};
   const Rows<const T> q = rows_of<T>(in.q);
-  const Rows<T> result = mutable_rows_of<T>(out);
-  float* lse_data = lse.mutable_data_ptr<float>();
-  Rest<T>* rest_data = rest.numel() > 0 ? rest.mutable_data_ptr<Rest<T>>() : nullptr;
   const float factor = g.softcap > 0.0f ? g.scale / g.softcap : g.scale * kLog2E;
   const int64_t panel_floats = kTaskRows * g.dim;
   run_tasks(pairs * blocks, 2 * panel_floats + 4 * kTaskRows + kScratch, [&](int64_t task, float* scratch) {
@@ -219,7 +151,7 @@ void forward_typed(const Inputs& in, Tensor& out, Tensor& lse, Tensor& rest) {
     kernel.forward({k.rows.at(t.batch, 0, t.kv_head), v.rows.at(t.batch, 0, t.kv_head), k.rows.token, v.rows.token,
                     g.dim, t.panels, queries, accumulator, maximum, total, low, high, g.softcap * kLog2E, scratch});
     if (!silenced.empty()) add_silenced<T>(g, t, width, silenced, rows_of<T>(in.v), low, high, accumulator);
-    write_rows<T>(g, t, width, accumulator, maximum, total, low, high, result, rest_data, lse_data);
+    write_rows<T>(g, t, width, accumulator, maximum, total, results);
   });
 }
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/scratch.h"
+#include "common/simd.h"
 #include "common/tasks.h"
 
 namespace astrobiogen::attention {
@@ -103,8 +104,8 @@ Rows<T> mutable_rows_of(Tensor& t) {
 
 // out[0..dim) = rotation of in by the angles at `cos`, `sin` (sign -1: the inverse), times `factor`.
 template <typename Scalar, typename In, typename Out>
-inline void rotate_row(const Geometry<Scalar>& g, const In* in, const Scalar* cos, const Scalar* sin, Scalar sign,
-                       Scalar factor, Out* out) {
+ASTRO_INLINE void rotate_row(const Geometry<Scalar>& g, const In* in, const Scalar* cos, const Scalar* sin, Scalar sign,
+                             Scalar factor, Out* out) {
   if (g.rotary > 0 && g.interleaved) {
     for (int64_t i = 0; i < g.rotary; ++i) {
       const Scalar a = static_cast<Scalar>(in[2 * i]), b = static_cast<Scalar>(in[2 * i + 1]), s = sin[i] * sign;

@@ -34,6 +34,8 @@ INTERPRETED = [case for case in samples.CASES if case.interpret]
 # GPU and by the C++ kernels.
 INTERPRETED_HALF = {"gradcheck", "everything", "packed_window"}
 MASKS = [case for case in samples.CASES if case.masks]
+# Few rows have kernels of their own where no gradient is wanted.
+WITHOUT_GRADIENTS = [*(dataclasses.replace(case, differentiable=()) for case in samples.CASES), *samples.FEW]
 
 
 def reference(*tensors: torch.Tensor, **options: Any) -> Any:
@@ -46,6 +48,17 @@ def reference(*tensors: torch.Tensor, **options: Any) -> Any:
 @pytest.mark.parametrize("case", samples.CASES, ids=lambda case: case.name)
 def test_cpu(case: Case, dtype: torch.dtype) -> None:
     check_op(attention, reference, case, dtype, ops=OPS, implementation="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", WITHOUT_GRADIENTS, ids=lambda case: case.name)
+def test_cpu_without_gradients(case: Case, dtype: torch.dtype) -> None:
+    check_op(attention, reference, case, dtype, ops=OPS, implementation="cpu")
+
+
+@pytest.mark.parametrize("case", [case for case in WITHOUT_GRADIENTS if case.masks], ids=lambda case: case.name)
+def test_visibility_without_gradients(case: Case) -> None:
+    check_visibility(attention, reference, case, ops=OPS, implementation="cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,6 +198,17 @@ def test_checkpointing_gives_the_same_bits() -> None:
         torch.autograd.grad(plain, (q, k, v), upstream), torch.autograd.grad(kept, (q, k, v), upstream)
     ):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_thread_count_gives_the_same_bits_of_few_queries(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, n, heads, 64).to(dtype) for n, heads in ((2, 8), (1500, 2), (1500, 2)))
+
+    def run(threads: int) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        return attention(q, k, v)
+
+    assert torch.equal(run(1), run(3))
 
 
 def test_any_thread_count_gives_the_same_bits() -> None:

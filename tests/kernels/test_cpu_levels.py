@@ -122,6 +122,7 @@ def plain_attention(*tensors: torch.Tensor, **options: Any) -> Any:
 
 ATTENTION_CASES = (
     *attention_samples.CASES,
+    *attention_samples.FEW,
     # tails of every register width; panels, key tiles and tasks that end in between
     *(
         Case(f"dim_{dim}", attention_samples.plain(1, 37, 130, 6, 2, dim, rotary=dim // 2), ("q", "k", "v"))

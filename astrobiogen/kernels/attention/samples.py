@@ -105,6 +105,16 @@ def _heads_first(make: TensorMaker) -> dict[str, Any]:
     }
 
 
+def _decode_heads_first(make: TensorMaker) -> dict[str, Any]:
+    # a cache [B, H, S, D], as SDPA takes it
+    return {
+        "q": make.randn(1, 2, 8, 64),
+        "k": make.randn(1, 2, 700, 64).transpose(1, 2),
+        "v": make.randn(1, 2, 700, 64).transpose(1, 2),
+        "return_lse": True,
+    }
+
+
 def _fused_projection(make: TensorMaker) -> dict[str, Any]:
     # q, k, v as slices of one projection: rows of 68 columns at 2-byte-odd starts
     fused = make.randn(1, 9, 4, 69)[..., 1:]
@@ -178,6 +188,22 @@ CASES = (
     Case("masks_few", _with_sinks(plain(1, 3, 35, 2, 1, 5, window=9, softcap=2.0)), _ALL_GRADS, masks=True),
     Case("group_64", plain(1, 5, 6, 64, 1, 8), _GRADS, interpret=False),
     Case("several_tiles", plain(1, 130, 130, 4, 1, 68, rotary=34), _GRADS, interpret=False),
+)
+
+# Without a gradient: few rows (queries times heads per key/value head) have kernels of their own. Chunks of keys that
+# are merged, rows that fill no block, columns that are read in place and those that are not.
+FEW = (
+    Case("few_chunks", plain(1, 1, 600, 8, 2, 64, return_lse=True), (), interpret=False),
+    Case("few_heads_first", _decode_heads_first, (), interpret=False),
+    Case("few_one_row", plain(2, 1, 300, 3, 3, 64), (), interpret=False),
+    Case("few_two_rows", plain(1, 2, 150, 2, 2, 32, return_lse=True), (), interpret=False),
+    Case("few_three_rows", plain(1, 3, 77, 2, 2, 16), (), interpret=False),
+    Case("few_window", plain(1, 4, 600, 8, 2, 128, window=300, return_lse=True), (), interpret=False),
+    Case("few_full", plain(1, 3, 200, 4, 1, 96, causal=False), (), interpret=False),
+    Case("few_rotary", plain(2, 3, 200, 4, 2, 68, rotary=34, softcap=2.0, return_lse=True), (), interpret=False),
+    Case("few_wide", plain(1, 2, 70, 2, 1, 256, rotary=20, interleaved=True), (), interpret=False),
+    Case("few_sinks", _with_sinks(plain(1, 2, 530, 2, 1, 80, window=400, return_lse=True)), (), interpret=False),
+    Case("few_peaked", _peaked(50, plain(1, 4, 300, 4, 2, 64)), (), interpret=False),
 )
 
 # Nearly all of a row's weight on one key, where dP - delta cancels and where the log-sum-exp is large, so that its
