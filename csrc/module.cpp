@@ -1,5 +1,6 @@
 // The extension module: loading it registers every CPU kernel (static TORCH_LIBRARY_IMPL blocks of the other files).
-// Its Python face only tells how it was built and what this CPU offers.
+// Its Python face tells how it was built and what this CPU offers, and has the short ways into ops (common/entry.h).
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
@@ -7,8 +8,11 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "common/core.h"
 #include "common/dispatch.h"
+#include "common/entry.h"
 
 namespace astrobiogen {
 
@@ -39,6 +43,30 @@ void set_level(Level wanted) {
   current_level().store(wanted);
 }
 
+namespace {
+Core found_core() {
+#if defined(ASTRO_HAS_LEVELS)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel") && at::hasMKL()) return Core::kIntel;
+#endif
+  return Core::kOther;
+}
+
+std::atomic<Core>& current_core() {
+  static std::atomic<Core> current{found_core()};
+  return current;
+}
+}  // namespace
+
+Core core() { return current_core().load(std::memory_order_relaxed); }
+
+void set_core(Core wanted) { current_core().store(wanted); }
+
+std::vector<PyMethodDef>& entry::methods() {
+  static std::vector<PyMethodDef> all;
+  return all;
+}
+
 }  // namespace astrobiogen
 
 namespace {
@@ -56,6 +84,14 @@ astrobiogen::Level level_named(const std::string& name) {
   for (const auto level : {astrobiogen::Level::kBaseline, astrobiogen::Level::kAvx2, astrobiogen::Level::kAvx512})
     if (name == name_of(level)) return level;
   throw std::invalid_argument("level must be 'baseline', 'avx2' or 'avx512', got '" + name + "'");
+}
+
+const char* name_of(astrobiogen::Core core) { return core == astrobiogen::Core::kIntel ? "intel" : "other"; }
+
+astrobiogen::Core core_named(const std::string& name) {
+  for (const auto core : {astrobiogen::Core::kOther, astrobiogen::Core::kIntel})
+    if (name == name_of(core)) return core;
+  throw std::invalid_argument("core must be 'intel' or 'other', got '" + name + "'");
 }
 
 pybind11::dict build_info() {
@@ -90,6 +126,14 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "set_cpu_level", [](const std::string& name) { astrobiogen::set_level(level_named(name)); },
       pybind11::arg("level"), "Run the kernels at a lower level than the CPU has, for tests and benchmarks.");
+  module.def(
+      "cpu_core", [] { return name_of(astrobiogen::core()); },
+      "The core whose rules choose between products: 'intel' (with MKL) or 'other'.");
+  module.def(
+      "set_cpu_core", [](const std::string& name) { astrobiogen::set_core(core_named(name)); }, pybind11::arg("core"),
+      "Choose by the rules of another core, for tests and benchmarks.");
   module.def("build_info", &build_info, "PyTorch and compiler version, C++ standard and whether OpenMP is on.");
+  for (PyMethodDef& method : astrobiogen::entry::methods())
+    module.add_object(method.ml_name, pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&method, nullptr)));
   module.def("num_threads", [] { return at::get_num_threads(); }, "Threads that a kernel may use now.");
 }

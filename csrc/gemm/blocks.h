@@ -150,7 +150,8 @@ struct Outputs {
   }
 };
 
-// Whether `linear` and `swiglu_mlp` have their own kernel for these sizes.
+// Whether the blocks are made for these sizes, and whether they are the fastest product of them on this core.
+bool serves_block(const at::Tensor& x, const at::Tensor& weight, int64_t rows);
 bool serves(const at::Tensor& x, const at::Tensor& weight, int64_t rows);
 int64_t rows_of(const at::Tensor& x);
 int64_t block_rows();

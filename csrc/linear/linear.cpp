@@ -21,6 +21,7 @@
 
 #include "common/autograd.h"
 #include "common/checks.h"
+#include "common/entry.h"
 #include "gemm/blocks.h"
 
 namespace astrobiogen::linear {
@@ -114,17 +115,19 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   return {grad_x, grad_weight};
 }
 
+const auto& layer_op() {
+  using Call = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&);
+  static const auto call = op<Call>("astrobiogen::linear");
+  return call;
+}
+
 // Autograd in C++: a Python formula costs about 40 us per call, as much as the arithmetic of a small layer.
-// `linear_backward` goes through the dispatcher, so that its own rule refuses a second derivative.
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static const auto call =
-        op<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>("astrobiogen::linear");
     ctx->save_for_backward({x, weight});
     ctx->saved_data["bias"] = bias.has_value();
-    return call.call(x, weight, bias);
+    return below_autograd(layer_op(), x, weight, bias);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -136,7 +139,7 @@ struct Function : torch::autograd::Function<Function> {
     const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
     Tensor grad_x, grad_weight, grad_bias;
     if (need_x || need_weight)
-      std::tie(grad_x, grad_weight) = call.call(grads[0], saved[0], saved[1], need_x, need_weight);
+      std::tie(grad_x, grad_weight) = gradients(call, grads[0], saved[0], saved[1], need_x, need_weight);
     if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2))
       grad_bias = at::sum(grads[0].reshape({-1, grads[0].size(-1)}), 0);
     return {need_x ? grad_x : Tensor(), need_weight ? grad_weight : Tensor(), grad_bias};
@@ -144,8 +147,34 @@ struct Function : torch::autograd::Function<Function> {
 };
 
 Tensor differentiable(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return any_tangent(x, weight, bias) ? at::linear(x, weight, bias) : Function::apply(x, weight, bias);
+  if (any_tangent(x, weight, bias)) return at::linear(x, weight, bias);
+  return any_gradient(x, weight, bias) ? Function::apply(x, weight, bias)
+                                       : below_autograd(layer_op(), x, weight, bias);
 }
+
+bool fits(const Tensor& x, const Tensor& weight, const Tensor* bias) {
+  const auto type = weight.scalar_type();
+  return x.dim() > 0 && weight.dim() == 2 && weight.size(1) == x.size(-1) && x.scalar_type() == type &&
+         (bias == nullptr || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == type));
+}
+
+// linear(x, weight, bias or None).
+PyObject* from_python(PyObject*, entry::Arguments given, Py_ssize_t count) {
+  if (count != 3 || !entry::undisturbed()) return entry::declined();
+  const Tensor *x = entry::plain(given[0]), *weight = entry::plain(given[1]);
+  const Tensor* bias = given[2] == Py_None ? nullptr : entry::plain(given[2]);
+  if (x == nullptr || weight == nullptr || (bias == nullptr && given[2] != Py_None) || !fits(*x, *weight, bias))
+    return entry::declined();
+  return entry::result_of([&] {
+    const auto start = bias == nullptr ? std::nullopt : std::optional<Tensor>(*bias);
+    const bool own = gemm::serves(*x, *weight, gemm::rows_of(*x));
+    // Gradients of fp32 are the op's, whose backward pass no autocast rounds.
+    const bool op = own || (x->scalar_type() == at::kFloat && any_gradient(*x, *weight, start));
+    return op ? layer_op().call(*x, *weight, start) : at::linear(*x, *weight, start);
+  });
+}
+
+const entry::Entry kEntry("linear", &from_python, "ops.linear for plain CPU tensors that fit; else None.");
 
 }  // namespace astrobiogen::linear
 

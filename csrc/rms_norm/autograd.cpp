@@ -20,12 +20,12 @@ using torch::autograd::variable_list;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// Through the dispatcher, so that its own rule refuses a second derivative.
 Two slopes(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd, const Tensor& grad_sum) {
   static const auto call =
       op<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&)>(
           "astrobiogen::rms_norm_backward");
-  return call.call(grad, x, weight, rstd, grad_sum.defined() ? std::optional<Tensor>(grad_sum) : std::nullopt);
+  return gradients(call, grad, x, weight, rstd,
+                   grad_sum.defined() ? std::optional<Tensor>(grad_sum) : std::optional<Tensor>());
 }
 
 struct Norm : torch::autograd::Function<Norm> {

@@ -23,6 +23,8 @@
 
 #include "common/autograd.h"
 #include "common/checks.h"
+#include "common/core.h"
+#include "common/entry.h"
 #include "common/gate.h"
 #include "gemm/blocks.h"
 
@@ -41,6 +43,10 @@ constexpr int64_t kFewestRows = 32;
 // Segments of rows with a partial sum of the weights' gradients each: their number does not depend on the threads, so
 // neither do the bits.
 constexpr int64_t kSegmentRows = 256, kMostSegments = 16;
+
+// On a core whose BLAS leads, the largest weights of one block that the cache between the products still makes up for,
+// and those of which it does so from some rows on.
+constexpr int64_t kBlasWeights = 2048, kBlasTallWeights = 8192, kBlasTallRows = 512;
 
 struct Sizes {
   int64_t rows, hidden, inner;
@@ -170,6 +176,13 @@ std::unique_ptr<float[]> packed(const float* matrix, int64_t depth, int64_t colu
   return panels;
 }
 
+// Whether the one kernel is faster than products one after the other.
+bool serves(const Tensor& x, const Tensor& gate, const Tensor& down, const Sizes& s) {
+  if (!gemm::serves_block(x, gate, s.rows) || !gemm::serves_block(x, down, s.rows)) return false;
+  const int64_t weights = s.hidden * s.inner;
+  return core() != Core::kIntel || weights <= kBlasWeights || (weights <= kBlasTallWeights && s.rows >= kBlasTallRows);
+}
+
 // Other sizes: PyTorch's products and the SwiGLU kernel.
 std::tuple<Tensor, Tensor> compose_forward(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
   static const auto swiglu = op<Tensor(const Tensor&)>("astrobiogen::swiglu_packed");
@@ -224,7 +237,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& gate_any, 
   const Tensor x = x_any.contiguous(), gate = gate_any.contiguous(), up = up_any.contiguous(),
                down = down_any.contiguous();
   const Sizes s{gemm::rows_of(x), gate.size(1), gate.size(0)};
-  if (!gemm::serves(x, gate, s.rows) || !gemm::serves(x, down, s.rows)) return compose_forward(x, gate, up, down);
+  if (!serves(x, gate, down, s)) return compose_forward(x, gate, up, down);
   Tensor out = at::empty(x.sizes(), x.options()), gates = at::empty({s.rows, 2 * s.inner}, x.options());
   const std::vector<float> both = stacked(gate, up);
   const auto first = packed(both.data(), s.hidden, 2 * s.inner, true),
@@ -256,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   const Tensor grad = grad_any.contiguous(), x = x_any.contiguous(), gate = gate_any.contiguous(),
                up = up_any.contiguous(), down = down_any.contiguous();
   const Sizes s{gemm::rows_of(x), gate.size(1), gate.size(0)};
-  if (!gemm::serves(x, gate, s.rows) || !gemm::serves(x, down, s.rows))
+  if (!serves(x, gate, down, s))
     return compose_backward(grad, x, gates, gate, up, down, need_x, need_weights);
   Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const std::vector<float> both = stacked(gate, up);
@@ -292,13 +305,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   return {grad_x, grad_gate, grad_up, grad_down};
 }
 
+const auto& block_op() {
+  static const auto call = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+      "astrobiogen::swiglu_mlp");
+  return call;
+}
+
 struct Function : torch::autograd::Function<Function> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                                                 const Tensor& gate, const Tensor& up, const Tensor& down) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static const auto call = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
-        "astrobiogen::swiglu_mlp");
-    auto [out, gates] = call.call(x, gate, up, down);
+    auto [out, gates] = below_autograd(block_op(), x, gate, up, down);
     ctx->save_for_backward({x, gates, gate, up, down});
     ctx->mark_non_differentiable({gates});  // internal: the public function never returns them
     return {out, gates};
@@ -314,7 +330,7 @@ struct Function : torch::autograd::Function<Function> {
     const bool need_x = ctx->needs_input_grad(0),
                need_weights = ctx->needs_input_grad(1) || ctx->needs_input_grad(2) || ctx->needs_input_grad(3);
     auto [of_x, of_gate, of_up, of_down] =
-        call.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], need_x, need_weights);
+        gradients(call, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], need_x, need_weights);
     if (!need_weights) return {of_x, Tensor(), Tensor(), Tensor()};
     return {need_x ? of_x : Tensor(), of_gate, of_up, of_down};
   }
@@ -322,9 +338,29 @@ struct Function : torch::autograd::Function<Function> {
 
 std::tuple<Tensor, Tensor> differentiable(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
   if (any_tangent(x, gate, up, down)) return compose_tangents(x, gate, up, down);
+  if (!any_gradient(x, gate, up, down)) return below_autograd(block_op(), x, gate, up, down);
   const auto outputs = Function::apply(x, gate, up, down);
   return {outputs[0], outputs[1]};
 }
+
+bool fits(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
+  const auto type = x.scalar_type();
+  return x.dim() > 0 && gate.dim() == 2 && gate.size(1) == x.size(-1) && up.sizes() == gate.sizes() &&
+         down.dim() == 2 && down.size(0) == gate.size(1) && down.size(1) == gate.size(0) &&
+         gate.scalar_type() == type && up.scalar_type() == type && down.scalar_type() == type;
+}
+
+// swiglu_mlp(x, gate, up, down).
+PyObject* from_python(PyObject*, entry::Arguments given, Py_ssize_t count) {
+  if (count != 4 || !entry::undisturbed()) return entry::declined();
+  const Tensor *x = entry::plain(given[0]), *gate = entry::plain(given[1]), *up = entry::plain(given[2]),
+               *down = entry::plain(given[3]);
+  if (x == nullptr || gate == nullptr || up == nullptr || down == nullptr || !fits(*x, *gate, *up, *down))
+    return entry::declined();
+  return entry::result_of([&] { return std::get<0>(block_op().call(*x, *gate, *up, *down)); });
+}
+
+const entry::Entry kEntry("swiglu_mlp", &from_python, "ops.swiglu_mlp for plain CPU tensors that fit; else None.");
 
 }  // namespace astrobiogen::swiglu_mlp
 

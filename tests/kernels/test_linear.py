@@ -1,5 +1,6 @@
 """The narrow linear layer: the shared battery, shapes at random, one answer for any thread count, and bad input."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -15,7 +16,17 @@ from astrobiogen.kernels.linear.samples import CASES, LONG_CASES, layer
 from astrobiogen.layers import Linear
 from astrobiogen.testing import check_battery, check_op
 
+extension = pytest.importorskip("astrobiogen._C", reason="the C++ extension is not built")
 OPS = ("linear", "linear_backward")
+
+
+@pytest.fixture(autouse=True, scope="module", params=("intel", "other"))
+def core(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test by the rules of every core: they choose between products."""
+    found = extension.cpu_core()
+    extension.set_cpu_core(request.param)
+    yield
+    extension.set_cpu_core(found)
 
 
 @pytest.mark.parametrize("case", CASES + LONG_CASES, ids=lambda case: case.name)
@@ -38,7 +49,8 @@ def test_any_shape(case: Case, seed: int) -> None:
     assert check_op(ops.linear, plain, case, torch.float32, ops=OPS, implementation="cpu", seed=seed)
 
 
-def test_thread_count_changes_no_bit() -> None:
+def test_thread_count_changes_no_bit_of_the_own_kernel() -> None:
+    extension.set_cpu_core("other")
     arguments = layer(1000, 45, outputs=70, bias=True)(
         TensorMaker(torch.float32, torch.device("cpu"), torch.Generator().manual_seed(3))
     )

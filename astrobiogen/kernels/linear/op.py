@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels import autocast, entries, registry
 from astrobiogen.kernels.checks import check_float, check_same_device, check_shape
 from astrobiogen.kernels.linear import reference
+
+_ENTRY = entries.entry("linear")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,6 +31,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes or devices do not fit.
     """
+    if not torch.compiler.is_dynamo_compiling() and not registry.reference_selected():
+        result = _ENTRY(x, weight, bias)
+        if result is not None:
+            return result
     check_float("x", x)
     check_float("weight", weight)
     if x.dim() == 0:
@@ -79,7 +85,8 @@ registry.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=reference.linear,
     fake=_fake,
-    cpu_rule="own kernel in fp32: weights [8..512, 1..512], from 64 rows and 131,072 multiply-adds on; else PyTorch",
+    cpu_rule="fp32 on cores other than Intel's: own kernel for weights [8..512, 1..512] from 64 rows and 131,072 "
+    "multiply-adds on; else PyTorch (MKL, oneDNN)",
 )
 registry.define(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)",

@@ -4,11 +4,14 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels import autocast, entries, registry
 from astrobiogen.kernels.checks import check_float, check_same_device, check_shape
 from astrobiogen.kernels.swiglu import reference
 
 _TRITON = "astrobiogen.kernels.swiglu.triton_kernels"
+
+_ENTRY = entries.entry("swiglu")
+_PACKED_ENTRY = entries.entry("swiglu_packed")
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -30,6 +33,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         TypeError: an argument is not a floating-point tensor, or the dtypes differ.
         ValueError: the shapes or devices differ.
     """
+    if not torch.compiler.is_dynamo_compiling() and not registry.reference_selected():
+        result = _ENTRY(gate, up)
+        if result is not None:
+            return result
     check_float("gate", gate)
     check_float("up", up)
     if gate.dtype != up.dtype:
@@ -58,6 +65,10 @@ def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
         TypeError: `gate_up` is not a floating-point tensor.
         ValueError: `gate_up` has no axis or its last axis is odd.
     """
+    if not torch.compiler.is_dynamo_compiling() and not registry.reference_selected():
+        result = _PACKED_ENTRY(gate_up)
+        if result is not None:
+            return result
     check_float("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2 != 0:
         raise ValueError(f"gate_up must have shape [..., 2 I] with an even last axis, got {tuple(gate_up.shape)}")

@@ -4,20 +4,23 @@ from typing import Any
 
 import torch
 
-from astrobiogen.kernels import autocast, registry
+from astrobiogen.kernels import autocast, entries, registry
 from astrobiogen.kernels.checks import check_float, check_same_device, check_shape, is_distributed
 from astrobiogen.kernels.linear.op import linear
 from astrobiogen.kernels.swiglu.op import swiglu
 from astrobiogen.kernels.swiglu_mlp import reference
 
+_ENTRY = entries.entry("swiglu_mlp")
+
 
 def swiglu_mlp(
     x: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor
 ) -> torch.Tensor:
-    """The SwiGLU block y = (silu(x Gᵀ) · (x Uᵀ)) Dᵀ (Shazeer 2020, arXiv:2002.05202), on the CPU in fp32 as one kernel.
+    """The SwiGLU block y = (silu(x Gᵀ) · (x Uᵀ)) Dᵀ (Shazeer 2020, arXiv:2002.05202), on the CPU as one op.
 
-    Kept for the backward pass: x, x Gᵀ and x Uᵀ; the product in between exists for a few rows at a time. Half
-    precision, other devices, distributed tensors and autocast take `linear`, `swiglu`, `linear`, each by its own rule.
+    Kept for the backward pass: x, x Gᵀ and x Uᵀ; where the op has a kernel (narrow fp32 blocks), the product in between
+    exists for a few rows at a time. Other devices, distributed tensors, mixed dtypes and autocast take `linear`,
+    `swiglu`, `linear`, each by its own rule.
 
     Args:
         x: [..., H], any floating-point dtype, any strides.
@@ -32,6 +35,10 @@ def swiglu_mlp(
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes or devices do not fit.
     """
+    if not torch.compiler.is_dynamo_compiling() and not registry.reference_selected():
+        result = _ENTRY(x, gate_weight, up_weight, down_weight)
+        if result is not None:
+            return result
     weights = {"gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight}
     for name, tensor in {"x": x, **weights}.items():
         check_float(name, tensor)
@@ -46,8 +53,8 @@ def swiglu_mlp(
     check_shape("up_weight", up_weight, (inner, hidden), "the shape of gate_weight")
     check_shape("down_weight", down_weight, (hidden, inner), "[H, I], gate_weight transposed")
     check_same_device(x=x, **weights)
-    single = x.dtype == gate_weight.dtype == up_weight.dtype == down_weight.dtype == torch.float32
-    if x.device.type != "cpu" or not single or autocast.enabled(x) or is_distributed(x):
+    alike = x.dtype == gate_weight.dtype == up_weight.dtype == down_weight.dtype
+    if x.device.type != "cpu" or not alike or autocast.enabled(x) or is_distributed(x):
         return linear(swiglu(linear(x, gate_weight), linear(x, up_weight)), down_weight)
     if registry.reference_selected():
         return reference.swiglu_mlp(x, gate_weight, up_weight, down_weight)
@@ -100,7 +107,8 @@ registry.define(
     "swiglu_mlp(Tensor x, Tensor gate, Tensor up, Tensor down) -> (Tensor, Tensor)",
     reference=reference.swiglu_mlp_op,
     fake=_fake,
-    cpu_rule="own kernel for the sizes of `linear`; else PyTorch's products and the kernel of `swiglu`",
+    cpu_rule="own kernel in fp32 where `linear` would have one on all cores but Intel's, there for weights of up to "
+    "2,048, or 8,192 from 512 rows on; else PyTorch's products and the kernel of `swiglu`",
 )
 registry.define(
     "swiglu_mlp_backward(Tensor grad, Tensor x, Tensor gates, Tensor gate, Tensor up, Tensor down, bool need_x, "
