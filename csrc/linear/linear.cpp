@@ -148,8 +148,7 @@ struct Function : torch::autograd::Function<Function> {
 
 Tensor differentiable(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (any_tangent(x, weight, bias)) return at::linear(x, weight, bias);
-  return any_gradient(x, weight, bias) ? Function::apply(x, weight, bias)
-                                       : below_autograd(layer_op(), x, weight, bias);
+  return any_gradient(x, weight, bias) ? Function::apply(x, weight, bias) : below_autograd(layer_op(), x, weight, bias);
 }
 
 bool fits(const Tensor& x, const Tensor& weight, const Tensor* bias) {

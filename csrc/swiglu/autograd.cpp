@@ -35,8 +35,8 @@ struct Separate : torch::autograd::Function<Separate> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto call = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>(
-        "astrobiogen::swiglu_backward");
+    static const auto call =
+        op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>("astrobiogen::swiglu_backward");
     if (!grads[0].defined()) return variable_list(2);
     const auto saved = ctx->get_saved_variables();
     auto [of_gate, of_up] = gradients(call, grads[0], saved[0], saved[1]);

@@ -269,8 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   const Tensor grad = grad_any.contiguous(), x = x_any.contiguous(), gate = gate_any.contiguous(),
                up = up_any.contiguous(), down = down_any.contiguous();
   const Sizes s{gemm::rows_of(x), gate.size(1), gate.size(0)};
-  if (!serves(x, gate, down, s))
-    return compose_backward(grad, x, gates, gate, up, down, need_x, need_weights);
+  if (!serves(x, gate, down, s)) return compose_backward(grad, x, gates, gate, up, down, need_x, need_weights);
   Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const std::vector<float> both = stacked(gate, up);
   const auto second = packed(down.const_data_ptr<float>(), s.hidden, s.inner, false),
