@@ -9,6 +9,7 @@ from torch import nn
 from torch._C._functorch import maybe_current_level
 from torch.utils import _pytree as pytree
 
+from astrobiogen.kernels import autocast
 from astrobiogen.layers.children import PLAIN_TENSORS
 
 # What can be told without values.
@@ -101,9 +102,7 @@ class LazyHead(nn.Linear):
         weight = self.weight
         if input.dim() < 2 or input.shape[-2] < 2 or type(weight) not in PLAIN_TENSORS or _traced():
             return F.linear(input, weight, self.bias)
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        return LazyLogits(input, weight, dtype)
+        return LazyLogits(input, weight, autocast.product_dtype(input))
 
 
 def _traced() -> bool:

@@ -42,6 +42,11 @@ def lower_precision(*tensors: Any) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if _eligible(t) else t for t in tensors)
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a matrix product of `x` has: autocast's where it is on for its device, else its own."""
+    return torch.get_autocast_dtype(x.device.type) if _eligible(x) and enabled(x) else x.dtype
+
+
 def full_precision(x: torch.Tensor) -> torch.Tensor:
     """`x` in float32 where autocast runs norms in it: on every device but the CPU."""
     return x if x.is_cpu or not _eligible(x) or not enabled(x) else x.to(torch.float32)
