@@ -7,7 +7,7 @@
 // products accumulate in fp32 (fp64 for fp64). The vocabulary is the outer loop: a tile of the weight, and of its
 // gradient, stays in the cache while all tokens pass.
 //
-// bf16 on CPUs that multiply it in hardware has tiles of bf16 (the backward is in linear_cross_entropy/bf16.cpp).
+// bf16 on CPUs that multiply it in hardware has tiles of bf16 (the backward is in linear_cross_entropy/tiles.cpp).
 // Elsewhere bf16, and fp16 everywhere, go through fp32 tiles: fp32 GEMMs are exact on them, and machines without such
 // units run the half-precision GEMM ~50x slower.
 #include <ATen/Parallel.h>
@@ -377,8 +377,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
   const Tensor x = only_kept(x_any, target, ignore_index);
   const auto [grad_x, grad_weight] =
-      x.scalar_type() == at::kBFloat16 && has_bf16_products()
-          ? backward_bf16(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight)
+      tiles_lead(x)
+          ? backward_in_tiles(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight)
       : x.scalar_type() == at::kDouble ? backward_typed<double>(grad, x, weight, target, lse, o, need_x, need_weight)
                                        : backward_typed<float>(grad, x, weight, target, lse, o, need_x, need_weight);
   return {without_ignored(grad_x, target, ignore_index), grad_weight};

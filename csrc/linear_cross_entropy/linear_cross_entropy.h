@@ -44,14 +44,18 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
 // slower than fp32 ones.
 bool has_bf16_products();
 
-// Summed loss over `divisor`, dx and dweight from bf16 products; contiguous arguments.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients_bf16(const at::Tensor& x, const at::Tensor& weight,
-                                                              const at::Tensor& target, float divisor, const Options& o,
-                                                              bool need_x, bool need_weight);
+// Whether the functions below, by PyTorch's products, are the fastest ones for this x on this core.
+bool tiles_lead(const at::Tensor& x);
 
-// `backward` from bf16 products; contiguous arguments, `grad` in fp32.
-std::tuple<at::Tensor, at::Tensor> backward_bf16(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-                                                 const at::Tensor& target, const at::Tensor& lse, const Options& o,
-                                                 bool need_x, bool need_weight);
+// Summed loss over `divisor`, dx and dweight; fp32 or bf16, contiguous arguments.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients_in_tiles(const at::Tensor& x, const at::Tensor& weight,
+                                                                  const at::Tensor& target, float divisor,
+                                                                  const Options& o, bool need_x, bool need_weight);
+
+// `backward`; fp32 or bf16, contiguous arguments, `grad` in fp32.
+std::tuple<at::Tensor, at::Tensor> backward_in_tiles(const at::Tensor& grad, const at::Tensor& x,
+                                                     const at::Tensor& weight, const at::Tensor& target,
+                                                     const at::Tensor& lse, const Options& o, bool need_x,
+                                                     bool need_weight);
 
 }  // namespace astrobiogen::linear_cross_entropy

@@ -206,6 +206,32 @@ def test_bf16_in_several_tiles(tokens: int, options: dict[str, Any], reduction: 
         assert (value - truth).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}], ids=str)
+@pytest.mark.parametrize("core", ["intel", "other"])
+@pytest.mark.parametrize(("tokens", "hidden", "vocabulary"), [(5, 24, 700), (40, 1024, 900), (1100, 1024, 1100)])
+def test_fp32_by_the_products_of_every_core(
+    tokens: int, hidden: int, vocabulary: int, core: str, options: dict[str, Any]
+) -> None:
+    """MKL's products serve wide fp32 layers and few tokens on one kind of core, own ones on the others."""
+    extension = pytest.importorskip("astrobiogen._C", reason="the C++ extension is not built")
+
+    def build(make: TensorMaker) -> dict[str, Any]:
+        target = make.randint(0, vocabulary, tokens)
+        target[::4] = -100
+        return {"x": make.randn(tokens, hidden), "weight": make.randn(vocabulary, hidden) / hidden**0.5} | {
+            "target": target,
+            **options,
+        }
+
+    found = extension.cpu_core()
+    extension.set_cpu_core(core)
+    try:
+        case = Case("any", build, ("x", "weight"))
+        assert check_op(fused, plain, case, torch.float32, ops=OPS, implementation="cpu")
+    finally:
+        extension.set_cpu_core(found)
+
+
 @pytest.mark.parametrize(("hidden", "vocabulary", "share"), [(32, 8000, 0.15), (512, 32000, 0.10)])
 def test_added_memory(hidden: int, vocabulary: int, share: float) -> None:
     """At 512 tokens, beyond the gradients it returns, less than `share` of what eager adds: the block of logits holds
