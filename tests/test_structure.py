@@ -20,7 +20,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": frozenset({"system"}),
     "datatools": frozenset({"data", "system"}),
     "predict": frozenset({"kernels", "data", "datatools", "system", "training"}),
-    "__main__": frozenset({"data", "datatools", "predict", "system", "testing", "training"}),  # entries like `train`
+    "__main__": frozenset({"data", "datatools", "predict", "system", "testing", "training", "validate", ""}),
     "extension": frozenset({"_C"}),
     "ops": frozenset({"kernels"}),
     "testing": frozenset({"kernels", "ops"}),
@@ -28,6 +28,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "integrations": frozenset({"kernels", "ops", "layers"}),
     "models": frozenset({"kernels", "ops", "layers"}),
     "training": frozenset({"kernels", "ops", "layers", "models", "data", "system", "integrations", "extension", ""}),
+    "validate": frozenset({"kernels", "ops", "layers", "models", "data", "training", "testing"}),
     "doctor": frozenset(
         {
             "kernels",

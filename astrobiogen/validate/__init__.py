@@ -1,0 +1,1 @@
+"""Kernels against plain PyTorch, from single operators to training curves: `python -m astrobiogen.validate`."""
