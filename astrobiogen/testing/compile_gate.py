@@ -2,16 +2,17 @@
 
 Every `CompileCase` of an op is compiled for its targets (sm_86 is the RTX A5000, sm_90 the H100 and H200) and its
 machine code is read with the `cuobjdump` and `nvdisasm` that ship inside the Triton package. A row fails for
-register spills, for more shared memory than a block may have, for a dot without tensor-core instructions, and for
-missing 16-byte global loads. The rows are checked in as one CSV file per op; with the same Triton version every
-figure must be equal.
+register spills inside loops (one that runs once per program costs nothing that counts), for more shared memory than a
+block may have, for a dot without tensor-core instructions, and for missing 16-byte global loads. The rows are checked
+in as one CSV file per op; with the same Triton version every figure must be equal. Beside them lie what each loop does
+(`loops/`) and the speed that follows from it (`predicted/`, written by `astrobiogen.testing.predict`): no predicted
+share of peak may fall by more than 5 %.
 
     python -m astrobiogen.testing.compile_gate            # compile and compare
     python -m astrobiogen.testing.compile_gate --update   # write the tables anew
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
@@ -21,35 +22,19 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from astrobiogen import kernels
+from astrobiogen.testing.gate import tables
+from astrobiogen.testing.speed.loops import Facts
+from astrobiogen.testing.speed.machines import LIMITS, MACHINES
+from astrobiogen.testing.speed.model import Prediction
 
 TABLES = Path("tests/compile_gate")
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one multiprocessor of a compute capability has (CUDA C++ Programming Guide, table of technical
-    specifications).
-    """
-
-    warps: int
-    blocks: int
-    shared_per_sm: int
-    shared_per_block: int
-
-
-LIMITS = {
-    80: Limits(64, 32, 167_936, 166_912),
-    86: Limits(48, 16, 102_400, 101_376),
-    89: Limits(48, 24, 102_400, 101_376),
-    90: Limits(64, 32, 233_472, 232_448),
-    120: Limits(48, 24, 102_400, 101_376),
-}
-REGISTERS_PER_SM = 65_536
-# Registers are handed out per warp in units of 256; every block costs 1 KB of shared memory that it cannot use.
-REGISTER_UNIT = 256
-RESERVED_SHARED = 1_024
+# A change may not lose more than this share of a predicted share of peak.
+TOLERATED_LOSS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +49,7 @@ class Row:
         registers: per thread.
         shared: bytes of shared memory per program.
         spills: local-memory loads and stores in the machine code.
+        loop_spills: those inside loops.
         mma: tensor-core instructions (HMMA, HGMMA, IMMA).
         loads_16: global loads of 16 bytes per thread (LDG.128, LDGSTS.128) and bulk tensor copies.
         loads_narrow: narrower global loads.
@@ -78,6 +64,7 @@ class Row:
     registers: int
     shared: int
     spills: int
+    loop_spills: int
     mma: int
     loads_16: int
     loads_narrow: int
@@ -86,13 +73,51 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoopRow(Facts):
+    """What one loop does, with the digest of the code that has it."""
+
+    code: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A compiled row with what the case demands of it, or the compiler's error."""
+    """A compiled row with what the case demands of it, or the compiler's error. `loops` and `predicted` are there for
+    the targets and specialisations that the speed model knows.
+    """
 
     row: Row
     needs_mma: bool
     needs_vector_loads: bool
     error: str = ""
+    loops: tuple[LoopRow, ...] = ()
+    predicted: tuple[Prediction, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What is checked in for one op."""
+
+    rows: list[Row]
+    loops: list[LoopRow]
+    predicted: list[Prediction]
+
+    @classmethod
+    def load(cls, folder: Path, op: str) -> "Tables":
+        """The three tables of an op; empty where a file does not exist."""
+        return cls(
+            load(folder / f"{op}.csv"),
+            tables.load(folder / "loops" / f"{op}.csv", LoopRow),
+            tables.load(folder / "predicted" / f"{op}.csv", Prediction),
+        )
+
+
+def parse_outcome(record: dict[str, Any]) -> Outcome:
+    """An outcome from its JSON form."""
+    return Outcome(
+        Row(**record["row"]), record["needs_mma"], record["needs_vector_loads"], record["error"],
+        tuple(LoopRow(**loop) for loop in record["loops"]),
+        tuple(Prediction(**prediction) for prediction in record["predicted"]),
+    )  # fmt: skip
 
 
 def ops_with_cases() -> tuple[str, ...]:
@@ -101,21 +126,31 @@ def ops_with_cases() -> tuple[str, ...]:
     return tuple(name for name in sorted(packages) if find_spec(f"{kernels.__name__}.{name}.triton_kernels"))
 
 
-def measure(op: str, *, workers: int = 2, known: Sequence[Row] = ()) -> list[Outcome]:
-    """Compile every case of `op` for every target, in subprocesses without the Triton interpreter.
+def measure(
+    op: str, *, workers: int = 2, known: Tables | None = None, targets: Sequence[int] | None = None
+) -> list[Outcome]:
+    """Compile every case of `op` for its targets, in subprocesses without the Triton interpreter.
 
     Args:
         op: package name under `astrobiogen/kernels`.
         workers: processes.
-        known: rows whose instruction counts may be reused where the machine code is the same; disassembling takes
-            longer than compiling.
+        known: tables whose counts may be reused where the machine code is the same; disassembling takes longer than
+            compiling.
+        targets: only these compute capabilities; all of them by default.
 
     Raises:
         RuntimeError: a worker failed.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    payload = json.dumps([dataclasses.asdict(row) for row in known])
-    command = [sys.executable, "-m", "astrobiogen.testing._compile_worker", op, str(workers)]
+    rows, loops = (known.rows, known.loops) if known else ([], [])
+    payload = json.dumps(
+        {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "loops": [dataclasses.asdict(loop) for loop in loops],
+            "targets": list(LIMITS if targets is None else targets),
+        }
+    )
+    command = [sys.executable, "-m", "astrobiogen.testing.gate.worker", op, str(workers)]
     processes = [
         subprocess.Popen(
             [*command, str(index)],
@@ -134,25 +169,10 @@ def measure(op: str, *, workers: int = 2, known: Sequence[Row] = ()) -> list[Out
         if process.returncode != 0:
             failures.append(f"compile worker for {op} ended with {process.returncode}:\n{stderr}")
             continue
-        for line in stdout.splitlines():
-            record = json.loads(line)
-            outcomes.append(Outcome(Row(**record.pop("row")), **record))
+        outcomes += [parse_outcome(json.loads(line)) for line in stdout.splitlines()]
     if failures:
         raise RuntimeError("\n".join(failures))
     return sorted(outcomes, key=lambda outcome: (outcome.row.case, outcome.row.target))
-
-
-def occupancy(target: int, warps: int, registers: int, shared: int) -> float:
-    """Share of a multiprocessor's warps that programs of this size can fill."""
-    limits = LIMITS[target]
-    per_warp = -(-max(registers, 1) * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    blocks = min(
-        limits.blocks,
-        limits.warps // warps,
-        REGISTERS_PER_SM // per_warp // warps,
-        limits.shared_per_sm // (shared + RESERVED_SHARED),
-    )
-    return round(blocks * warps / limits.warps, 3)
 
 
 def faults(outcome: Outcome) -> list[str]:
@@ -162,8 +182,8 @@ def faults(outcome: Outcome) -> list[str]:
     if outcome.error:
         return [f"{label}: does not compile: {outcome.error}"]
     found: list[str] = []
-    if row.spills:
-        found.append(f"{label}: {row.spills} spill instructions, allowed 0 ({row.registers} registers)")
+    if row.loop_spills:
+        found.append(f"{label}: {row.loop_spills} spill instructions in loops, allowed 0 ({row.registers} registers)")
     limit = LIMITS[row.target].shared_per_block
     if row.shared > limit:
         found.append(f"{label}: {row.shared} bytes of shared memory, allowed {limit}")
@@ -194,27 +214,55 @@ def differences(measured: Sequence[Row], stored: Sequence[Row]) -> list[str]:
     return found + [f"{case} sm_{target}: in the table, but not a case any more" for case, target in table]
 
 
+def losses(outcomes: Sequence[Outcome], stored: Tables) -> list[str]:
+    """Where the predicted share of peak fell by more than `TOLERATED_LOSS`, or is not in the table, or is there alone.
+
+    Outcomes of another Triton version than the table's are not compared.
+    """
+    versions = {(row.case, row.target): row.triton for row in stored.rows}
+    measured = [outcome for outcome in outcomes if not outcome.error]
+    known = [o for o in measured if versions.get((o.row.case, o.row.target), o.row.triton) == o.row.triton]
+    table = {(row.case, row.size, row.device): row for row in stored.predicted}
+    found: list[str] = []
+    for row in (prediction for outcome in known for prediction in outcome.predicted):
+        label, old = f"{row.case}, {row.size} on {row.device}", table.pop((row.case, row.size, row.device), None)
+        if old is None:
+            found.append(f"{label}: no predicted speed in the table")
+        elif row.share < (1 - TOLERATED_LOSS) * old.share:
+            found.append(f"{label}: predicted share of peak {old.share} -> {row.share}")
+    devices = {MACHINES[o.row.target].name for o in measured if o.row.target in MACHINES}
+    foreign = {o.row.case for o in measured if o not in known}
+    return found + [
+        f"{case}, {size} on {device}: predicted speed in the table, but no launch any more"
+        for case, size, device in table
+        if device in devices and case not in foreign
+    ]
+
+
 def load(path: Path) -> list[Row]:
-    """Rows of a table; none if the file does not exist."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [_parse(line) for line in csv.DictReader(file)]
-
-
-def _parse(line: dict[str, str]) -> Row:
-    texts, shares = ("case", "triton", "code"), ("occupancy",)
-    values = {name: float(text) if name in shares else int(text) for name, text in line.items() if name not in texts}
-    return Row(**{name: line[name] for name in texts}, **values)  # pyright: ignore[reportArgumentType]
+    """Rows of a gate's table; none if the file does not exist."""
+    return tables.load(path, Row)
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:
-    """Write a table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+    """Write a gate's table."""
+    tables.save(path, Row, rows)
+
+
+def save_speed(folder: Path, op: str, outcomes: Sequence[Outcome], stored: Tables) -> None:
+    """Write the tables of loops and predicted speeds; rows of devices that were not compiled for are kept."""
+    fresh = [prediction for outcome in outcomes for prediction in outcome.predicted]
+    devices = {MACHINES[outcome.row.target].name for outcome in outcomes if outcome.row.target in MACHINES}
+    fresh += [row for row in stored.predicted if row.device not in devices]
+    tables.save(
+        folder / "predicted" / f"{op}.csv", Prediction, sorted(fresh, key=lambda row: (row.device, row.case, row.size))
+    )
+    kept = {outcome.row.code for outcome in outcomes}
+    targets = {outcome.row.target for outcome in outcomes}
+    kept |= {row.code for row in stored.rows if row.target not in targets}
+    loops = {(row.code, row.loop): row for row in stored.loops if row.code in kept}
+    loops |= {(row.code, row.loop): row for outcome in outcomes for row in outcome.loops}
+    tables.save(folder / "loops" / f"{op}.csv", LoopRow, [loops[key] for key in sorted(loops)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,14 +276,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     complaints: list[str] = []
     for op in options.ops or ops_with_cases():
         path = options.tables / f"{op}.csv"
-        stored = load(path)
+        stored = Tables.load(options.tables, op)
         outcomes = measure(op, workers=options.workers, known=stored)
         rows = [outcome.row for outcome in outcomes if not outcome.error]
         found = [fault for outcome in outcomes for fault in faults(outcome)]
         if options.update:
             save(path, rows)
+            save_speed(options.tables, op, outcomes, stored)
         else:
-            found += differences(rows, stored)
+            found += differences(rows, stored.rows) + losses(outcomes, stored)
         complaints += [f"{op}: {line}" for line in found]
         sys.stdout.write(f"{op}: {len(rows)} rows, {len(found)} complaints\n")
     sys.stdout.write("".join(f"{line}\n" for line in complaints))

@@ -240,6 +240,12 @@ def backward_warps(hidden: int) -> int:
     return min(16, max(4, column_tiles(hidden)[0] // 512))
 
 
+def backward_programs(n_rows: int, hidden: int, processors: int) -> int:
+    """Backward programs, and so partial weight gradients, on a GPU with `processors` multiprocessors."""
+    steps = triton.cdiv(n_rows, rows_per_program(hidden))
+    return max(min(steps, BACKWARD_PROGRAMS_PER_SM * processors), triton.cdiv(steps, MOST_STEPS))
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `rms_norm` on CUDA. fp64 runs the reference: the kernels compute in fp32."""
     if x.dtype == torch.float64:
@@ -309,9 +315,7 @@ def rms_norm_backward(
     else:
         c0, c1, c2 = column_tiles(hidden)
         rows = rows_per_program(hidden)
-        steps = triton.cdiv(n_rows, rows)
-        resident = BACKWARD_PROGRAMS_PER_SM * multiprocessors(x.device)
-        programs = max(min(steps, resident), triton.cdiv(steps, MOST_STEPS))
+        programs = backward_programs(n_rows, hidden, multiprocessors(x.device))
         partial = x.new_empty((programs, hidden), dtype=torch.float32)
         launch(_rms_norm_bwd_kernel, (programs,))(
             grad_y, x, weight, rstd, grad_sum, grad_x, partial, n_rows,

@@ -17,23 +17,36 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from astrobiogen.kernels.cases import CompileCase
-from astrobiogen.testing.compile_gate import Outcome, Row, occupancy
+from astrobiogen.testing.compile_gate import LoopRow, Outcome, Row
+from astrobiogen.testing.speed import loops, model
+from astrobiogen.testing.speed.machines import MACHINES, occupancy
+from astrobiogen.testing.speed.work import works
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COUNTS = ("spills", "loop_spills", "mma", "loads_16", "loads_narrow")
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 
 
-def compile_case(case: CompileCase, target: int, counts: dict[str, dict[str, int]]) -> Outcome:
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What has been read from machine code already, by its digest: instruction counts, and what loops do."""
+
+    counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    loops: dict[str, list[LoopRow]] = dataclasses.field(default_factory=dict)
+
+
+def compile_case(case: CompileCase, target: int, known: Known, op: str = "") -> Outcome:
     """Compile one specialisation and read its machine code.
 
     Args:
         case: what to compile.
         target: compute capability.
-        counts: instruction counts by code digest; new ones are added.
+        known: what need not be read again; new code is added.
+        op: whose kernel it is; the speed of a kernel that belongs to none is not predicted.
     """
     names = case.kernel.arg_names
     unknown = (set(case.signature) | set(case.constexprs)) ^ set(names)
-    blank = Row(case.name, target, triton.__version__, case.num_warps, 0, 0, 0, 0, 0, 0, 0.0, "")
+    blank = Row(case.name, target, triton.__version__, case.num_warps, 0, 0, 0, 0, 0, 0, 0, 0.0, "")
     if unknown:
         return Outcome(
             blank, False, False, f"signature and constexprs do not fit the kernel's arguments: {sorted(unknown)}"
@@ -48,18 +61,31 @@ def compile_case(case: CompileCase, target: int, counts: dict[str, dict[str, int
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:
         return Outcome(blank, case.needs_mma, case.needs_vector_loads, f"{type(error).__name__}: {error}")
-    cubin = compiled.asm["cubin"]
+    work = works(op, case, MACHINES[target]) if op and target in MACHINES else []
+    registers, code = _read(compiled.asm["cubin"], known, need_loops=bool(work))
+    shared = int(compiled.metadata.shared)
+    filled = occupancy(target, case.num_warps, registers, shared)
+    counts = known.counts[code]
+    row = dataclasses.replace(blank, registers=registers, shared=shared, occupancy=filled, code=code, **counts)
+    rows = tuple(known.loops[code]) if work else ()
+    kernel = model.Kernel(case.num_warps, registers, shared, rows)
+    predicted = tuple(model.predict(case.name, kernel, one, MACHINES[target]) for one in work)
+    return Outcome(row, case.needs_mma, case.needs_vector_loads, "", rows, predicted)
+
+
+def _read(cubin: bytes, known: Known, *, need_loops: bool) -> tuple[int, str]:
+    """(registers, digest) of a binary, whose code is disassembled into `known` if it is new there."""
     code = hashlib.sha256(machine_code(cubin)).hexdigest()[:16]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         registers = int(re.findall(r"REG:(\d+)", run_tool("cuobjdump", "--dump-resource-usage", file.name))[-1])
-        if code not in counts:
-            counts[code] = count_instructions(run_tool("nvdisasm", "-c", "-ndf", file.name))
-    shared = int(compiled.metadata.shared)
-    filled = occupancy(target, case.num_warps, registers, shared)
-    row = dataclasses.replace(blank, registers=registers, shared=shared, occupancy=filled, code=code, **counts[code])
-    return Outcome(row, case.needs_mma, case.needs_vector_loads)
+        if code not in known.counts or (need_loops and code not in known.loops):
+            listing = run_tool("nvdisasm", "-c", "-ndf", file.name)
+            facts = loops.count(listing)
+            known.counts[code] = count_instructions(listing) | {"loop_spills": loops.spills_in_loops(facts)}
+            known.loops[code] = [LoopRow(**dataclasses.asdict(one), code=code) for one in facts]
+    return registers, code
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -94,15 +120,17 @@ def count_instructions(assembly: str) -> dict[str, int]:
 
 
 def main() -> None:
-    """Arguments: op, number of workers, own index; known rows as JSON on standard input."""
+    """Arguments: op, number of workers, own index; known tables and the targets as JSON on standard input."""
     op, workers, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    known: list[dict[str, Any]] = json.load(sys.stdin)
-    fields = ("spills", "mma", "loads_16", "loads_narrow")
-    counts = {row["code"]: {name: row[name] for name in fields} for row in known}
+    stored: dict[str, Any] = json.load(sys.stdin)
+    known = Known({row["code"]: {name: row[name] for name in COUNTS} for row in stored["rows"]})
+    for loop in stored["loops"]:
+        known.loops.setdefault(loop["code"], []).append(LoopRow(**loop))
     module = importlib.import_module(f"astrobiogen.kernels.{op}.triton_kernels")
-    jobs = [(case, target) for case in module.compile_cases() for target in case.targets]
+    targets = set(stored["targets"])
+    jobs = [(case, target) for case in module.compile_cases() for target in case.targets if target in targets]
     for case, target in jobs[index::workers]:
-        outcome = compile_case(case, target, counts)
+        outcome = compile_case(case, target, known, op)
         sys.stdout.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
 
 

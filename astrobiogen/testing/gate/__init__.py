@@ -1,0 +1,1 @@
+"""Parts of the ahead-of-time compile gate, `astrobiogen.testing.compile_gate`."""
