@@ -8,9 +8,14 @@ COMMANDS = {
     "evaluate": "repeat the figures of a trained model, or score it on other data",
     "predict": "answer for new climate and network files",
     "data": "build, check, describe, export and fetch data sets",
+    "validate": "hold every operator, layer, model and training curve against eager PyTorch",
     "doctor": "versions, devices, and which kernel serves which operator",
 }
-_MODULES = {"data": "astrobiogen.datatools.commands", "predict": "astrobiogen.predict.__main__"}
+_MODULES = {
+    "data": "astrobiogen.datatools.commands",
+    "predict": "astrobiogen.predict.__main__",
+    "validate": "astrobiogen.validate.__main__",
+}
 
 
 def run(command: str) -> int:
@@ -53,6 +58,11 @@ def predict() -> int:
 def data() -> int:
     """The command `astrobiogen-data`."""
     return run("data")
+
+
+def validate() -> int:
+    """The command `astrobiogen-validate`."""
+    return run("validate")
 
 
 def doctor() -> int:

@@ -281,9 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& weig
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
   const auto [loss, grad_x, grad_weight] =
-      tiles_lead(x)
-          ? gradients_in_tiles(x.contiguous(), weight.contiguous(), target, divisor.item<float>(), o, need_x,
-                               need_weight)
+      tiles_lead(x) ? gradients_in_tiles(x.contiguous(), weight.contiguous(), target, divisor.item<float>(), o, need_x,
+                                         need_weight)
       : x.scalar_type() != at::kFloat
           ? gradients_composed(x, weight, target, divisor, o, need_x, need_weight)
           : gradients_float(x, weight, target, divisor.item<float>(), o, need_x, need_weight);

@@ -377,8 +377,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   const Options o{ignore_index, label_smoothing, z_loss, softcap};
   const Tensor x = only_kept(x_any, target, ignore_index);
   const auto [grad_x, grad_weight] =
-      tiles_lead(x)
-          ? backward_in_tiles(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight)
+      tiles_lead(x) ? backward_in_tiles(grad, x.contiguous(), weight.contiguous(), target, lse, o, need_x, need_weight)
       : x.scalar_type() == at::kDouble ? backward_typed<double>(grad, x, weight, target, lse, o, need_x, need_weight)
                                        : backward_typed<float>(grad, x, weight, target, lse, o, need_x, need_weight);
   return {without_ignored(grad_x, target, ignore_index), grad_weight};

@@ -228,12 +228,11 @@ int64_t usual_tokens(int64_t tokens) {
 
 template <typename Z>
 std::tuple<Tensor, Tensor, Tensor> gradients_of(const Tensor& x, const Tensor& weight, const Tensor& target,
-                                                  float divisor, const Options& o, bool need_x, bool need_weight) {
+                                                float divisor, const Options& o, bool need_x, bool need_weight) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
   const int64_t tokens = x.size(0), hidden = x.size(1), vocabulary = weight.size(0);
   const auto [grad_x, grad_weight] = uninitialised(x, weight, need_x, need_weight);
-  const int64_t usual = usual_tokens<Z>(tokens),
-                room = need_weight && hidden >= std::min(usual, tokens) ? hidden : 0;
+  const int64_t usual = usual_tokens<Z>(tokens), room = need_weight && hidden >= std::min(usual, tokens) ? hidden : 0;
   std::vector<double> lse(tokens);
   const std::vector<float> grad(tokens, 1.0f / divisor);
   Tensor own, scratch;
@@ -243,15 +242,15 @@ std::tuple<Tensor, Tensor, Tensor> gradients_of(const Tensor& x, const Tensor& w
     const int64_t count = std::min(in_place ? room : usual, tokens - start);
     if (!in_place && !own.defined()) own = at::empty({count * vocabulary}, x.options());
     Work<Z> w{x.narrow(0, start, count),
-           weight,
-           target.narrow(0, start, count),
-           o,
-           in_place ? grad_weight.view({-1}) : own,
-           in_place ? hidden : count,
-           {},
-           need_x ? grad_x.narrow(0, start, count) : Tensor(),
-           grad_weight,
-           start == 0};
+              weight,
+              target.narrow(0, start, count),
+              o,
+              in_place ? grad_weight.view({-1}) : own,
+              in_place ? hidden : count,
+              {},
+              need_x ? grad_x.narrow(0, start, count) : Tensor(),
+              grad_weight,
+              start == 0};
     if (!scratch.defined() || scratch.numel() < count * w.columns())
       scratch = at::empty({count * w.columns()}, x.options());
     w.scratch = scratch;
@@ -265,9 +264,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients_of(const Tensor& x, const Tensor& w
 }
 
 template <typename Z>
-std::tuple<Tensor, Tensor> backward_of(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                         const Tensor& target, const Tensor& lse, const Options& o, bool need_x,
-                                         bool need_weight) {
+std::tuple<Tensor, Tensor> backward_of(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& target,
+                                       const Tensor& lse, const Options& o, bool need_x, bool need_weight) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
   const auto [grad_x, grad_weight] = uninitialised(x, weight, need_x, need_weight);
   if (x.size(0) > 0) {
