@@ -200,3 +200,30 @@ def test_a_whole_run_says_nothing_of_undefined_figures(caplog: pytest.LogCapture
     with caplog.at_level("INFO", "astrobiogen"):
         undefined.tell(whole, StopConfig(metric="auroc"))
     assert caplog.text == ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """Stands in for an evaluation: every figure is this one."""
+
+    value: float
+
+    def figure(self, _: str) -> float:
+        return self.value
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("loss", 1.0), ("auroc", -1.0)])
+def test_patience_counts_from_the_last_figure_that_was_better_by_min_delta(metric: Any, sign: float) -> None:
+    """0.05 and 0.1 are no improvement by more than 0.125, 0.2 is; the best is stored all the same."""
+    figures = [1.0, 0.95, 0.9, 0.8, 0.75]
+    for min_delta, expected in ((0.0, [0, 0, 0, 0, 0]), (0.125, [0, 1, 2, 0, 1])):
+        stop, progress = StopConfig(metric=metric, min_delta=min_delta), Progress()
+        counted = []
+        for value in figures:
+            result: Any = Figure(sign * value)
+            stopping.enter(progress, stop, result, stored=stopping.judge(progress, stop, result))
+            counted.append(progress.bad_epochs)
+        assert counted == expected
+        assert progress.best == sign * 0.75
+    with pytest.raises(ValueError, match=r"stop\.min_delta"):
+        StopConfig(min_delta=-0.1)

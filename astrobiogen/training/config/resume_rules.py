@@ -11,6 +11,7 @@ FREE = {
     "checkpoint.every_minutes": "when work is saved",
     "checkpoint.keep": "how much of it is kept",
     "stop.patience": "when training ends",
+    "stop.min_delta": "when training ends",
     "stop.target_accuracy": "when training ends",
     "stop.max_hours": "when training ends",
     "monitor.progress": "what is shown",

@@ -194,6 +194,8 @@ class StopConfig:
     """
     patience: int = 20
     """Epochs without a better validation figure; 0 switches early stopping off."""
+    min_delta: float = 0.0
+    """Patience takes a figure for better only if it is by more than this; the best model is the best all the same."""
     target_accuracy: float = 0.96
     """Stop when the lower end of the validation accuracy's 95 % Wilson interval passes this; 1 switches it off."""
     max_hours: float = 672.0
@@ -201,6 +203,7 @@ class StopConfig:
 
     def __post_init__(self) -> None:
         _require(self.patience >= 0, "stop.patience", self.patience, "0 or more")
+        _require(0 <= self.min_delta < math.inf, "stop.min_delta", self.min_delta, "0 or more")
         _require(0 < self.target_accuracy <= 1, "stop.target_accuracy", self.target_accuracy, "0 < accuracy <= 1")
         _require(self.max_hours > 0, "stop.max_hours", self.max_hours, "more than 0")
 

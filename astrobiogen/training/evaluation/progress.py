@@ -14,7 +14,8 @@ class Progress:
         validating: the epoch's training is done, its validation is not.
         seconds: training time over all parts of the run.
         best, best_epoch: validation figure (by `stop.metric`) and epoch of the model that is stored as the best.
-        seen: best figure seen, also of a model that could not be stored.
+        seen: figure from which patience counts, the last that was better than the one before by `stop.min_delta`, also
+            of a model that could not be stored.
         bad_epochs: epochs with a defined figure since then.
         stopped: why training ended; empty while it goes on.
         epoch_samples, epoch_sums: for the mean training loss of the current epoch.

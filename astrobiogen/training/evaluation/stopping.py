@@ -28,14 +28,15 @@ def enter(progress: Progress, stop: StopConfig, result: passes.Evaluation, store
         progress.best, progress.best_epoch = value, progress.epoch
     if stop.metric == "last" or not math.isfinite(value):
         return
-    if progress.seen is None or _better(stop, value, progress.seen):
+    if progress.seen is None or _better(stop, value, progress.seen, by=stop.min_delta):
         progress.seen, progress.bad_epochs = value, 0
     else:
         progress.bad_epochs += 1
 
 
-def _better(stop: StopConfig, value: float, than: float) -> bool:
-    return value < than if stop.metric in ("loss", "class_loss") else value > than
+def _better(stop: StopConfig, value: float, than: float, by: float = 0.0) -> bool:
+    """Whether `value` is better by more than `by`."""
+    return than - value > by if stop.metric in ("loss", "class_loss") else value - than > by
 
 
 def reason(progress: Progress, config: TrainConfig, predictions: metrics.Predictions) -> str:
