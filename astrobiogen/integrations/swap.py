@@ -15,9 +15,11 @@ from astrobiogen.integrations.graph_layers import swap_graph_layers
 from astrobiogen.integrations.replacements import FormulaRMSNorm, FormulaSwiGLU
 from astrobiogen.integrations.table import Swap, SwapTable, put
 from astrobiogen.integrations.trial import Trials
+from astrobiogen.kernels.conv_nd.builtin import wins_somewhere
 from astrobiogen.layers import ConvNd, RMSNorm, SwiGLU
 
-# The rule of kernels/conv_nd on the CPU: its own kernels serve these, everything else is a composition of PyTorch's.
+# The rule of kernels/conv_nd on the CPU where the padding is not zeros: its own kernels serve these, everything else is
+# a composition of PyTorch's.
 _MOST_INPUTS, _FEWEST_OUTPUTS = 4, 8
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
@@ -30,7 +32,7 @@ def swap_layers(model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence
 
     * RMSNorm, with the weight or 1 + weight, in any class whose `forward` computes it, and `torch.nn.RMSNorm`;
     * SiLU-gated MLPs, with separate or packed gate and up projections, in any class whose `forward` computes them;
-    * `torch.nn.Conv1d` to `Conv3d` where the CPU kernels of `ops.conv_nd` serve the shape;
+    * `torch.nn.Conv1d` to `Conv3d` where the CPU kernels of `ops.conv_nd` are faster than PyTorch's;
     * `TransformerConv`, `GATConv` and `GATv2Conv` of PyTorch Geometric, through `ops.edge_attention`;
     * output layer and loss of causal language models: the loss is computed without the logits, which are multiplied out
       when something asks for their values;
@@ -232,19 +234,22 @@ def _linear(_module: nn.Module) -> Made:
 def _convolution(module: Any) -> Made:
     if type(module) not in _CONVOLUTIONS:
         return None, f"{type(module).__name__} is none of torch.nn.Conv1d to Conv3d"
-    inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
     if module.weight.device.type != "cpu":
         return None, f"not measured on {module.weight.device.type}"
     if not module.weight.dtype.is_floating_point:
         return None, f"its weight is {module.weight.dtype}"
-    if inputs > _MOST_INPUTS or outputs < _FEWEST_OUTPUTS:
-        rule = f"at most {_MOST_INPUTS} inputs and at least {_FEWEST_OUTPUTS} outputs per group"
-        return None, f"{inputs} -> {outputs} channels per group: the own kernels are for {rule}"
+    inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
+    if module.padding_mode != "zeros":
+        if inputs > _MOST_INPUTS or outputs < _FEWEST_OUTPUTS:
+            rule = f"at most {_MOST_INPUTS} inputs and at least {_FEWEST_OUTPUTS} outputs per group"
+            return None, f"{inputs} -> {outputs} channels per group: the own kernels are for {rule}"
+    elif not wins_somewhere(module.weight.dtype, module.weight.shape, module.stride, module.dilation, module.groups):
+        return None, f"{inputs} -> {outputs} channels per group in {module.weight.dtype}: PyTorch's own is as fast"
     new = ConvNd(
         len(module.kernel_size), module.in_channels, module.out_channels, module.kernel_size, module.stride,
         module.padding, module.dilation, module.groups, module.bias is not None, module.padding_mode, device="meta",
     )  # fmt: skip
-    return _adopt(new, module), "own kernel for few input channels"
+    return _adopt(new, module), "own kernel where it is faster"
 
 
 _MAKERS: dict[str, Callable[[Any], Made]] = {

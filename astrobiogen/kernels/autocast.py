@@ -22,6 +22,9 @@ import torch
 
 from astrobiogen.kernels.checks import check_same_dtype
 
+# Whether it is on for any device: the usual answer is no, and a small call has no time for more.
+anywhere = torch._C._is_any_autocast_enabled
+
 
 def enabled(tensor: torch.Tensor) -> bool:
     """True where autocast is on for the device of `tensor`."""

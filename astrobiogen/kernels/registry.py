@@ -33,6 +33,7 @@ NAMESPACE = "astrobiogen"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 Mode = Literal["auto", "reference"]
+_Selected = Literal["auto", "reference", "ops"]
 
 
 class _Selection:
@@ -43,11 +44,13 @@ class _Selection:
     """
 
     def __init__(self) -> None:
-        self.mode: Mode = "auto"
+        self.mode: _Selected = "auto"
         self._lock = threading.Lock()
-        self._open: list[tuple[int, Mode, object]] = []  # thread, mode, which block; a thread's innermost block is last
+        self._open: list[
+            tuple[int, _Selected, object]
+        ] = []  # thread, mode, which block; a thread's innermost block is last
 
-    def enter(self, mode: Mode, block: object) -> None:
+    def enter(self, mode: _Selected, block: object) -> None:
         """Open `block` in this thread."""
         with self._lock:
             self._open.append((threading.get_ident(), mode, block))
@@ -60,8 +63,8 @@ class _Selection:
             self._choose()
 
     def _choose(self) -> None:
-        innermost = {thread: mode for thread, mode, _ in self._open}
-        self.mode = "reference" if "reference" in innermost.values() else "auto"
+        innermost = {thread: mode for thread, mode, _ in self._open}.values()
+        self.mode = "reference" if "reference" in innermost else "ops" if "ops" in innermost else "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +207,24 @@ def refuse_derivative(name: str, constant: torch.Tensor, why: str) -> None:
 def reference_selected() -> bool:
     """True inside `use_kernels("reference")`."""
     return _SELECTION.mode == "reference"
+
+
+def builtins_allowed() -> bool:
+    """False inside `use_kernels("reference")` and `only_ops()`: a public function may not call PyTorch's in place of
+    its op."""
+    return _SELECTION.mode == "auto"
+
+
+@contextlib.contextmanager
+def only_ops() -> Iterator[None]:
+    """Serve every public function by its op inside the block, also where one of PyTorch's is faster: for tests of a
+    kernel."""
+    block = object()
+    _SELECTION.enter("ops", block)
+    try:
+        yield
+    finally:
+        _SELECTION.leave(block)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensor
 
 WITHOUT_VALUES = ("meta",)  # device types
+# None outside the transforms of `torch.func`, inside which a tensor may stand for several and has no memory layout.
+transform_level = _functorch.maybe_current_level
 
 
 def has_values(tensor: torch.Tensor) -> bool:

@@ -33,10 +33,10 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
 
     Args:
         ops: op names without the namespace.
-        implementation: ``"default"`` leaves the dispatcher alone; ``"cpu"`` demands that the C++ extension has a
-            kernel for every op; ``"triton"`` puts the Triton launchers on the CPU key, to run under the interpreter,
-            unless a CUDA device exists; ``"sm_86"`` and its like do so to run the compiled kernels on the emulator of
-            `astrobiogen.testing.ptx`.
+        implementation: ``"default"`` leaves everything alone; the others keep public functions from calling PyTorch's
+            in place of an op. ``"cpu"`` demands that the C++ extension has a kernel for every op; ``"triton"`` puts the
+            Triton launchers on the CPU key, to run under the interpreter, unless a CUDA device exists; ``"sm_86"`` and
+            its like do so to run the compiled kernels on the emulator of `astrobiogen.testing.ptx`.
 
     Yields:
         The names of the ops that reached a Triton launcher through this route, in order (stays empty for the others).
@@ -58,19 +58,23 @@ def route(ops: Sequence[str], implementation: Implementation) -> Iterator[list[s
     if implementation in EMULATED:
         launching = importlib.import_module("astrobiogen.testing.ptx.launch")  # Triton is not on every machine
         arch = int(implementation.removeprefix("sm_"))
-        with launching.emulated_launches(arch) as emulator, _on_cpu(ops, calls):
+        with launching.emulated_launches(arch) as emulator, registry.only_ops(), _on_cpu(ops, calls):
             yield calls
         findings = [f"{run.kernel} {run.grid}: {finding}" for run in emulator.runs for finding in run.findings]
         assert not findings, "\n".join(findings)
         return
-    if implementation != "triton" or torch.cuda.is_available():
+    if implementation == "default":
         yield calls
+        return
+    if implementation != "triton" or torch.cuda.is_available():
+        with registry.only_ops():
+            yield calls
         return
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             "without a CUDA device the Triton route needs TRITON_INTERPRET=1 in the environment before Triton's import"
         )
-    with _on_cpu(ops, calls):
+    with registry.only_ops(), _on_cpu(ops, calls):
         yield calls
 
 

@@ -228,7 +228,7 @@ def test_what_hangs_on_torch_layers_works_before_and_after_the_swap() -> None:
         torch.manual_seed(5)
         return nn.ModuleDict({
             "norm": nn.RMSNorm(6), "pruned": nn.RMSNorm(6), "scaled": nn.RMSNorm(6), "extra": nn.RMSNorm(6),
-            "conv": nn.Conv2d(3, 16, 3, padding="same"), "weighted": nn.Conv2d(3, 16, 3), "own": nn.Conv1d(3, 8, 3),
+            "conv": nn.Conv3d(3, 16, 3, padding="same"), "weighted": nn.Conv3d(3, 16, 3), "own": nn.Conv3d(3, 8, 3),
         })  # fmt: skip
 
     def change(model: Any) -> None:
@@ -251,14 +251,14 @@ def test_what_hangs_on_torch_layers_works_before_and_after_the_swap() -> None:
     for name, word in (("pruned", "hooks"), ("norm", "hooks"), ("own", "forward"), ("extra", "steps")):
         assert word in table[name]
     assert isinstance(before["conv"], ConvNd)
-    inputs = {"conv": torch.randn(2, 3, 5, 6), "weighted": torch.randn(2, 3, 5, 6), "own": torch.randn(2, 3, 7)}
+    inputs = dict.fromkeys(("conv", "weighted", "own"), torch.randn(2, 3, 4, 5, 6))
     for name, module in plain.items():
         x = inputs.get(name, torch.randn(4, 6))
         for model in (before, after):
             torch.testing.assert_close(model[name](x), module(x))
-    image = torch.randn(2, 3, 5, 6)
-    assert before["conv"](image).view(2, -1).shape == (2, 16 * 30)
-    assert before["conv"](image[0]).shape == (16, 5, 6)
+    image = inputs["conv"]
+    assert before["conv"](image).view(2, -1).shape == (2, 16 * 120)
+    assert before["conv"](image[0]).shape == (16, 4, 5, 6)
 
 
 def test_swapped_layers_keep_tied_weights_and_modes() -> None:

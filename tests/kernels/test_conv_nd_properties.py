@@ -1,6 +1,7 @@
 """Convolution at random: one to five axes, any kernel, stride, dilation, groups and padding, against fp64; and the
 adjoint identity."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 import astrobiogen
 from astrobiogen import ops
+from astrobiogen.kernels import registry
 from astrobiogen.kernels.conv_nd.samples import random_case
 from astrobiogen.testing._routes import route
 
@@ -40,13 +42,17 @@ def test_any_geometry_against_fp64(seed: int) -> None:
     with astrobiogen.use_kernels("reference"):
         exact = evaluate(arguments, torch.float64)
     # fp64 follows the op's own gradient formulas and the C++ composition: equal to the reference up to its last bits.
-    for mine, right in zip((lambda r: (r[0], *r[1]))(evaluate(arguments, torch.float64)), (exact[0], *exact[1])):
+    with registry.only_ops():
+        own = evaluate(arguments, torch.float64)
+    for mine, right in zip((own[0], *own[1]), (exact[0], *exact[1])):
         torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-9)
-    y, grads = evaluate(arguments, torch.float32)
-    # Inputs are rounded to fp32 first; the worst of 1,820 seeds was 1.5e-6 of (norm + 1).
-    assert error(y, exact[0]) <= 1e-5 * float(exact[0].norm()) + 1e-6
-    for name, grad, right in zip(ARGUMENTS, grads, exact[1]):
-        assert error(grad, right) <= 1e-5 * float(right.norm()) + 1e-5, name
+    for serving in (contextlib.nullcontext, registry.only_ops):
+        with serving():
+            y, grads = evaluate(arguments, torch.float32)
+        # Inputs are rounded to fp32 first; the worst of 1,820 seeds was 1.5e-6 of (norm + 1).
+        assert error(y, exact[0]) <= 1e-5 * float(exact[0].norm()) + 1e-6
+        for name, grad, right in zip(ARGUMENTS, grads, exact[1]):
+            assert error(grad, right) <= 1e-5 * float(right.norm()) + 1e-5, name
 
 
 def is_small(arguments: dict[str, Any]) -> bool:
@@ -84,17 +90,17 @@ def with_stride_one_channels(x: torch.Tensor) -> torch.Tensor:
 
 # 5251: one channel, last axis strided over to a single output; oneDNN reads other rows if strides say channels-last.
 # 360: a last axis of one row whose every tap lands in the zero padding; oneDNN with a bias leaves the process.
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["auto", "ops", "reference"])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, with_stride_one_channels], ids=["plain", "channels-last"])
 @pytest.mark.parametrize("seed", [5251, 360])
 def test_geometries_that_onednn_gets_wrong(
-    seed: int, layout: Callable[[torch.Tensor], torch.Tensor], implementation: Literal["auto", "reference"]
+    seed: int, layout: Callable[[torch.Tensor], torch.Tensor], implementation: Literal["auto", "ops", "reference"]
 ) -> None:
     arguments = random_case(seed)
     with astrobiogen.use_kernels("reference"):
         exact = evaluate(arguments, torch.float64)
     single = {name: layout(arguments[name].float()) for name in ("x", "weight")}
-    with astrobiogen.use_kernels(implementation):
+    with registry.only_ops() if implementation == "ops" else astrobiogen.use_kernels(implementation):
         y, grads = evaluate({**arguments, **single}, torch.float32)
     assert error(y, exact[0]) <= 1e-6 * float(exact[0].norm())
     for name, grad, right in zip(ARGUMENTS, grads, exact[1]):
@@ -144,7 +150,8 @@ def test_pairs_of_outputs_against_fp64(
     }
     with astrobiogen.use_kernels("reference"):
         exact = evaluate(arguments, torch.float64)
-    y, grads = evaluate(arguments, torch.float32)
+    with registry.only_ops():
+        y, grads = evaluate(arguments, torch.float32)
     assert error(y, exact[0]) <= 1e-5 * float(exact[0].norm())
     for name, grad, right in zip(ARGUMENTS, grads, exact[1]):
         assert error(grad, right) <= 1e-5 * float(right.norm()) + 1e-5, name

@@ -273,12 +273,11 @@ def description(values: Any) -> list[Any]:
 
 
 def train(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[Any]:
-    """Shapes, strides and dtypes of the results and gradients of one step."""
+    """Shapes, strides and dtypes of the results and of the parameters' gradients after one step."""
     out = layer(*inputs)
-    gradients = []
     if any(value.requires_grad for value in tree_leaves(out)):
-        gradients = list(torch.autograd.grad(out.sum(), list(layer.parameters())))
-    return [description(out), description(gradients)]
+        out.sum().backward()
+    return [description(out), description([parameter.grad for parameter in layer.parameters()])]
 
 
 @every_layer

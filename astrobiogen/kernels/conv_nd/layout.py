@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from astrobiogen.kernels.conv_nd.geometry import ZEROS, Geometry, add_halo
+from astrobiogen.kernels.conv_nd.geometry import ZEROS, Geometry, add_halo, channel_last
 
 MemoryFormat = Literal["channels_last", "preserve"]
 MEMORY_FORMATS = ("channels_last", "preserve")
@@ -15,17 +15,18 @@ PADDINGS = ("same", "valid")
 
 
 def arrange(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, memory_format: MemoryFormat) -> torch.Tensor:
-    """The result `y` [B, O, *out] of a kernel, channels innermost, in the layout that was asked for; "preserve":
-    channels innermost where they are in `x` or in `weight`, as PyTorch's convolutions decide, else contiguous.
+    """The result `y` [B, O, *out], dense in either layout, in the one that was asked for; "preserve": channels
+    innermost where they are in `x` or in `weight`, as PyTorch's convolutions decide, else contiguous.
 
     Raises:
         ValueError: `memory_format` is neither of the two.
     """
-    if memory_format == "channels_last":
-        return y
-    if memory_format != "preserve":
+    if memory_format == "preserve":
+        if (x.is_contiguous() and weight.is_contiguous()) or not (is_channel_last(x) or is_channel_last(weight)):
+            return y.contiguous()
+    elif memory_format != "channels_last":
         raise ValueError(f"memory_format must be one of {MEMORY_FORMATS}, got {memory_format!r}")
-    return y if is_channel_last(x) or is_channel_last(weight) else y.contiguous()
+    return y if y.stride(1) == 1 else channel_last(y)
 
 
 def is_channel_last(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from astrobiogen.kernels import autocast, registry
-from astrobiogen.kernels.conv_nd import raw, reference
+from astrobiogen.kernels.conv_nd import builtin, raw, reference
 from astrobiogen.kernels.conv_nd.arguments import check_arguments, check_transposed_arguments
 from astrobiogen.kernels.conv_nd.geometry import ACTIVATIONS, Geometry, channel_last
 from astrobiogen.kernels.conv_nd.layout import MemoryFormat, arrange, numbers, same_size
@@ -25,6 +25,7 @@ CPU_RULE = (
     "tap over the last three of four or five axes, or pairs of outputs that leave <= 3/4 of the products, and for "
     "windows that do not overlap (stride = kernel, no padding, one group); otherwise a composition of ATen convolutions"
 )
+_PUBLIC_RULE = f"{builtin.RULE}. Otherwise, and as an op: {CPU_RULE}"
 
 Ints = int | Sequence[int]
 Padding = Ints | Literal["same", "valid"]
@@ -86,13 +87,22 @@ def conv_nd(
     Source: dense convolution as `torch.nn.functional.conv3d`, extended to N axes; "pole" as the `earth` padding of
     CREDIT (https://github.com/NCAR/miles-credit).
     """
+    if autocast.anywhere():
+        x, weight, bias = autocast.lower_precision(x, weight, bias)
+    try:
+        y = builtin.serve(x, weight, bias, stride, padding, padding_mode, dilation, groups, memory_format, activation)
+    except (RuntimeError, TypeError, ValueError):  # PyTorch's words for what the checks name
+        sides = numbers(padding, weight, dilation)
+        check_arguments(x, weight, bias, stride, sides, padding_mode, dilation, groups, activation)
+        raise
+    if y is not None:
+        return y
     if unbatched(x, weight):
         y = conv_nd(
             x.unsqueeze(0), weight, bias, stride=stride, padding=padding, padding_mode=padding_mode, dilation=dilation,
             groups=groups, activation=activation, memory_format=memory_format,
         )  # fmt: skip
         return y.squeeze(0)
-    x, weight, bias = autocast.lower_precision(x, weight, bias)
     sides = numbers(padding, weight, dilation)
     geometry = check_arguments(x, weight, bias, stride, sides, padding_mode, dilation, groups, activation)
     given = x
@@ -140,13 +150,25 @@ def conv_transpose_nd(
     Raises:
         TypeError, ValueError: as `conv_nd`.
     """
+    if autocast.anywhere():
+        x, weight, bias = autocast.lower_precision(x, weight, bias)
+    try:
+        y = builtin.serve(
+            x, weight, bias, stride, padding, padding_mode, dilation, groups, memory_format, None, output_padding
+        )
+    except (RuntimeError, TypeError, ValueError):
+        check_transposed_arguments(
+            x, weight, bias, stride, padding, output_padding, padding_mode, dilation, groups
+        )  # fmt: skip
+        raise
+    if y is not None:
+        return y
     if unbatched(x, weight):
         y = conv_transpose_nd(
             x.unsqueeze(0), weight, bias, stride=stride, padding=padding, output_padding=output_padding,
             padding_mode=padding_mode, dilation=dilation, groups=groups, memory_format=memory_format,
         )  # fmt: skip
         return y.squeeze(0)
-    x, weight, bias = autocast.lower_precision(x, weight, bias)
     geometry, size = check_transposed_arguments(
         x, weight, bias, stride, padding, output_padding, padding_mode, dilation, groups
     )
@@ -291,7 +313,7 @@ registry.define(
     reference=reference.conv_nd_op,
     fake=_fake_conv,
     triton=f"{_TRITON}:conv_nd",
-    cpu_rule=CPU_RULE,
+    cpu_rule=_PUBLIC_RULE,
 )
 registry.define(
     f"conv_transpose_nd(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY_SCHEMA}, SymInt[] size) -> Tensor",
@@ -300,7 +322,7 @@ registry.define(
     reference=reference.conv_transpose_nd_op,
     fake=_fake_transpose,
     triton=f"{_TRITON}:conv_transpose_nd",
-    cpu_rule=CPU_RULE,
+    cpu_rule=_PUBLIC_RULE,
 )
 registry.define(
     f"conv_nd_weight_grad(Tensor grad, Tensor x, SymInt[] kernel, {GEOMETRY_SCHEMA}) -> Tensor",
