@@ -68,12 +68,15 @@ class Facts:
 
 
 def count(text: str) -> list[Facts]:
-    """Facts of every loop in a listing of `nvdisasm`, the code outside of loops first."""
+    """Facts of every loop in a listing of `nvdisasm`, the code outside of loops first: there, of alternatives, the
+    longer one.
+    """
     listing = sass.parse(text)
     parents = [OUTSIDE, *(loop.parent for loop in sass.loops(listing))]
     grouped: dict[int, list[sass.Instruction]] = collections.defaultdict(list)
-    for instruction, owner in zip(listing.instructions, sass.owners(listing)):
-        grouped[owner].append(instruction)
+    for instruction, owner, runs in zip(listing.instructions, sass.owners(listing), sass.busiest_path(listing)):
+        if runs or owner != OUTSIDE:
+            grouped[owner].append(instruction)
     return [_facts(number - 1, parent, grouped[number - 1]) for number, parent in enumerate(parents)]
 
 

@@ -154,7 +154,7 @@ def predict(case: str, kernel: Kernel, work: Work, machine: Machine) -> Predicti
     floor = max(work.needed / machine.matrix_peak, work.bytes / machine.memory)
     return Prediction(
         case, work.size, machine.name, kernel.registers, kernel.shared, held,
-        matrix=round(sum(_matrix(one, machine) for one in hot), 1), other=float(sum(_other(one) for one in hot)),
+        matrix=round(sum((_matrix(one, machine) for one in hot), 0.0), 1), other=float(sum(_other(one) for one in hot)),
         loads=sum(one.loads for one in hot), stores=sum(one.stores for one in hot),
         spills=sum(one.spills for one in kernel.facts if one.loop != OUTSIDE),
         redundancy=round(done / work.needed, 3) if work.needed else 0.0, makespan=round(balance, 3), bound=bound,

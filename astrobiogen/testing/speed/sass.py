@@ -4,18 +4,17 @@ import dataclasses
 import re
 
 _LABEL = re.compile(r"^(\.L_\w+):")
-_INSTRUCTION = re.compile(
-    r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)\s*(.*?)\s*;?\s*\}?\s*$"
-)
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)\s*(.*?)\s*;?\s*\}?\s*$")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One machine instruction, e.g. opcode ``"LDG.E.128"``."""
+    """One machine instruction, e.g. opcode ``"LDG.E.128"``; `guarded`: a predicate may switch it off."""
 
     opcode: str
     operands: str
+    guarded: bool = False
 
     @property
     def base(self) -> str:
@@ -51,7 +50,8 @@ def parse(text: str) -> Listing:
             continue
         found = _INSTRUCTION.search(line)
         if found:
-            instructions.append(Instruction(*found.groups()))
+            guard, opcode, operands = found.groups()
+            instructions.append(Instruction(opcode, operands, bool(guard)))
     return Listing(tuple(instructions), labels)
 
 
@@ -70,6 +70,28 @@ def loops(listing: Listing) -> list[Loop]:
         around = [i for i, loop in enumerate(found) if loop.first < first and last <= loop.last]
         found.append(Loop(first, last, around[-1] if around else -1))
     return found
+
+
+def busiest_path(listing: Listing) -> list[bool]:
+    """For each instruction whether it is on the longest way through the code that takes no branch back: of two
+    alternatives, such as a tile with and without a mask, the longer one.
+    """
+    count = len(listing.instructions)
+    length, following = [0] * (count + 1), [count] * count
+    for index in reversed(range(count)):
+        instruction = listing.instructions[index]
+        leaves = instruction.base in ("EXIT", "BRA", "RET") and not instruction.guarded
+        ways = [count if leaves else index + 1]
+        if instruction.base == "BRA":
+            ways += [listing.labels[name] for name in _TARGET.findall(instruction.operands)]
+        ways = [way for way in ways if way > index]
+        following[index] = max(ways, key=lambda way: length[way], default=count)
+        length[index] = 1 + length[following[index]]
+    on_path, index = [False] * count, 0
+    while index < count:
+        on_path[index] = True
+        index = following[index]
+    return on_path
 
 
 def owners(listing: Listing) -> list[int]:
