@@ -1,6 +1,7 @@
 """The log of a long run: read without holding it, thinned, cut into compressed parts, whole after every kill."""
 
 import gzip
+import itertools
 import json
 import random
 import time
@@ -185,3 +186,29 @@ def test_a_large_log_is_read_in_seconds_and_little_memory(tmp_path: Path) -> Non
     assert len(read_log(tmp_path / "log.jsonl").thinned(100)) == 100
     assert tracemalloc.get_traced_memory()[1] < 5 * 2**20  # of 5 MiB of text, 50 MiB parsed
     tracemalloc.stop()
+
+
+def test_compressed_parts_are_read_as_streams_and_thinned_in_one_pass(tmp_path: Path) -> None:
+    count = 30_000
+    lines = [
+        json.dumps(step(number, skipped=number == 12_345, text="x" * 300)) + "\n" for number in range(1, count + 1)
+    ]
+    for part, first in enumerate(range(0, count - 1000, 10_000)):
+        with gzip.open(tmp_path / f"log-{part + 1:04d}.jsonl.gz", "wb", 1) as file:
+            file.write("".join(lines[first : min(first + 10_000, count - 1000)]).encode())
+    (tmp_path / "log.jsonl").write_text("".join(lines[-1000:]))
+    tracemalloc.start()
+    log = read_log(tmp_path / "log.jsonl")
+    few = log.thinned(100)
+    assert tracemalloc.get_traced_memory()[1] < 6 * 2**20  # of 12 MiB of text
+    tracemalloc.stop()
+    steps = [record["step"] for record in few]
+    assert len(few) <= 101
+    assert steps[-1] == count
+    assert 12_345 in steps
+    assert max(after - before for before, after in itertools.pairwise(steps)) < 2 * count / 100
+    assert all(log[number - 1] == record for number, record in zip(steps, few, strict=True))
+    packed = tmp_path / "log-0002.jsonl.gz"
+    packed.write_bytes(packed.read_bytes()[:-1000])
+    with pytest.raises(EOFError, match="log-0002"):
+        read_log(tmp_path / "log.jsonl")

@@ -6,7 +6,6 @@ A run of four weeks writes gigabytes. At 64 MiB log.jsonl becomes `log-0001.json
 
 import array
 import contextlib
-import io
 import itertools
 import json
 import logging
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from astrobiogen.data.storage.guarded import gunzip
+from astrobiogen.training.observe.unpacking import unpacked
 
 Record = dict[str, Any]
 PART_BYTES = 64 * 2**20
@@ -33,6 +32,7 @@ _STEPS = re.compile(rb'^\{"event": "step", "time": [^,{}\n]*, "step": (\d+)[,}][
 _SKIPPED = b'"skipped": true'
 _RESUMED, _SPECIAL = 2, 3
 _LINES = 1024
+_HELD = 64  # of so many lines in a compressed part one is held, so that thinning need not unpack the part again
 _COPY = 1 << 20
 _PATIENCE = 20.0  # seconds that the end of a run waits for a compression
 
@@ -57,7 +57,7 @@ def torn(path: Path) -> bool:
 
 
 def _opened(part: Path) -> BinaryIO:
-    return io.BytesIO(gunzip(part.read_bytes())) if part.suffix == ".gz" else part.open("rb")
+    return unpacked(part) if part.suffix == ".gz" else part.open("rb")
 
 
 class Log(Sequence[Record]):
@@ -74,6 +74,7 @@ class Log(Sequence[Record]):
         self._part, self._offset = array.array("H"), array.array("q")
         self._step, self._kind = array.array("q"), array.array("B")
         self._marked = array.array("B")  # skipped updates
+        self._held: dict[tuple[int, int], bytes] = {}  # lines of compressed parts, by part and offset
         for number, part in enumerate(self._parts):
             with _opened(part) as file:
                 self._scan(number, file)
@@ -84,6 +85,8 @@ class Log(Sequence[Record]):
             together = b"".join(lines)
             whole = together.count(b"{") == together.count(b"}")  # looked at together: a torn line is rare
             marks = [_SKIPPED in line for line in lines] if _SKIPPED in together else [False] * len(lines)
+            if self._parts[number].suffix == ".gz":
+                self._hold(number, offset, lines, marks)
             if whole and self._take_steps([int(step) for step in _STEPS(together)], lines, number, offset, marks):
                 offset += len(together)
                 continue
@@ -94,6 +97,11 @@ class Log(Sequence[Record]):
                 elif found := _parsed(line):
                     self._take(*found, number, offset, marked)
                 offset += len(line)
+
+    def _hold(self, part: int, offset: int, lines: list[bytes], marks: list[bool]) -> None:
+        starts = list(itertools.accumulate(map(len, lines), initial=offset))
+        for place in {*range(0, len(lines), _HELD), *(np.flatnonzero(marks).tolist() if True in marks else ())}:
+            self._held[part, starts[place]] = lines[place]
 
     def _take_steps(self, steps: list[int], lines: list[bytes], part: int, offset: int, marks: list[bool]) -> bool:
         """Take in `lines` at once if all are records of steps that grow, as `steps` says; False if they are not."""
@@ -163,6 +171,10 @@ class Log(Sequence[Record]):
         opened, file = -1, None
         try:
             for index in indices:
+                if line := self._held.get((self._part[index], self._offset[index])):
+                    with contextlib.suppress(ValueError):
+                        yield json.loads(line)
+                    continue
                 if self._part[index] != opened:
                     if file is not None:
                         file.close()
@@ -176,14 +188,25 @@ class Log(Sequence[Record]):
             if file is not None:
                 file.close()
 
+    def _at_hand(self, places: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Those of `places` whose part need not be unpacked again, and the last one."""
+        packed = [part.suffix == ".gz" for part in self._parts]
+        keys = zip((self._part[place] for place in places), (self._offset[place] for place in places))
+        kept = np.fromiter((not packed[key[0]] or key in self._held for key in keys), bool, len(places))
+        kept[-1] = True
+        return places[kept]
+
     def thinned(self, most: int) -> list[Record]:
         """At most `most` records of each kind, evenly spread, the last one among them; and every skipped update."""
         kinds, marked = np.frombuffer(self._kind, np.uint8), np.frombuffer(self._marked, np.uint8)
         kept = marked.astype(bool)
         for kind in self._kinds.values():
             places = np.flatnonzero(kinds == kind)
-            count = min(most, len(places))
-            kept[places[np.linspace(0, len(places) - 1, count).round().astype(np.int64)]] = True
+            even = places[np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(np.int64)]
+            if len(places) >= 2 * most * _HELD:  # those at hand lie close enough
+                near = self._at_hand(places)
+                even = near[np.searchsorted(near, even)]
+            kept[even] = True
         return list(self._read(np.flatnonzero(kept).tolist()))
 
 
