@@ -309,14 +309,19 @@ def launcher(name: str) -> Callable[..., Any]:
             return serve(*args)
         signature = operand_rules.signature(args)
         if signature not in accepted:
-            operand_rules.check(name, entry.operands, args)
-            if entry.also is not None:
-                entry.also(*args)
+            _check_operands(entry, args)
             if len(accepted) < _SIGNATURES:
                 accepted.add(signature)
         return getattr(importlib.import_module(module_name), function_name)(*args)
 
     return launch
+
+
+def _check_operands(entry: _Entry, args: tuple[Any, ...]) -> None:
+    if entry.operands:
+        operand_rules.check(entry.name, entry.operands, args)
+    if entry.also is not None:
+        entry.also(*args)
 
 
 def has_kernel(name: str, dispatch_key: str) -> bool:
@@ -365,12 +370,14 @@ def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
 
 def _refusing_a_mixture(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """`fake`, but not for tensors of which only some are on the device meta: the dispatcher sends them here, and the
-    results would be uninitialised memory."""
+    results would be uninitialised memory. What a kernel would refuse is refused on the device meta too."""
 
     def checked(*args: Any) -> Any:
         devices = {tensor.device.type for tensor in _tensors(args)}
         if "meta" in devices and len(devices) > 1:
             raise ValueError(f"{NAMESPACE}::{name}: all tensors must be on one device, got {sorted(devices)}")
+        if devices == {"meta"} and all(type(size) is int for tensor in _tensors(args) for size in tensor.shape):
+            _check_operands(_ENTRIES[name], args)
         return fake(*args)
 
     return checked

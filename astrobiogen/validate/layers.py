@@ -21,6 +21,7 @@ class Sample:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...] = ()
     inputs: Callable[[torch.dtype], Inputs] | None = None
+    plain: Callable[[], nn.Module] | None = None  # PyTorch's own layer, where there is one that it serves as
 
     def draw(self, dtype: torch.dtype) -> Inputs:
         """Inputs from PyTorch's generator."""
@@ -38,15 +39,29 @@ SAMPLES: dict[str, Sample] = {
         inputs=lambda dtype: (torch.randn(37, 68, dtype=torch.float64).to(dtype), torch.randint(301, (37,))),
     ),
     "ConvNd": Sample(lambda: layers.ConvNd(2, 3, 8, 3, padding=1, padding_mode="circular"), (2, 3, 17, 13)),
-    "Conv1d": Sample(lambda: layers.Conv1d(3, 8, 3, 1, 1), (2, 3, 67)),
-    "Conv2d": Sample(lambda: layers.Conv2d(4, 8, 3, 2, 1, groups=2), (2, 4, 17, 13)),
-    "Conv3d": Sample(lambda: layers.Conv3d(2, 8, (1, 2, 3)), (2, 2, 5, 7, 9)),
+    "Conv1d": Sample(lambda: layers.Conv1d(3, 8, 3, 1, 1), (2, 3, 67), plain=lambda: nn.Conv1d(3, 8, 3, 1, 1)),
+    "Conv2d": Sample(
+        lambda: layers.Conv2d(4, 8, 3, 2, 1, groups=2),
+        (2, 4, 17, 13),
+        plain=lambda: nn.Conv2d(4, 8, 3, 2, 1, groups=2),
+    ),
+    "Conv3d": Sample(lambda: layers.Conv3d(2, 8, (1, 2, 3)), (2, 2, 5, 7, 9), plain=lambda: nn.Conv3d(2, 8, (1, 2, 3))),
     "Conv4d": Sample(lambda: layers.Conv4d(2, 8, 3, padding=1), (1, 2, 4, 3, 5, 6)),
     "Conv5d": Sample(lambda: layers.Conv5d(2, 8, 3, padding=1), (1, 2, 4, 3, 3, 5, 6)),
-    "ConvTransposeNd": Sample(lambda: layers.ConvTransposeNd(2, 3, 8, 2, 2), (2, 3, 9, 7)),
-    "ConvTranspose1d": Sample(lambda: layers.ConvTranspose1d(3, 8, 3, 2, 1, 1), (2, 3, 67)),
-    "ConvTranspose2d": Sample(lambda: layers.ConvTranspose2d(4, 8, 3, 2, 1), (2, 4, 9, 7)),
-    "ConvTranspose3d": Sample(lambda: layers.ConvTranspose3d(2, 8, (1, 2, 3)), (2, 2, 5, 4, 6)),
+    "ConvTransposeNd": Sample(
+        lambda: layers.ConvTransposeNd(2, 3, 8, 2, 2), (2, 3, 9, 7), plain=lambda: nn.ConvTranspose2d(3, 8, 2, 2)
+    ),
+    "ConvTranspose1d": Sample(
+        lambda: layers.ConvTranspose1d(3, 8, 3, 2, 1, 1), (2, 3, 67), plain=lambda: nn.ConvTranspose1d(3, 8, 3, 2, 1, 1)
+    ),
+    "ConvTranspose2d": Sample(
+        lambda: layers.ConvTranspose2d(4, 8, 3, 2, 1), (2, 4, 9, 7), plain=lambda: nn.ConvTranspose2d(4, 8, 3, 2, 1)
+    ),
+    "ConvTranspose3d": Sample(
+        lambda: layers.ConvTranspose3d(2, 8, (1, 2, 3)),
+        (2, 2, 5, 4, 6),
+        plain=lambda: nn.ConvTranspose3d(2, 8, (1, 2, 3)),
+    ),
     "ConvTranspose4d": Sample(lambda: layers.ConvTranspose4d(2, 8, 2, 2), (1, 2, 3, 2, 4, 3)),
     "ConvTranspose5d": Sample(lambda: layers.ConvTranspose5d(2, 8, (1, 2, 1, 3, 2)), (1, 2, 2, 3, 2, 4, 3)),
     "ConvNormAct": Sample(lambda: layers.ConvNormAct(2, 3, 8, 3, "group", norm_groups=2, padding=1), (2, 3, 17, 13)),
@@ -67,6 +82,9 @@ def check(name: str, dtype: torch.dtype, device: torch.device) -> Row:
     def draw(seed: int) -> tuple[modules.Tensors, modules.Tensors, modules.Tensors]:
         torch.manual_seed(seed)
         layer = sample.make().to(device=device, dtype=dtype)
-        return modules.three(layer, tuple(value.to(device) for value in sample.draw(dtype)), _call)
+        plain = sample.plain().to(device=device, dtype=dtype) if sample.plain else None
+        if plain is not None:
+            plain.load_state_dict(layer.state_dict())
+        return modules.three(layer, tuple(value.to(device) for value in sample.draw(dtype)), _call, plain=plain)
 
     return row("layer", name, dtype, *modules.compare(Subject(name, "sample", dtype), draw))

@@ -58,11 +58,18 @@ def doubled(value: Any) -> Any:
 
 
 def three(
-    module: nn.Module, inputs: Any, call: Call, autocast: torch.dtype | None = None
+    module: nn.Module,
+    inputs: Any,
+    call: Call,
+    autocast: torch.dtype | None = None,
+    plain: nn.Module | None = None,
 ) -> tuple[Tensors, Tensors, Tensors]:
-    """With kernels, with plain PyTorch, with plain PyTorch in fp64; one set of weights."""
+    """With kernels, with plain PyTorch, with plain PyTorch in fp64; one set of weights.
+
+    Plain PyTorch is `plain`, a layer of `torch.nn` with the same parameters, or `module` by the operators' references.
+    """
     exact = evaluated(copy.deepcopy(module).double(), doubled(inputs), call, kernels=False)
-    eager = evaluated(module, inputs, call, kernels=False, autocast=autocast)
+    eager = evaluated(plain or module, inputs, call, kernels=False, autocast=autocast)
     return evaluated(module, inputs, call, kernels=True, autocast=autocast), eager, exact
 
 

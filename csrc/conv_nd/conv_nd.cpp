@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -305,6 +306,10 @@ Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
   constexpr check::Op op("astrobiogen::conv_nd_weight_grad");
   check_weight_grad(op, grad, x, kernel, {stride, padding, mode, dilation, groups});
   const Geometry geometry = geometry_of(stride, padding, mode, dilation, groups);
+  std::vector<int64_t> shape{grad.size(1), x.size(1) / groups};
+  shape.insert(shape.end(), kernel.begin(), kernel.end());
+  // Beside an axis of no rows a number of channels may be one that no memory holds: ATen refuses its size.
+  if (grad.numel() == 0 || x.numel() == 0) return at::zeros(shape, x.options());
   if (are_patches(geometry, kernel) && x.scalar_type() != at::kDouble)
     return patches_weight_grad(to_channels_last(grad).to(at::kFloat), x.to(at::kFloat), kernel).to(x.scalar_type());
   const Tensor rows = to_channels_last(x);
@@ -313,8 +318,6 @@ Tensor conv_nd_weight_grad(const Tensor& grad, const Tensor& x, at::IntArrayRef 
     const Tensor sums =
         direct_weight_grad(flat.rows(to_channels_last(grad)), flat.rows(add_halo(rows, geometry, Halo::kFarPoles)),
                            flat.sizes(kernel), flat.geometry);
-    std::vector<int64_t> shape{grad.size(1), x.size(1) / groups};
-    shape.insert(shape.end(), kernel.begin(), kernel.end());
     return sums.view(shape).to(x.scalar_type());
   }
   return compose_weight_grad(to_channels_last(grad).to(arithmetic(x)), rows.to(arithmetic(x)), kernel, geometry)

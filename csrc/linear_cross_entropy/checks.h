@@ -14,7 +14,7 @@ inline void check_arguments(const check::Op& op, const at::Tensor& x, const at::
   op.dtype(weight, "weight", x.scalar_type());
   op.rank(weight, "weight", 2, 2, "[V, H]");
   op.shape(weight, "weight", {weight.size(0), x.size(1)}, "[V, H], H the last axis of x");
-  op.size(weight.size(0), "V, the first axis of weight,", 1);
+  op.size(weight.size(0), "V, the first axis of weight,", 1, check::kLargest);
   op.dtype(target, "target", at::kLong);
   op.shape(target, "target", {x.size(0)}, "[tokens], the first axis of x");
   op.finite(o.label_smoothing, "label_smoothing", 0.0, 1.0);

@@ -276,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& weig
   constexpr check::Op op("astrobiogen::linear_cross_entropy_gradients");
   check_arguments(op, x, weight, target_any, {ignore_index, label_smoothing, z_loss, softcap});
   op.tensor(divisor, "divisor");
-  op.size(divisor.numel(), "entries of divisor", 1, 1);
+  op.shape(divisor, "divisor", {}, "one number without axes");
   const Tensor target = target_any.contiguous();
   check_targets(target, weight.size(0), ignore_index);
   const Options o{ignore_index, label_smoothing, z_loss, softcap};

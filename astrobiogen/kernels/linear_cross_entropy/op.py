@@ -19,6 +19,7 @@ from astrobiogen.kernels.linear_cross_entropy import reference
 from astrobiogen.kernels.values import is_batched
 
 _TRITON = "astrobiogen.kernels.linear_cross_entropy.triton_kernels"
+LARGEST_VOCABULARY = 2**31 - 1  # classes are counted in 32 bits
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap"
 
 
@@ -127,9 +128,9 @@ def _check_tensors(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) 
         raise TypeError(f"target must be int64 class indices, got {target.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., H] with H >= 1, got {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not 1 <= weight.shape[0] <= LARGEST_VOCABULARY:
         raise ValueError(
-            f"weight must have shape [V, {x.shape[-1]}] with V >= 1 ({x.shape[-1]}: the last axis of x), "
+            f"weight must have shape [V, {x.shape[-1]}] with V in [1, 2^31 - 1] ({x.shape[-1]}: the last axis of x), "
             f"got {tuple(weight.shape)}"
         )
     check_shape("target", target, tuple(x.shape[:-1]), "the shape of x without its last axis")
@@ -283,7 +284,7 @@ registry.refuse_second_derivative("linear_cross_entropy_backward")
 registry.define(
     "linear_cross_entropy_gradients(Tensor x, Tensor weight, Tensor target, Tensor divisor, "
     f"{_OPTIONS}, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
-    operands="x: float tokens H; weight: x V H; target: int64 tokens",
+    operands="x: float tokens H; weight: x V H; target: int64 tokens; divisor: any",
     cpu_rule="PyTorch's products, tile by tile: bf16 with AVX512_BF16, and fp32 on Intel's cores with MKL from 1,024 "
     "hidden columns on or up to 16 tokens; own products: other fp32; the loss and its backward one after the other: "
     "fp64 and other half precision",
