@@ -12,6 +12,7 @@ INTEGERS = (0, -1, 1, 2, 3, 7, 64, 1000, 2**31 - 1, 2**31, 2**32, 2**62, LARGEST
 FLOATS = (0.0, -1.0, 1.0, 0.5, 2.0, -0.0, float("nan"), float("inf"), float("-inf"), 1e300, -1e300, 1e-310, 1e30)
 INDICES = (-1, -100, 10**9, 2**31, 2**62, LARGEST, -(2**63))
 # Sizes that no memory holds: a tensor of such a size exists only by a stride of 0.
+MOST_SPARSE = 1_000_000
 HUGE = (2**31, 2**40, 2**62)
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool,
@@ -150,6 +151,12 @@ def _huge(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
     return t.narrow(axis, 0, min(1, t.shape[axis])).expand(shape)
 
 
+def _sparse(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
+    """Of a huge view without its elements: to look at all of them takes for ever."""
+    del draw
+    return t.to_sparse() if t.numel() < MOST_SPARSE else torch.sparse_coo_tensor(size=t.shape, dtype=t.dtype)
+
+
 def _overlapping(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
     return t.as_strided(t.shape, [draw.choice((0, 1, s)) for s in t.stride()], t.storage_offset())
 
@@ -198,7 +205,7 @@ EDITS: dict[str, Edit] = {
     "permuted": _permuted,
     "dtype": lambda t, draw: t.to(draw.choice(DTYPES)),
     "meta": lambda t, _: t.to("meta"),
-    "sparse": lambda t, _: t.to_sparse(),
+    "sparse": _sparse,
     "freed storage": _freed,
     "negative bit": lambda t, _: torch._neg_view(t),
     "None": lambda *_: None,

@@ -86,9 +86,7 @@ def compare(call: Call, mutant: Mutant, arguments: Sequence[Any], got: Any) -> s
     return complaint
 
 
-def _exact(
-    reference: Callable[..., Any], arguments: Sequence[Any], like: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def _exact(reference: Callable[..., Any], arguments: Sequence[Any], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The reference's results in float64 arithmetic, in the dtypes of `like`."""
     doubled = [
         value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
