@@ -78,6 +78,12 @@ class _Entry:
     operands: tuple[Any, ...]  # as `operand_rules.parse` gives them
     also: Callable[..., None] | None
 
+    def check(self, args: tuple[Any, ...]) -> None:
+        """Raise for arguments that no kernel takes."""
+        operand_rules.check(self.name, self.operands, args)
+        if self.also is not None:
+            self.also(*args)
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelStatus:
@@ -109,31 +115,28 @@ _WARNED: set[tuple[str, str]] = set()
 def define(
     schema: str,
     *,
+    operands: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     triton: str = "",
     cpu_rule: str = "",
-    operands: str = "",
     also: Callable[..., None] | None = None,
 ) -> None:
-    """Define the op `schema` with its reference as the default kernel, its fake (shape) function and its Triton
-    launcher.
+    """Define the op `schema`, with its reference as the default kernel.
 
     Args:
-        schema: PyTorch op schema without the namespace, e.g. ``"rms_norm(Tensor x, Tensor weight, float eps) ->
-            (Tensor, Tensor)"``.
+        schema: PyTorch op schema without the namespace, e.g. ``"rope(Tensor x, Tensor cos) -> Tensor"``.
         reference: plain PyTorch with the op's exact signature and results; serves every device that has no kernel.
         fake: returns empty outputs of the right shape, dtype and device, touching no data.
         triton: ``"module:function"`` of the CUDA launcher, imported on the first CUDA call.
-        operands: dtypes and shapes of the tensors, as `operand_rules` reads them; every op with a launcher has them.
+        operands: dtypes and shapes of the tensors, as `operand_rules` reads them.
         also: called with the op's arguments before the launcher, for what `operands` cannot say; raises.
         cpu_rule: for `kernel_status`, where the C++ kernel chooses between implementations by a call's sizes: the rule.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", _refusing_a_mixture(name, fake), lib=LIBRARY)
-    parsed = operand_rules.parse(schema, operands) if operands else ()
-    _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule, parsed, also)
+    _ENTRIES[name] = _Entry(name, reference, triton, cpu_rule, operand_rules.parse(schema, operands), also)
     LIBRARY.impl(name, _warning_reference(name, reference), "CompositeExplicitAutograd")
     plain = functools.partial(autocast.reference, reference)
     # The key that every call meets first inside a transform of torch.func, whichever transform it is.
@@ -236,8 +239,7 @@ def use_kernels(mode: Mode) -> Iterator[None]:
 
     Args:
         mode: ``"auto"`` (the default outside any block: the dispatcher's choice, see `kernel_status`) or
-            ``"reference"``
-            (plain PyTorch under ordinary autograd, twice differentiable).
+            ``"reference"`` (plain PyTorch under ordinary autograd, twice differentiable).
 
     Raises:
         ValueError: `mode` is neither of the two.
@@ -292,7 +294,7 @@ def triton_launcher(name: str) -> str:
 
 
 def operands_of(name: str) -> tuple[Any, ...]:
-    """What op `name` demands of its tensors before its launcher runs, as `operand_rules.check` takes it."""
+    """What op `name` demands of its tensors, as `operand_rules.check` takes it."""
     return _ENTRIES[name].operands
 
 
@@ -309,19 +311,12 @@ def launcher(name: str) -> Callable[..., Any]:
             return serve(*args)
         signature = operand_rules.signature(args)
         if signature not in accepted:
-            _check_operands(entry, args)
+            entry.check(args)
             if len(accepted) < _SIGNATURES:
                 accepted.add(signature)
         return getattr(importlib.import_module(module_name), function_name)(*args)
 
     return launch
-
-
-def _check_operands(entry: _Entry, args: tuple[Any, ...]) -> None:
-    if entry.operands:
-        operand_rules.check(entry.name, entry.operands, args)
-    if entry.also is not None:
-        entry.also(*args)
 
 
 def has_kernel(name: str, dispatch_key: str) -> bool:
@@ -335,8 +330,7 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 def _cpu_status(entry: _Entry) -> KernelStatus:
     if has_kernel(entry.name, "CPU"):
         return KernelStatus(entry.name, "cpu", "c++", entry.cpu_rule or "the extension astrobiogen._C is loaded")
-    reason = extension.PROBLEM or "the extension has no kernel for this op"
-    return KernelStatus(entry.name, "cpu", "reference", reason)
+    return KernelStatus(entry.name, "cpu", "reference", extension.PROBLEM or "the extension has no kernel for this op")
 
 
 def _gpu_status(entry: _Entry, device: torch.device) -> KernelStatus:
@@ -346,8 +340,7 @@ def _gpu_status(entry: _Entry, device: torch.device) -> KernelStatus:
         return KernelStatus(entry.name, str(device), "reference", "Triton is not installed")
     if not torch.cuda.is_available():
         return KernelStatus(entry.name, str(device), "triton", "registered; no CUDA device on this machine")
-    unfit = devices.unfit(device)
-    if unfit:
+    if unfit := devices.unfit(device):
         return KernelStatus(entry.name, str(device), "reference", unfit)
     return KernelStatus(entry.name, str(device), "triton", f"CUDA device {torch.cuda.get_device_name(device)}")
 
@@ -377,7 +370,7 @@ def _refusing_a_mixture(name: str, fake: Callable[..., Any]) -> Callable[..., An
         if "meta" in devices and len(devices) > 1:
             raise ValueError(f"{NAMESPACE}::{name}: all tensors must be on one device, got {sorted(devices)}")
         if devices == {"meta"} and all(type(size) is int for tensor in _tensors(args) for size in tensor.shape):
-            _check_operands(_ENTRIES[name], args)
+            _ENTRIES[name].check(args)
         return fake(*args)
 
     return checked

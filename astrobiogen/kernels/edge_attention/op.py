@@ -204,6 +204,7 @@ def _check_raw_edges_backward(_grad: torch.Tensor, *arguments: Any) -> None:
 
 registry.define(
     "edge_order(Tensor index, SymInt count) -> (Tensor, Tensor)",
+    operands="index: int64 E",
     reference=reference.edge_order,
     fake=_fake_order,
 )

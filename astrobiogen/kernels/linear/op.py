@@ -83,6 +83,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 registry.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    operands="x: float *rows K; weight: x N K; bias: x N",
     reference=reference.linear,
     fake=_fake,
     cpu_rule="fp32 on cores other than Intel's: own kernel for weights [8..512, 1..512] from 64 rows and 131,072 "
@@ -90,6 +91,7 @@ registry.define(
 )
 registry.define(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)",
+    operands="x: float *rows K; weight: x N K; grad: x *rows N",
     reference=reference.linear_backward,
     fake=_fake_backward,
     cpu_rule="as `linear`",

@@ -105,6 +105,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_gates: torch.Tensor | No
 
 registry.define(
     "swiglu_mlp(Tensor x, Tensor gate, Tensor up, Tensor down) -> (Tensor, Tensor)",
+    operands="x: float *rows H; gate: x I H; up: x I H; down: x H I",
     reference=reference.swiglu_mlp_op,
     fake=_fake,
     cpu_rule="own kernel in fp32 where `linear` would have one on all cores but Intel's, there for weights of up to "
@@ -113,6 +114,7 @@ registry.define(
 registry.define(
     "swiglu_mlp_backward(Tensor grad, Tensor x, Tensor gates, Tensor gate, Tensor up, Tensor down, bool need_x, "
     "bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    operands="x: float *rows H; gate: x I H; up: x I H; down: x H I; grad: x *rows H; gates: x tokens 2I",
     reference=reference.swiglu_mlp_backward,
     fake=_fake_backward,
     cpu_rule="as `swiglu_mlp`",

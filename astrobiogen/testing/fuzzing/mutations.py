@@ -154,7 +154,10 @@ def _huge(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
 def _sparse(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
     """Of a huge view without its elements: to look at all of them takes for ever."""
     del draw
-    return t.to_sparse() if t.numel() < MOST_SPARSE else torch.sparse_coo_tensor(size=t.shape, dtype=t.dtype)
+    if t.numel() < MOST_SPARSE:
+        return t.to_sparse()
+    place = torch.empty(t.dim(), 0, dtype=torch.int64)
+    return torch.sparse_coo_tensor(place, torch.empty(0), t.shape, dtype=t.dtype, check_invariants=False)
 
 
 def _overlapping(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
