@@ -85,12 +85,14 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 	fi
 	@touch $@
 
-# Without build isolation: an isolated build would fetch another PyTorch, several gigabytes of CUDA, only to compile
+# Beside an NVIDIA driver with what the presets for GPUs need: Triton, NVML's readings and 8-bit AdamW. Without build
+# isolation: an isolated build would fetch another PyTorch, several gigabytes of CUDA, only to compile
 # against it.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo "building the C++ kernels and installing astrobiogen (one to three minutes)"
 	$(PIP) install -q -c constraints.txt setuptools ninja
-	MAX_JOBS=$${MAX_JOBS:-2} $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[data]'
+	extras=data; if nvidia-smi -L >/dev/null 2>&1; then extras=data,gpu,bnb; fi; \
+	  MAX_JOBS=$${MAX_JOBS:-2} $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[$$extras]"
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed

@@ -25,6 +25,7 @@ ending = Later("astrobiogen.training.distributed.ending")
 plan = Later("astrobiogen.training.tools.plan")
 run = Later("astrobiogen.training.run")
 runtime = Later("astrobiogen.training.distributed.runtime")
+trackers = Later("astrobiogen.training.observe.trackers")
 
 
 @dataclasses.dataclass
@@ -41,6 +42,8 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
         return plan.show(options.config, options.memory) if launched_rank() == 0 else 0
     if options.find_lr:
         return _find_learning_rate(options, place) if launched_rank() == 0 else 0
+    with _setup(options.config.hang):
+        trackers.require(options.config.monitor)
     cuda = runtime.choose_device(options.config.runtime.device).type == "cuda"
     with (
         distributed.World.join(options.config.distributed.timeout_minutes, cuda) as world,

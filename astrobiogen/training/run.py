@@ -87,8 +87,7 @@ def _train(run: Run, resume: bool, interrupt: runtime.Interrupt, watchdog: Watch
             assembly.task.model.to(run.device)
         measured = world.on_main(lambda: throughput.measure(assembly.task, run.device, run.dtype))
         speed = dataclasses.replace(measured, peak=measured.peak * world.size)
-        rates = (speed.flops_per_sample / 1e9, speed.peak / 1e9, run.dtype)
-        _LOG.info("%.3g GFLOP per sample; matrix products reach %.3g GFLOP/s in %s", *rates)
+        _LOG.info("%s", speed.describe())
         trainer = Trainer(assembly.task, run, interrupt, throughput=speed, watchdog=watchdog)
         if resume:
             trainer.saver.resume()

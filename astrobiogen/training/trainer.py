@@ -185,6 +185,7 @@ class Trainer:
         speed = self._throughput.rates(now - self._window_clock, result.samples, result.tokens)
         self._window_clock = now
         if not result.skipped:
+            self.saver.note("train", result.means)
             progress.epoch_samples += result.samples
             for name, value in result.means.items():
                 progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value * result.samples
@@ -246,6 +247,8 @@ class Trainer:
                 world=self._world,
                 what=f"validation after epoch {self.progress.epoch + 1}",
             )
+            if result is not None:
+                self.saver.note("validation", result.summary())
             better = result is not None and stopping.judge(self.progress, self.config.stop, result)
             # The state moves only once the model is stored: what is called the best is what can be loaded.
             stored = result is not None and better and self.saver.save_best(result)

@@ -3,7 +3,9 @@ one.
 """
 
 import dataclasses
+import datetime
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 
 from astrobiogen import data, evaluate, train
 from astrobiogen.training import evaluation
-from astrobiogen.training.checkpoint import CheckpointStore, chosen
+from astrobiogen.training.checkpoint import CheckpointStore, chosen, verify
 from astrobiogen.training.config import StopConfig
 from astrobiogen.training.errors import CheckpointError
 from astrobiogen.training.evaluation import metrics, stopping, undefined
@@ -227,3 +229,15 @@ def test_patience_counts_from_the_last_figure_that_was_better_by_min_delta(metri
         assert progress.best == sign * 0.75
     with pytest.raises(ValueError, match=r"stop\.min_delta"):
         StopConfig(min_delta=-0.1)
+
+
+def test_every_checkpoint_says_when_it_was_saved_and_the_last_figures(make_run: MakeRun) -> None:
+    run = make_run(toy_config(epochs=2))
+    run.trainer.fit()
+    saver = run.trainer.saver
+    for store in (saver.store, saver.best_store):
+        manifest = verify(store.candidates()[0])
+        saved = datetime.datetime.fromisoformat(manifest["saved"])
+        assert abs((datetime.datetime.now(datetime.UTC) - saved).total_seconds()) < 600
+        assert set(manifest["metrics"]) == {"train", "validation"}
+        assert all(math.isfinite(manifest["metrics"][part]["loss"]) for part in manifest["metrics"])

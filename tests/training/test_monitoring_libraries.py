@@ -34,12 +34,12 @@ with Monitor(folder, MonitorConfig(progress="plain", project="mine", **asked), {
     monitor.record("final", step=2, test={"accuracy": {"value": 0.75}})
 """
 WANTED = {
-    (1, "step/loss"): 1.0,
-    (2, "step/loss"): 0.5,
-    (1, "step/parts/graph"): 2.0,
-    (2, "step/parts/graph"): 4.0,
+    (1, "train/loss"): 1.0,
+    (2, "train/loss"): 0.5,
+    (1, "train/parts/graph"): 2.0,
+    (2, "train/parts/graph"): 4.0,
     (2, "gpu/cards/0/power_watts"): 200.0,
-    (2, "final/test/accuracy/value"): 0.75,
+    (2, "final/accuracy/value"): 0.75,
 }
 
 NVML = r"""

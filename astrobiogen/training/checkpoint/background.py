@@ -39,7 +39,7 @@ class HostCopy:
                 tensors[stem][name] = seen[place]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return Content(tensors, content.documents)
+        return dataclasses.replace(content, tensors=tensors)
 
     def _copy(self, key: tuple[str, str], tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, DTensor):  # a shard knows its place in the whole; a buffer does not

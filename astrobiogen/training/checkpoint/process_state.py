@@ -5,6 +5,7 @@ middle of an update, its sums of losses and (under DDP) its gradients, which onl
 the moments of an 8-bit optimizer on shards, whose blocks begin where the shard begins.
 """
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -141,4 +142,4 @@ class References:
             stem: {name: place(stem, name, tensor) for name, tensor in named.items()}
             for stem, named in content.tensors.items()
         }
-        return Content(tensors, content.documents)
+        return dataclasses.replace(content, tensors=tensors)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,9 @@ class Saver:
         observer: passed on to the checkpoint stores (tests).
         watchdog: its section "save" limits a save; default: nothing does.
 
+    Attributes:
+        metrics: the last figures of "train" and "validation", which every checkpoint's manifest shows.
+
     With several processes, each of them must call each method.
 
     Raises:
@@ -71,6 +75,12 @@ class Saver:
         self._progress = progress
         self._monitor = run.monitor
         self._saved_at = time.monotonic()
+        self.metrics: dict[str, dict[str, float]] = {}
+
+    def note(self, part: str, figures: Mapping[str, Any]) -> None:
+        """Keep the finite numbers among the newest `figures` of training or validation for the next checkpoints."""
+        numbers = {name: value for name, value in figures.items() if isinstance(value, float) and math.isfinite(value)}
+        self.metrics = self.metrics | {part: numbers}
 
     def due(self) -> bool:
         """Whether `checkpoint.every_minutes` have passed since the last save, whatever the epoch."""
@@ -100,7 +110,7 @@ class Saver:
             name = f"{PROCESS}{self._world.rank}"
             files[name] = {}
             documents[name] = packing.pack(process_state.own_part(updater), files[name])
-        return Content(files, documents)
+        return Content(files, documents, self.metrics)
 
     def save(self, why: str) -> bool:
         """Store a checkpoint; a full or read-only disk is reported and training goes on with the older ones kept. With
@@ -168,9 +178,10 @@ class Saver:
         step, epoch = self._progress.step, self._progress.epoch
         document = {"epoch": epoch, "validation": result.summary(), "config": to_dict(self._config)}
         documents = {"best": document, "data": self._task.statistics}
+        content = Content({"model": dict(self._model.state_dict())}, documents, self.metrics)
         try:
             with self._watchdog.section("save"):
-                self.best_store.save(step, Content({"model": dict(self._model.state_dict())}, documents))
+                self.best_store.save(step, content)
         except OSError as error:
             _LOG.error("best model NOT saved (%s); the one before it is untouched", error)
             self._monitor.record("save_failed", step=step, error=str(error))

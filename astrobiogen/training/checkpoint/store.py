@@ -13,6 +13,7 @@ falls back, newest first, to one that is whole. No pickle anywhere.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -55,10 +56,13 @@ class Content:
             `<stem>.safetensors`, or the folder `<stem>` if it holds shards.
         documents: file stem -> JSON data; each becomes `<stem>.json`. Stems `process-<rank>`, here and in `tensors`,
             belong to that process; with several processes each gives its own only, and reads those of all.
+        metrics: the run's last figures by name, for people: they are in the manifest, beside the time of the save, and
+            nothing reads them back.
     """
 
     tensors: Mapping[str, dict[str, torch.Tensor]]
     documents: Mapping[str, Any]
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _fsync(path: Path) -> None:
@@ -236,18 +240,19 @@ class CheckpointStore:
                 shards.write(temporary / stem, content.tensors[stem], world)
             entries = world.together(lambda: self._fill(temporary, content, sharded))
             files = {name: entry for own in entries for name, entry in own.items()}
-            world.on_main(lambda: self._commit(temporary, final, step, files))
+            body = {"step": step, "files": files, "metrics": dict(content.metrics)}
+            world.on_main(lambda: self._commit(temporary, final, body))
         except OSError:
             if world.main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         return world.on_main(lambda: self._publish(final))
 
-    def _commit(self, temporary: Path, final: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    def _commit(self, temporary: Path, final: Path, body: dict[str, Any]) -> None:
         """Write the manifest and rename."""
-        body = {"format": FORMAT, "step": step, "files": files, "torch": torch.__version__}
-        _write(temporary / MANIFEST, _sealed(body))
-        for folder in sorted({(temporary / name).parent for name in files} | {temporary}):
+        saved = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        _write(temporary / MANIFEST, _sealed(body | {"format": FORMAT, "saved": saved, "torch": torch.__version__}))
+        for folder in sorted({(temporary / name).parent for name in body["files"]} | {temporary}):
             _fsync(folder)
         self._observer("before commit")
         temporary.rename(final)

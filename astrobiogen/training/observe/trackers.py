@@ -27,12 +27,19 @@ class Tracker(Protocol):
         ...
 
 
-def _library(key: str, module: str, extra: str) -> ModuleType:
-    """Import `module`.
+# Key of the configuration -> module, and the extra of this distribution that brings it.
+_LIBRARIES = {
+    "tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb", "wandb"), "trackio": ("trackio", "trackio"),
+}  # fmt: skip
+
+
+def _library(key: str) -> ModuleType:
+    """Import the library of one tracker.
 
     Raises:
         UserError: it is not installed; names the key that asked for it and the extra that brings it.
     """
+    module, extra = _LIBRARIES[key]
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -45,7 +52,7 @@ class TensorBoard:
     """Event files in `<run>/tensorboard`, appended to by a resumed run."""
 
     def __init__(self, folder: Path) -> None:
-        self._writer = _library("tensorboard", "tensorboardX", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        self._writer = _library("tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, values: dict[str, float], step: int) -> None:
         """One scalar per name."""
@@ -63,7 +70,7 @@ class Wandb:
     """
 
     def __init__(self, folder: Path, config: MonitorConfig, settings: dict[str, Any]) -> None:
-        library = _library("wandb", "wandb", "wandb")
+        library = _library("wandb")
         try:
             self._run = library.init(
                 project=config.project,
@@ -93,7 +100,7 @@ class Trackio:
     """
 
     def __init__(self, folder: Path, config: MonitorConfig, settings: dict[str, Any]) -> None:
-        self._library = _library("trackio", "trackio", "trackio")
+        self._library = _library("trackio")
         with contextlib.redirect_stdout(sys.stderr):
             self._library.init(
                 project=config.project,
@@ -114,6 +121,17 @@ class Trackio:
             self._library.finish()
 
 
+def require(config: MonitorConfig) -> None:
+    """Import every library that `config` asks for: before there is a run folder, not after.
+
+    Raises:
+        UserError: one is not installed, or cannot be imported.
+    """
+    for key in _LIBRARIES:
+        if getattr(config, key) not in (False, "off"):
+            _library(key)
+
+
 def open_trackers(folder: Path, config: MonitorConfig, settings: dict[str, Any]) -> dict[str, Tracker]:
     """The trackers that `config` asks for, by name; `settings` is the run's configuration for their records.
 
@@ -130,8 +148,14 @@ def open_trackers(folder: Path, config: MonitorConfig, settings: dict[str, Any])
     return trackers
 
 
+# A record's event, and a part of it, -> the group of curves, by the names that people look for.
+_GROUPS = {"step": "train", "epoch": "epoch", "epoch/validation": "val", "final/test": "final"}
+
+
 def scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
-    """The numbers in a record, nested ones too, as `event/key/inner` (an event never replaces another's curve)."""
+    """The numbers in a record, nested ones too, as `group/key/inner`: "train/loss" of an update, "epoch/train/loss" and
+    "val/loss" of an epoch, "final/accuracy/value" of the test set, "event/key" of all else.
+    """
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
         if isinstance(value, int | float):
@@ -140,7 +164,8 @@ def scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
             for key, inner in value.items():
                 yield from walk(f"{prefix}/{key}", inner)
 
-    return dict(walk(event, {key: value for key, value in values.items() if key != "step"}))
+    groups = {key: _GROUPS.get(f"{event}/{key}", f"{_GROUPS.get(event, event)}/{key}") for key in values}
+    return dict(pair for key, value in values.items() if key != "step" for pair in walk(groups[key], value))
 
 
 class Trackers:

@@ -1,7 +1,6 @@
 """Speed of a run: samples/s, tokens/s, and the share of the machine's own matrix-multiplication rate (MFU)."""
 
 import dataclasses
-import logging
 from typing import Any
 
 import torch
@@ -13,11 +12,9 @@ import astrobiogen
 from astrobiogen.training import evaluation
 from astrobiogen.training.batches import loading, weighting
 from astrobiogen.training.batches.task import Task
-from astrobiogen.training.observe import failure
 from astrobiogen.training.optim import matmul_rate
-from astrobiogen.training.tools import plan
+from astrobiogen.training.tools import fake
 
-_LOG = logging.getLogger("astrobiogen")
 # A backward pass costs two forward passes: one product for the input's gradient, one for the weight's.
 _TRAINING_FACTOR = 3
 
@@ -35,14 +32,23 @@ class Throughput:
     peak: float = 0.0
 
     def rates(self, seconds: float, samples: int, tokens: int) -> dict[str, float]:
-        """Rates of a window that took `seconds` of wall-clock time, data loading included."""
+        """Rates of a window that took `seconds` of wall-clock time, data loading included. A share above 1 is left out:
+        the machine was busy with something else when `peak` was measured.
+        """
         seconds = max(seconds, 1e-9)
         rates = {"seconds": round(seconds, 4), "samples_per_second": round(samples / seconds, 3)}
         if tokens:
             rates["tokens_per_second"] = round(tokens / seconds, 1)
         if self.flops_per_sample and self.peak:
-            rates["mfu"] = round(self.flops_per_sample * samples / seconds / self.peak, 5)
+            share = self.flops_per_sample * samples / seconds / self.peak
+            if share <= 1:
+                rates["mfu"] = round(share, 5)
         return rates
+
+    def describe(self) -> str:
+        """In one line."""
+        counted = f"{self.flops_per_sample / 1e9:.3g} GFLOP per sample; " if self.flops_per_sample else ""
+        return f"{counted}matrix products reach {self.peak / 1e9:.3g} GFLOP/s"
 
 
 class _Counter(TorchDispatchMode):
@@ -64,32 +70,28 @@ class _Counter(TorchDispatchMode):
 
 def count_flops(model: nn.Module, loss_function: evaluation.LossFunction, batch: loading.Batch) -> int:
     """Matrix-product and convolution operations of one training pass over `batch`: those of a forward pass with the
-    plain PyTorch implementation of every op, times three. Random generators and the model are left as they were.
+    plain PyTorch implementation of every op, times three. Nothing is computed: the tensors of the pass have shapes and
+    no memory. Random generators and the model are left as they were.
     """
-    with evaluation.frozen(model), astrobiogen.use_kernels("reference"), torch.no_grad(), _Counter() as counter:
+    shapes = fake.Shapes()
+    batch = shapes.of(batch)
+    plainly = astrobiogen.use_kernels("reference")
+    with evaluation.frozen(model), plainly, torch.no_grad(), shapes.mode, _Counter() as counter:
         loss_function(model(batch), batch)
     return _TRAINING_FACTOR * counter.flops
 
 
 def measure(task: Task, device: torch.device, dtype: torch.dtype) -> Throughput:
-    """Count the operations of the first batch of epoch 0 and measure the device's rate in `dtype`. A model that would
-    take long or too much memory for this one pass is not counted, which is said.
+    """Count the operations of the first batch of epoch 0 and measure the device's rate in `dtype`, on a CPU in fp32 if
+    that is faster: where a half precision has no units, kernels compute in fp32.
     """
     peak = matmul_rate.matmul_rate(device, dtype)
-    weights = next(task.model.parameters())
-    if weights.device.type == "cpu" and sum(value.numel() for value in task.model.parameters()) > plan.MEASURE_UP_TO:
-        _LOG.info("operations not counted, so no MFU: the model is too large for a pass on the CPU")
-        return Throughput(0.0, peak)
+    if device.type == "cpu" and dtype != torch.float32:
+        peak = max(peak, matmul_rate.matmul_rate(device, torch.float32))
     indices = next(iter(task.sampler.batches(0)))
+    weights = next(task.model.parameters())
     batch = loading.to_device(task.collate([task.train[index] for index in indices]), weights.device)
     read = weighting.TextShare(task.text_share, 0)(0, tuple(indices))
     if read is not None:
         batch = weighting.reading(batch, indices, read)
-    try:
-        flops = count_flops(task.model, task.loss_function, batch)
-    except RuntimeError as error:
-        if not failure.is_out_of_memory(error):
-            raise
-        _LOG.warning("operations not counted, so no MFU: too little memory for the plain implementations")
-        flops = 0
-    return Throughput(flops / len(indices), peak)
+    return Throughput(count_flops(task.model, task.loss_function, batch) / len(indices), peak)
