@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from astrobiogen.system import console
 from astrobiogen.system.extras import Later
@@ -22,7 +23,8 @@ from astrobiogen.training.observe.watchdog import NOTHING_LOST, Watchdog, limits
 # What trains and what plans is loaded when the command line is understood, so that `--help` answers at once.
 distributed = Later("astrobiogen.training.distributed")
 ending = Later("astrobiogen.training.distributed.ending")
-plan = Later("astrobiogen.training.tools.plan")
+assemble = Later("astrobiogen.training.batches.assemble")
+room = Later("astrobiogen.training.tools.room")
 run = Later("astrobiogen.training.run")
 runtime = Later("astrobiogen.training.distributed.runtime")
 trackers = Later("astrobiogen.training.observe.trackers")
@@ -39,7 +41,7 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
     with _setup(HangConfig()), spoken_once():
         options = command_line.parse(arguments)
     if options.plan:
-        return plan.show(options.config, options.memory) if launched_rank() == 0 else 0
+        return room.show(options.config, options.memory, options.processes) if launched_rank() == 0 else 0
     if options.find_lr:
         return _find_learning_rate(options, place) if launched_rank() == 0 else 0
     with _setup(options.config.hang):
@@ -50,14 +52,28 @@ def _run(arguments: Sequence[str], place: _Place) -> int:
         contextlib.ExitStack() as stack,
     ):
         with _setup(options.config.hang):
+            bundle = None if options.resume else _fitting(options, world)
             owned, config = world.on_main(lambda: stack.enter_context(_folder(options)))
         place.folder = owned.folder
         if owned.state == claim.DONE and options.resume == requeue.AUTO:
             if world.main:
                 sys.stdout.write(ending.said_before(owned.folder) + "\n")
             return 0
-        ended = run.train(config, owned.folder, owned.state != claim.NEW, world)
+        ended = run.train(config, owned.folder, owned.state != claim.NEW, world, bundle)
     return ending.status(config.runtime.preempted_status, os.environ) if ended == run.PREEMPTED else 0
+
+
+def _fitting(options: command_line.Options, world: Any) -> Any:
+    """The data of a new run whose plan fits, loaded before it has a folder."""
+    loaded: list[Any] = []
+
+    def load() -> None:
+        loaded.append(assemble.load_bundle(options.config))
+        if not options.force:
+            room.require(options.config, loaded[0], runtime.choose_device(options.config.runtime.device), world.size)
+
+    world.together(load)
+    return loaded[0]
 
 
 def _find_learning_rate(options: command_line.Options, place: _Place) -> int:

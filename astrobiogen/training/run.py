@@ -12,6 +12,7 @@ import rich.console
 import rich.table
 
 import astrobiogen
+from astrobiogen.data import DatasetBundle
 from astrobiogen.training.batches import assemble
 from astrobiogen.training.checkpoint import chosen
 from astrobiogen.training.config import TrainConfig, run_config, run_folder
@@ -32,13 +33,16 @@ _NOT_FINITE = "nonfinite_report.json"
 ENDED, PREEMPTED = "ended", "preempted"
 
 
-def train(config: TrainConfig, folder: Path, resume: bool, world: World | None = None) -> str:
+def train(
+    config: TrainConfig, folder: Path, resume: bool, world: World | None = None, bundle: DatasetBundle | None = None
+) -> str:
     """Train in `folder` (made before) and write metrics.json and report.html there.
 
     Args:
         folder: the caller's alone, see `claim`.
         world: the processes that train together, each of which must call this; default: this one alone. Process 0
             writes the folder; the others log their warnings in `process-<rank>` of it.
+        bundle: the data of `config`, if the caller has loaded them.
 
     Returns:
         `ENDED`, or `PREEMPTED` if a signal came first.
@@ -66,19 +70,21 @@ def train(config: TrainConfig, folder: Path, resume: bool, world: World | None =
             roles.announce(world, config)
             how = f"{device}; {dtype} ({reason}); seed {config.seed}; {done['threads']} threads"
             _LOG.info("run folder %s; %s", folder, how)
-            result = _train(run, resume, interrupt, watchdog)
+            result = _train(run, resume, interrupt, watchdog, bundle)
     if result is not None:
         publication.show(result, folder)
     return PREEMPTED if interrupt.received else ENDED
 
 
-def _train(run: Run, resume: bool, interrupt: runtime.Interrupt, watchdog: Watchdog) -> dict[str, Any] | None:
+def _train(
+    run: Run, resume: bool, interrupt: runtime.Interrupt, watchdog: Watchdog, bundle: DatasetBundle | None
+) -> dict[str, Any] | None:
     """Train, examine the best model, publish; what metrics.json holds, or None if a signal came, and in every process
     but the first.
     """
     config, folder, world, monitor = run.config, run.folder, run.world, run.monitor
     with watchdog.section("setup"):
-        assembly = assemble.assemble(config, assemble.load_bundle(config))
+        assembly = assemble.assemble(config, bundle or assemble.load_bundle(config))
         _LOG.info("data: %s", assembly.task.fingerprint)
         agreement.require(world, {"data": assembly.task.fingerprint})
         if world.main:

@@ -80,7 +80,7 @@ class Trainer:
         self.updater = Updater(parallel, optimizer, config, updates, run.device, run.dtype)
         self._rerun = Rerun(run, self.updater)
         self._weighting = Weighting(task.counts, task.text_share, config.seed)
-        self._probe = MemoryProbe(run, self.updater)
+        self._probe = MemoryProbe(run, self.updater, task.loss_function)
         self.saver = Saver(run, task, self.updater, self.progress, observer, self._watchdog)
 
     def fit(self) -> bool:

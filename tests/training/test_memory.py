@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from astrobiogen import train
 from astrobiogen.training import run as whole_run
-from astrobiogen.training.config import DataConfig, OptimizerConfig, TrainConfig, as_dict, parser, run_folder
+from astrobiogen.training.config import (
+    DataConfig,
+    DistributedConfig,
+    OptimizerConfig,
+    TrainConfig,
+    as_dict,
+    parser,
+    run_folder,
+)
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.observe import failure
-from astrobiogen.training.tools import memory, plan
+from astrobiogen.training.tools import memory, plan, rehearsal, room
 from tests.training.conftest import Run, ToyModel, collate, toy_config, toy_loss, toy_task
 
 MakeRun = Callable[..., Run]
@@ -35,11 +44,11 @@ def test_the_plan_is_the_measured_peak(make_run: MakeRun, tmp_path: Path, accumu
     weights = 4 * sum(value.numel() for value in run.trainer.model.parameters())
     for side in ("planned_bytes", "measured_bytes"):
         assert report[side]["weights"] == weights
-        assert report[side]["averaged weights"] in (weights, weights + 8 * WIDTH)  # the tied head twice
+        assert report[side]["averaged weights"] == weights  # the tied head once
         assert report[side]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
         assert report[side]["gradients"] == (weights if accumulation > 1 else 0)
         assert report[side]["total"] == sum(value for name, value in report[side].items() if name != "total")
-    assert 0.95 < report["measured_over_planned"] < 1.3  # the update of a window of one holds gradients and moments
+    assert 0.95 < report["measured_over_planned"] < 1.05
 
 
 def test_measuring_leaves_the_run_alone(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +93,7 @@ def test_out_of_memory_is_a_report_with_settings(make_run: MakeRun, tmp_path: Pa
     other = RuntimeError("shapes do not fit")
     assert not failure.is_out_of_memory(other)
     assert failure.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert failure.is_out_of_memory(RuntimeError("std::bad_alloc"))
 
 
 def test_advice_names_only_what_helps() -> None:
@@ -96,15 +106,67 @@ def test_advice_names_only_what_helps() -> None:
 
 def test_verdict_and_the_micro_batch_that_fits() -> None:
     mib = 2**20
-    made = plan.Plan(1, 10 * mib, 10 * mib, 20 * mib, 0, 16 * mib, 144 * mib)
+    made = plan.Plan(1, 10 * mib, 10 * mib, 20 * mib, 0, 0, 16 * mib, 144 * mib)
     config = TrainConfig(data=DataConfig(batch_size=16))
     assert plan.judge(made, config, 300 * mib) == plan.Verdict("fits", 16)
     assert plan.judge(made, config, 210 * mib).text.startswith("too close to call")
     assert plan.judge(made, config, 100 * mib) == plan.Verdict("does not fit", 5)
     assert plan.judge(made, config, 40 * mib) == plan.Verdict("does not fit", 0)
-    counted = dataclasses.replace(made, batch=None, saved_for_backward=None)
-    assert plan.judge(counted, config, 100 * mib).text.startswith("the states fit")
-    assert plan.judge(counted, config, 30 * mib) == plan.Verdict("does not fit", 0)
+
+
+def test_several_processes_divide_the_plan() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(4)]))
+    config = toy_config(optimizer=OptimizerConfig(name="adamw"))
+    whole = dataclasses.replace(plan.state_plan(model, config), batch=100, moving=1000)
+    ddp = plan.shared_out(whole, model, config, torch.float32, 2)
+    assert ddp.states == whole.weights + whole.gradients + whole.optimizer
+    sharded = dataclasses.replace(config, distributed=DistributedConfig(strategy="fsdp2"))
+    half = plan.shared_out(whole, model, sharded, torch.float16, 2)
+    assert half.weights == whole.weights // 2
+    assert half.optimizer == pytest.approx(whole.optimizer / 2, abs=1)
+    assert (half.batch, half.moving, half.processes) == (100, 1000, 2)
+    block = 64 * 64 + 64
+    assert half.exchanged == 4 * block * 2 + 4 * block
+    assert plan.shared_out(whole, model, config, torch.float32, 1) == whole
+
+
+def test_a_rehearsal_finds_the_peak_of_a_model_without_memory() -> None:
+    layers, width, rows = 6, 512, 4096
+    with torch.device("meta"):
+        model = torch.nn.Sequential(
+            *(torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh()) for _ in range(layers))
+        )
+
+    def loss(outputs: Any, _: Any) -> Any:
+        return outputs.sum(), {}
+
+    batch: Any = torch.ones(rows, width)
+    tensor, weights = 4 * rows * width, 4 * layers * (width * width + width)
+    found = rehearsal.peak_bytes(model, loss, batch, torch.float32, accumulating=True)
+    assert found == pytest.approx((layers + 1) * tensor, rel=0.05)  # each result, and a gradient on its way
+    alone = rehearsal.peak_bytes(model, loss, batch, torch.float32)
+    assert found <= alone <= found + weights
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_has_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(room, "machine_memory", lambda: 2**27)
+    assert train.main(["--smoke", "--output", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "GiB and there are 0.1; " in said
+    assert "--force starts all the same" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_names_the_cheapest_change_and_the_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--plan", "--preset", "tiny", "--memory", "0.2"]) == 0
+    said = capsys.readouterr().out
+    assert "In 0.2 GiB: does not fit." in said or "In 0.2 GiB: too close" in said
+    assert "The cheapest change that fits: --data.batch_size 8 --data.accumulation 2." in said
+    assert "hours at the rate of matrix products" in said
 
 
 def test_smaller_parts_make_the_same_window() -> None:

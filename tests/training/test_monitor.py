@@ -274,7 +274,7 @@ def test_counting_takes_no_memory_and_an_unknown_number_is_not_told() -> None:
 
     with torch.device("meta"):
         large = nn.Linear(2**20, 2**20)
-    flops = throughput.count_flops(large, lambda outputs, _: (outputs.mean(), {}), torch.ones(2, 2**20, device="meta"))  # type: ignore[arg-type]
+    flops = throughput.count_flops(large, lambda outputs, _: (outputs.mean(), {}), torch.ones(2, 2**20))  # type: ignore[arg-type]
     assert flops == 3 * 2 * 2 * 2**40
     task = dataclasses.replace(toy_task(toy_config()), loss_function=hungry)
     assert throughput.measure(task, CPU, torch.float32).flops_per_sample > 0

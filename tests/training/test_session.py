@@ -20,7 +20,7 @@ from astrobiogen.training.config import claim, parser
 from astrobiogen.training.errors import UserError
 from astrobiogen.training.evaluation import comparison
 from astrobiogen.training.observe.monitor import read_log
-from astrobiogen.training.tools import lr_finder
+from astrobiogen.training.tools import lr_finder, throughput
 
 OPTIONS = ["--smoke", "--monitor.progress", "plain", "--monitor.level", "WARNING", "--evaluation.bootstrap", "20"]
 
@@ -247,7 +247,7 @@ def test_errors_are_one_line(
         path.write_bytes(b"")
     check(1, "is whole", ["--resume", str(broken)])
     check(1, "is whole", [str(broken)], evaluate.main)
-    monkeypatch.setattr(assemble, "build_model", lambda *_: 1 / 0)
+    monkeypatch.setattr(throughput, "measure", lambda *_: 1 / 0)
     check(1, "internal: ZeroDivisionError", ["--output", str(tmp_path / "crash")])
     assert "Traceback" in (tmp_path / "crash" / "crash.log").read_text()
 
@@ -297,18 +297,6 @@ def test_evaluating_a_run_writes_nothing_into_it(run: Path, tmp_path: Path) -> N
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
-
-
-def test_plan_counts_the_states(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(["--plan"]) == 0
-    text = capsys.readouterr().out
-    assert "saved for the backward pass" in text
-    assert "not measured" not in text
-    assert ": fits." in text
-    assert train.main(["--plan", "--memory", "0.15"]) == 0
-    text = capsys.readouterr().out
-    assert "In 0.1 GiB: does not fit." in text
-    assert "The same update fits with --data.batch_size" in text
 
 
 def test_learning_rate_finder(

@@ -107,9 +107,10 @@ def build_model(
     return models.UnifiedMultiModalSystem(model_config), model_config
 
 
-def assemble(config: TrainConfig, bundle: data.DatasetBundle) -> Assembly:
-    """Data, model and loss as one task. Draws the weights from the global generator: seed it before."""
-    model, model_config = build_model(config, bundle.spec)
+def assemble(config: TrainConfig, bundle: data.DatasetBundle, device: str = "cpu") -> Assembly:
+    """Data, model and loss as one task. Draws the weights, on `device`, from the global generator: seed it before."""
+    with torch.device(device):
+        model, model_config = build_model(config, bundle.spec)
     settings, pad_id = config.data, bundle.spec.pad_id
     if model_config.use_network_summary and "graph" in model_config.modalities and len(bundle.train):
         model.remember_networks(shared_items.distinct_networks(bundle.train, pad_id))

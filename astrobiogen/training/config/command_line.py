@@ -46,6 +46,8 @@ class Options:
         plan: print the memory plan instead of training.
         memory: GiB that the plan is compared with; 0: this machine's.
         find_lr: run the learning-rate range test instead of training.
+        processes: that the plan is for; 0: those of the launch, or of the preset.
+        force: start a run although its plan does not fit.
     """
 
     config: TrainConfig
@@ -54,6 +56,8 @@ class Options:
     plan: bool = False
     memory: float = 0.0
     find_lr: bool = False
+    processes: int = 0
+    force: bool = False
 
 
 def _parser(defaults: dict[str, Any]) -> Parser:
@@ -83,8 +87,10 @@ def _parser(defaults: dict[str, Any]) -> Parser:
         "--memory",
         type=float,
         default=0.0,
-        help="GiB that --plan compares with (default: the GPU's or this machine's).",
+        help="GiB that --plan compares with (default: the GPU's, of the preset's card or this machine's).",
     )
+    parser.add_argument("--processes", type=int, default=0, help="That --plan is for (default: those of the launch).")
+    parser.add_argument("--force", action="store_true", help="Start although the memory plan does not fit.")
     parser.add_argument(
         "--find-lr",
         action="store_true",
@@ -151,7 +157,9 @@ def parse(arguments: Sequence[str]) -> Options:
         values = _parsed(parser, arguments)
     config = _as_config(parser, values)
     wanted = smoke(config) if values.smoke else config
-    return Options(wanted, values.output, values.resume, values.plan, values.memory, values.find_lr)
+    return Options(
+        wanted, values.output, values.resume, values.plan, values.memory, values.find_lr, values.processes, values.force
+    )
 
 
 def _early_preset(arguments: Sequence[str]) -> str:

@@ -96,15 +96,6 @@ class Parallel:
         """Whether gradients in the middle of an update differ between processes."""
         return self.strategy == "ddp"
 
-    def gathered_bytes(self, dtype: torch.dtype) -> int:
-        """About what whole blocks take at the peak of an FSDP2 backward pass: two of them (one in use, the next on its
-        way), each as it arrived and as parameters, and the gradients of one.
-        """
-        if not self.sharded:
-            return 0
-        sizes = sorted(sum(value.numel() for value in block.parameters()) for block in blocks(self.model))[-2:]
-        return 2 * sum(sizes) * dtype.itemsize + 4 * max(sizes, default=0)
-
     def may_stop(self, closes: bool) -> bool:
         """Whether a checkpoint after this round would hold all that a resumed run needs."""
         return closes or not self.sharded or self._every_round
@@ -156,6 +147,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
     visit(model)
     return found
+
+
+def gathered_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """About what whole parameters take at the peak of an FSDP2 backward pass over `model`: those outside all blocks,
+    and two blocks (one in use, the next on its way), each as it arrived and as parameters, and the gradients of one.
+    """
+    sizes = sorted(sum(value.numel() for value in block.parameters()) for block in blocks(model))
+    outside = sum(value.numel() for value in model.parameters()) - sum(sizes)
+    return (outside + 2 * sum(sizes[-2:])) * dtype.itemsize + 4 * max(sizes, default=0)
 
 
 def like(reference: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,9 @@ def _memory_advice(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on a GPU or on the CPU."""
-    said = any(words in str(error) for words in ("can't allocate memory", "CUDA error: out of memory"))
+    said = any(
+        words in str(error) for words in ("can't allocate memory", "CUDA error: out of memory", "std::bad_alloc")
+    )
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 

@@ -89,13 +89,20 @@ class WeightAverage:
     update.
 
     The decay is warmed up as min(decay, (1 + updates) / (10 + updates)), so that early averages are not the random
-    start.
+    start. Tied weights have one average, under each of their names.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.averages = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        copies: dict[torch.Tensor, torch.Tensor] = {}
+        self.averages: dict[str, torch.Tensor] = {}
+        self._names: list[str] = []  # of each tensor once
+        for name, value in model.state_dict(keep_vars=True).items():
+            if value not in copies:
+                copies[value] = value.detach().clone()
+                self._names.append(name)
+            self.averages[name] = copies[value]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -103,10 +110,10 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         weights = model.state_dict()
-        moving = [name for name, value in weights.items() if value.is_floating_point()]
+        moving = [name for name in self._names if weights[name].is_floating_point()]
         averages, present = ([local_part(tensors[name]) for name in moving] for tensors in (self.averages, weights))
         torch._foreach_lerp_(averages, present, 1 - decay)
-        for name in weights.keys() - set(moving):
+        for name in set(self._names) - set(moving):
             self.averages[name].copy_(weights[name])
 
     @contextlib.contextmanager

@@ -16,6 +16,7 @@ from astrobiogen.training import evaluation
 from astrobiogen.training.batches import loading
 from astrobiogen.training.config import TrainConfig, run_folder
 from astrobiogen.training.context import Run
+from astrobiogen.training.distributed.model import gathered_bytes
 from astrobiogen.training.optim import precision
 from astrobiogen.training.optim.optimizer import inner_of
 from astrobiogen.training.tools import plan
@@ -56,8 +57,9 @@ class MemoryProbe:
             them.
     """
 
-    def __init__(self, run: Run, updater: Updater) -> None:
+    def __init__(self, run: Run, updater: Updater, loss_function: evaluation.LossFunction) -> None:
         self._run = run
+        self._loss_function = loss_function
         self._updater = updater
         self._done = False
 
@@ -69,25 +71,19 @@ class MemoryProbe:
     def watching(self, batch: loading.Batch) -> Iterator[None]:
         """Around the micro-batch and its update."""
         self._done = True
-        before = held(self._updater, batch) | self._exchanged()
+        before = held(self._updater, batch)
+        before |= self._exchanged(before)
         planned = self._planned(before, batch)
         with self._peak(sum(before.values())) as peak:
             yield
-        # What the plan calls saved for the backward pass; here all that was alive at the peak beyond what is held.
+        # All that was alive at the peak beyond what is held.
         measured = {**before, "activations and temporaries": peak[0] - sum(before.values())}
         self._write(planned, measured)
 
     def _planned(self, before: Mapping[str, int], batch: loading.Batch) -> dict[str, int]:
-        """Counted states and the bytes that a forward pass over `batch` saves; nothing of the run is touched."""
-        updater = self._updater
-        counted = plan.state_plan(updater.model, self._run.config)
-
-        def run() -> torch.Tensor:
-            with precision.autocast(self._run.device, self._run.dtype):
-                return updater.parallel.whole_objective(batch, None)[0]
-
-        with evaluation.untouched(updater.model):
-            saved = plan.saved_bytes(updater.model, run)
+        """Counted states and what a rehearsal of the micro-batch holds; nothing of the run is touched."""
+        updater, config, dtype = self._updater, self._run.config, self._run.dtype
+        counted = plan.state_plan(updater.model, config)
         gradients = before["gradients"]  # freed after each update, so absent at the peak of a window of one micro-batch
         return {
             "weights": counted.weights,
@@ -95,15 +91,35 @@ class MemoryProbe:
             "optimizer": counted.optimizer,
             "averaged weights": counted.average,
             "batch": plan.tensor_bytes(batch),
-            **self._exchanged(),
-            "activations and temporaries": saved + updater.parallel.gathered_bytes(self._run.dtype),
+            **self._exchanged(before),
+            "activations and temporaries": self._sharded(batch)
+            if updater.parallel.sharded
+            else plan.moving_bytes(
+                updater.model,
+                self._loss_function,
+                batch,
+                dtype,
+                accumulating=bool(gradients) or updater.parallel.strategy == "ddp",
+            ),
         }
 
-    def _exchanged(self) -> dict[str, int]:
-        """What the processes keep for each other: DDP holds the gradients once more, in the buckets that it sends."""
+    def _sharded(self, batch: loading.Batch) -> int:
+        """Of a model in shards, whose tensors cannot be done without: what a forward pass over `batch` saves."""
+        updater = self._updater
+
+        def run() -> torch.Tensor:
+            with precision.autocast(self._run.device, self._run.dtype):
+                return updater.parallel.whole_objective(batch, None)[0]
+
+        with evaluation.untouched(updater.model):
+            return plan.saved_bytes(updater.model, run) + gathered_bytes(updater.model, self._run.dtype)
+
+    def _exchanged(self, before: Mapping[str, int]) -> dict[str, int]:
+        """What the processes keep for each other: DDP's buckets, of which gradients are views while there are any."""
         if self._updater.parallel.strategy != "ddp":
             return {}
-        return {"gradient buckets": plan.state_plan(self._updater.model, self._run.config).gradients}
+        counted = plan.state_plan(self._updater.model, self._run.config).gradients
+        return {"gradient buckets": 0 if before["gradients"] else counted}
 
     @contextlib.contextmanager
     def _peak(self, start: int) -> Iterator[list[int]]:

@@ -1,48 +1,60 @@
-"""The memory plan: exact bytes of what the trainer keeps, measured bytes of what a forward pass saves for its backward
-pass."""
+"""The memory plan: exact bytes of what the trainer keeps, and what a rehearsal without memory finds for the rest."""
 
 import dataclasses
-import os
-import resource
 from typing import Any
 
-import rich.box
-import rich.console
-import rich.table
 import torch
 from torch import nn
 
-from astrobiogen import data
+from astrobiogen.training import evaluation
 from astrobiogen.training.batches import assemble, loading
 from astrobiogen.training.config import TrainConfig
-from astrobiogen.training.distributed import local_part, runtime
+from astrobiogen.training.distributed import local_part
+from astrobiogen.training.distributed.model import gathered_bytes
 from astrobiogen.training.optim import precision
+from astrobiogen.training.tools import rehearsal
 
 # bitsandbytes: two moments of one byte each and an fp32 scale per block of 256, from 4,096 elements on; smaller tensors
 # stay fp32.
 _BLOCK, _SMALLEST = 256, 4096
-# Above this the plan does not run a forward pass on this machine.
-MEASURE_UP_TO = 200_000_000
-# Share of the memory that is left for what the plan does not count (temporaries, fragmentation, CUDA's context).
+# Share of the memory that is left for what the plan does not count (libraries, fragmentation, CUDA's context).
 _MARGIN = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes by category; `saved_for_backward` and `batch` are None where nothing was run."""
+    """Bytes by category in each of `processes`.
+
+    Attributes:
+        parameters: their number in the whole model.
+        weights, gradients, optimizer, average: see `state_plan`.
+        exchanged: what a process fetches of the others: FSDP2's whole blocks.
+        batch: one micro-batch, 0 if there is none yet.
+        moving: what comes and goes while it is worked on, see `moving_bytes`.
+        accumulating: whether gradients stay between micro-batches; else they are part of `moving`.
+    """
 
     parameters: int
     weights: int
     gradients: int
     optimizer: int
     average: int
-    batch: int | None
-    saved_for_backward: int | None
+    exchanged: int = 0
+    batch: int = 0
+    moving: int = 0
+    accumulating: bool = True
+    processes: int = 1
 
     @property
     def states(self) -> int:
-        """Bytes that are held all the time between the first update and the end."""
-        return self.weights + self.gradients + self.optimizer + self.average
+        """Bytes that are held from one micro-batch to the next."""
+        gradients = self.gradients if self.accumulating else 0
+        return self.weights + gradients + self.optimizer + self.average + self.exchanged
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return self.states + self.batch + self.moving
 
 
 def optimizer_bytes(model: nn.Module, name: str) -> int:
@@ -113,34 +125,69 @@ def state_plan(model: nn.Module, config: TrainConfig) -> Plan:
     weights = sum(held(value) for value in (*model.parameters(), *model.buffers()))
     gradients = sum(held(value) for value in model.parameters() if value.requires_grad)
     average = weights if config.optimizer.ema_decay else 0
-    return Plan(count, weights, gradients, optimizer_bytes(model, config.optimizer.name), average, None, None)
+    return Plan(count, weights, gradients, optimizer_bytes(model, config.optimizer.name), average)
 
 
-def measured_plan(assembly: assemble.Assembly, config: TrainConfig) -> Plan:
-    """`state_plan` with one real forward pass on the CPU, on the micro-batch with the largest graphs and longest
-    texts.
+def moving_bytes(
+    model: nn.Module,
+    loss_function: evaluation.LossFunction,
+    batch: loading.Batch,
+    dtype: torch.dtype,
+    *,
+    accumulating: bool,
+    stored: torch.dtype | None = None,
+) -> int:
+    """The most that a micro-batch with its update holds beyond what is there before: `rehearsal.peak_bytes`, or at the
+    update, if that needs more, the gradients and two arrays as large as the largest parameter. (`stored`: in shards, of
+    which each process updates its own.)
     """
-    task = assembly.task
-    pairs = assembly.bundle.train.pairs
-    store = assembly.bundle.train.store
+    trained = [local_part(value).numel() * value.element_size() for value in model.parameters() if value.requires_grad]
+    update = 0 if stored else (0 if accumulating else sum(trained)) + 2 * max(trained, default=0)
+    options = {"accumulating": accumulating, "stored": stored}
+    return max(rehearsal.peak_bytes(model, loss_function, batch, dtype, **options), update)
+
+
+def shared_out(whole: Plan, model: nn.Module, config: TrainConfig, dtype: torch.dtype, processes: int) -> Plan:
+    """`whole`, the plan of one process, as each of several has it: DDP keeps the gradients in its buckets all the time;
+    FSDP2 divides the states and fetches blocks.
+    """
+    if processes == 1:
+        return whole
+    if config.distributed.strategy == "ddp":
+        return dataclasses.replace(whole, accumulating=True, processes=processes)
+    parts = {name: -(-getattr(whole, name) // processes) for name in ("weights", "gradients", "optimizer", "average")}
+    return dataclasses.replace(
+        whole, **parts, exchanged=gathered_bytes(model, dtype), processes=processes, accumulating=True
+    )
+
+
+def whole_plan(assembly: assemble.Assembly, config: TrainConfig, processes: int = 1) -> Plan:
+    """The plan of `config` with the micro-batch of the largest graphs and longest texts. The model of `assembly` may be
+    on the device meta: nothing is computed.
+    """
+    task, dtype = assembly.task, precision.choose_dtype(config.precision, torch.device("cpu"))[0]
+    batch = largest_batch(assembly, config)
+    task.model.train()
+    sharded = processes > 1 and config.distributed.strategy == "fsdp2"
+    accumulating = processes > 1 or config.data.accumulation > 1 or config.data.batch_size >= len(assembly.bundle.train)
+    stored = dtype if sharded else None
+    moving = moving_bytes(task.model, task.loss_function, batch, dtype, accumulating=accumulating, stored=stored)
+    whole = dataclasses.replace(
+        state_plan(task.model, config), batch=tensor_bytes(batch), moving=moving, accumulating=accumulating
+    )
+    return shared_out(whole, task.model, config, dtype, processes)
+
+
+def largest_batch(assembly: assemble.Assembly, config: TrainConfig) -> loading.Batch:
+    """The samples of the largest graphs as one micro-batch."""
+    pairs, store = assembly.bundle.train.pairs, assembly.bundle.train.store
 
     def size(number: int) -> int:
         graph = store.organisms[pairs[number].organism].graph
         return 0 if graph is None else int(graph.num_nodes or 0)
 
     largest = sorted(range(len(pairs)), key=size)[-config.data.batch_size :]
-    batch: loading.Batch = task.collate([task.train[number] for number in largest])
-    device = torch.device("cpu")
-    dtype, _ = precision.choose_dtype(config.precision, device)
-    task.model.train()
-
-    def run() -> torch.Tensor:
-        with precision.autocast(device, dtype):
-            return task.loss_function(task.model(batch), batch)[0]
-
-    return dataclasses.replace(
-        state_plan(task.model, config), batch=tensor_bytes(batch), saved_for_backward=saved_bytes(task.model, run)
-    )
+    return assembly.task.collate([assembly.task.train[number] for number in largest])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,23 +197,25 @@ class Verdict:
     text: str
     batch_size: int
 
+    @property
+    def fits(self) -> bool:
+        """Whether the run may start."""
+        return self.text != DOES_NOT_FIT
+
+
+FITS, DOES_NOT_FIT = "fits", "does not fit"
+TOO_CLOSE = "too close to call: less than a tenth is left for what is not counted"
+
 
 def judge(plan: Plan, config: TrainConfig, budget: int) -> Verdict:
-    """Compare `plan` with `budget`, of which a tenth is left for what is not counted. Batch and saved tensors are taken
-    as proportional to the micro-batch.
+    """Compare `plan` with `budget`, of which a tenth is left for what is not counted. Batch and what moves are taken as
+    proportional to the micro-batch.
     """
     room = budget * (1 - _MARGIN)
-    size, moving = config.data.batch_size, (plan.batch or 0) + (plan.saved_for_backward or 0)
-    total = plan.states + moving
+    size, moving = config.data.batch_size, plan.batch + plan.moving
     fitting = size if not moving else max(min(int((room - plan.states) * size / moving), size), 0)
-    if plan.saved_for_backward is None:
-        text = "does not fit" if plan.states > budget else "the states fit; activations are not in this figure"
-        return Verdict(text, 0 if plan.states > budget else size)
-    if total <= room:
-        return Verdict("fits", size)
-    if total <= budget:
-        return Verdict("too close to call: less than a tenth is left for what is not counted", fitting)
-    return Verdict("does not fit", fitting)
+    text = FITS if plan.peak <= room else TOO_CLOSE if plan.peak <= budget else DOES_NOT_FIT
+    return Verdict(text, fitting)
 
 
 def same_update(config: TrainConfig, limit: int) -> str:
@@ -174,64 +223,3 @@ def same_update(config: TrainConfig, limit: int) -> str:
     window = config.data.batch_size * config.data.accumulation
     size = next(size for size in range(min(limit, window), 0, -1) if window % size == 0)
     return f"--data.batch_size {size} --data.accumulation {window // size}"
-
-
-def show(config: TrainConfig, memory_gib: float = 0.0) -> int:
-    """Print the plan of `config` and whether it fits into `memory_gib` (0: this machine's); returns the exit code."""
-    runtime.prepare(config.runtime, config.seed)
-    bundle = assemble.load_bundle(config)
-    with torch.device("meta"):
-        shape_only, _ = assemble.build_model(config, bundle.spec)
-    plan = state_plan(shape_only, config)
-    measured = plan.parameters <= MEASURE_UP_TO
-    if measured:
-        plan = measured_plan(assemble.assemble(config, bundle), config)
-    _print(plan, config, bundle, measured)
-    budget = int(memory_gib * 2**30) or _machine_memory()
-    verdict = judge(plan, config, budget)
-    console = rich.console.Console(highlight=False)
-    console.print(f"In {budget / 2**30:,.1f} GiB: {verdict.text}.")
-    if 0 < verdict.batch_size < config.data.batch_size:
-        console.print(f"The same update fits with {same_update(config, verdict.batch_size)}.")
-    return 0
-
-
-def _machine_memory() -> int:
-    """Bytes of the GPU, if there is one, else of the main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _print(plan: Plan, config: TrainConfig, bundle: data.DatasetBundle, measured: bool) -> None:
-    console = rich.console.Console()
-    table = rich.table.Table("held by the trainer", "MiB", title=f"Memory plan: {config.preset}", box=rich.box.ASCII)
-    rows = {
-        f"weights ({plan.parameters:,} parameters, fp32)": plan.weights,
-        "gradients (fp32)": plan.gradients,
-        f"optimizer ({config.optimizer.name})": plan.optimizer,
-        "averaged weights": plan.average,
-        f"one micro-batch of {config.data.batch_size} (largest graphs)": plan.batch,
-        "saved for the backward pass": plan.saved_for_backward,
-    }
-    for name, value in rows.items():
-        table.add_row(name, "not measured" if value is None else f"{value / 2**20:,.1f}")
-    table.add_row("together", f"{(plan.states + (plan.batch or 0) + (plan.saved_for_backward or 0)) / 2**20:,.1f}")
-    console.print(table)
-    if measured:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        console.print(
-            "Counted exactly: weights, gradients, optimizer. Measured in one CPU forward pass: batch, saved tensors."
-        )
-        console.print(
-            f"Not in the table: temporaries inside operations, Python and libraries "
-            f"(this process peaked at {peak:,.0f} MiB in all)."
-        )
-    else:
-        console.print(
-            "Activations were not measured: the model is too large to run here. "
-            "The states alone need what the table says."
-        )
-    console.print(
-        f"Micro-batches per epoch: {-(-len(bundle.train) // config.data.batch_size)}; epochs: {config.epochs}."
-    )

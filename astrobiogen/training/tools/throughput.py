@@ -74,24 +74,28 @@ def count_flops(model: nn.Module, loss_function: evaluation.LossFunction, batch:
     no memory. Random generators and the model are left as they were.
     """
     shapes = fake.Shapes()
-    batch = shapes.of(batch)
+    batch, tensors = shapes.of(batch), shapes.of_model(model)
     plainly = astrobiogen.use_kernels("reference")
     with evaluation.frozen(model), plainly, torch.no_grad(), shapes.mode, _Counter() as counter:
-        loss_function(model(batch), batch)
+        loss_function(torch.func.functional_call(model, tensors, (batch,)), batch)
     return _TRAINING_FACTOR * counter.flops
 
 
-def measure(task: Task, device: torch.device, dtype: torch.dtype) -> Throughput:
-    """Count the operations of the first batch of epoch 0 and measure the device's rate in `dtype`, on a CPU in fp32 if
-    that is faster: where a half precision has no units, kernels compute in fp32.
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of matrix products in `dtype`, on a CPU in fp32 if that is faster: where a half precision
+    has no units, kernels compute in fp32.
     """
-    peak = matmul_rate.matmul_rate(device, dtype)
-    if device.type == "cpu" and dtype != torch.float32:
-        peak = max(peak, matmul_rate.matmul_rate(device, torch.float32))
+    rate = matmul_rate.matmul_rate(device, dtype)
+    half_on_cpu = device.type == "cpu" and dtype != torch.float32
+    return max(rate, matmul_rate.matmul_rate(device, torch.float32)) if half_on_cpu else rate
+
+
+def measure(task: Task, device: torch.device, dtype: torch.dtype) -> Throughput:
+    """Count the operations of the first batch of epoch 0 and measure the device's rate."""
     indices = next(iter(task.sampler.batches(0)))
     weights = next(task.model.parameters())
     batch = loading.to_device(task.collate([task.train[index] for index in indices]), weights.device)
     read = weighting.TextShare(task.text_share, 0)(0, tuple(indices))
     if read is not None:
         batch = weighting.reading(batch, indices, read)
-    return Throughput(count_flops(task.model, task.loss_function, batch) / len(indices), peak)
+    return Throughput(count_flops(task.model, task.loss_function, batch) / len(indices), peak(device, dtype))
