@@ -96,7 +96,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt "hypothesis>=6.100" "pytest>=8" "pytest-xdist>=3.5" \
+	$(PIP) install -q -c constraints.txt "hypothesis>=6.100" "pytest>=8" "pytest-benchmark>=5.3" "pytest-xdist>=3.5" \
 	  ninja ruff pyright clang-format \
 	  "bitsandbytes>=0.50" "nvidia-ml-py>=12" "tensorboardX>=2.6" "xarray>=2024.10" "netCDF4>=1.6" "zarr>=3.0" \
 	  "scipy>=1.11" "python-libsbml>=5.20" "pyarrow>=15" "transformers>=5"

@@ -99,19 +99,19 @@ def test_train_step(bench: Bench, device: torch.device) -> None:
     memory = {name: harness.added_memory(call, device) / 2**20 for name, call in calls.items()}
     times = harness.time_in_turns(calls, bench.settings, device)
     for name, sample in times.items():
-        bench.rows.append(
-            Row(
-                "train_step", "tiny, batch 16", "float32", "step", name, "ok",
-                median_us=sample.median() * 1e6,
-                low_us=sample.quantile(0.2) * 1e6,
-                high_us=sample.quantile(0.8) * 1e6,
-                device_us=sample.processor() * 1e6 if torch.get_num_threads() == 1 else math.nan,
-                against_eager=times["eager"].median() / sample.median(),
-                device_against_eager=times["eager"].processor() / sample.processor(),
-                added_mib=memory[name],
-                error=error[name],
-                rounds=len(sample.wall),
-                cpu_share=sum(sample.cpu) / sum(sample.wall) / torch.get_num_threads(),
-            )
+        row = Row(
+            "train_step", "tiny, batch 16", "float32", "step", name, "ok",
+            median_us=sample.median() * 1e6,
+            low_us=sample.quantile(0.2) * 1e6,
+            high_us=sample.quantile(0.8) * 1e6,
+            device_us=sample.processor() * 1e6 if torch.get_num_threads() == 1 else math.nan,
+            against_eager=times["eager"].median() / sample.median(),
+            device_against_eager=times["eager"].processor() / sample.processor(),
+            added_mib=memory[name],
+            error=error[name],
+            rounds=len(sample.wall),
+            cpu_share=sum(sample.cpu) / sum(sample.wall) / torch.get_num_threads(),
         )  # fmt: skip
+        bench.record(row, sample)
+        bench.add([row])
     assert memory["ours"] < memory["eager"]

@@ -1,29 +1,22 @@
 """Options, the `bench` fixture, and the table at the end of `pytest benchmarks/`."""
 
-import csv
 import dataclasses
 import importlib
-import importlib.util
-import json
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch._functorch.config
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from astrobiogen.testing import inputs
-from benchmarks import environment, runner
+from benchmarks import environment, results, runner, tuning
 from benchmarks.graphs import side_stream
-from benchmarks.harness import Row, keep_freed_pages
+from benchmarks.harness import ONCE, Row, keep_freed_pages
+from benchmarks.recorder import Recorder
 
-RESULTS = Path(__file__).parent / "results"
-# What a run adds to each of its rows.
-STAMP = ("commit", "date", "device", "torch", "triton", "threads", "heap", "core_share")
 ROWS = pytest.StashKey[list[Row]]()
 
 
@@ -32,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("astrobiogen benchmarks")
     group.addoption("--quick", action="store_true", help="first size of every benchmark, few repeats, no torch.compile")
     group.addoption("--save", action="store_true", help="write benchmarks/results/<device>/<op>.csv and .json")
-    group.addoption("--results", type=Path, default=RESULTS, help="folder for --save (default: %(default)s)")
+    group.addoption("--results", type=Path, default=results.RESULTS, help="folder for --save (default: %(default)s)")
     group.addoption(
         "--set",
         action="append",
@@ -69,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # A backward is timed many times over one graph, which compiled code that reuses saved buffers refuses.
     torch._functorch.config.donated_buffer = False
     for setting in config.getoption("--set"):
-        set_constant(setting)
+        tuning.set_constant(setting)
 
 
 def set_cpu_level(level: str) -> None:
@@ -78,61 +71,6 @@ def set_cpu_level(level: str) -> None:
         importlib.import_module("astrobiogen._C").set_cpu_level(level)
     except (ImportError, ValueError) as error:
         raise pytest.UsageError(f"--cpu-level {level}: {error}") from error
-
-
-def set_constant(setting: str) -> None:
-    """Apply one ``--set OP.NAME=VALUE`` or ``--set OP.MODULE.NAME.KEY...=VALUE``; refuses a constant that does not
-    exist, so that no sweep times the same thing twice.
-    """
-    target, _, text = setting.partition("=")
-    module, path = home_of(target)
-    name, *steps = path or [""]
-    try:
-        values = [int(part) for part in text.split(",")]
-        changed = replaced(getattr(module, name), steps, values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise pytest.UsageError(f"--set {setting}: {module.__name__} has no such constant ({error!r})") from error
-    setattr(module, name, changed)
-
-
-def home_of(target: str) -> tuple[ModuleType, list[str]]:
-    """The module that OP.MODULE... names (`triton_kernels` if it names none), and what follows it."""
-    op, *path = target.split(".")
-    package = importlib.import_module(f"astrobiogen.kernels.{op}")
-    module = package
-    while len(path) > 1 and hasattr(module, "__path__"):
-        inner = f"{module.__name__}.{path[0]}"
-        if importlib.util.find_spec(inner) is None:
-            break
-        module = importlib.import_module(inner)
-        path.pop(0)
-    if module is package:
-        module = importlib.import_module(f"{package.__name__}.triton_kernels")
-    return module, path
-
-
-def replaced(value: Any, steps: Sequence[str], new: Sequence[int]) -> Any:
-    """`value` with what lies at `steps` set to `new`: keys of a dict, first elements of the pairs of a tuple, fields of
-    a dataclass. An integer takes one number, a dataclass its first fields.
-
-    Raises:
-        KeyError, AttributeError, TypeError: nothing lies there, or it is of another kind.
-    """
-    if steps:
-        step, *rest = steps
-        if isinstance(value, dict):
-            key = next((key for key in value if str(key) == step), step)
-            return {**value, key: replaced(value[key], rest, new)}
-        if isinstance(value, tuple):
-            if step not in {str(key) for key, _ in value}:
-                raise KeyError(step)
-            return tuple((key, replaced(one, rest, new) if str(key) == step else one) for key, one in value)
-        return dataclasses.replace(value, **{step: replaced(getattr(value, step), rest, new)})
-    if isinstance(value, int):
-        (number,) = new
-        return number
-    names = [field.name for field in dataclasses.fields(value)]
-    return dataclasses.replace(value, **dict(zip(names, new, strict=False)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -179,16 +117,22 @@ def make(device: torch.device) -> Iterator[Any]:
 
 
 @pytest.fixture
-def bench(pytestconfig: pytest.Config, device: torch.device, quick: bool) -> Iterator[runner.Bench]:
-    """Measures all candidates of one op at one size; see `runner.Bench.__call__`. With --save rows are written as they
-    come: a run that is ended by a time limit keeps what it has measured."""
+def bench(
+    pytestconfig: pytest.Config, benchmark: BenchmarkFixture, device: torch.device, quick: bool
+) -> Iterator[runner.Bench]:
+    """Measures all candidates of one op at one size; see `runner.Bench.__call__`. Its rounds are entries of
+    pytest-benchmark; with --benchmark-disable all candidates are verified and run once. With --save rows are written as
+    they come: a run that is ended by a time limit keeps what it has measured."""
     rows = pytestconfig.stash[ROWS]
 
     def keep() -> None:
         if pytestconfig.getoption("--save"):
-            save(rows, _facts(pytestconfig), pytestconfig.getoption("--results"))
+            results.save(rows, _facts(pytestconfig), pytestconfig.getoption("--results"))
 
-    made = runner.Bench(device, quick, rows, keep)
+    record = Recorder(benchmark, pytestconfig.pluginmanager.get_plugin("pytest-benchmark"))
+    made = runner.Bench(device, quick, rows, keep, record)
+    if benchmark.disabled:
+        made.settings = ONCE
     if pytestconfig.getoption("--fresh-pages"):
         made.settings = dataclasses.replace(made.settings, lead=1)
     with side_stream(device):
@@ -200,81 +144,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if not rows:
         return
-    for (op, mode), group in _grouped(rows).items():
+    for (op, mode), group in results.grouped(rows).items():
         terminalreporter.section(f"{op}, {mode}")
-        for line in table(group):
+        for line in results.table(group):
             terminalreporter.write_line(line)
     facts = _facts(config)
     terminalreporter.write_line(
         f"contention: a busy loop got {facts['core_share']:.0%} of a core at the end of the run"
     )
     if config.getoption("--save"):
-        for path in save(rows, facts, config.getoption("--results")):
+        for path in results.save(rows, facts, config.getoption("--results")):
             terminalreporter.write_line(f"wrote {path}")
-
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """Aligned lines of one op and mode."""
-    head = (
-        "size",
-        "dtype",
-        "candidate",
-        "median us",
-        "20%..80%",
-        "device us",
-        "x eager",
-        "(device)",
-        "copy",
-        "mm",
-        "MiB",
-        "error",
-    )
-    cells = [head]
-    for row in rows:
-        if row.status != "ok":
-            cells.append((row.size, row.dtype, row.candidate, row.status, *[""] * 8))
-            continue
-        cells.append((
-            row.size, row.dtype, row.candidate, _number(row.median_us), f"{row.low_us:.1f}..{row.high_us:.1f}",
-            _number(row.device_us), _number(row.against_eager, 2), _number(row.device_against_eager, 2),
-            _percent(row.share_of_copy) + _range(row),
-            _percent(row.share_of_mm), _number(row.added_mib, 2), "" if math.isnan(row.error) else f"{row.error:.1e}",
-        ))  # fmt: skip
-    widths = [max(len(line[i]) for line in cells if i != 3 or line[4]) for i in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
-
-
-def save(rows: Sequence[Row], facts: dict[str, Any], results: Path) -> list[Path]:
-    """Write CSV and JSON per op: this run's rows over older ones of the same key; JSON adds this run's environment."""
-    folder = results / facts["device_slug"]
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = {name: str(facts[name]) for name in STAMP}
-    fields = [field.name for field in dataclasses.fields(Row)] + list(stamp)
-    written: list[Path] = []
-    for op in dict.fromkeys(row.op for row in rows):
-        new = [{k: _plain(v) for k, v in dataclasses.asdict(row).items()} | stamp for row in rows if row.op == op]
-        path = folder / f"{op}.csv"
-        keys = {row_key(line) for line in new}  # rows of another thread count or heap stay
-        old: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                old = [line for line in csv.DictReader(file) if row_key(line) not in keys]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields, lineterminator="\n", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*old, *new])
-        record = folder / f"{op}.json"
-        kept = json.loads(record.read_text())["rows"] if record.exists() else []
-        kept = [line for line in kept if row_key(line) not in keys]
-        record.write_text(json.dumps({"environment": facts, "rows": [*kept, *new]}, indent=1) + "\n")
-        written += [path, record]
-    return written
-
-
-def row_key(line: dict[str, Any]) -> tuple[str, ...]:
-    """What makes a row another one; rows from before there was a column "heap" are "warm"."""
-    named = tuple(str(line[name]) for name in ("op", "size", "dtype", "mode", "candidate", "threads"))
-    return (*named, line.get("heap") or "warm")
 
 
 def _facts(config: pytest.Config) -> dict[str, Any]:
@@ -283,32 +163,6 @@ def _facts(config: pytest.Config) -> dict[str, Any]:
     return environment.facts(_device_of(config)) | {"set": config.getoption("--set"), "heap": heap}
 
 
-def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.op, row.mode].append(row)
-    return groups
-
-
 def _device_of(config: pytest.Config) -> torch.device:
     chosen = config.getoption("--device")
     return torch.device("cuda" if chosen != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else float(f"{value:.5g}")
-    return value
-
-
-def _number(value: float, digits: int = 1) -> str:
-    return "" if math.isnan(value) else f"{value:,.{digits}f}"
-
-
-def _range(row: Row) -> str:
-    """Of the share of a copy, over placements."""
-    return f" {row.share_low:.0%}..{row.share_high:.0%}" if row.placements > 1 and row.share_low > 0 else ""
-
-
-def _percent(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.0%}"

@@ -95,6 +95,7 @@ class Settings:
 
 COUNTS = ("rounds", "least_rounds", "max_rounds", "warmup")
 QUICK = Settings(rounds=4, least_rounds=4, max_rounds=6, seconds=0.05, warmup=1, placements=2)
+ONCE = Settings(rounds=1, least_rounds=1, max_rounds=1, seconds=1e-3, warmup=0, placements=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,10 +38,16 @@ class Bench:
     """Measures an op on one device and appends its rows to the session's table."""
 
     def __init__(
-        self, device: torch.device, quick: bool, rows: list[Row], keep: Callable[[], None] = lambda: None
+        self,
+        device: torch.device,
+        quick: bool,
+        rows: list[Row],
+        keep: Callable[[], None] = lambda: None,
+        record: Callable[[Row, Samples], None] | None = None,
     ) -> None:
-        """`keep` is called whenever rows were added."""
+        """`record` is called with each row that was timed and its rounds, `keep` whenever rows were added."""
         self.keep = keep
+        self.recorder = record
         self.device = device
         self.settings = harness.QUICK if quick else harness.Settings()
         self.quick = quick
@@ -120,9 +126,18 @@ class Bench:
             runs = self._placed(timed, problem, mode, n_bytes, dtype, places)
             added += self._rows(subject, mode, runs, flops, checked, memory)
             added += [Row(op, size, short_name(dtype), mode, name, text) for name, text in failed.items()]
-        self.rows += added
-        self.keep()
+        self.add(added)
         return added
+
+    def record(self, row: Row, sample: Samples) -> None:
+        """Hand over the rounds behind a row."""
+        if self.recorder is not None:
+            self.recorder(row, sample)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take rows into the session's table."""
+        self.rows += rows
+        self.keep()
 
     def _problem(
         self, arguments: dict[str, Any], differentiable: Sequence[str], reference: Callable[..., Any]
@@ -227,27 +242,27 @@ class Bench:
             errors, eager_errors = checked[name] if own else ({}, {})
             has_device = all(name in run.device for run in runs)
             shares = [run.seconds(COPY) / run.seconds(name) for run in runs] if own else [math.nan]
-            rows.append(
-                Row(
-                    subject.op, subject.case, short_name(subject.dtype), mode, name, "ok",
-                    median_us=sample.median() * 1e6,
-                    low_us=sample.quantile(0.2) * 1e6,
-                    high_us=sample.quantile(0.8) * 1e6,
-                    device_us=on_device[name] * 1e6 if has_device else math.nan,
-                    against_eager=times["eager"].median() / sample.median() if own else math.nan,
-                    device_against_eager=on_device["eager"] / on_device[name] if own and has_device else math.nan,
-                    share_of_copy=statistics.median(shares),
-                    share_of_mm=flops / on_device[name] / mm_rate if own and flops else math.nan,
-                    added_mib=memory.get(name, math.nan),
-                    error=errors.get(mode, math.nan),
-                    eager_error=eager_errors.get(mode, math.nan),
-                    rounds=len(sample.wall),
-                    cpu_share=sum(sample.cpu) / sum(sample.wall) / torch.get_num_threads(),
-                    share_low=min(shares),
-                    share_high=max(shares),
-                    placements=len(runs),
-                )
+            row = Row(
+                subject.op, subject.case, short_name(subject.dtype), mode, name, "ok",
+                median_us=sample.median() * 1e6,
+                low_us=sample.quantile(0.2) * 1e6,
+                high_us=sample.quantile(0.8) * 1e6,
+                device_us=on_device[name] * 1e6 if has_device else math.nan,
+                against_eager=times["eager"].median() / sample.median() if own else math.nan,
+                device_against_eager=on_device["eager"] / on_device[name] if own and has_device else math.nan,
+                share_of_copy=statistics.median(shares),
+                share_of_mm=flops / on_device[name] / mm_rate if own and flops else math.nan,
+                added_mib=memory.get(name, math.nan),
+                error=errors.get(mode, math.nan),
+                eager_error=eager_errors.get(mode, math.nan),
+                rounds=len(sample.wall),
+                cpu_share=sum(sample.cpu) / sum(sample.wall) / torch.get_num_threads(),
+                share_low=min(shares),
+                share_high=max(shares),
+                placements=len(runs),
             )  # fmt: skip
+            self.record(row, sample)
+            rows.append(row)
         return rows
 
     def _device_times(self, calls: dict[str, Call], times: dict[str, Samples]) -> dict[str, float]:

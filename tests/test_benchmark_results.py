@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.conftest import row_key, save
 from benchmarks.harness import Row
+from benchmarks.results import row_key, save
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FACTS: dict[str, Any] = {

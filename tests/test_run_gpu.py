@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from astrobiogen.kernels.attention import triton_config
-from benchmarks import conftest, graphs, harness, runner
+from benchmarks import graphs, harness, runner, tuning
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "run_gpu.sh"
 # Writes down what it is asked for; two commands go wrong.
@@ -84,17 +84,17 @@ def test_every_flagship_is_a_benchmark() -> None:
 
 def test_the_sweeps_name_constants_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_config, "TILES", triton_config.TILES)
-    conftest.set_constant("attention.triton_config.TILES.86.80.forward=64,32,4,2")
+    tuning.set_constant("attention.triton_config.TILES.86.80.forward=64,32,4,2")
     assert triton_config.tiles(86, 80, torch.bfloat16).forward == triton_config.Tile(64, 32, 4, 2)
     assert triton_config.tiles(86, 64, torch.bfloat16).forward != triton_config.Tile(64, 32, 4, 2)
     for path in SCRIPT.parents[1].glob("astrobiogen/kernels/*/tuning.txt"):
         for line in path.read_text().splitlines():
             if not line.startswith("#"):
                 name, *values = line.split()
-                home, (constant, *_) = conftest.home_of(f"{path.parent.name}.{name}")
+                home, (constant, *_) = tuning.home_of(f"{path.parent.name}.{name}")
                 monkeypatch.setattr(home, constant, getattr(home, constant))
                 for value in values:
-                    conftest.set_constant(f"{path.parent.name}.{name}={value}")
+                    tuning.set_constant(f"{path.parent.name}.{name}={value}")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_sweeps_name_constants_that_exist(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_constant_that_does_not_exist_is_refused(setting: str) -> None:
     with pytest.raises(pytest.UsageError, match="no such constant"):
-        conftest.set_constant(setting)
+        tuning.set_constant(setting)
 
 
 class Cuda:
