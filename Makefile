@@ -45,11 +45,12 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python -m astrobiogen.testing.fuzz $(ARGS)
 
 # A copy of the package with kernels of its own, below build/. The interpreter is not built for the sanitizer, so its
-# library comes first.
+# library comes first, and libstdc++ with it: it looks for the function that throws when it starts.
 fuzz-asan: $(VENV)/.installed
 	ASTROBIOGEN_SANITIZE=1 ASTROBIOGEN_REQUIRE_EXTENSION=1 MAX_JOBS=$${MAX_JOBS:-2} \
 	  $(BIN)/python setup.py -q build --build-base build/asan
-	cd build/asan/lib* && LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) \
+	cd build/asan/lib* && \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(CURDIR)/$(BIN)/python -m astrobiogen.testing.fuzz $(ARGS)
 

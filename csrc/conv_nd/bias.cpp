@@ -6,6 +6,7 @@
 // the shape only: any thread count gives the same bits.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -75,6 +76,7 @@ struct AddRows {
 Tensor conv_nd_bias_grad(const Tensor& grad) {
   constexpr check::Op op("astrobiogen::conv_nd_bias_grad");
   check_volume(op, grad, "grad");
+  if (grad.numel() == 0) return at::zeros({grad.size(1)}, grad.options());
   const Tensor rows = to_channels_last(grad);
   const int64_t channels = rows.size(-1), positions = rows.numel() / channels;
   if (rows.scalar_type() == at::kDouble) return rows.reshape({positions, channels}).sum(0);
