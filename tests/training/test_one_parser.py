@@ -145,7 +145,7 @@ def test_the_changes_have_the_models_keys_and_none_changes_nothing() -> None:
         (["--model.llm_config.num_layer", "4"], "did you mean --model.llm_config.num_layers?"),
         (
             ["--model.llm_config.num_layers", "x"],
-            "\"model.llm_config.num_layers\": Expected a <class 'int'>. Got value: x",
+            "model.llm_config.num_layers: expected int, got x",
         ),
         (["--model.kernels", "fast"], '"model.kernels": Expected'),
         (["--epochs", str(10**22)], f"epochs: got {10**22}, expected at most 1000000000"),

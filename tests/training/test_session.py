@@ -233,6 +233,9 @@ def test_errors_are_one_line(
     check(2, "is not an empty folder", ["--output", str(run)])
     check(2, "does not accept option", ["--config", str(_write(tmp_path / "c.yaml", "data: {pth: x}\n"))])
     check(2, "no such folder", ["--resume", str(tmp_path / "nowhere")])
+    check(2, "--processes: got -2, expected 0 or more", ["--plan", "--processes", "-2"])
+    check(2, "memory: expected float, got nan", ["--plan", "--memory", "nan"])
+    check(2, "output: holds one str, no key dir", ["--output.dir", str(tmp_path / "c")])
     check(2, "so this is not the folder of a run", ["--resume", str(tmp_path)])
     check(1, "data: ", ["--data.path", str(tmp_path / "nowhere"), "--output", str(tmp_path / "a")])
     check(

@@ -155,6 +155,9 @@ def parse(arguments: Sequence[str]) -> Options:
     if values.preset != base["preset"]:  # named in the YAML file only
         parser = _parser(to_dict(preset(values.preset)))
         values = _parsed(parser, arguments)
+    for name in ("memory", "processes"):
+        if not getattr(values, name) >= 0:
+            raise UserError(f"--{name}: got {getattr(values, name)}, expected 0 or more")
     config = _as_config(parser, values)
     wanted = smoke(config) if values.smoke else config
     return Options(

@@ -15,6 +15,9 @@ _OR_NULL = (
     r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (Expected .*?) "
     r"- Expected a <class 'NoneType'> Given value type: .*? Given value: "
 )
+# A value of the wrong type, and a key inside one that holds a single value, in the parser's own words.
+_WRONG_TYPE = r'Parser key "(.*?)": Expected a <class \'(\w+)\'>\. Got value: '
+_INSIDE = _WRONG_TYPE + r"NestedArg\(key='(.*?)', val=.*\)"
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -56,7 +59,9 @@ def _look_for_groups(like: Any, values: jsonargparse.Namespace, inside: str) -> 
 
 def complaint(error: Exception) -> str:
     """What the parser says of a bad value, in one line; a key that may be null is said to expect its own type."""
-    return re.sub(_OR_NULL, r"\1. Got value: ", " ".join(str(error).split()))
+    text = re.sub(_OR_NULL, r"\1. Got value: ", " ".join(str(error).split()))
+    text = re.sub(_INSIDE, r"\1: holds one \2, no key \3", text)
+    return re.sub(_WRONG_TYPE, r"\1: expected \2, got ", text)
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
