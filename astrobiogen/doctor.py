@@ -6,6 +6,7 @@ astrobiogen was installed, so that the CPU runs plain PyTorch) does not. `--json
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -14,11 +15,9 @@ import logging
 import os
 import pathlib
 import platform
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
 
 import rich.console
 import rich.table
@@ -27,13 +26,13 @@ from packaging.version import Version
 from rich.markup import escape
 
 import astrobiogen
-from astrobiogen import data, extension, ops
+from astrobiogen import extension, ops
 from astrobiogen.kernels import registry
-from astrobiogen.system import console
+from astrobiogen.training.config import command_line, run_folder
 from astrobiogen.training.errors import UserError
-from astrobiogen.training.tools import preflight as preflight_checks
-
-Verdict = Literal["ok", "warning", "failed"]
+from astrobiogen.training.observe import failure
+from astrobiogen.training.tools import preflight
+from astrobiogen.training.tools.preflight import Check, Verdict
 
 # The oldest versions that the library supports; pyproject.toml says the same to pip.
 OLDEST_PYTHON = (3, 11)
@@ -52,21 +51,8 @@ PACKAGES = (
     "xarray",
     "python-libsbml",
 )
-# A tiny run writes two checkpoints of a few MB, a report and a log.
-RUN_FOLDER_BYTES = 200 * 2**20
-# The tiny preset's resident memory stays below this; less free memory means swapping.
-TRAINING_BYTES = 3 * 2**30
 # fp32 rounding of two summation orders over at most 512 standard-normal terms, with a margin of 8.
 AGREEMENT = 8 * 512**0.5 * torch.finfo(torch.float32).eps
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One named check: what was found, and whether that will do."""
-
-    name: str
-    verdict: Verdict
-    found: str
 
 
 def environment() -> dict[str, str]:
@@ -97,8 +83,8 @@ def environment() -> dict[str, str]:
     return facts
 
 
-def run_checks(preflight: bool) -> Iterator[Check]:
-    """The checks in order, each as soon as it is known; `preflight` adds those that a long run wants."""
+def run_checks(subject: preflight.Subject | None) -> Iterator[Check]:
+    """The checks in order, each as soon as it is known; `subject`: the run that a preflight is about."""
     yield _python()
     for package, oldest in OLDEST.items():
         yield _oldest(package, oldest)
@@ -106,48 +92,66 @@ def run_checks(preflight: bool) -> Iterator[Check]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for name, probe in _probes().items():
             yield _agreement(name, probe, torch.device(device))
-    if preflight:
-        yield _bundled_data()
-        yield _writable(pathlib.Path.cwd())
-        yield _disk(pathlib.Path.cwd())
-        yield _memory()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        for name, check in preflight_checks.checks(device):
-            yield _preflight(name, check)
+    if subject is not None:
+        yield from preflight.carried_out(subject)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; return the exit code."""
-    with console.best_effort():
-        return _main(arguments)
+    return failure.command(_main, arguments)
 
 
-def _main(arguments: list[str] | None) -> int:
+def _parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, command_line.Options | None]:
+    """The options, and the run that a preflight is about."""
     parser = argparse.ArgumentParser(
-        prog="python -m astrobiogen.doctor", description="Versions, devices, kernels, and named checks."
+        prog="python -m astrobiogen.doctor",
+        description="Versions, devices, kernels, and named checks.",
+        epilog="With --preflight or --checklist the options of python -m astrobiogen.train name the run: --preset, "
+        "--config FILE, --output, --memory, --processes and every key.",
+        allow_abbrev=False,
     )
+    parser.add_argument("--preflight", action="store_true", help="also carry out twenty rounds on the run to be made")
     parser.add_argument(
-        "--preflight", action="store_true", help="also check the bundled data, the disk and the memory for a run"
+        "--checklist",
+        nargs="?",
+        const="deployment_checklist.md",
+        default="",
+        metavar="FILE",
+        help="the same, and write the deployment checklist with the boxes that they tick (default: %(const)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.ERROR)  # what a check provokes on purpose is not news
+    options, rest = parser.parse_known_args(arguments)
+    if options.preflight or options.checklist:
+        return options, command_line.parse(rest)
+    if rest:
+        raise UserError(f"{rest[0]}: no option of doctor without --preflight or --checklist; --help lists all")
+    return options, None
+
+
+def _main(arguments: Sequence[str]) -> int:
+    options, asked = _parsed(arguments)
+    logging.getLogger("astrobiogen").setLevel(logging.ERROR)  # what a check provokes on purpose is not news
     status = astrobiogen.kernel_status()
-    if options.json:
-        checks = list(run_checks(options.preflight))
-        rows = [dataclasses.asdict(row) for row in status]
-        report = {
-            "environment": environment(),
-            "kernels": rows,
-            "checks": [dataclasses.asdict(check) for check in checks],
-        }
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    else:
-        checks = _print_report(status, options.preflight)
+    with contextlib.ExitStack() as stack:
+        subject = None
+        if asked is not None:
+            scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="astrobiogen-preflight-")))
+            subject = preflight.Subject(asked.config, scratch, asked.output, asked.memory, asked.processes)
+        if options.json:
+            checks = list(run_checks(subject))
+            rows = [dataclasses.asdict(row) for row in status]
+            found = [dataclasses.asdict(check) for check in checks]
+            report = {"environment": environment(), "kernels": rows, "checks": found}
+            sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        else:
+            checks = _print_report(status, subject)
+    if options.checklist and asked is not None:
+        what = f"Preset {asked.config.preset}, seed {asked.config.seed}"
+        run_folder.write_text(pathlib.Path(options.checklist), preflight.written(checks, environment(), what))
     return int(any(check.verdict == "failed" for check in checks))
 
 
-def _print_report(status: registry.KernelTable, preflight: bool) -> list[Check]:
+def _print_report(status: registry.KernelTable, subject: preflight.Subject | None) -> list[Check]:
     console = rich.console.Console(highlight=False, soft_wrap=True)
     for key, value in environment().items():
         console.print(f"{key:16} {value}", markup=False)
@@ -155,9 +159,9 @@ def _print_report(status: registry.KernelTable, preflight: bool) -> list[Check]:
     for row in status:
         kernels.add_row(row.op, row.device, row.implementation, row.reason)
     console.print(kernels)
-    colours = {"ok": "green", "warning": "yellow", "failed": "red"}
+    colours: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "failed": "red"}
     checks = []
-    for check in run_checks(preflight):
+    for check in run_checks(subject):
         checks.append(check)
         console.print(f"[{colours[check.verdict]}]{check.verdict:8}[/] {check.name}: {escape(check.found)}")
     counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in colours}
@@ -236,53 +240,6 @@ def _agreement(name: str, probe: Callable[[torch.device], torch.Tensor], device:
         label,
         "ok" if error <= AGREEMENT else "failed",
         f"differs from the reference by {error:.1e} of the largest value",
-    )
-
-
-def _preflight(name: str, check: Callable[[], str]) -> Check:
-    try:
-        return Check(name, "ok", check())
-    except UserError as error:  # an optional library: only the presets that ask for it need it
-        return Check(name, "warning", str(error))
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-        return Check(name, "failed", f"{type(error).__name__}: {error}")
-
-
-def _bundled_data() -> Check:
-    try:
-        bundle = data.load_bundled()
-    except data.DataError as error:
-        return Check("bundled data", "failed", str(error))
-    return Check(
-        "bundled data",
-        "ok",
-        f"{len(bundle.train)} training, {len(bundle.validation)} validation, {len(bundle.test)} test samples",
-    )
-
-
-def _writable(folder: pathlib.Path) -> Check:
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return Check("run folder", "ok", f"{folder} can be written")
-    except OSError as error:
-        return Check("run folder", "failed", f"{folder} cannot be written: {error.strerror}")
-
-
-def _disk(folder: pathlib.Path) -> Check:
-    free = shutil.disk_usage(folder).free
-    return Check(
-        "disk", "ok" if free >= RUN_FOLDER_BYTES else "failed", f"{free / 2**30:.1f} GiB free, a tiny run needs 0.2"
-    )
-
-
-def _memory() -> Check:
-    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return Check("memory", "warning", "free memory is unknown on this platform")
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Check(
-        "memory",
-        "ok" if free >= TRAINING_BYTES else "warning",
-        f"{free / 2**30:.1f} GiB free, the tiny preset uses up to 3",
     )
 
 

@@ -6,6 +6,12 @@ from collections.abc import Iterator
 
 from astrobiogen.training.errors import UserError
 
+# What torchrun sets, and a process that is to run by itself must not see.
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
+
 
 def launched() -> bool:
     """Whether torchrun (or anything that sets its variables) has started this process."""

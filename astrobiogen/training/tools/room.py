@@ -127,6 +127,16 @@ def machine_memory() -> int:
     return min(whole, int(limit)) if limit.isdigit() else whole
 
 
+def allowance(config: TrainConfig, memory_gib: float = 0.0) -> tuple[bool, int, str]:
+    """What a plan is compared with: whether for the card that the preset is named for, bytes, and words for them.
+    `memory_gib` as asked for; 0: the memory of the preset's card where there is no GPU, else the machine's.
+    """
+    for_card = config.preset.startswith("a5000") and not torch.cuda.is_available()
+    gib = memory_gib or (_CARD_GIB if for_card else machine_memory() / _GIB)
+    whose = f"{_CARD}, {gib:g} GiB" if for_card and not memory_gib else f"{gib:,.1f} GiB"
+    return for_card, int(gib * _GIB), whose
+
+
 def show(config: TrainConfig, memory_gib: float = 0.0, processes: int = 0) -> int:
     """Print the plan of `config` for `processes` (0: see `expected_processes`), whether it fits into `memory_gib` (0:
     the memory of the preset's card, this GPU's or this machine's), and how long the run takes; returns the exit code.
@@ -138,13 +148,11 @@ def show(config: TrainConfig, memory_gib: float = 0.0, processes: int = 0) -> in
     made = planner(config, count)
     console = rich.console.Console(highlight=False)
     _table(made, config, console)
-    for_card = config.preset.startswith("a5000") and not torch.cuda.is_available()
-    gib = memory_gib or (_CARD_GIB if for_card else machine_memory() / _GIB)
-    whose = f"{_CARD}, {gib:g} GiB" if for_card and not memory_gib else f"{gib:,.1f} GiB"
-    verdict = plan.judge(made, config, int(gib * _GIB))
+    for_card, size, whose = allowance(config, memory_gib)
+    verdict = plan.judge(made, config, size)
     console.print(f"In {whose}{' per process' if count > 1 else ''}: {verdict.text}.", soft_wrap=True)
     if verdict.text != plan.FITS:
-        change = cheapest(planner, count, int(gib * _GIB))
+        change = cheapest(planner, count, size)
         words = f"The cheapest change that fits: {change}" if change else "No change of settings fits: a smaller model"
         console.print(f"{words}.", soft_wrap=True)
     console.print(_hours(config, bundle, count, for_card), soft_wrap=True)
